@@ -1,0 +1,1 @@
+"""The two stages joined: a photo in, a sentence out."""

@@ -1,0 +1,132 @@
+"""Captioner: encoder and decoder behind one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common.config import CaptionConfig
+from common.device import choose_device
+from common.errors import WeightsError
+from common.store import check_same_features
+from extract.encoder import GridEncoder, describe_features, identify_weights
+from extract.image import decoder_name, load_rgb, load_square
+from train.checkpoint import Checkpoint, load_checkpoint
+from train.search import beam_search
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A caption of one image.
+
+    Attributes:
+        text: the sentence.
+        words: its words.
+        log_prob: natural logarithm of its probability.
+        attention: (words, rows, columns) float32, where the decoder looked as it wrote each word; each sums to
+            1 over the grid. None for a decoder without attention.
+    """
+
+    text: str
+    words: list[str]
+    log_prob: float
+    attention: np.ndarray | None
+
+
+class Captioner:
+    """Captions photographs with a trained decoder and the very encoder its features came from.
+
+    Args:
+        checkpoint: the decoder.
+        device: auto, cpu, cuda, ...
+        weights: the encoder's weights file, for a decoder trained on features from a local file; None finds
+            them by the checkpoint's provenance.
+
+    Attributes:
+        provenance: of the features that the decoder was trained on.
+
+    Raises:
+        WeightsError: the weights cannot be had.
+        MismatchError: they are not those of the training features.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: str = "auto", weights: Path | None = None) -> None:
+        self.checkpoint = checkpoint
+        self.provenance = provenance = checkpoint.provenance
+        self._device = choose_device(device)
+        self._geometry = provenance["preprocessing"]["geometry"]
+        name, dtype = provenance["encoder"], provenance["dtype"]
+        identity = identify_weights(name, self._weights_source(weights))
+        found = describe_features(name, identity, self._geometry, "auto", device, dtype, decoder_name())
+        check_same_features(provenance, found, f"{checkpoint.path} was trained on", "this encoder makes")
+        self._encoder = GridEncoder(name, identity, "auto", device, dtype)
+        self._decoder = checkpoint.decoder.to(self._device)
+
+    @classmethod
+    def load(cls, path: str | Path, device: str = "auto", weights: Path | None = None) -> Captioner:
+        """Load a run or a checkpoint; arguments and errors as for the class and for `load_checkpoint`."""
+        return cls(load_checkpoint(Path(path)), device, weights)
+
+    def _weights_source(self, given: Path | None) -> str:
+        name = self.provenance["weights"]["name"]
+        if given is not None:
+            return str(given)
+        if self.provenance["weights"]["random"]:
+            return str(name)
+        if name.startswith("imagenet"):
+            return "imagenet"
+        raise WeightsError(
+            f"{self.checkpoint.path}: was trained on features from the weights file {name}",
+            f"give that file: --weights path/to/{name}",
+        )
+
+    def caption(self, images: Sequence[Path], search: CaptionConfig) -> list[Caption]:
+        """Caption a batch of images.
+
+        Args:
+            images: files.
+            search: beam size, length.
+
+        Returns:
+            A caption an image, in their order.
+
+        Raises:
+            BadImageError: a file cannot be used; filter with `load_square` first.
+        """
+        return self.caption_squares(np.stack([self.square(path) for path in images]), search)
+
+    def square(self, image: Path) -> np.ndarray:
+        """The image as the encoder sees it, uint8 (side, side, 3). Raises BadImageError."""
+        return load_square(image, self._encoder.side, self._geometry)
+
+    def view(self, image: Path, longest: int = 480) -> np.ndarray:
+        """What the grid covers of an image, for showing: uint8 (H, W, 3), in its own proportions.
+
+        The whole image when it was stretched, else the square that was cut or padded. Raises BadImageError.
+        """
+        if self._geometry != "stretch":
+            return self.square(image)
+        picture = load_rgb(image)
+        picture.thumbnail((longest, longest))
+        return np.asarray(picture)
+
+    def caption_squares(self, squares: np.ndarray, search: CaptionConfig) -> list[Caption]:
+        """As `caption`, from uint8 (B, side, side, 3)."""
+        grids = torch.from_numpy(self._encoder.encode(squares))
+        rows, columns, channels = self._encoder.grid_shape
+        grids = grids.to(self._device).float().reshape(len(grids), rows * columns, channels)
+        found = beam_search(self._decoder, grids, search.beam_size, search.max_length, search.length_penalty)
+        vocabulary = self.checkpoint.vocabulary
+        return [
+            Caption(
+                vocabulary.decode(h.tokens),
+                [vocabulary.words[token] for token in h.tokens],
+                h.log_prob,
+                None if h.attention is None else h.attention.reshape(-1, rows, columns),
+            )
+            for h in found
+        ]

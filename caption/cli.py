@@ -1,0 +1,130 @@
+"""caption-images: captions for photographs that the model never saw."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+import numpy as np
+
+from common.annotations import list_images
+from common.command import flag, pipeline_command, show_config
+from common.config import CaptionConfig, PipelineConfig
+from common.errors import EXIT_REJECTS, UserError
+from common.files import write_json
+
+if TYPE_CHECKING:
+    from caption.captioner import Caption, Captioner
+
+EXAMPLES = """
+caption-images --checkpoint runs/mine photo.jpg
+caption-images --checkpoint runs/mine holiday/ --output captions.json
+caption-images --checkpoint runs/mine photo.jpg --attention looked.png --beam-size 5
+"""
+PICTURE_SUFFIXES = (".png", ".pdf", ".svg")
+_MOST_PANELS = 40  # images in one attention picture
+
+
+@pipeline_command("caption-images", EXAMPLES)
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--checkpoint", type=click.Path(path_type=Path), required=True, help="Folder of a run or of a checkpoint.")
+@click.option("--output", type=click.Path(path_type=Path), help="Write the captions to this JSON file too.")
+@click.option(
+    "--attention", type=click.Path(path_type=Path), help="Draw where the decoder looked, word by word: .png, .pdf or .svg."
+)
+@click.option(
+    "--weights", type=click.Path(path_type=Path),
+    help="The encoder's weights file, when the features came from a local one; else found by the checkpoint.",
+)  # fmt: skip
+@flag("--beam-size", "caption.beam_size")
+@flag("--max-length", "caption.max_length")
+@flag("--batch-size", "caption.batch_size")
+@flag("--device", "extract.device")
+def main(
+    config: PipelineConfig, dry_run: bool, images: tuple[Path, ...], checkpoint: Path, output: Path | None,
+    attention: Path | None, weights: Path | None,
+) -> None:  # fmt: skip
+    """Caption photographs: files, or folders of them.
+
+    Prints a line an image: path, tab, caption. An image that cannot be read is named and left out. Exit status:
+    0 all captioned, 3 some images could not be read, 1 failure, 2 wrong use.
+    """
+    paths = _expand(images)
+    if attention is not None and attention.suffix.lower() not in PICTURE_SUFFIXES:
+        raise UserError(f"--attention {attention}: must end in .png, .pdf or .svg", f"use --attention {attention}.png")
+    if attention is not None and len(paths) > _MOST_PANELS:
+        raise UserError(f"--attention: {len(paths)} images are too many for one picture", f"give at most {_MOST_PANELS}")
+    if dry_run:
+        click.echo("configuration")
+        show_config(config, "caption")
+        click.echo(f"dry run: would caption {len(paths)} images with {checkpoint}")
+        return
+
+    from caption.captioner import Captioner
+
+    captioner = Captioner.load(checkpoint, config.extract.device, weights)
+    if captioner.provenance["weights"]["random"]:
+        click.secho(
+            "WARNING: this decoder was trained on random encoder weights: its captions mean nothing for photographs.",
+            fg="yellow", err=True,
+        )  # fmt: skip
+    found, bad = _caption_all(captioner, paths, config.caption)
+    if output is not None:
+        write_json(output, [{"file_name": str(p), "caption": c.text, "log_prob": c.log_prob} for p, c in found.items()])
+        click.echo(f"captions: {output}", err=True)
+    if attention is not None and found:
+        _draw(captioner, found, attention)
+    if bad:
+        sys.exit(EXIT_REJECTS)
+
+
+def _expand(images: tuple[Path, ...]) -> list[Path]:
+    """Files as they are, folders as the images in them."""
+    paths: list[Path] = []
+    for image in images:
+        if image.is_dir():
+            paths += [image / record.file_name for record in list_images(image).records]
+        elif image.is_file():
+            paths.append(image)
+        else:
+            raise UserError(f"{image}: no such file or folder", "check the path")
+    return list(dict.fromkeys(paths))
+
+
+def _caption_all(
+    captioner: Captioner, paths: list[Path], search: CaptionConfig
+) -> tuple[dict[Path, Caption], dict[Path, str]]:
+    """Caption in batches; print each caption as it comes."""
+    from extract.image import BadImageError
+
+    found: dict[Path, Caption] = {}
+    bad: dict[Path, str] = {}
+    for start in range(0, len(paths), search.batch_size):
+        squares: dict[Path, np.ndarray] = {}
+        for path in paths[start : start + search.batch_size]:
+            try:
+                squares[path] = captioner.square(path)
+            except BadImageError as error:
+                bad[path] = str(error)
+                click.echo(f"{path}: left out: {error}", err=True)
+        if squares:
+            captions = captioner.caption_squares(np.stack(list(squares.values())), search)
+            for path, caption in zip(squares, captions, strict=True):
+                found[path] = caption
+                click.echo(f"{path}\t{caption.text}")
+    return found, bad
+
+
+def _draw(captioner: Captioner, found: dict[Path, Caption], path: Path) -> None:
+    from caption.attention import draw_attention
+
+    if any(caption.attention is None for caption in found.values()):
+        raise UserError(
+            f"--attention: the decoder of {captioner.checkpoint.path} has no attention", "train one with --decoder attention"
+        )
+    views = [captioner.view(image) for image in found]
+    titles = [f"{image.name}: {caption.text}" for image, caption in found.items()]
+    draw_attention(views, list(found.values()), titles, path)
+    click.echo(f"attention: {path}", err=True)

@@ -1,0 +1,1 @@
+"""What both stages agree on. Loads without torch."""

@@ -1,0 +1,278 @@
+"""Caption files -> image records: COCO JSON, Karpathy's split file, CSV, or a folder without captions.
+
+Nothing bad in a file is silent: every problem is counted by kind with the first examples, and is fatal only
+above `max_bad`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from common.config import SplitConfig, allowed_bad
+from common.errors import AnnotationError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+_EXAMPLES_KEPT = 3
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """An image of a split: its id, its path below the image folder (with "/"), its K captions (maybe none)."""
+
+    image_id: int
+    file_name: str
+    captions: tuple[str, ...] = ()
+
+
+@dataclass
+class Problems:
+    """What was wrong in an annotation file, counted by kind, with the first examples of each."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, kind: str, example: object) -> None:
+        """Count one problem."""
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+        kept = self.examples.setdefault(kind, [])
+        if len(kept) < _EXAMPLES_KEPT:
+            kept.append(str(example)[:80])
+
+    def lines(self) -> list[str]:
+        """A line a kind: "3 x empty caption (annotation 17, annotation 90, ...)"."""
+        return [
+            f"{count} x {kind} ({', '.join(self.examples[kind])}{', ...' if count > _EXAMPLES_KEPT else ''})"
+            for kind, count in self.counts.items()
+        ]
+
+
+@dataclass(frozen=True)
+class AnnotationSet:
+    """The images of one split, in the order of the file, and what was wrong in it."""
+
+    records: list[ImageRecord]
+    problems: Problems
+
+
+def load_split(split: SplitConfig, name: str, seed: int = 0, max_bad: str = "20%") -> AnnotationSet:
+    """Load a split's images and captions, take its subset, and stop if too much is bad.
+
+    Args:
+        split: the paths and the subset.
+        name: the split's name; it picks the part of a Karpathy file (`karpathy-train`, or just `train`).
+        seed: of the random order that `skip` and `limit` cut. The subset is cut by images, never by captions,
+            so no image stands in two disjoint subsets.
+        max_bad: how many problems are allowed, "10" or "5%" of the images and captions.
+
+    Raises:
+        AnnotationError: unreadable, of no known layout, or too many problems.
+    """
+    loaded = load_annotations(split.annotations, name) if split.annotations else list_images(split.images)
+    source = split.annotations or split.images
+    bad = sum(loaded.problems.counts.values())
+    total = sum(max(1, len(r.captions)) for r in loaded.records) + bad
+    if bad > allowed_bad(max_bad, total):
+        worst = "; ".join(loaded.problems.lines())
+        raise AnnotationError(
+            f"{source}: {bad} of {total} items are bad, more than {max_bad}: {worst}",
+            "mend the file, or allow more with --set data.max_bad=50%",
+        )
+    records = loaded.records
+    if split.limit is not None or split.skip:
+        order = np.random.default_rng([seed, 0x5B5E7]).permutation(len(records))
+        end = None if split.limit is None else split.skip + split.limit
+        records = [records[i] for i in np.sort(order[split.skip : end])]
+    if not records:
+        raise AnnotationError(f"{source}: no images are left for split {name!r}", "check the path, limit and skip")
+    return AnnotationSet(records, loaded.problems)
+
+
+def load_annotations(path: Path, part: str = "train") -> AnnotationSet:
+    """Read a captions file; the layout is told from its content.
+
+    Args:
+        path: COCO captions JSON, Karpathy's `dataset_coco.json`, or a CSV with a line `image,caption` a caption.
+        part: for a Karpathy file, which part: train (with restval), val, test; a leading "karpathy-" is ignored.
+
+    Raises:
+        AnnotationError: unreadable or of no known layout.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise AnnotationError(f"{path}: not UTF-8 text (byte {error.start})", "give a captions file") from error
+    except OSError as error:
+        raise AnnotationError(f"{path}: {error.strerror}", "check the path of the captions file") from error
+    if path.suffix.lower() in (".csv", ".txt"):
+        return _read_csv(text, path)
+    try:
+        data = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        where = f"line {error.lineno}, column {error.colno}: {error.msg}" if isinstance(error, ValueError) else error
+        raise AnnotationError(f"{path}: not valid JSON: {where}", "download or write the file again") from error
+    if not isinstance(data, dict) or not isinstance(data.get("images"), list):
+        raise AnnotationError(
+            f"{path}: no list of images: neither a COCO captions file nor Karpathy's split file",
+            "give captions_*.json, dataset_coco.json, or a .csv with the columns image,caption",
+        )
+    if data["images"] and isinstance(data["images"][0], dict) and "sentences" in data["images"][0]:
+        return _read_karpathy(data, path, part.removeprefix("karpathy-"))
+    return _read_coco(data, path)
+
+
+def list_images(folder: Path) -> AnnotationSet:
+    """All images below a folder, sorted by path, without captions.
+
+    Raises:
+        AnnotationError: the folder is missing or holds no images.
+    """
+    if not folder.is_dir():
+        raise AnnotationError(f"{folder}: no such folder of images", "check the path given with --images")
+    found = (p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    names = sorted(p.relative_to(folder).as_posix() for p in found)
+    if not names:
+        raise AnnotationError(f"{folder}: holds no images", f"images end in {', '.join(IMAGE_SUFFIXES)}")
+    return AnnotationSet([ImageRecord(id_from_name(n), n) for n in names], Problems())
+
+
+def id_from_name(file_name: str) -> int:
+    """An image id for files that have none: 52 bits of the name's SHA-256, so it is the same in every subset."""
+    return int.from_bytes(hashlib.sha256(file_name.encode()).digest()[:8], "big") >> 12
+
+
+def _collect(images: Iterable[tuple[int, str]], captions: dict[int, list[str]], problems: Problems) -> AnnotationSet:
+    """Join images with their captions; count images that stand twice."""
+    records: list[ImageRecord] = []
+    seen: set[int] = set()
+    for image_id, file_name in images:
+        if image_id in seen:
+            problems.add("duplicate image id", f"{image_id} {file_name}")
+            continue
+        seen.add(image_id)
+        records.append(ImageRecord(image_id, file_name, tuple(captions.get(image_id, ()))))
+    return AnnotationSet(records, problems)
+
+
+def _checked_name(name: object, path: Path) -> str:
+    """A file name that stays inside the image folder."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise AnnotationError(f"{path}: an image has no usable file name: {name!r}", "mend that entry")
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts:
+        raise AnnotationError(
+            f"{path}: the file name {name!r} leaves the image folder", "use names relative to the image folder"
+        )
+    return name
+
+
+def _clean(caption: object, where: str, problems: Problems) -> str | None:
+    if not isinstance(caption, str) or not caption.strip():
+        problems.add("empty caption", where)
+        return None
+    return " ".join(caption.split())
+
+
+def _read_coco(data: dict[str, Any], path: Path) -> AnnotationSet:
+    from pycocotools.coco import COCO
+
+    problems = Problems()
+    images: list[tuple[int, str]] = []
+    for entry in data["images"]:
+        if not isinstance(entry, dict) or not isinstance(entry.get("id"), int):
+            problems.add("image without a whole-number id", entry)
+            continue
+        images.append((entry["id"], _checked_name(entry.get("file_name"), path)))
+
+    annotations = data.get("annotations", [])
+    if not isinstance(annotations, list):
+        raise AnnotationError(f"{path}: annotations is not a list", "give a COCO captions file")
+    known = {image_id for image_id, _ in images}
+    good, seen = [], set()
+    for entry in annotations:
+        if not isinstance(entry, dict) or "caption" not in entry:
+            problems.add("annotation without a caption", entry)
+        elif entry.get("image_id") not in known:
+            problems.add("annotation for an unknown image", entry.get("image_id"))
+        elif entry.get("id") in seen:
+            problems.add("duplicate annotation id", entry.get("id"))
+        else:
+            seen.add(entry.get("id"))
+            good.append(entry)
+    if annotations and not good and "caption" not in str(annotations[0]):
+        raise AnnotationError(
+            f"{path}: its annotations have no captions", "give captions_*.json, not instances_*.json or person_keypoints_*"
+        )
+
+    coco = COCO()
+    coco.dataset = {"images": [e for e in data["images"] if isinstance(e, dict) and "id" in e], "annotations": good}
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+        coco.createIndex()
+    captions: dict[int, list[str]] = {}
+    for image_id in known:
+        for entry in coco.imgToAnns.get(image_id, []):
+            if caption := _clean(entry["caption"], f"annotation {entry.get('id')}", problems):
+                captions.setdefault(image_id, []).append(caption)
+    return _collect(images, captions, problems)
+
+
+def _read_karpathy(data: dict[str, Any], path: Path, part: str) -> AnnotationSet:
+    """Karpathy and Fei-Fei (2015): https://cs.stanford.edu/people/karpathy/deepimagesent/"""
+    if part not in ("train", "val", "test"):
+        raise AnnotationError(
+            f"{path}: Karpathy's file has no part {part!r}", "use --split karpathy-train, karpathy-val or karpathy-test"
+        )
+    wanted = {"train", "restval"} if part == "train" else {part}
+    problems = Problems()
+    images: list[tuple[int, str]] = []
+    captions: dict[int, list[str]] = {}
+    for entry in data["images"]:
+        if not isinstance(entry, dict) or not isinstance(entry.get("sentences"), list):
+            problems.add("image without sentences", entry)
+            continue
+        if entry.get("split") not in wanted:
+            continue
+        name = _checked_name(entry.get("filename"), path)
+        if folder := entry.get("filepath"):
+            name = _checked_name(f"{folder}/{name}", path)
+        image_id = entry.get("cocoid", entry.get("imgid"))
+        if not isinstance(image_id, int):
+            problems.add("image without a whole-number id", name)
+            continue
+        images.append((image_id, name))
+        texts = [s.get("raw") if isinstance(s, dict) else None for s in entry["sentences"]]
+        cleaned = [_clean(text, name, problems) for text in texts]
+        captions.setdefault(image_id, [c for c in cleaned if c])
+    return _collect(images, captions, problems)
+
+
+def _read_csv(text: str, path: Path) -> AnnotationSet:
+    """A line a caption, `image,caption`, with or without that header; Flickr8k's captions.txt."""
+    problems = Problems()
+    captions: dict[str, list[str]] = {}
+    reader = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True)
+    try:
+        for row in reader:
+            if not row or (reader.line_num == 1 and row[0].strip().lower() in ("image", "file_name", "filename")):
+                continue
+            name = _checked_name(row[0].strip(), path)
+            if not name.lower().endswith(IMAGE_SUFFIXES):
+                problems.add("line whose first column is no image file", f"line {reader.line_num}")
+                continue
+            kept = captions.setdefault(name, [])
+            # A caption with commas and no quotes is split by the reader: join it again.
+            if caption := _clean(",".join(row[1:]), f"line {reader.line_num}", problems):
+                kept.append(caption)
+    except csv.Error as error:
+        raise AnnotationError(f"{path}: line {reader.line_num}: {error}", "mend that line") from error
+    by_id = {id_from_name(name): name for name in captions}
+    return _collect(by_id.items(), {i: captions[n] for i, n in by_id.items()}, problems)

@@ -1,0 +1,87 @@
+"""The errors a user meets: one line what, one line what to do next.
+
+Exit statuses of every command: 0 success, 1 a failure, 2 a mistake in what the user asked for,
+3 extraction complete but some images were rejected, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+
+EXIT_FAILURE = 1
+EXIT_USER = 2
+EXIT_REJECTS = 3
+EXIT_INTERRUPTED = 130
+
+
+class GridcapError(Exception):
+    """An error with a message made for the user.
+
+    Args:
+        what: one line that names the file or option and says what is wrong.
+        hint: one line that says what to do next.
+    """
+
+    exit_status = EXIT_FAILURE
+
+    def __init__(self, what: str, hint: str) -> None:
+        super().__init__(what)
+        self.what = what
+        self.hint = hint
+
+
+class UserError(GridcapError):
+    """The user asked for something that cannot be: a wrong path, option, file or combination."""
+
+    exit_status = EXIT_USER
+
+
+class ConfigError(UserError):
+    """The configuration holds an unknown key, a bad value or a contradiction."""
+
+
+class AnnotationError(UserError):
+    """A captions file cannot be read, or too much of it is bad."""
+
+
+class StoreError(UserError):
+    """A feature store is missing, incomplete, damaged or of another format."""
+
+
+class MismatchError(UserError):
+    """Two things that must belong together do not: features and checkpoint, plan and request."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, damaged or of another format."""
+
+
+class WeightsError(UserError):
+    """Encoder weights cannot be had or are not what they should be."""
+
+
+class ExtractionError(GridcapError):
+    """Extraction stopped: too many bad images, or a value that the stored type cannot hold."""
+
+
+class TrainingError(GridcapError):
+    """Training stopped: the loss is not a number."""
+
+
+_OS_HINTS = {
+    errno.ENOSPC: "free some space (or choose another --output), then run the same command again",
+    errno.EDQUOT: "your quota is used up: free some space, then run the same command again",
+    errno.EACCES: "check the permissions, or choose another --output",
+    errno.EPERM: "check the permissions, or choose another --output",
+    errno.EROFS: "the file system is read-only: choose another --output",
+    errno.ENOENT: "check the path for a typing error",
+    errno.ENOTDIR: "a part of the path is a file, not a folder: choose another path",
+    errno.EISDIR: "a file is needed here, and this is a folder",
+}
+
+
+def from_os_error(error: OSError) -> GridcapError:
+    """Turn an operating-system error into one with a path and a next step."""
+    where = f"{error.filename}: " if error.filename else ""
+    what = f"{where}{error.strerror or error}"
+    return GridcapError(what, _OS_HINTS.get(error.errno or 0, "run again with --debug to see where it happened"))

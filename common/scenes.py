@@ -1,0 +1,130 @@
+"""Rendered scenes: one coloured object at one place, and sentences that describe it.
+
+They serve two ends: the demo's data set (`demo/`), and the fixed batch on which randomly initialised
+encoders calibrate their BatchNorm statistics (`extract/encoder.py`). Everything is a pure function of the
+seed, down to the last pixel, on every machine.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+SIZES = {"small": 0.24, "large": 0.46}  # side of the object over the side of the picture
+COLOURS = {
+    "red": (214, 32, 32),
+    "green": (24, 150, 54),
+    "blue": (30, 60, 214),
+    "yellow": (244, 214, 24),
+    "white": (252, 252, 252),
+    "black": (12, 12, 12),
+}
+SHAPES = ("ring", "square", "triangle", "cross")
+PLACES = {  # centre of the object, (x, y) over the side of the picture
+    "top left": (0.27, 0.27),
+    "top right": (0.73, 0.27),
+    "centre": (0.50, 0.50),
+    "bottom left": (0.27, 0.73),
+    "bottom right": (0.73, 0.73),
+}
+
+# Words of one meaning: the first is the attribute's name. No word belongs to two attributes.
+SYNONYMS = {
+    "small": ("small", "little", "tiny"),
+    "large": ("large", "big", "huge"),
+    "centre": ("centre", "middle"),
+}
+TEMPLATES = (
+    "a {size} {colour} {shape} in the {place}",
+    "there is a {size} {colour} {shape} in the {place} of the picture",
+    "in the {place} sits a {size} {shape} painted {colour}",
+    "the {shape} in the {place} is {size} and {colour}",
+    "this picture shows one {colour} {shape} , {size} , in the {place}",
+)
+
+
+@dataclass(frozen=True, order=True)
+class Scene:
+    """The four attributes of one scene."""
+
+    size: str
+    colour: str
+    shape: str
+    place: str
+
+
+def all_scenes() -> list[Scene]:
+    """Every combination of attributes, in a fixed order: 2 x 6 x 4 x 5 = 240."""
+    return [Scene(*parts) for parts in itertools.product(SIZES, COLOURS, SHAPES, PLACES)]
+
+
+def render(scene: Scene, rng: np.random.Generator, side: int = 320) -> Image.Image:
+    """Draw a scene: the object, slightly moved and scaled, on a noisy grey background with a gradient.
+
+    Returns an RGB image of `side` x `side` pixels.
+    """
+    base, slope_x, slope_y = rng.uniform(105, 165), *rng.uniform(-25, 25, 2)
+    ramp = np.linspace(-0.5, 0.5, side)
+    grey = base + slope_x * ramp[None, :] + slope_y * ramp[:, None] + rng.normal(0, 4, (side, side))
+    picture = Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8)).convert("RGB")
+
+    x, y = (np.array(PLACES[scene.place]) + rng.uniform(-0.04, 0.04, 2)) * side
+    half = SIZES[scene.size] * rng.uniform(0.92, 1.08) * side / 2
+    colour = tuple(int(c) for c in np.clip(np.array(COLOURS[scene.colour]) + rng.integers(-8, 9, 3), 0, 255))
+    draw = ImageDraw.Draw(picture)
+    box = (x - half, y - half, x + half, y + half)
+    if scene.shape == "ring":
+        draw.ellipse(box, outline=colour, width=round(half * 0.36))
+    elif scene.shape == "square":
+        draw.rectangle(box, fill=colour)
+    elif scene.shape == "triangle":
+        draw.polygon([(x, y - half), (x - half, y + half), (x + half, y + half)], fill=colour)
+    else:
+        arm = half * 0.30
+        draw.rectangle((x - arm, y - half, x + arm, y + half), fill=colour)
+        draw.rectangle((x - half, y - arm, x + half, y + arm), fill=colour)
+    return picture
+
+
+def describe(scene: Scene, rng: np.random.Generator) -> list[str]:
+    """Five differently worded captions that all name the four attributes."""
+
+    def word(name: str) -> str:
+        choices = SYNONYMS.get(name, (name,))
+        return choices[int(rng.integers(len(choices)))]
+
+    captions = []
+    for template in TEMPLATES:
+        place = word(scene.place) if scene.place == "centre" else f"{scene.place} corner"
+        captions.append(template.format(size=word(scene.size), colour=scene.colour, shape=scene.shape, place=place))
+    return captions
+
+
+def parse(caption: str) -> dict[str, str | None]:
+    """The attributes a caption names; None where it names none or two that contradict each other."""
+    words = caption.lower().replace(",", " ").split()
+    text = f" {' '.join(words)} "
+
+    def named(values: dict[str, object] | tuple[str, ...] | dict[str, float]) -> str | None:
+        found = {v for v in values if any(f" {w} " in text for w in SYNONYMS.get(v, (v,)))}
+        return found.pop() if len(found) == 1 else None
+
+    return {
+        "size": named(SIZES),
+        "colour": named(tuple(COLOURS)),
+        "shape": named(SHAPES),
+        "place": named(tuple(PLACES)),
+    }
+
+
+def calibration_batch(count: int, side: int) -> np.ndarray:
+    """The fixed batch for BatchNorm calibration.
+
+    Returns uint8 (count, side, side, 3), RGB: scenes spread evenly over all combinations.
+    """
+    scenes = all_scenes()
+    picked = [scenes[i * len(scenes) // count] for i in range(count)]
+    return np.stack([np.asarray(render(s, np.random.default_rng([20150, i]), side)) for i, s in enumerate(picked)])

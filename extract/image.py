@@ -1,0 +1,85 @@
+"""An image file -> a square uint8 array, by Pillow."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import PIL
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+LETTERBOX_GREY = 128
+
+
+class BadImageError(Exception):
+    """An image that cannot be used; the message is the reason, in a few words."""
+
+
+def load_square(path: Path, side: int, geometry: str) -> np.ndarray:
+    """Decode an image and make it square. Resizing is Pillow's bilinear filter, which is antialiased.
+
+    Args:
+        path: JPEG, PNG, WebP, BMP, TIFF or GIF.
+        side: of the result, in pixels.
+        geometry: "stretch" (the whole image, its aspect ratio changed: the habit of the Keras and TensorFlow
+            line), "crop" (the centre square) or "letterbox" (the whole image, grey bars).
+
+    Returns:
+        uint8 (side, side, 3), RGB.
+
+    Raises:
+        BadImageError: missing, empty, truncated, no image, too large.
+    """
+    return np.asarray(_square(load_rgb(path), side, geometry))
+
+
+def load_rgb(path: Path) -> Image.Image:
+    """Decode an image: EXIF rotation applied, transparency over white, 16-bit grey scaled to 8 bits, the first
+    frame of an animation.
+
+    Raises:
+        BadImageError: missing, empty, truncated, no image, too large.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return _to_rgb(ImageOps.exif_transpose(image))
+    except FileNotFoundError as error:
+        raise BadImageError("missing") from error
+    except IsADirectoryError as error:
+        raise BadImageError("is a folder") from error
+    except PermissionError as error:
+        raise BadImageError("no permission to read") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadImageError("too many pixels") from error
+    except UnidentifiedImageError as error:
+        raise BadImageError("empty file" if path.stat().st_size == 0 else "not an image") from error
+    except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
+        reason = "truncated" if "truncated" in str(error).lower() else f"unreadable ({type(error).__name__}: {error})"
+        raise BadImageError(reason[:200]) from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("I", "I;16", "I;16B", "I;16L"):
+        return Image.fromarray((np.asarray(image, np.uint32) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _square(image: Image.Image, side: int, geometry: str) -> Image.Image:
+    if geometry == "crop":
+        return ImageOps.fit(image, (side, side), Image.Resampling.BILINEAR)
+    if geometry == "letterbox":
+        grey = (LETTERBOX_GREY,) * 3
+        return ImageOps.pad(image, (side, side), Image.Resampling.BILINEAR, color=grey)
+    return image.resize((side, side), Image.Resampling.BILINEAR)
+
+
+def decoder_name() -> str:
+    """The decoding library, for the provenance."""
+    return f"pillow {PIL.__version__}"

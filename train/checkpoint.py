@@ -1,0 +1,162 @@
+"""Checkpoints: folders without pickled code, written whole or not at all.
+
+    runs/x/config.yaml                   the resolved configuration of the run
+    runs/x/metrics.jsonl                 a line an epoch
+    runs/x/checkpoints.json              which checkpoint is the best and which the last
+    runs/x/checkpoints/epoch-0007/
+        model.safetensors                weights
+        config.json                      configuration
+        vocabulary.json                  words
+        provenance.json                  which features it was trained on
+        training_state.pt                what a resume needs besides
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from common.config import PipelineConfig
+from common.errors import CheckpointError
+from common.files import fsync_path, temporary_sibling, write_json
+from train.decoders.base import Decoder
+from train.decoders.build import build_decoder
+from train.vocabulary import Vocabulary
+
+VERSION = 1
+POINTERS = "checkpoints.json"
+_REFUSED = "choose another checkpoint of the run (runs/x/checkpoints/epoch-...), or train again"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a captioner needs, loaded.
+
+    Attributes:
+        path: its folder.
+        decoder: on the CPU, in evaluation mode.
+        vocabulary: its words.
+        config: of the run that made it.
+        provenance: of the features it was trained on; everything that feeds the decoder must match it.
+    """
+
+    path: Path
+    decoder: Decoder
+    vocabulary: Vocabulary
+    config: PipelineConfig
+    provenance: dict[str, Any]
+
+
+def save_checkpoint(
+    run: Path, epoch: int, decoder: Decoder, vocabulary: Vocabulary, config: PipelineConfig,
+    provenance: dict[str, Any], state: dict[str, Any], best_epoch: int,
+) -> Path:  # fmt: skip
+    """Write a checkpoint, then say in `checkpoints.json` that it is the last, then remove those nobody needs.
+
+    Killed at any moment, `checkpoints.json` names whole checkpoints.
+
+    Args:
+        run: folder of the run.
+        epoch: epochs done.
+        state: tensors and plain values that a resume needs.
+        best_epoch: epochs done when the best checkpoint was made.
+    """
+    final = run / "checkpoints" / f"epoch-{epoch:04}"
+    temporary = temporary_sibling(final)
+    temporary.mkdir(parents=True)
+    try:
+        save_file({k: v.detach().cpu().contiguous() for k, v in decoder.state_dict().items()}, temporary / "model.safetensors")
+        write_json(temporary / "config.json", {"format": "gridcap-checkpoint", "version": VERSION, **_plain(config)})
+        vocabulary.save(temporary / "vocabulary.json")
+        write_json(temporary / "provenance.json", provenance)
+        torch.save(state, temporary / "training_state.pt")
+        for file in temporary.iterdir():
+            fsync_path(file)
+        fsync_path(temporary)
+        if final.exists():  # of a run killed after this rename and before the pointers moved
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+        fsync_path(final.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    keep = {"last": final.name, "best": f"epoch-{best_epoch:04}"}
+    write_json(run / POINTERS, keep)
+    for folder in final.parent.iterdir():
+        if folder.name not in keep.values():
+            shutil.rmtree(folder, ignore_errors=True)
+    return final
+
+
+def _plain(config: PipelineConfig) -> dict[str, Any]:
+    return {"pipeline": config.model_dump(mode="json")}
+
+
+def find_checkpoint(path: Path, which: str = "best") -> Path:
+    """The checkpoint's folder, given it or its run's folder.
+
+    Args:
+        path: runs/x, or runs/x/checkpoints/epoch-0007.
+        which: "best" or "last", of a run.
+
+    Raises:
+        CheckpointError: no checkpoint there.
+    """
+    if (path / "model.safetensors").is_file():
+        return path
+    try:
+        name = json.loads((path / POINTERS).read_text(encoding="utf-8"))[which]
+    except FileNotFoundError as error:
+        what = "no such folder" if not path.exists() else "holds no checkpoint"
+        raise CheckpointError(f"{path}: {what}", "give the folder of a run made by train-decoder") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / POINTERS}: damaged: {error}", "give one of its checkpoints/epoch-...") from error
+    return path / "checkpoints" / str(name)
+
+
+def load_checkpoint(path: Path, which: str = "best") -> Checkpoint:
+    """Load a checkpoint; no code from it is ever run.
+
+    Args:
+        path: of a run or of a checkpoint.
+        which: "best" or "last", of a run.
+
+    Raises:
+        CheckpointError: missing, damaged, or of a newer version.
+    """
+    folder = find_checkpoint(path, which)
+    try:
+        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if saved["version"] > VERSION:
+            raise CheckpointError(f"{folder}: made by a newer gridcap (version {saved['version']})", "update gridcap")
+        config = PipelineConfig.model_validate(saved["pipeline"])
+        provenance = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+        vocabulary = Vocabulary.load(folder / "vocabulary.json")
+        decoder = build_decoder(config.train.decoder, len(vocabulary), provenance["grid_shape"])
+        decoder.load_state_dict(load_file(folder / "model.safetensors"))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ValidationError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{folder}: damaged checkpoint: {reason}", _REFUSED) from error
+    return Checkpoint(folder, decoder.eval(), vocabulary, config, provenance)
+
+
+def load_training_state(checkpoint: Path) -> dict[str, Any]:
+    """What a resume needs besides the weights.
+
+    Raises:
+        CheckpointError: missing or damaged.
+    """
+    file = checkpoint / "training_state.pt"
+    try:
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        return state
+    except Exception as error:  # whatever a damaged or hostile file leads the loader to raise
+        raise CheckpointError(f"{file}: cannot be read: {str(error).splitlines()[0]}", _REFUSED) from error

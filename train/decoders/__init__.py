@@ -1,0 +1,1 @@
+"""The decoders, one file a family; `base.py` holds the contract."""

@@ -1,0 +1,189 @@
+"""The stream of training batches: epoch order, prefetch, CaptionBatch.
+
+The unit is an image with its K captions: its grid is read and moved once and serves them all.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.annotations import ImageRecord
+from common.errors import MismatchError
+from common.store import FeatureStore
+from train.vocabulary import PAD, Vocabulary
+
+_BATCHES_AHEAD = 3
+
+
+@dataclass(frozen=True)
+class CaptionedImages:
+    """The images of a store that can be used, with their captions.
+
+    Attributes:
+        store: where their grids are.
+        rows: (n,) int64, their rows in the store.
+        captions: n lists of captions, none empty.
+        left_out: reason -> how many images of the captions file could not be used.
+    """
+
+    store: FeatureStore
+    rows: np.ndarray
+    captions: list[tuple[str, ...]]
+    left_out: dict[str, int]
+
+    @classmethod
+    def join(cls, store: FeatureStore, records: Sequence[ImageRecord], source: Path) -> CaptionedImages:
+        """Match captions with grids by image id, in the order of the store's rows.
+
+        Args:
+            store: the grids.
+            records: images with captions.
+            source: the captions file, for messages.
+
+        Raises:
+            MismatchError: no image has both, or an id means two different files.
+        """
+        left_out: dict[str, int] = {}
+        pairs: list[tuple[int, tuple[str, ...]]] = []
+        for record in records:
+            try:
+                row = store.row_of_image(record.image_id)
+            except KeyError:
+                left_out["not in the feature store"] = left_out.get("not in the feature store", 0) + 1
+                continue
+            if PurePosixPath(record.file_name).name != PurePosixPath(store.file_names[row]).name:
+                raise MismatchError(
+                    f"image {record.image_id} is {store.file_names[row]} in {store.path} and {record.file_name} in {source}",
+                    "give the captions file that these features were extracted for",
+                )
+            reason = "rejected in extraction" if not store.valid[row] else "" if record.captions else "without captions"
+            if reason:
+                left_out[reason] = left_out.get(reason, 0) + 1
+            else:
+                pairs.append((row, record.captions))
+        if not pairs:
+            raise MismatchError(
+                f"{store.path} and {source} have no usable image in common ({left_out})",
+                "give the captions file that these features were extracted for",
+            )
+        pairs.sort(key=lambda pair: pair[0])
+        return cls(store, np.array([row for row, _ in pairs]), [captions for _, captions in pairs], left_out)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass(frozen=True)
+class CaptionBatch:
+    """B images with K captions each.
+
+    Attributes:
+        images: (B,) positions in the `CaptionedImages`.
+        grids: (B, P, C) in the stored type; P cells, row by row.
+        tokens: (B, K, T) int64, BOS ... EOS, then PAD; an image with fewer captions has rows of PAD only.
+    """
+
+    images: np.ndarray
+    grids: Tensor
+    tokens: Tensor
+
+    def to(self, device: torch.device) -> CaptionBatch:
+        """The batch on another device."""
+        return CaptionBatch(
+            self.images, self.grids.to(device, non_blocking=True), self.tokens.to(device, non_blocking=True)
+        )
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch: a permutation of 0 ... count - 1 that depends on nothing but its arguments."""
+    return np.random.default_rng([seed, epoch, 0x0E0C]).permutation(count)
+
+
+def choose_captions(available: int, wanted: int, seed: int, epoch: int, row: int) -> list[int]:
+    """Which of an image's captions an epoch uses: all if there are no more than wanted, else drawn without repeats."""
+    if available <= wanted:
+        return list(range(available))
+    return np.random.default_rng([seed, epoch, row, 0xCA]).choice(available, wanted, replace=False).tolist()  # type: ignore[no-any-return]
+
+
+def pad_captions(captions: Sequence[Sequence[Sequence[int]]], per_image: int) -> Tensor:
+    """Token lists -> (B, K, T) int64 filled up with PAD; T is the longest."""
+    longest = max(len(tokens) for image in captions for tokens in image)
+    out = np.full((len(captions), per_image, longest), PAD, np.int64)
+    for b, image in enumerate(captions):
+        for k, tokens in enumerate(image):
+            out[b, k, : len(tokens)] = tokens
+    return torch.from_numpy(out)
+
+
+@dataclass(frozen=True)
+class CaptionStream:
+    """Batches of one data set, in the order of any epoch, read ahead by a thread.
+
+    Args:
+        data: images with captions.
+        vocabulary: for the tokens.
+        batch_size: images in a batch.
+        per_image: K, captions of an image in a batch.
+        max_length: longest caption, in words.
+        seed: of the order and of the choice of captions.
+        pin: whether to put batches into pinned memory, for a GPU.
+    """
+
+    data: CaptionedImages
+    vocabulary: Vocabulary
+    batch_size: int
+    per_image: int
+    max_length: int
+    seed: int = 0
+    pin: bool = False
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return -(-len(self.data) // self.batch_size)
+
+    def epoch(self, epoch: int) -> Iterator[CaptionBatch]:
+        """All images once, in the order of that epoch."""
+        return self._stream(epoch_order(len(self.data), self.seed, epoch), epoch)
+
+    def in_order(self) -> Iterator[CaptionBatch]:
+        """All images once, in the order of the store, each with its first K captions."""
+        return self._stream(np.arange(len(self.data)), None)
+
+    def _stream(self, order: np.ndarray, epoch: int | None) -> Iterator[CaptionBatch]:
+        parts = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        pool = ThreadPoolExecutor(1, "prefetch")
+        ahead: deque[Future[CaptionBatch]] = deque()
+        try:
+            for part in parts:
+                ahead.append(pool.submit(self._load, part, epoch))
+                if len(ahead) > _BATCHES_AHEAD:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _load(self, images: np.ndarray, epoch: int | None) -> CaptionBatch:
+        rows = self.data.rows[images]
+        grids = torch.from_numpy(self.data.store.rows(rows)).reshape(len(rows), -1, self.data.store.grid_shape[-1])
+        encoded = []
+        for image, row in zip(images, rows, strict=True):
+            captions = self.data.captions[image]
+            if epoch is None:
+                chosen = list(range(min(len(captions), self.per_image)))
+            else:
+                chosen = choose_captions(len(captions), self.per_image, self.seed, epoch, int(row))
+            encoded.append([self.vocabulary.encode(captions[i], self.max_length) for i in chosen])
+        tokens = pad_captions(encoded, self.per_image)
+        if self.pin:
+            grids, tokens = grids.pin_memory(), tokens.pin_memory()
+        return CaptionBatch(images, grids, tokens)
