@@ -18,7 +18,9 @@ _COLUMNS = 8
 _PANEL = 1.7  # inches
 
 
-def draw_attention(images: Sequence[np.ndarray], captions: Sequence[Caption], titles: Sequence[str], path: Path) -> None:
+def draw_attention(
+    images: Sequence[np.ndarray], captions: Sequence[Caption], titles: Sequence[str], path: Path
+) -> None:
     """Draw a block of panels for each image: the image, then one panel a word with the attention over it.
 
     Brightness is the attention's share relative to the word's strongest cell, smoothly enlarged from the grid.

@@ -29,10 +29,14 @@ _MOST_PANELS = 40  # images in one attention picture
 
 @pipeline_command("caption-images", EXAMPLES)
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--checkpoint", type=click.Path(path_type=Path), required=True, help="Folder of a run or of a checkpoint.")
+@click.option(
+    "--checkpoint", type=click.Path(path_type=Path), required=True, help="Folder of a run or of a checkpoint."
+)
 @click.option("--output", type=click.Path(path_type=Path), help="Write the captions to this JSON file too.")
 @click.option(
-    "--attention", type=click.Path(path_type=Path), help="Draw where the decoder looked, word by word: .png, .pdf or .svg."
+    "--attention",
+    type=click.Path(path_type=Path),
+    help="Draw where the decoder looked, word by word: .png, .pdf or .svg.",
 )
 @click.option(
     "--weights", type=click.Path(path_type=Path),
@@ -55,7 +59,9 @@ def main(
     if attention is not None and attention.suffix.lower() not in PICTURE_SUFFIXES:
         raise UserError(f"--attention {attention}: must end in .png, .pdf or .svg", f"use --attention {attention}.png")
     if attention is not None and len(paths) > _MOST_PANELS:
-        raise UserError(f"--attention: {len(paths)} images are too many for one picture", f"give at most {_MOST_PANELS}")
+        raise UserError(
+            f"--attention: {len(paths)} images are too many for one picture", f"give at most {_MOST_PANELS}"
+        )
     if dry_run:
         click.echo("configuration")
         show_config(config, "caption")
@@ -122,7 +128,8 @@ def _draw(captioner: Captioner, found: dict[Path, Caption], path: Path) -> None:
 
     if any(caption.attention is None for caption in found.values()):
         raise UserError(
-            f"--attention: the decoder of {captioner.checkpoint.path} has no attention", "train one with --decoder attention"
+            f"--attention: the decoder of {captioner.checkpoint.path} has no attention",
+            "train one with --decoder attention",
         )
     views = [captioner.view(image) for image in found]
     titles = [f"{image.name}: {caption.text}" for image, caption in found.items()]

@@ -22,4 +22,4 @@ def keep_large_buffers() -> bool:
     except (OSError, AttributeError):
         return False
     settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 << 20))
-    return all([mallopt(name, value) for name, value in settings])
+    return bool(sum(mallopt(name, value) for name, value in settings) == len(settings))

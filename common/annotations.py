@@ -210,7 +210,8 @@ def _read_coco(data: dict[str, Any], path: Path) -> AnnotationSet:
             good.append(entry)
     if annotations and not good and "caption" not in str(annotations[0]):
         raise AnnotationError(
-            f"{path}: its annotations have no captions", "give captions_*.json, not instances_*.json or person_keypoints_*"
+            f"{path}: its annotations have no captions",
+            "give captions_*.json, not instances_*.json or person_keypoints_*",
         )
 
     coco = COCO()

@@ -18,7 +18,6 @@ from common.allocator import keep_large_buffers
 from common.config import PipelineConfig, describe_key, load_config
 from common.errors import EXIT_FAILURE, EXIT_INTERRUPTED, GridcapError, from_os_error
 
-
 _LAYERS = "gridcap.layers"  # the flags and --set values of the running command
 
 
@@ -93,9 +92,7 @@ def pipeline_command(
     """
 
     def decorate(function: Callable[..., Any]) -> PipelineCommand:
-        def run(
-            config_path: Path | None, sets: tuple[str, ...], debug: bool, **values: Any
-        ) -> Any:
+        def run(config_path: Path | None, sets: tuple[str, ...], debug: bool, **values: Any) -> Any:
             del debug  # read from the context by PipelineCommand
             keys = {p.name: p.key for p in click.get_current_context().command.params if isinstance(p, ConfigFlag)}
             flags = {key: v for n, key in keys.items() if n and (v := values.pop(n)) is not None}
@@ -111,7 +108,7 @@ def pipeline_command(
             click.version_option(None, "--version", package_name="gridcap", prog_name=name),
             click.option("--debug", is_flag=True, help="Show the traceback of an error."),
             click.option("--dry-run", is_flag=True, help="Print the configuration and what would be done, then stop."),
-            click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Set any key, as train.clip_norm=1."),
+            click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Set any key: train.clip_norm=1."),
             click.option(
                 "--config", "config_path", type=click.Path(path_type=Path),
                 help="YAML file with the whole run  [default: pipeline.yaml if it is here]; flags go over it.",

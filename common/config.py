@@ -13,8 +13,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, field_validator
-from pydantic import model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from common.errors import ConfigError
@@ -78,7 +86,9 @@ class ExtractConfig(Section):
         description="imagenet (downloaded once), random[:SEED] (demo and tests only), or a .pth / .safetensors file",
     )
     geometry: Geometry = Field("stretch", description="how an image becomes square")
-    precision: Precision = Field("auto", description="arithmetic of the encoder; auto: bfloat16 where the hardware has it")
+    precision: Precision = Field(
+        "auto", description="arithmetic of the encoder; auto: bfloat16 where the hardware has it"
+    )
     dtype: StoredType = Field("float16", description="number type of the stored grids")
     shard_size: PositiveInt = Field(1024, description="images in one shard")
     batch_size: PositiveInt = Field(32, description="images encoded together; a batch never crosses a shard's border")
@@ -134,7 +144,9 @@ class TrainConfig(Section):
     """Stage two: grid features and captions to a decoder."""
 
     features: Path | None = Field(None, description="feature store to train on  [default: <data.features>/train.h5]")
-    annotations: Path | None = Field(None, description="its captions  [default: those of the store's split in data.splits]")
+    annotations: Path | None = Field(
+        None, description="its captions  [default: those of the store's split in data.splits]"
+    )
     val_features: Path | None = Field(
         None, description="feature store to validate on  [default: <data.features>/val.h5 if it exists]"
     )
@@ -183,7 +195,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML that refuses a key given twice, which plain YAML settles by silently taking the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
@@ -275,7 +287,9 @@ def _explain(
     shown = first["input"] if not isinstance(first["input"], dict) else "a section"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     where = f"{key}: " if key else ""
-    return ConfigError(f"{source}: {where}{message} (given: {shown!r}){more}", "see pipeline.yaml for what each key takes")
+    return ConfigError(
+        f"{source}: {where}{message} (given: {shown!r}){more}", "see pipeline.yaml for what each key takes"
+    )
 
 
 def _keys_at(parts: list[str], tree: Mapping[str, Any]) -> list[str]:
@@ -295,7 +309,7 @@ def describe_key(key: str) -> FieldInfo:
     """The field (description, default, type) of a key such as "extract.batch_size"."""
     if key == "train.decoder.family":
         return FieldInfo(
-            annotation=DecoderFamily,  # type: ignore[arg-type]
+            annotation=DecoderFamily,
             default="attention",
             description="lstm (image to the initial state), or attention (a GRU with Bahdanau attention)",
         )

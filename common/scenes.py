@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-SIZES = {"small": 0.24, "large": 0.46}  # side of the object over the side of the picture
+SIZES = {"small": 0.24, "large": 0.44}  # side of the object over the side of the picture
 COLOURS = {
     "red": (214, 32, 32),
     "green": (24, 150, 54),
@@ -24,11 +24,11 @@ COLOURS = {
 }
 SHAPES = ("ring", "square", "triangle", "cross")
 PLACES = {  # centre of the object, (x, y) over the side of the picture
-    "top left": (0.27, 0.27),
-    "top right": (0.73, 0.27),
+    "top left": (0.25, 0.25),
+    "top right": (0.75, 0.25),
     "centre": (0.50, 0.50),
-    "bottom left": (0.27, 0.73),
-    "bottom right": (0.73, 0.73),
+    "bottom left": (0.25, 0.75),
+    "bottom right": (0.75, 0.75),
 }
 
 # Words of one meaning: the first is the attribute's name. No word belongs to two attributes.
@@ -71,7 +71,7 @@ def render(scene: Scene, rng: np.random.Generator, side: int = 320) -> Image.Ima
     grey = base + slope_x * ramp[None, :] + slope_y * ramp[:, None] + rng.normal(0, 4, (side, side))
     picture = Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8)).convert("RGB")
 
-    x, y = (np.array(PLACES[scene.place]) + rng.uniform(-0.04, 0.04, 2)) * side
+    x, y = (np.array(PLACES[scene.place]) + rng.uniform(-0.03, 0.03, 2)) * side
     half = SIZES[scene.size] * rng.uniform(0.92, 1.08) * side / 2
     colour = tuple(int(c) for c in np.clip(np.array(COLOURS[scene.colour]) + rng.integers(-8, 9, 3), 0, 255))
     draw = ImageDraw.Draw(picture)

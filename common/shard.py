@@ -126,7 +126,7 @@ class ShardWriter:
         for row in rows:
             if row not in rejects and not finite[row - start]:
                 raise ValueError(f"{self._names[row]}: its grid holds a value that {grids.dtype} cannot hold")
-            self._crc[row] = zlib.crc32(np.ascontiguousarray(grids[row - start]))
+            self._crc[row] = zlib.crc32(np.ascontiguousarray(grids[row - start]).data)
             self._valid[row] = row not in rejects
         self._features[start : start + len(grids)] = grids
         self._written[start : start + len(grids)] = True
@@ -217,7 +217,7 @@ class ShardReader:
             return
         if self._descriptor is None:
             self._descriptor = os.open(self.path, os.O_RDONLY)
-        view = memoryview(out).cast("B")
+        view = out.data.cast("B")
         done, position = 0, self._offset + row * self._row_bytes
         while done < self._row_bytes:
             count = os.preadv(self._descriptor, [view[done:]], position + done)
@@ -231,7 +231,7 @@ class ShardReader:
         bad = []
         for row in range(len(self)):
             self.read_row(row, out)
-            if zlib.crc32(out) != self.crc32[row]:
+            if zlib.crc32(out.data) != self.crc32[row]:
                 bad.append(row)
         return bad
 

@@ -25,7 +25,16 @@ import numpy as np
 
 from common.errors import MismatchError, StoreError
 from common.files import replacing
-from common.shard import SHARD_FORMAT, VERSION, ShardInfo, ShardReader, check_format, decode_texts, open_hdf5, text_array
+from common.shard import (
+    SHARD_FORMAT,
+    VERSION,
+    ShardInfo,
+    ShardReader,
+    check_format,
+    decode_texts,
+    open_hdf5,
+    text_array,
+)
 
 INDEX_FORMAT = "gridcap-index"
 
@@ -137,7 +146,8 @@ class FeatureStore:
 
     def row(self, row: int) -> np.ndarray:
         """One grid, (*grid_shape) in the stored type. A refused image's is all NaN: see `valid`."""
-        return self.rows([row])[0]
+        grid: np.ndarray = self.rows([row])[0]
+        return grid
 
     def rows(self, rows: Iterable[int], out: np.ndarray | None = None) -> np.ndarray:
         """Grids of any rows in any order.
@@ -154,7 +164,7 @@ class FeatureStore:
             StoreError: a shard was cut short since it was opened.
         """
         wanted = np.asarray(list(rows), np.int64)
-        if wanted.size and not (0 <= wanted.min() and wanted.max() < len(self)):
+        if wanted.size and not (wanted.min() >= 0 and wanted.max() < len(self)):
             raise IndexError(f"{self.path}: rows go from 0 to {len(self) - 1}")
         if out is None:
             out = np.empty((len(wanted), *self.grid_shape), self.dtype)
@@ -190,7 +200,9 @@ class FeatureStore:
     def rejects(self) -> dict[int, str]:
         """Row -> reason, for the refused images."""
         starts = self._starts.tolist()
-        return {start + row: why for start, s in zip(starts, self._shards, strict=False) for row, why in s.rejects.items()}
+        return {
+            start + row: why for start, s in zip(starts, self._shards, strict=False) for row, why in s.rejects.items()
+        }
 
     def close(self) -> None:
         """Close files and threads; the next read opens them again."""

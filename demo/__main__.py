@@ -20,7 +20,7 @@ from common.config import PipelineConfig
 from common.scenes import COLOURS, PLACES, SHAPES, SIZES, Scene, parse
 from demo.shapes import ShapesSplit, write_shapes
 
-IMAGES = {"train": 1080, "val": 80, "test": 160}
+IMAGES = {"train": 960, "val": 60, "test": 160}
 EPOCHS = 7
 SEEN = "decoder"
 BLIND = "blind"
@@ -90,7 +90,7 @@ def _run(command: list[str], seconds: dict[str, float], stage: str) -> None:
 
 def accuracies(captions: dict[int, str], scenes: dict[int, Scene]) -> dict[str, float]:
     """The share of captions that name each attribute rightly, and all four ("all right")."""
-    right = {name: 0 for name in (*CHANCE, "all right")}
+    right = dict.fromkeys((*CHANCE, "all right"), 0)
     for image_id, caption in captions.items():
         named = parse(caption)
         hits = [named[name] == getattr(scenes[image_id], name) for name in CHANCE]
@@ -121,7 +121,11 @@ def _show(output: Path, test: ShapesSplit, seconds: dict[str, float], weights: s
         lines += [f"  {name:<38}{results[SEEN]['metrics'][name]:9.2f}{results[BLIND]['metrics'][name]:9.2f}"]
     lines += ["", "five captions beside their references (each of these has five):"]
     for entry in results[SEEN]["captions"][:EXAMPLES_SHOWN]:
-        lines += [f"  {entry['file_name']}", f"    model:     {entry['caption']}", f"    reference: {entry['references'][0]}"]
+        lines += [
+            f"  {entry['file_name']}",
+            f"    model:     {entry['caption']}",
+            f"    reference: {entry['references'][0]}",
+        ]
     lines += ["", f"the picture of where the decoder looked: {picture}"]
     if weights.startswith("random"):
         lines += [

@@ -51,7 +51,9 @@ def write_shapes(folder: Path, images: dict[str, int], seed: int = 0) -> dict[st
     for name, combinations in split_scenes(seed).items():
         target = folder / name
         target.mkdir(parents=True, exist_ok=True)
-        scenes, image_list, annotations = {}, [], []
+        scenes: dict[int, Scene] = {}
+        image_list: list[dict[str, object]] = []
+        annotations: list[dict[str, object]] = []
         for i in range(images[name]):
             rng = np.random.default_rng([seed, FIRST_ID[name], i])
             scene = combinations[i % len(combinations)]
@@ -59,7 +61,9 @@ def write_shapes(folder: Path, images: dict[str, int], seed: int = 0) -> dict[st
             picture = render(scene, rng)
             picture.save(target / file_name, quality=JPEG_QUALITY)
             scenes[image_id] = scene
-            image_list.append({"id": image_id, "file_name": file_name, "width": picture.width, "height": picture.height})
+            image_list.append(
+                {"id": image_id, "file_name": file_name, "width": picture.width, "height": picture.height}
+            )
             for caption in describe(scene, rng):
                 annotations.append({"id": len(annotations) + 1, "image_id": image_id, "caption": caption})
         path = folder / f"captions_{name}.json"

@@ -124,7 +124,9 @@ def _imagenet_file(encoder: str) -> Path:
             reason = getattr(error, "reason", None) or str(error).splitlines()[0]
             raise WeightsError(f"{file}: not there, and the download failed: {reason}", by_hand) from error
     if not sha256_of(file).startswith(_hash_in(name)):
-        raise WeightsError(f"{file}: damaged: its SHA-256 does not start with {_hash_in(name)}", f"delete it; {by_hand}")
+        raise WeightsError(
+            f"{file}: damaged: its SHA-256 does not start with {_hash_in(name)}", f"delete it; {by_hand}"
+        )
     return file
 
 
@@ -174,7 +176,8 @@ def _build_trunk(encoder: str, identity: WeightsIdentity) -> nn.Sequential:
     missing = [name for name in missing if not name.endswith("num_batches_tracked")]
     if missing:
         raise WeightsError(
-            f"{identity.file}: not weights of {encoder}: {len(missing)} are missing, {missing[0]} first", "check --encoder"
+            f"{identity.file}: not weights of {encoder}: {len(missing)} are missing, {missing[0]} first",
+            "check --encoder",
         )
     return trunk.eval()
 
@@ -243,7 +246,7 @@ class GridEncoder:
         trunk = _build_trunk(name, identity)
         _fold_batch_norm(trunk)
         trunk.requires_grad_(False)
-        self._trunk = trunk.to(self.device, self._precision).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._trunk = trunk.to(self.device, self._precision).to(memory_format=torch.channels_last)
         self.side = self.spec.side
         self.grid_shape = self.spec.grid_shape
 

@@ -87,7 +87,9 @@ def read_plan(path: Path) -> Plan:
         images = tuple((int(i), str(name)) for i, name in data["images"])
         return Plan(data["split"], images, data["shard_size"], data["batch_size"], data["provenance"])
     except (ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"{path}: not a plan: {error}", "choose another --output, or delete the whole folder") from error
+        raise StoreError(
+            f"{path}: not a plan: {error}", "choose another --output, or delete the whole folder"
+        ) from error
 
 
 def settle_plan(wanted: Plan, path: Path) -> Plan:

@@ -106,7 +106,8 @@ def extract_features(config: PipelineConfig, job: Job, progress: bool = True) ->
         leftover.unlink(missing_ok=True)
     names = [plan.shard_name(s) for s in range(plan.shards)]
     infos = [
-        made.get(s) or ShardInfo(name, len(plan.rows_of(s)), sha256_of(job.folder / name)) for s, name in enumerate(names)
+        made.get(s) or ShardInfo(name, len(plan.rows_of(s)), sha256_of(job.folder / name))
+        for s, name in enumerate(names)
     ]
     write_index(job.output, job.folder, infos, plan.split, plan.digest(), plan.provenance)
     summary = _summary(job, plan, plan.shards - len(missing))
@@ -271,4 +272,6 @@ def _read_ahead(
 def _version_changes(kept: Plan, wanted: Plan) -> str:
     """Library versions that differ: two halves of one store must come from the same libraries."""
     old, new = kept.provenance["versions"], wanted.provenance["versions"]
-    return ", ".join(f"{k} {old.get(k)} there, {new.get(k)} here" for k in sorted({*old, *new}) if old.get(k) != new.get(k))
+    return ", ".join(
+        f"{k} {old.get(k)} there, {new.get(k)} here" for k in sorted({*old, *new}) if old.get(k) != new.get(k)
+    )

@@ -1,14 +1,14 @@
 """Checkpoints: folders without pickled code, written whole or not at all.
 
-    runs/x/config.yaml                   the resolved configuration of the run
-    runs/x/metrics.jsonl                 a line an epoch
-    runs/x/checkpoints.json              which checkpoint is the best and which the last
-    runs/x/checkpoints/epoch-0007/
-        model.safetensors                weights
-        config.json                      configuration
-        vocabulary.json                  words
-        provenance.json                  which features it was trained on
-        training_state.pt                what a resume needs besides
+runs/x/config.yaml                   the resolved configuration of the run
+runs/x/metrics.jsonl                 a line an epoch
+runs/x/checkpoints.json              which checkpoint is the best and which the last
+runs/x/checkpoints/epoch-0007/
+    model.safetensors                weights
+    config.json                      configuration
+    vocabulary.json                  words
+    provenance.json                  which features it was trained on
+    training_state.pt                what a resume needs besides
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ def save_checkpoint(
     temporary = temporary_sibling(final)
     temporary.mkdir(parents=True)
     try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in decoder.state_dict().items()}, temporary / "model.safetensors")
+        save_file(
+            {k: v.detach().cpu().contiguous() for k, v in decoder.state_dict().items()}, temporary / "model.safetensors"
+        )
         write_json(temporary / "config.json", {"format": "gridcap-checkpoint", "version": VERSION, **_plain(config)})
         vocabulary.save(temporary / "vocabulary.json")
         write_json(temporary / "provenance.json", provenance)
@@ -118,7 +120,9 @@ def find_checkpoint(path: Path, which: str = "best") -> Path:
         what = "no such folder" if not path.exists() else "holds no checkpoint"
         raise CheckpointError(f"{path}: {what}", "give the folder of a run made by train-decoder") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path / POINTERS}: damaged: {error}", "give one of its checkpoints/epoch-...") from error
+        raise CheckpointError(
+            f"{path / POINTERS}: damaged: {error}", "give one of its checkpoints/epoch-..."
+        ) from error
     return path / "checkpoints" / str(name)
 
 

@@ -102,7 +102,9 @@ def train_decoder(config: PipelineConfig, dry_run: bool, resume: bool) -> None:
         click.echo("no validation store: the last checkpoint will count as the best (give --val-features)")
     _warn_if_random(store)
     if dry_run:
-        click.echo(f"dry run: would train {settings.decoder.family} for {settings.epochs} epochs into {settings.output}")
+        click.echo(
+            f"dry run: would train {settings.decoder.family} for {settings.epochs} epochs into {settings.output}"
+        )
         return
 
     from train.loop import fit
@@ -114,18 +116,27 @@ def train_decoder(config: PipelineConfig, dry_run: bool, resume: bool) -> None:
 
 
 @pipeline_command("evaluate-decoder", EVALUATE_EXAMPLES)
-@click.option("--checkpoint", type=click.Path(path_type=Path), required=True, help="Folder of a run or of a checkpoint.")
+@click.option(
+    "--checkpoint", type=click.Path(path_type=Path), required=True, help="Folder of a run or of a checkpoint."
+)
 @click.option("--features", type=click.Path(path_type=Path), required=True, help="Feature store to evaluate on.")
 @click.option("--annotations", type=click.Path(path_type=Path), help="Its captions  [default: those of its split]")
 @click.option(
-    "--output", type=click.Path(path_type=Path), help="JSON file for the result  [default: <run>/evaluation/<features>.json]"
+    "--output",
+    type=click.Path(path_type=Path),
+    help="JSON file for the result  [default: <run>/evaluation/<features>.json]",
 )
 @flag("--beam-size", "caption.beam_size")
 @flag("--max-length", "caption.max_length")
 @flag("--batch-size", "caption.batch_size")
 @flag("--device", "train.device")
 def evaluate_decoder(
-    config: PipelineConfig, dry_run: bool, checkpoint: Path, features: Path, annotations: Path | None, output: Path | None
+    config: PipelineConfig,
+    dry_run: bool,
+    checkpoint: Path,
+    features: Path,
+    annotations: Path | None,
+    output: Path | None,
 ) -> None:
     """Caption a feature store and score the captions with the field's metrics.
 
@@ -147,7 +158,9 @@ def evaluate_decoder(
         return
     result = evaluate(loaded, data, config.caption, config.train.device)
     results = write_evaluation(result, output)
-    click.echo(f"{loaded.path} on {len(data)} images, beam {config.caption.beam_size}, tokens by {result.scores.tokenizer}")
+    click.echo(
+        f"{loaded.path} on {len(data)} images, beam {config.caption.beam_size}, tokens by {result.scores.tokenizer}"
+    )
     for name, value in result.scores.values.items():
         click.echo(f"  {name:<11} {value:8.4f}")
     for name, why in result.scores.left_out.items():

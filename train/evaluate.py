@@ -41,7 +41,7 @@ class Evaluation:
         return {
             "metrics": self.scores.values, "tokenizer": self.scores.tokenizer, "left_out": self.scores.left_out,
             "captions": [
-                {"image_id": i, "file_name": self.file_names[i], "caption": text, "references": list(self.references[i])}
+                {"image_id": i, "file_name": self.file_names[i], "caption": text, "references": [*self.references[i]]}
                 for i, text in self.captions.items()
             ],
         }  # fmt: skip
@@ -49,7 +49,11 @@ class Evaluation:
 
 @torch.inference_mode()
 def evaluate(
-    checkpoint: Checkpoint, data: CaptionedImages, search: CaptionConfig, device_name: str = "auto", progress: bool = True
+    checkpoint: Checkpoint,
+    data: CaptionedImages,
+    search: CaptionConfig,
+    device_name: str = "auto",
+    progress: bool = True,
 ) -> Evaluation:
     """Caption every image by beam search and score the captions against all references.
 

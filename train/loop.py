@@ -112,7 +112,9 @@ def _resume(config: PipelineConfig, provenance: dict[str, Any], device: torch.de
     loaded = load_checkpoint(find_checkpoint(config.train.output, "last"))
     check_same_features(loaded.provenance, provenance, f"{config.train.output} was trained on", "these")
     then, now = loaded.config.train.model_dump(), config.train.model_dump()
-    changed = [f"train.{k}: {then[k]!r} then, {now[k]!r} now" for k in now.keys() - _FREE_TO_CHANGE if then[k] != now[k]]
+    changed = [
+        f"train.{k}: {then[k]!r} then, {now[k]!r} now" for k in now.keys() - _FREE_TO_CHANGE if then[k] != now[k]
+    ]
     if loaded.config.seed != config.seed:
         changed.append(f"seed: {loaded.config.seed} then, {config.seed} now")
     if changed:
@@ -220,6 +222,7 @@ def _write_history(output: Path, history: list[dict[str, Any]]) -> None:
 def _line(row: dict[str, Any], epochs: int, best_epoch: int) -> str:
     text = f"epoch {row['epoch']:3d}/{epochs}  loss {row['train_loss']:.3f}"
     if "val_cider" in row:
-        text += f"  validation: loss {row['val_loss']:.3f}, perplexity {row['val_perplexity']:.2f}, CIDEr {row['val_cider']:.3f}"
+        text += f"  validation: loss {row['val_loss']:.3f}, perplexity {row['val_perplexity']:.2f}"
+        text += f", CIDEr {row['val_cider']:.3f}"
         text += "  (best so far)" if best_epoch == row["epoch"] else ""
     return f"{text}  {row['seconds']:.1f} s"

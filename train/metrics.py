@@ -101,7 +101,9 @@ def _java_metric(scores: Scores, name: str, truth: dict[int, list[str]], ours: d
         scores.left_out[name] = "needs Java, and there is no java on the PATH"
         return
     if name == "SPICE" and not _spice_models_there():
-        scores.left_out[name] = "needs Stanford's CoreNLP 3.6.0 models, which pycocoevalcap downloads by get_stanford_models"
+        scores.left_out[name] = (
+            "needs Stanford's CoreNLP 3.6.0 models, which pycocoevalcap downloads by get_stanford_models"
+        )
         return
     try:
         with _quiet():

@@ -85,7 +85,9 @@ def beam_search(
         scores, kept = alive.values, alive.indices
         tokens, chosen = words.gather(1, kept), parents.gather(1, kept)
         state = _select(state, chosen)
-        steps.append((tokens.cpu(), chosen.cpu(), None if attention is None else _select((attention,), chosen)[0].cpu()))
+        steps.append(
+            (tokens.cpu(), chosen.cpu(), None if attention is None else _select((attention,), chosen)[0].cpu())
+        )
     final = scores.tolist()
     return [_trace(steps, ended[i], final[i], i, length_penalty) for i in range(b)]
 

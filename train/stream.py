@@ -61,7 +61,8 @@ class CaptionedImages:
                 continue
             if PurePosixPath(record.file_name).name != PurePosixPath(store.file_names[row]).name:
                 raise MismatchError(
-                    f"image {record.image_id} is {store.file_names[row]} in {store.path} and {record.file_name} in {source}",
+                    f"image {record.image_id} is {store.file_names[row]} in {store.path}, "
+                    f"and {record.file_name} in {source}",
                     "give the captions file that these features were extracted for",
                 )
             reason = "rejected in extraction" if not store.valid[row] else "" if record.captions else "without captions"

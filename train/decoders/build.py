@@ -11,9 +11,7 @@ from train.decoders.base import Decoder
 from train.decoders.lstm import LstmDecoder
 
 
-def build_decoder(
-    config: LstmConfig | AttentionConfig, vocabulary_size: int, grid_shape: Sequence[int]
-) -> Decoder:
+def build_decoder(config: LstmConfig | AttentionConfig, vocabulary_size: int, grid_shape: Sequence[int]) -> Decoder:
     """Build a decoder with fresh weights.
 
     Args:

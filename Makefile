@@ -1,0 +1,33 @@
+# make demo · make test · make lint · make install
+# WEIGHTS=imagenet make demo   uses torchvision's ImageNet weights (downloaded once) instead of random ones.
+
+PYTHON ?= python3
+WEIGHTS ?= random
+VENV := .venv
+RUN := $(VENV)/bin/python -m
+
+.PHONY: install demo test lint
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "gridcap needs Python 3.10 or newer: make PYTHON=/path/to/python3.10"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
+		{ echo "this Python cannot make virtual environments: install it first (Debian, Ubuntu: python3-venv)"; exit 1; }
+	@echo "installing into $(VENV): torch alone is several GB, this takes some minutes the first time"
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) pip install --disable-pip-version-check --quiet --progress-bar on \
+		--constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: install
+	@$(RUN) demo --weights $(WEIGHTS)
+
+test: install
+	$(RUN) pytest
+
+lint: install
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) mypy
