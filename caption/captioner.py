@@ -13,7 +13,7 @@ from common.config import CaptionConfig
 from common.device import choose_device
 from common.errors import WeightsError
 from common.store import check_same_features
-from extract.encoder import GridEncoder, describe_features, identify_weights
+from extract.encoder import ENCODERS, GridEncoder, describe_features, identify_weights
 from extract.image import decoder_name, load_rgb, load_square
 from train.checkpoint import Checkpoint, load_checkpoint
 from train.search import beam_search
@@ -57,6 +57,12 @@ class Captioner:
     def __init__(self, checkpoint: Checkpoint, device: str = "auto", weights: Path | None = None) -> None:
         self.checkpoint = checkpoint
         self.provenance = provenance = checkpoint.provenance
+        if provenance["encoder"] not in ENCODERS:
+            raise WeightsError(
+                f"{checkpoint.path}: was trained on {provenance['encoder']} features "
+                f"({provenance['weights']['name']}), and their encoder is not known here",
+                "new photographs need a decoder trained on features made by extract-features",
+            )
         self._device = choose_device(device)
         self._geometry = provenance["preprocessing"]["geometry"]
         name, dtype = provenance["encoder"], provenance["dtype"]

@@ -125,7 +125,7 @@ def load_annotations(path: Path, part: str = "train") -> AnnotationSet:
             f"{path}: no list of images: neither a COCO captions file nor Karpathy's split file",
             "give captions_*.json, dataset_coco.json, or a .csv with the columns image,caption",
         )
-    if data["images"] and isinstance(data["images"][0], dict) and "sentences" in data["images"][0]:
+    if any(isinstance(entry, dict) and "sentences" in entry for entry in data["images"]):
         return _read_karpathy(data, path, part.removeprefix("karpathy-"))
     return _read_coco(data, path)
 
@@ -138,11 +138,17 @@ def list_images(folder: Path) -> AnnotationSet:
     """
     if not folder.is_dir():
         raise AnnotationError(f"{folder}: no such folder of images", "check the path given with --images")
-    found = (p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-    names = sorted(p.relative_to(folder).as_posix() for p in found)
+    found = (p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    problems, names = Problems(), []
+    for name in sorted(p.relative_to(folder).as_posix() for p in found):
+        try:
+            name.encode()
+            names.append(name)
+        except UnicodeEncodeError:
+            problems.add("file name that is not UTF-8", ascii(name))
     if not names:
         raise AnnotationError(f"{folder}: holds no images", f"images end in {', '.join(IMAGE_SUFFIXES)}")
-    return AnnotationSet([ImageRecord(id_from_name(n), n) for n in names], Problems())
+    return AnnotationSet([ImageRecord(id_from_name(n), n) for n in names], problems)
 
 
 def id_from_name(file_name: str) -> int:
@@ -198,16 +204,19 @@ def _read_coco(data: dict[str, Any], path: Path) -> AnnotationSet:
         raise AnnotationError(f"{path}: annotations is not a list", "give a COCO captions file")
     known = {image_id for image_id, _ in images}
     good, seen = [], set()
-    for entry in annotations:
+    for number, entry in enumerate(annotations):
         if not isinstance(entry, dict) or "caption" not in entry:
             problems.add("annotation without a caption", entry)
-        elif entry.get("image_id") not in known:
+        elif not isinstance(entry.get("image_id"), int) or entry["image_id"] not in known:
             problems.add("annotation for an unknown image", entry.get("image_id"))
+        elif not isinstance(entry.get("id", 0), int):
+            problems.add("annotation whose id is no whole number", entry["id"])
         elif entry.get("id") in seen:
             problems.add("duplicate annotation id", entry.get("id"))
         else:
-            seen.add(entry.get("id"))
-            good.append(entry)
+            if "id" in entry:
+                seen.add(entry["id"])
+            good.append({"id": f"number {number}", **entry})
     if annotations and not good and "caption" not in str(annotations[0]):
         raise AnnotationError(
             f"{path}: its annotations have no captions",
@@ -215,7 +224,7 @@ def _read_coco(data: dict[str, Any], path: Path) -> AnnotationSet:
         )
 
     coco = COCO()
-    coco.dataset = {"images": [e for e in data["images"] if isinstance(e, dict) and "id" in e], "annotations": good}
+    coco.dataset = {"images": [{"id": i} for i in known], "annotations": good}
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         coco.createIndex()
     captions: dict[int, list[str]] = {}
@@ -260,7 +269,7 @@ def _read_csv(text: str, path: Path) -> AnnotationSet:
     """A line a caption, `image,caption`, with or without that header; Flickr8k's captions.txt."""
     problems = Problems()
     captions: dict[str, list[str]] = {}
-    reader = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         for row in reader:
             if not row or (reader.line_num == 1 and row[0].strip().lower() in ("image", "file_name", "filename")):

@@ -6,8 +6,11 @@ flag's help and default come from the configuration itself, so each is written o
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -29,17 +32,49 @@ class ConfigFlag(click.Option):
         self.key = key
 
 
+class _StoppedError(KeyboardInterrupt):
+    """A signal asked the command to stop; it takes the same way out as Ctrl-C."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGUSR2 (a scheduler's warnings) end the command as cleanly as Ctrl-C does."""
+
+    def stop(number: int, frame: object) -> None:
+        raise _StoppedError(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR2)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class PipelineCommand(click.Command):
     """A command that shows a user's errors as two lines, and a traceback only with `--debug`."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with _stop_signals():
+                return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit):
             raise
-        except KeyboardInterrupt:
-            click.echo("\ninterrupted: nothing is broken; run the same command again to go on", err=True)
-            ctx.exit(EXIT_INTERRUPTED)
+        except KeyboardInterrupt as error:
+            click.echo(
+                "\ninterrupted: nothing is broken; run the same command again to go on (train-decoder: with --resume)",
+                err=True,
+            )
+            ctx.exit(128 + error.number if isinstance(error, _StoppedError) else EXIT_INTERRUPTED)
+        except BrokenPipeError:
+            raise  # the reader of our output has gone: click ends the command quietly
         except Exception as error:
             if ctx.params.get("debug"):
                 traceback.print_exc()

@@ -41,6 +41,11 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_is_no_change(cls, value: Any) -> Any:
+        return {} if value is None else value  # a section whose keys were all deleted
+
 
 class SplitConfig(Section):
     """Where one split's images and captions are."""
@@ -194,12 +199,15 @@ class PipelineConfig(Section):
 class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML that refuses a key given twice, which plain YAML settles by silently taking the last."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.composer.ComposerError(None, None, f"the key {key.value!r} stands twice", key.start_mark)
+                seen.add(key.value)
+        return node
 
 
 def load_config(
@@ -218,6 +226,7 @@ def load_config(
     if path is None and DEFAULT_FILE.is_file():
         path = DEFAULT_FILE
     tree = _read_yaml(path) if path is not None else {}
+    values: list[tuple[str, Any]] = []
     for text in sets:
         key, separator, value = text.partition("=")
         if not separator or not key:
@@ -225,12 +234,16 @@ def load_config(
         if flags and key in flags:
             raise ConfigError(f"{key} is given twice: by its flag and by --set", "give it once")
         try:
-            _put(tree, key, yaml.load(value, _UniqueKeyLoader))
-        except yaml.YAMLError as error:
+            values.append((key, yaml.load(value, _UniqueKeyLoader)))
+        except (yaml.YAMLError, ValueError) as error:
             raise ConfigError(f"--set {text}: the value is not YAML", "put quotes around it") from error
-    for key, value in (flags or {}).items():
+    values += (flags or {}).items()
+    for key, value in sorted(values, key=lambda item: item[0] != "train.decoder.family"):  # the family first
         _put(tree, key, value)
-    decoder = tree.get("train", {}).get("decoder") if isinstance(tree.get("train"), dict) else None
+    train = tree.get("train")
+    if isinstance(train, dict) and train.get("decoder", 0) is None:
+        train["decoder"] = {}
+    decoder = train.get("decoder") if isinstance(train, dict) else None
     if isinstance(decoder, dict):
         decoder.setdefault("family", "attention")
     try:
@@ -245,7 +258,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a UTF-8 text file"
         raise ConfigError(f"{path}: {reason}", "give the path of a YAML file with --config") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}", "mend the file there") from error
     if tree is None:
         return {}
@@ -276,15 +289,22 @@ def _explain(
     parts = [str(p) for p in first["loc"]]
     if parts[:2] == ["train", "decoder"] and len(parts) > 2 and parts[2] in get_args(DecoderFamily):
         del parts[2]  # pydantic names the union's branch, which is no key
+    if first["type"] == "union_tag_invalid":
+        parts.append("family")
     key = ".".join(parts)
-    source = "command line" if key in from_command_line or path is None else str(path)
+    if path is None or any(f"{key}.".startswith(f"{given}.") for given in from_command_line):
+        source = "command line"
+    elif any(given.startswith(f"{key}.") for given in from_command_line):
+        source = f"command line over {path}"
+    else:
+        source = str(path)
     if first["type"] == "extra_forbidden":
         known = _keys_at(parts[:-1], tree)
         close = difflib.get_close_matches(parts[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
         return ConfigError(f"{source}: {key}: unknown key", hint)
     message = first["msg"].removeprefix("Value error, ")
-    shown = first["input"] if not isinstance(first["input"], dict) else "a section"
+    shown = first["input"] if not isinstance(first["input"], dict) else first.get("ctx", {}).get("tag", "a section")
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     where = f"{key}: " if key else ""
     return ConfigError(

@@ -1,7 +1,7 @@
 """The errors a user meets: one line what, one line what to do next.
 
 Exit statuses of every command: 0 success, 1 a failure, 2 a mistake in what the user asked for,
-3 extraction complete but some images were rejected, 130 interrupted.
+3 done but some images were rejected, 130 interrupted by Ctrl-C, 143 by SIGTERM, 140 by SIGUSR2.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ import contextlib
 import hashlib
 import json
 import os
+import re
+import shutil
 import socket
 import uuid
 from collections.abc import Iterator
@@ -18,6 +20,28 @@ TEMPORARY_SUFFIX = ".tmp"
 def temporary_sibling(path: Path) -> Path:
     """A name in the same folder that no other process, on any machine, will choose."""
     return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove temporary files and folders whose writer, a process of this machine, is no longer there."""
+    mine = socket.gethostname()
+    for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
+        match = re.fullmatch(rf"\..+\.{re.escape(mine)}-(\d+)-[0-9a-f]{{8}}{re.escape(TEMPORARY_SUFFIX)}", path.name)
+        if match and not _is_running(int(match[1])):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def fsync_path(path: Path) -> None:

@@ -16,8 +16,10 @@ The file depends on nothing but the arguments: no times, no host names, no order
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import threading
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +35,8 @@ from common.files import fsync_path, sha256_of, temporary_sibling
 SHARD_FORMAT = "gridcap-shard"
 VERSION = 1
 ALIGNMENT = 4096
+_NO_RESERVATION = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}  # file systems that cannot set space aside
+_opening = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -86,25 +90,55 @@ class ShardWriter:
         self._crc = np.zeros(self._rows, "<u4")
         self._rejects: dict[int, str] = {}
         self._temporary = temporary_sibling(path)
+        stored = np.dtype(dtype).newbyteorder("<")
+        names = text_array(file_names)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = h5py.File(
             self._temporary, "x", alignment_threshold=ALIGNMENT, alignment_interval=ALIGNMENT, locking=False
         )
-        stored = np.dtype(dtype).newbyteorder("<")
-        self._features = self._file.create_dataset("features", (self._rows, *grid_shape), stored, fill_time="never")
-        self._file["image_id"] = np.asarray(image_ids, "<i8")
-        self._file["file_name"] = text_array(file_names)
-        self._file.attrs.update({"format": SHARD_FORMAT, "version": VERSION})
-        for key, value in attributes.items():
-            self._file.attrs[key] = json.dumps(value, sort_keys=True) if isinstance(value, Mapping) else value
+        try:
+            row_bytes = int(np.prod(grid_shape, dtype=np.int64)) * stored.itemsize
+            self._reserve(self._rows * (row_bytes + names.dtype.itemsize + 512) + (1 << 20))
+            self._features = self._file.create_dataset("features", (self._rows, *grid_shape), stored, fill_time="never")
+            self._file["image_id"] = np.asarray(image_ids, "<i8")
+            self._file["file_name"] = names
+            self._file.attrs.update({"format": SHARD_FORMAT, "version": VERSION})
+            for key, value in attributes.items():
+                self._file.attrs[key] = json.dumps(value, sort_keys=True) if isinstance(value, Mapping) else value
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
+
+    def _reserve(self, size: int) -> None:
+        """Set disk space aside before anything is written; `finish` gives back what was not used.
+
+        HDF5 does not survive a disk that fills up while it writes: closing the file fails too, and crashes.
+        """
+        if not hasattr(os, "posix_fallocate"):
+            return
+        descriptor = os.open(self._temporary, os.O_RDWR)
+        try:
+            before = os.fstat(descriptor).st_size
+            os.posix_fallocate(descriptor, 0, size)
+        except OSError as error:
+            os.ftruncate(descriptor, before)
+            if error.errno not in _NO_RESERVATION:
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
+        finally:
+            os.close(descriptor)
 
     def __enter__(self) -> ShardWriter:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if self._file:
-            self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        try:
+            if self._file:
+                self._file.close()
+        except (OSError, RuntimeError):
+            if kind is None:
+                raise
+        finally:
+            self._temporary.unlink(missing_ok=True)
 
     def write(self, start: int, grids: np.ndarray, rejects: Mapping[int, str]) -> None:
         """Write rows `start` to `start + len(grids)`.
@@ -144,7 +178,10 @@ class ShardWriter:
         self._file["crc32"] = self._crc
         self._file["reject_row"] = np.asarray(rows, "<i8")
         self._file["reject_why"] = text_array([self._rejects[row] for row in rows])
+        self._file.flush()
+        size = self._file.id.get_filesize()
         self._file.close()
+        os.truncate(self._temporary, size)  # the rest of what was set aside
         fsync_path(self._temporary)
         with ShardReader(self._temporary) as reader:
             if bad := reader.damaged_rows():
@@ -211,12 +248,17 @@ class ShardReader:
             StoreError: the file ends before the row does.
         """
         if self._offset is None:
-            if self._foreign is None:
-                self._foreign = h5py.File(self.path, "r", locking=False)
-            self._foreign["features"].read_direct(out, np.s_[row])
+            with _opening:
+                if self._foreign is None:
+                    self._foreign = h5py.File(self.path, "r", locking=False)
+            try:
+                self._foreign["features"].read_direct(out, np.s_[row])
+            except OSError as error:
+                raise StoreError(f"{self.path}: row {row} cannot be read: {error}", _REMAKE) from error
             return
-        if self._descriptor is None:
-            self._descriptor = os.open(self.path, os.O_RDONLY)
+        with _opening:
+            if self._descriptor is None:
+                self._descriptor = os.open(self.path, os.O_RDONLY)
         view = out.data.cast("B")
         done, position = 0, self._offset + row * self._row_bytes
         while done < self._row_bytes:
@@ -230,7 +272,11 @@ class ShardReader:
         out = np.empty(self.shape[1:], self.dtype)
         bad = []
         for row in range(len(self)):
-            self.read_row(row, out)
+            try:
+                self.read_row(row, out)
+            except StoreError:
+                bad.append(row)
+                continue
             if zlib.crc32(out.data) != self.crc32[row]:
                 bad.append(row)
         return bad
@@ -272,7 +318,10 @@ def open_hdf5(path: Path) -> h5py.File:
     except PermissionError as error:
         raise StoreError(f"{path}: no permission to read it", "check the permissions") from error
     except OSError as error:
-        raise StoreError(f"{path}: not a readable HDF5 file", _REMAKE) from error
+        raise StoreError(
+            f"{path}: not a readable HDF5 file",
+            "give a file made by extract-features; if it was, it is damaged: delete it and run that command again",
+        ) from error
 
 
 def check_format(file: h5py.File, path: Path, *formats: str) -> str:
@@ -282,10 +331,11 @@ def check_format(file: h5py.File, path: Path, *formats: str) -> str:
         StoreError: another format, or a newer version.
     """
     found = file.attrs.get("format")
-    if found not in formats:
+    if not isinstance(found, str) or found not in formats:
         raise StoreError(
             f"{path}: an HDF5 file, but no gridcap features (format {found!r})", "give a file made by extract-features"
         )
-    if (version := int(file.attrs.get("version", 0))) > VERSION:
+    version = file.attrs.get("version")
+    if not isinstance(version, (int, np.integer)) or version > VERSION:
         raise StoreError(f"{path}: format version {version}, and this gridcap reads up to {VERSION}", "update gridcap")
     return str(found)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -79,7 +80,7 @@ def _virtual_features(file: h5py.File, base: Path, readers: Sequence[ShardReader
     for reader in readers:
         part = space.copy()
         part.select_hyperslab((start, *(0 for _ in grid)), reader.shape)
-        name = reader.path.relative_to(base).as_posix().encode()
+        name = reader.path.relative_to(base).as_posix().replace("%", "%%").encode()  # HDF5 knows "%b" there
         properties.set_virtual(part, name, b"features", h5py.h5s.create_simple(reader.shape))
         start += len(reader)
     h5py.h5d.create(file.id, b"features", h5py.h5t.py_create(readers[0].dtype), space, dcpl=properties)
@@ -115,11 +116,20 @@ class FeatureStore:
             if check_format(file, path, INDEX_FORMAT, SHARD_FORMAT) == SHARD_FORMAT:
                 names, rows = [path.name], None
             else:
-                names, rows = decode_texts(file["shard_name"]), file["shard_rows"][:].tolist()
+                try:
+                    names, rows = decode_texts(file["shard_name"]), file["shard_rows"][:].tolist()
+                except (KeyError, ValueError, OSError) as error:
+                    raise StoreError(f"{path}: not a sound index: {error}", "delete it and extract again") from error
             self.split = str(file.attrs.get("split", ""))
-            self.provenance: dict[str, Any] = json.loads(file.attrs["provenance"])
+            try:
+                self.provenance: dict[str, Any] = json.loads(file.attrs["provenance"])
+            except (KeyError, ValueError, OSError) as error:
+                raise StoreError(f"{path}: no provenance: {error}", "delete it and extract again") from error
             plan = file.attrs.get("plan")
         self._shards = [self._open(name, plan) for name in names]
+        if rows is not None and [s.attributes.get("index") for s in self._shards] != list(range(len(names))):
+            wrong = next(s.path for i, s in enumerate(self._shards) if s.attributes.get("index") != i)
+            raise StoreError(f"{wrong}: stands in another shard's place", "extract again")
         if rows is not None and rows != [len(s) for s in self._shards]:
             raise StoreError(f"{path}: its shards have other row counts than the index says", "extract again")
         self._starts = np.cumsum([0, *(len(s) for s in self._shards)])
@@ -131,6 +141,7 @@ class FeatureStore:
         self._row_of_id: dict[int, int] | None = None
         self._threads = threads
         self._pool: ThreadPoolExecutor | None = None
+        self._pool_process = 0
 
     def _open(self, name: str, plan: object) -> ShardReader:
         pure = PurePosixPath(name)
@@ -168,6 +179,8 @@ class FeatureStore:
             raise IndexError(f"{self.path}: rows go from 0 to {len(self) - 1}")
         if out is None:
             out = np.empty((len(wanted), *self.grid_shape), self.dtype)
+        elif (out.shape, out.dtype) != ((len(wanted), *self.grid_shape), self.dtype) or not out.flags.c_contiguous:
+            raise ValueError(f"out must be a contiguous {(len(wanted), *self.grid_shape)} array of {self.dtype}")
         shards = np.searchsorted(self._starts, wanted, side="right") - 1
 
         def read(part: range) -> None:
@@ -178,8 +191,8 @@ class FeatureStore:
         if len(wanted) < 2 * self._threads:
             read(range(len(wanted)))
         else:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(self._threads, "store")
+            if self._pool is None or self._pool_process != os.getpid():  # a forked child has no threads
+                self._pool, self._pool_process = ThreadPoolExecutor(self._threads, "store"), os.getpid()
             list(self._pool.map(read, [range(i, len(wanted), self._threads) for i in range(self._threads)]))
         return out
 
@@ -231,7 +244,9 @@ def differences(wanted: Mapping[str, Any], found: Mapping[str, Any], keys: Seque
     lines = []
     for key in keys:
         a, b = wanted.get(key), found.get(key)
-        if key == "weights" and isinstance(a, dict) and isinstance(b, dict) and a.get("sha256") == b.get("sha256"):
+        if key == "weights" and isinstance(a, dict) and isinstance(b, dict) and a.get("sha256"):
+            if a["sha256"] != b.get("sha256"):
+                lines.append(f"{key} {_short(a)} there, {_short(b)} here")
             continue
         if a != b:
             lines.append(f"{key} {_short(a)} there, {_short(b)} here")

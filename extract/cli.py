@@ -1,27 +1,39 @@
-"""extract-features: run the encoder once over every image of a split."""
+"""extract-features, import-features and verify-features."""
 
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from tqdm import tqdm
 
 from common.annotations import load_split
 from common.command import flag, pipeline_command, show_config
-from common.config import PipelineConfig
-from common.errors import EXIT_REJECTS, UserError
+from common.config import PipelineConfig, SplitConfig
+from common.errors import EXIT_FAILURE, EXIT_REJECTS, UserError
 
 if TYPE_CHECKING:
     from extract.run import Job, Summary
 
-EXAMPLES = """
+EXTRACT_EXAMPLES = """
 extract-features --split train                                   (paths from pipeline.yaml)
 extract-features --images photos/ --annotations captions.json --output features/train.h5
 extract-features --images photos/ --output features/photos.h5    (a folder without captions)
 extract-features --split val --limit 500 --weights random        (a quick try, nothing to download)
 extract-features --split train --dry-run                         (what would be done)
+"""
+IMPORT_EXAMPLES = """
+import-features tutorial_npy/ --annotations captions_train.json --output features/train.h5
+import-features cocobu_att/ --split karpathy-train --annotations dataset_coco.json --output features/train.h5
+import-features encoded_images.pkl --annotations captions.csv --output features/train.h5 --dtype float32
+"""
+VERIFY_EXAMPLES = """
+verify-features features/train.h5
+verify-features features/train.h5 --annotations captions_train.json
+verify-features features/train.h5 --repair && extract-features --split train
 """
 
 
@@ -48,7 +60,7 @@ def _split_keys(values: dict[str, Any]) -> dict[str, Any]:
     return keys
 
 
-@pipeline_command("extract-features", EXAMPLES, _split_keys)
+@pipeline_command("extract-features", EXTRACT_EXAMPLES, _split_keys)
 @click.option("--split", help="Name of the split: train, val, test, karpathy-train, ... or your own.")
 @click.option("--images", type=click.Path(path_type=Path), help="Folder with the images  [data.splits.<split>.images]")
 @click.option(
@@ -103,7 +115,7 @@ def main(
 
     from extract.run import extract_features, prepare
 
-    job = prepare(config, name, loaded.records, chosen.images, output)
+    job = prepare(config, name, loaded.records, chosen.images, output, download=not dry_run)
     _announce(job)
     if dry_run:
         click.echo("dry run: nothing was written")
@@ -144,3 +156,94 @@ def _report(job: Job, summary: Summary) -> None:
         click.echo(f"rejected images: {summary.rejects.total()} (their rows are kept, marked not valid)")
         for reason, count in summary.rejects.most_common():
             click.echo(f"  {count:6d}  {reason}")
+
+
+@pipeline_command("import-features", IMPORT_EXAMPLES)
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="The store's index file, ending in .h5.")
+@click.option(
+    "--annotations", type=click.Path(path_type=Path), help="Captions file of these images: COCO, Karpathy, CSV."
+)
+@click.option("--split", help="Name of the split  [default: from --output]")
+@flag("--dtype", "extract.dtype")
+@flag("--shard-size", "extract.shard_size")
+def import_features(
+    config: PipelineConfig, dry_run: bool, source: Path, output: Path, annotations: Path | None, split: str | None
+) -> None:
+    """Turn features that other programs made into a feature store.
+
+    SOURCE is a folder of .npy files (TensorFlow's tutorial) or .npz files (an image id each, the array under
+    `feat`), a pickled dict of arrays, an HDF5 file with a dataset an image (<id>_grids, <id>_features), or an
+    .npz or HDF5 file with the arrays `features` and `file_name` or `image_id`. Grids are (row, column, channel),
+    (cells, channel) or pooled (channel,). Exit status: 0 done, 1 failure, 2 wrong use.
+    """
+    if output.suffix != ".h5":
+        raise UserError(f"--output {output}: the index file must end in .h5", f"use --output {output}.h5")
+    from extract import importers
+
+    name = split or output.stem
+    records = None
+    if annotations is not None:
+        chosen = SplitConfig(images=annotations.parent, annotations=annotations)
+        loaded = load_split(chosen, name, config.seed, config.data.max_bad)
+        for line in loaded.problems.lines():
+            click.echo(f"note: {annotations}: {line}", err=True)
+        records = loaded.records
+    with tqdm(unit="file", desc="open", leave=False) as bar:
+        opened = importers.open_source(source, bar.update)
+    pairs = importers.match_keys(opened, records)
+    missing = len(records) - len(pairs) if records is not None else 0
+    left_out = f"; {missing} images of {annotations} have no features" if missing else ""
+    click.echo(f"{source}: {opened.layout}, {len(pairs)} of {len(opened.keys)} features to import{left_out}")
+    if dry_run:
+        click.echo("dry run: nothing was written")
+        return
+    with tqdm(total=len(pairs), unit="image", desc=name) as bar:
+        count = importers.import_features(
+            opened, source.name, pairs, output, name, config.extract.dtype, config.extract.shard_size, bar.update
+        )
+    click.echo(f"done: {output}: {count} images")
+
+
+@pipeline_command("verify-features", VERIFY_EXAMPLES)
+@click.argument("features", type=click.Path(path_type=Path))
+@click.option(
+    "--annotations", type=click.Path(path_type=Path), help="Captions file whose images the store should have."
+)
+@click.option("--repair", is_flag=True, help="Remove what is broken, so that extract-features makes just that again.")
+def verify_features(
+    config: PipelineConfig, dry_run: bool, features: Path, annotations: Path | None, repair: bool
+) -> None:
+    """Check every byte of a feature store against its checksums, and every row against sense.
+
+    Exit status: 0 sound, 1 something is broken or missing, 2 wrong use.
+    """
+    from extract import verify
+
+    wanted = None
+    if annotations is not None:
+        split = SplitConfig(images=annotations.parent, annotations=annotations)
+        loaded = load_split(split, features.stem, config.seed, config.data.max_bad)
+        wanted = {record.image_id for record in loaded.records}
+    if dry_run:
+        click.echo(f"dry run: would check {features}")
+        return
+    with tqdm(unit="row", desc="verify", leave=False) as bar:
+        report = verify.verify_store(features, wanted, bar.update)
+    problems = Counter(problem.check for problem in report.problems)
+    click.echo(f"{'check':<32}{'checked':>10}{'problems':>10}")
+    for check in verify.CHECKS:
+        if report.checked[check]:
+            click.echo(f"  {check:<30}{report.checked[check]:10d}{problems[check]:10d}")
+    for problem in report.problems:
+        click.echo(f"problem: {problem.shard or features}: {problem.check}: {problem.detail}", err=True)
+    if not report.problems:
+        click.echo(f"sound: {features}: {report.rows} rows, {report.valid} valid")
+        return
+    if repair:
+        for path in verify.repair(features, report):
+            click.echo(f"removed: {path}")
+        click.echo("now run the same extract-features command again: it makes just what is missing")
+    else:
+        click.echo("--repair removes what is broken, so that extract-features makes just that again")
+    sys.exit(EXIT_FAILURE)

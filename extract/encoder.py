@@ -73,8 +73,8 @@ ENCODERS = {
 class WeightsIdentity:
     """Which weights: a name for people and a SHA-256 that tells them apart.
 
-    For a file it is the file's SHA-256. Random weights are a function of the encoder and the seed; theirs is
-    the SHA-256 of that recipe.
+    For a file it is the file's SHA-256. Random weights are a function of the encoder, the seed and the scenes
+    that calibrate them; theirs is the SHA-256 of that recipe.
     """
 
     name: str
@@ -87,22 +87,27 @@ class WeightsIdentity:
         return {"name": self.name, "sha256": self.sha256, "random": self.random}
 
 
-def identify_weights(encoder: str, weights: str) -> WeightsIdentity:
+def identify_weights(encoder: str, weights: str, download: bool = True) -> WeightsIdentity:
     """Find the weights, downloading them once if need be, without building the encoder.
 
     Args:
         encoder: a key of ENCODERS.
         weights: "imagenet", "random", "random:SEED", or a file.
+        download: fetch ImageNet weights that are not in torch's cache; else their identity says "not downloaded".
 
     Raises:
         WeightsError: cannot be downloaded, damaged, or no such file.
     """
     if match := re.fullmatch(r"random(?::(\d+))?", weights):
         seed = int(match[1] or 0)
-        recipe = f"{RANDOM_RECIPE}; {encoder}, seed {seed}"
-        return WeightsIdentity(f"random:{seed}", hashlib.sha256(recipe.encode()).hexdigest(), True, None)
+        recipe = hashlib.sha256(f"{RANDOM_RECIPE}; {encoder}, seed {seed}".encode())
+        recipe.update(calibration_batch(CALIBRATION_IMAGES, ENCODERS[encoder].side).data)
+        return WeightsIdentity(f"random:{seed}", recipe.hexdigest(), True, None)
     if weights == "imagenet":
-        file = _imagenet_file(encoder)
+        file = _imagenet_cache(encoder)
+        if not download and not file.exists():
+            return WeightsIdentity("imagenet (not downloaded yet)", "", False, None)
+        _ensure_imagenet(encoder, file)
         return WeightsIdentity(f"imagenet ({ENCODERS[encoder].weights.name})", sha256_of(file), False, file)
     file = Path(weights)
     if not file.is_file():
@@ -110,11 +115,15 @@ def identify_weights(encoder: str, weights: str) -> WeightsIdentity:
     return WeightsIdentity(file.name, sha256_of(file), False, file)
 
 
-def _imagenet_file(encoder: str) -> Path:
-    """torchvision's weights in torch's cache, downloaded if they are not there, checked against their name."""
+def _imagenet_cache(encoder: str) -> Path:
+    """Where torch's cache keeps torchvision's weights."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / str(ENCODERS[encoder].weights.url).rpartition("/")[2]
+
+
+def _ensure_imagenet(encoder: str, file: Path) -> None:
+    """Download torchvision's weights into torch's cache if they are not there; check them against their name."""
     url: str = ENCODERS[encoder].weights.url
-    name = url.rpartition("/")[2]
-    file = Path(torch.hub.get_dir()) / "checkpoints" / name
+    name = file.name
     by_hand = f"download {url} on another machine and put it there, or give the file with --weights"
     if not file.exists():
         try:
@@ -127,7 +136,6 @@ def _imagenet_file(encoder: str) -> Path:
         raise WeightsError(
             f"{file}: damaged: its SHA-256 does not start with {_hash_in(name)}", f"delete it; {by_hand}"
         )
-    return file
 
 
 def _hash_in(name: str) -> str:

@@ -19,9 +19,9 @@ from tqdm import tqdm
 from common.annotations import ImageRecord
 from common.config import PipelineConfig, allowed_bad
 from common.errors import ExtractionError, MismatchError, StoreError
-from common.files import TEMPORARY_SUFFIX, sha256_of, write_text
-from common.shard import ShardInfo, ShardReader, ShardWriter
-from common.store import FeatureStore, write_index
+from common.files import remove_leftovers, sha256_of, write_text
+from common.shard import ShardInfo, ShardReader, ShardWriter, check_format, open_hdf5
+from common.store import INDEX_FORMAT, FeatureStore, write_index
 from extract.encoder import GridEncoder, WeightsIdentity, describe_features, identify_weights
 from extract.image import BadImageError, decoder_name, load_square
 from extract.plan import Plan, settle_plan
@@ -63,15 +63,17 @@ def store_folder(output: Path) -> Path:
     return output.with_suffix("")
 
 
-def prepare(config: PipelineConfig, split: str, records: list[ImageRecord], images: Path, output: Path) -> Job:
-    """Find the weights and make the plan, without writing anything.
+def prepare(
+    config: PipelineConfig, split: str, records: list[ImageRecord], images: Path, output: Path, download: bool = True
+) -> Job:
+    """Find the weights (downloading them if `download`) and make the plan, without writing anything else.
 
     Raises:
         WeightsError: the weights cannot be had.
         UserError: the device is not there.
     """
     extract = config.extract
-    identity = identify_weights(extract.encoder, extract.weights)
+    identity = identify_weights(extract.encoder, extract.weights, download)
     provenance = describe_features(
         extract.encoder, identity, extract.geometry, extract.precision, extract.device, extract.dtype, decoder_name()
     )
@@ -99,11 +101,11 @@ def extract_features(config: PipelineConfig, job: Job, progress: bool = True) ->
     if _is_complete(job, plan):
         return _summary(job, plan, plan.shards)
     write_text(job.folder / "config.yaml", config.to_yaml("data", "extract"))
+    job.output.unlink(missing_ok=True)  # an index over shards that are gone: its presence would mean complete
     missing = [s for s in range(plan.shards) if not _is_sound(job.folder / plan.shard_name(s), plan)]
     begin = time.perf_counter()
     made = _make_shards(config, job, plan, missing, progress) if missing else {}
-    for leftover in job.folder.glob(f".*{TEMPORARY_SUFFIX}"):  # of runs that were killed
-        leftover.unlink(missing_ok=True)
+    remove_leftovers(job.folder)
     names = [plan.shard_name(s) for s in range(plan.shards)]
     infos = [
         made.get(s) or ShardInfo(name, len(plan.rows_of(s)), sha256_of(job.folder / name))
@@ -116,12 +118,17 @@ def extract_features(config: PipelineConfig, job: Job, progress: bool = True) ->
 
 
 def _is_complete(job: Job, plan: Plan) -> bool:
+    """Whether the index is there and belongs to this plan, and all its shards are there."""
     if not job.output.exists():
         return False
-    with FeatureStore(job.output) as store:
-        if len(store) != len(plan.images):
-            raise MismatchError(f"{job.output}: is not the store that {job.folder} plans", "choose another --output")
-    return True
+    with open_hdf5(job.output) as index:
+        check_format(index, job.output, INDEX_FORMAT)
+        if index.attrs.get("plan") != plan.digest():
+            raise MismatchError(
+                f"{job.output}: is not the store that {job.folder} plans",
+                f"choose another --output, or delete {job.output}",
+            )
+    return all((job.folder / plan.shard_name(shard)).exists() for shard in range(plan.shards))
 
 
 def _is_sound(path: Path, plan: Plan) -> bool:

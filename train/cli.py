@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from common.annotations import load_annotations, load_split
+from common.annotations import load_split
 from common.command import flag, pipeline_command, reload_config, show_config
-from common.config import PipelineConfig
+from common.config import PipelineConfig, SplitConfig
 from common.errors import UserError
 from common.store import FeatureStore
 
@@ -30,25 +30,30 @@ evaluate-decoder --checkpoint runs/mine --features test.h5 --annotations caption
 
 
 def _captions_for(
-    store: FeatureStore, annotations: Path | None, configs: list[PipelineConfig], option: str
+    store: FeatureStore, annotations: Path | None, configs: list[PipelineConfig], role: str, option: str
 ) -> CaptionedImages:
-    """Join a store with its captions: those given, else those of its split in the configuration."""
+    """Join a store with its captions: those given, else those of its split (or of its role) in the configuration."""
     from train.stream import CaptionedImages
 
-    if annotations is None:
-        for config in configs:
-            split = config.data.splits.get(store.split)
-            if split is not None and split.annotations is not None:
-                loaded = load_split(split, store.split, config.seed, config.data.max_bad)
-                source = split.annotations
-                break
-        else:
+    if annotations is not None:
+        name, split = store.split or role, SplitConfig(images=annotations.parent, annotations=annotations)
+        config = configs[0]
+    else:
+        known = (
+            (name, config.data.splits[name], config)
+            for config in configs
+            for name in (store.split, role)
+            if name in config.data.splits and config.data.splits[name].annotations is not None
+        )
+        found = next(known, None)
+        if found is None:
             raise UserError(
                 f"{store.path}: no captions known for its split {store.split!r}",
-                f"give {option} FILE, or write data.splits.{store.split or 'train'}.annotations into pipeline.yaml",
+                f"give {option} FILE, or write data.splits.{store.split or role}.annotations into pipeline.yaml",
             )
-    else:
-        loaded, source = load_annotations(annotations, store.split or "train"), annotations
+        name, split, config = found
+    loaded = load_split(split, name, config.seed, config.data.max_bad)
+    source = split.annotations or split.images
     for line in loaded.problems.lines():
         click.echo(f"note: {source}: {line}", err=True)
     data = CaptionedImages.join(store, loaded.records, source)
@@ -91,11 +96,11 @@ def train_decoder(config: PipelineConfig, dry_run: bool, resume: bool) -> None:
     click.echo("configuration")
     show_config(config, "train")
     store = FeatureStore(settings.features or config.data.features / "train.h5")
-    train = _captions_for(store, settings.annotations, [config], "--annotations")
+    train = _captions_for(store, settings.annotations, [config], "train", "--annotations")
     val = None
     val_path = settings.val_features or config.data.features / "val.h5"
     if settings.val_features is not None or val_path.exists():
-        val = _captions_for(FeatureStore(val_path), settings.val_annotations, [config], "--val-annotations")
+        val = _captions_for(FeatureStore(val_path), settings.val_annotations, [config], "val", "--val-annotations")
     elif settings.val_annotations is not None:
         raise UserError("--val-annotations is given without --val-features", "give both, or neither")
     else:
@@ -150,7 +155,7 @@ def evaluate_decoder(
     show_config(config, "caption")
     loaded = load_checkpoint(checkpoint)
     store = FeatureStore(features)
-    data = _captions_for(store, annotations, [config, loaded.config], "--annotations")
+    data = _captions_for(store, annotations, [config, loaded.config], "test", "--annotations")
     _warn_if_random(store)
     output = output or checkpoint / "evaluation" / f"{features.stem}.json"
     if dry_run:

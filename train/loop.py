@@ -17,7 +17,7 @@ from tqdm import tqdm
 from common.config import PipelineConfig
 from common.device import choose_device, choose_precision
 from common.errors import CheckpointError, MismatchError, TrainingError
-from common.files import write_text
+from common.files import remove_leftovers, write_text
 from common.store import check_same_features
 from train.checkpoint import find_checkpoint, load_checkpoint, load_training_state, save_checkpoint
 from train.decoders.base import Decoder
@@ -74,6 +74,7 @@ def fit(
     if val is not None:
         check_same_features(provenance, val.store.provenance, f"{train.store.path} holds", str(val.store.path))
     run = _resume(config, provenance, device) if resume else _begin(config, train, device)
+    remove_leftovers(settings.output / "checkpoints")
     write_text(settings.output / "config.yaml", config.to_yaml())
     stream = CaptionStream(
         train, run.vocabulary, settings.batch_size, settings.captions_per_image, settings.max_length, config.seed,

@@ -1,0 +1,183 @@
+"""Verify a feature store: every byte against its checksums, every row against sense, and repair what is broken."""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import StoreError
+from common.files import sha256_of
+from common.shard import ShardReader, check_format, decode_texts, open_hdf5
+from common.store import INDEX_FORMAT
+from extract.plan import Plan, read_plan
+from extract.run import store_folder
+
+# What is checked, in the order of the table; each names one kind of problem.
+CHECKS = (
+    "shard readable",
+    "belongs to the plan",
+    "rows and image ids",
+    "provenance",
+    "whole-file SHA-256",
+    "row CRC-32",
+    "no NaN or infinity",
+    "no row all zero",
+    "image ids of the captions file",
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong.
+
+    Attributes:
+        check: one of CHECKS.
+        shard: the shard's file name, or "" for the store as a whole.
+        detail: what exactly.
+    """
+
+    check: str
+    shard: str
+    detail: str
+
+
+@dataclass
+class Report:
+    """What a verification found.
+
+    Attributes:
+        checked: check -> how many shards, rows or ids went through it.
+        problems: what is wrong.
+        rows, valid: over all readable shards.
+    """
+
+    checked: Counter[str] = field(default_factory=Counter)
+    problems: list[Problem] = field(default_factory=list)
+    rows: int = 0
+    valid: int = 0
+
+    def note(self, check: str, count: int, shard: str, detail: str | None) -> None:
+        """Count a check; `detail` is what was wrong, or None."""
+        self.checked[check] += count
+        if detail is not None:
+            self.problems.append(Problem(check, shard, detail))
+
+    @property
+    def broken_shards(self) -> list[str]:
+        """The shards that must be made again."""
+        return sorted({problem.shard for problem in self.problems if problem.shard})
+
+
+def verify_store(
+    path: Path, captions_ids: Collection[int] | None = None, on_shard: Callable[[int], object] | None = None
+) -> Report:
+    """Check a store from end to end; everything is read twice, once for the file hashes and once by rows.
+
+    The plan says what must be there, the index what was there when the store became complete. A store whose index
+    is missing is incomplete, and what there is of it is checked.
+
+    Args:
+        path: the index file.
+        captions_ids: image ids that the store should have, from a captions file.
+        on_shard: called after each shard with its number of rows.
+
+    Raises:
+        StoreError: neither an index nor a plan is there, or one of them is unreadable.
+    """
+    folder = store_folder(path)
+    if not (folder / "plan.json").exists():
+        raise StoreError(f"{folder / 'plan.json'}: no plan, so this is no store of extract-features", "check the path")
+    plan = read_plan(folder / "plan.json")
+    report = Report()
+    hashes = _index_hashes(path, plan, report) if path.exists() else {}
+    if not path.exists():
+        report.note("belongs to the plan", 1, "", f"{path}: the index is missing: the store is not complete")
+    for shard in range(plan.shards):
+        _verify_shard(folder, plan, shard, hashes.get(plan.shard_name(shard)), report)
+        if on_shard is not None:
+            on_shard(len(plan.rows_of(shard)))
+    if captions_ids is not None:
+        _compare_ids({image_id for image_id, _ in plan.images}, set(captions_ids), report)
+    return report
+
+
+def repair(path: Path, report: Report) -> list[Path]:
+    """Remove broken shards, and the index with them, so that the next extract-features makes just those again.
+
+    Returns:
+        What was removed.
+    """
+    folder = store_folder(path)
+    doomed = [folder / name for name in report.broken_shards]
+    index_is_wrong = any(not problem.shard and problem.check != CHECKS[-1] for problem in report.problems)
+    if doomed or index_is_wrong:
+        doomed.append(path)
+    removed = [file for file in doomed if file.exists()]
+    for file in reversed(removed):  # the index first: its presence means complete
+        file.unlink()
+    return removed
+
+
+def _index_hashes(path: Path, plan: Plan, report: Report) -> dict[str, str]:
+    """Shard name -> SHA-256 of the index, after comparing the index with the plan."""
+    with open_hdf5(path) as file:
+        check_format(file, path, INDEX_FORMAT)
+        same = file.attrs.get("plan") == plan.digest()
+        report.note("belongs to the plan", 1, "", None if same else f"{path}: the index belongs to another plan")
+        ids = file["image_id"][:].tolist()
+        expected = [image_id for image_id, _ in plan.images]
+        report.note(
+            "rows and image ids", 1, "", None if ids == expected else f"{path}: other image ids than the plan's"
+        )
+        names = [Path(name).name for name in decode_texts(file["shard_name"])]
+        return dict(zip(names, decode_texts(file["shard_sha256"]), strict=True))
+
+
+def _verify_shard(folder: Path, plan: Plan, shard: int, sha256: str | None, report: Report) -> None:
+    name = plan.shard_name(shard)
+    try:
+        reader = ShardReader(folder / name)
+    except StoreError as error:
+        report.note("shard readable", 1, name, error.what)
+        return
+    report.note("shard readable", 1, name, None)
+    with reader:
+        expected = [plan.images[row] for row in plan.rows_of(shard)]
+        same_plan = reader.attributes.get("plan") == plan.digest()
+        report.note("belongs to the plan", 1, name, None if same_plan else "made by another plan")
+        same_rows = list(zip(reader.image_ids.tolist(), reader.file_names, strict=True)) == expected
+        report.note("rows and image ids", 1, name, None if same_rows else "other images than the plan's")
+        same_source = reader.provenance == plan.provenance
+        report.note("provenance", 1, name, None if same_source else "another provenance than the plan's")
+        if sha256 is not None:
+            same_file = sha256_of(folder / name) == sha256
+            report.note("whole-file SHA-256", 1, name, None if same_file else "differs from the index")
+        _verify_rows(reader, name, report)
+
+
+def _verify_rows(reader: ShardReader, name: str, report: Report) -> None:
+    damaged, not_finite, zero = [], [], []
+    out = np.empty(reader.shape[1:], reader.dtype)
+    for row in range(len(reader)):
+        reader.read_row(row, out)
+        if zlib.crc32(out.data) != reader.crc32[row]:
+            damaged.append(row)
+        elif reader.valid[row] and not np.isfinite(out).all():
+            not_finite.append(row)
+        elif reader.valid[row] and not out.any():
+            zero.append(row)
+    report.rows += len(reader)
+    report.valid += int(reader.valid.sum())
+    for check, bad in (("row CRC-32", damaged), ("no NaN or infinity", not_finite), ("no row all zero", zero)):
+        report.note(check, len(reader), name, f"rows {bad[:5]}{' ...' if len(bad) > 5 else ''}" if bad else None)
+
+
+def _compare_ids(stored: set[int], wanted: set[int], report: Report) -> None:
+    gone, new = len(stored - wanted), len(wanted - stored)
+    detail = f"{new} images of the captions file are not in the store, {gone} of the store not in the captions file"
+    report.note("image ids of the captions file", len(wanted), "", detail if gone or new else None)

@@ -1,0 +1,118 @@
+"""Tiny shards and stores, and a current folder that holds no pipeline.yaml."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from common.shard import ShardInfo, ShardWriter
+from common.store import write_index
+
+GRID = (2, 3, 4)
+PROVENANCE: dict[str, Any] = {
+    "encoder": "inception_v3",
+    "layer": "Mixed_7c",
+    "weights": {"name": "imagenet", "sha256": "ab" * 32, "random": False},
+    "preprocessing": {"geometry": "stretch", "side": 299},
+    "grid_shape": list(GRID),
+    "dtype": "float16",
+}
+
+
+@pytest.fixture(autouse=True)
+def empty_current_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands read ./pipeline.yaml: the repository's own must not reach these tests."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
+
+
+@pytest.fixture(scope="session")
+def provenance() -> dict[str, Any]:
+    """A provenance as `extract-features` writes it."""
+    return PROVENANCE
+
+
+@pytest.fixture(scope="session")
+def make_grids() -> Callable[..., np.ndarray]:
+    """make_grids(rows, seed) -> (rows, 2, 3, 4) float16, every value another."""
+
+    def make(rows: int, seed: int = 0, dtype: str = "float16") -> np.ndarray:
+        grids: np.ndarray = np.random.default_rng(seed).normal(size=(rows, *GRID)).astype(dtype)
+        return grids
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def write_shard() -> Callable[..., ShardInfo]:
+    """write_shard(path, grids, ...) writes them as one finished shard, ids counted from `first`."""
+
+    def write(
+        path: Path,
+        grids: np.ndarray,
+        *,
+        first: int = 0,
+        index: int = 0,
+        plan: str = "the plan",
+        rejects: Mapping[int, str] | None = None,
+        batch: int = 1000,
+        names: Sequence[str] | None = None,
+    ) -> ShardInfo:
+        rows, rejects = len(grids), rejects or {}
+        ids = [10 * (first + row) for row in range(rows)]
+        names = names or [f"folder/{i}.jpg" for i in ids]
+        attributes = {"index": index, "split": "train", "plan": plan, "provenance": PROVENANCE}
+        with ShardWriter(path, ids, names, grids.shape[1:], grids.dtype.name, attributes) as writer:
+            for start in range(0, rows, batch):
+                part = grids[start : start + batch].copy()
+                local = {row: why for row, why in rejects.items() if start <= row < start + batch}
+                writer.write(start, part, local)
+            return writer.finish()
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def write_store(
+    write_shard: Callable[..., ShardInfo], make_grids: Callable[..., np.ndarray]
+) -> Callable[..., tuple[Path, np.ndarray]]:
+    """write_store(index_path, sizes, rejects) -> the index's path and what its rows must be, NaN where refused."""
+
+    def write(
+        index: Path, sizes: Sequence[int] = (3, 4, 2), rejects: Mapping[int, str] | None = None
+    ) -> tuple[Path, np.ndarray]:
+        grids, rejects = make_grids(sum(sizes), seed=1), rejects or {}
+        folder, infos, start = index.with_suffix(""), [], 0
+        for number, size in enumerate(sizes):
+            local = {row - start: why for row, why in rejects.items() if start <= row < start + size}
+            part = grids[start : start + size]
+            info = write_shard(folder / f"{number:05}.h5", part, first=start, index=number, rejects=local)
+            infos.append(info)
+            start += size
+        write_index(index, folder, infos, "train", "the plan", PROVENANCE)
+        grids[list(rejects)] = np.nan
+        return index, grids
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def rewrite_compressed() -> Callable[[Path, Path], None]:
+    """Copy a shard as other tools would: features chunked and compressed, all else as it was."""
+
+    def rewrite(source: Path, target: Path) -> None:
+        with h5py.File(source) as old, h5py.File(target, "w") as new:
+            for name in old:
+                if name == "features":
+                    grids = old[name][:]
+                    new.create_dataset(name, data=grids, chunks=(1, *grids.shape[1:]), compression="gzip")
+                else:
+                    old.copy(name, new)
+            for key, value in old.attrs.items():
+                new.attrs[key] = value
+
+    return rewrite

@@ -1,0 +1,153 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common.files import fsync_path, remove_leftovers, replacing, sha256_of, temporary_sibling, write_json, write_text
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_replacing_makes_the_file_and_its_folders(tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "new" / "a.txt"
+    with replacing(path) as temporary:
+        temporary.write_text("new")
+        assert not path.exists()
+    assert path.read_text() == "new"
+    assert names_in(path.parent) == ["a.txt"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_an_exception_leaves_the_old_file_and_no_temporary(tmp_path: Path, error: type[BaseException]) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+
+    def write_half() -> None:
+        with replacing(path) as temporary:
+            temporary.write_text("half of the new")
+            raise error
+
+    with pytest.raises(error):
+        write_half()
+    assert path.read_text() == "old"
+    assert names_in(tmp_path) == ["a.txt"]
+
+
+def test_an_exception_before_anything_is_written_makes_no_file(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), replacing(tmp_path / "a.txt"):
+        raise RuntimeError
+    assert names_in(tmp_path) == []
+
+
+def test_a_failed_rename_leaves_no_temporary(tmp_path: Path) -> None:
+    """A folder stands in the way."""
+    (tmp_path / "a.txt").mkdir()
+    with pytest.raises(OSError, match=r"a\.txt"):
+        write_text(tmp_path / "a.txt", "new")
+    assert names_in(tmp_path) == ["a.txt"]
+
+
+def test_the_new_file_is_on_the_disk_before_it_takes_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flush, rename, flush the folder: in another order a power cut leaves an empty file under the final name."""
+    path, steps = tmp_path / "a.txt", []
+    really_replace = os.replace
+    monkeypatch.setattr("common.files.fsync_path", lambda p: steps.append(("flush", p.is_dir())))
+    monkeypatch.setattr("os.replace", lambda a, b: (steps.append("rename"), really_replace(a, b)))
+    write_text(path, "new")
+    assert steps == [("flush", False), "rename", ("flush", True)]
+    assert path.read_text() == "new"
+
+
+def test_a_reader_of_the_old_file_goes_on_reading_it(tmp_path: Path) -> None:
+    """A new file takes the name; the old one is not written over."""
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with open(path) as reader:
+        write_text(path, "new")
+        assert reader.read() == "old"
+    assert path.read_text() == "new"
+
+
+def test_temporary_names_are_hidden_in_the_same_folder_and_never_twice_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "00001.h5"
+    names = {temporary_sibling(path) for _ in range(100)}
+    assert len(names) == 100
+    for name in names:
+        assert name.parent == tmp_path
+        assert name.name.startswith(".00001.h5.")
+        assert name.suffix == ".tmp"  # so that no pattern like *.h5 takes it for a shard
+
+
+def test_text_is_written_in_utf8(tmp_path: Path) -> None:
+    write_text(tmp_path / "a.txt", "café ✓\n")
+    assert (tmp_path / "a.txt").read_bytes() == "café ✓\n".encode()
+
+
+def test_json_is_for_people_too(tmp_path: Path) -> None:
+    value = {"caption": "un café", "n": [1, 2.5, None]}
+    write_json(tmp_path / "a.json", value)
+    text = (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert json.loads(text) == value
+    assert "un café" in text
+    assert text.endswith("}\n")
+    assert len(text.splitlines()) > 3
+
+
+def test_a_value_that_json_cannot_hold_leaves_the_old_file(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", 1)
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"a": object()})
+    assert (tmp_path / "a.json").read_text() == "1\n"
+    assert names_in(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("size", [0, 1, (1 << 22) - 1, (1 << 22) + 1])
+def test_sha256_is_of_all_bytes(tmp_path: Path, size: int) -> None:
+    """Around the size of the blocks it is read in."""
+    content = (bytes(range(251)) * (size // 251 + 1))[:size]
+    (tmp_path / "a").write_bytes(content)
+    assert sha256_of(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+
+
+def test_flushing_what_is_missing_is_an_os_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        fsync_path(tmp_path / "missing")
+
+
+def test_leftovers_of_processes_that_are_gone_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    """A shard that another process, here or on another machine, is still writing must not be taken away."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    host = socket.gethostname()
+    kept = [
+        "00000.h5",
+        f".00000.h5.{host}-{os.getpid()}-0123abcd.tmp",  # of a process that runs
+        f".00000.h5.another{host}-{gone.pid}-0123abcd.tmp",  # of another machine
+        f".00000.h5.{host}-{gone.pid}-0123abcd",
+        ".mine.tmp",
+        "a.tmp",
+    ]
+    for name in [*kept, f".00000.h5.{host}-{gone.pid}-0123abcd.tmp", f".plan.json.{host}-{gone.pid}-ffffffff.tmp"]:
+        (tmp_path / name).touch()
+    (tmp_path / f".run.{host}-{gone.pid}-0123abcd.tmp").mkdir()
+    (tmp_path / f".run.{host}-{gone.pid}-0123abcd.tmp" / "model").touch()
+    remove_leftovers(tmp_path)
+    assert names_in(tmp_path) == sorted(kept)
+
+
+def test_a_temporary_name_of_this_process_is_not_taken_for_a_leftover(tmp_path: Path) -> None:
+    with replacing(tmp_path / "a.txt") as temporary:
+        temporary.write_text("new")
+        remove_leftovers(tmp_path)
+        assert temporary.exists()

@@ -1,0 +1,138 @@
+"""Imports run one way, and what needs no torch loads without it."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest brings it
+
+ROOT = Path(__file__).parents[1]
+ALLOWED = {  # package of ours -> the other packages of ours that it may import
+    "common": set(),
+    "extract": {"common"},
+    "train": {"common"},
+    "caption": {"extract", "train", "common"},
+}
+OTHERS = {"demo", "bench", "tests"}  # ours too, and imported by none of the above
+
+
+def imported(source: str, package: str) -> set[str]:
+    """Every module that a source text may import, wherever the statement stands, relative names resolved.
+
+    `from a import b` gives both "a" and "a.b", since b may be a module.
+    """
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = package.split(".")
+                above = ".".join(parts[: len(parts) - node.level + 1])
+                base = f"{above}.{base}".rstrip(".")
+            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def forbidden(source: str, package: str) -> list[str]:
+    """The imports in a module of `package` (dotted) that the design does not allow."""
+    top = package.split(".")[0]
+    may = {top, *ALLOWED[top]} if top in ALLOWED else {*ALLOWED, *OTHERS}
+    bad = []
+    for name in imported(source, package):
+        first, *rest = name.split(".")
+        if first in {*ALLOWED, *OTHERS} and (first not in may or "cli" in rest):
+            bad.append(name)
+    return sorted(bad)
+
+
+def modules() -> list[Path]:
+    """Every module of ours but the tests, relative to the repository."""
+    folders = [ROOT / name for name in sorted({*ALLOWED, *OTHERS} - {"tests"})]
+    return [path.relative_to(ROOT) for folder in folders for path in sorted(folder.rglob("*.py"))]
+
+
+@pytest.mark.parametrize("module", modules(), ids=str)
+def test_a_module_imports_only_what_its_package_may(module: Path) -> None:
+    source = (ROOT / module).read_text(encoding="utf-8")
+    assert forbidden(source, ".".join(module.parent.parts)) == []
+
+
+def test_every_package_is_looked_at() -> None:
+    """A new top-level package must be given its place in ALLOWED."""
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert set(ALLOWED) <= packages <= {*ALLOWED, *OTHERS}
+    assert set(ALLOWED) <= {path.parts[0] for path in modules()}
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert {name.split(".")[0] for name in settings["tool"]["setuptools"]["packages"]} == set(ALLOWED)
+
+
+@pytest.mark.parametrize(
+    ("package", "source", "bad"),
+    [
+        ("extract", "import numpy, common.store\nfrom common import config", []),
+        ("extract", "from train.loop import fit", ["train.loop", "train.loop.fit"]),
+        ("extract", "def f():\n    import train", ["train"]),
+        ("extract", "if TYPE_CHECKING:\n    from caption import captioner", ["caption", "caption.captioner"]),
+        ("train.decoders", "from .base import Decoder\nfrom ..loss import loss", []),
+        ("train.decoders", "from .. import cli", ["train.cli"]),
+        ("train", "import extract.encoder as e", ["extract.encoder"]),
+        ("common", "import extract", ["extract"]),
+        ("common", "from demo.shapes import x", ["demo.shapes", "demo.shapes.x"]),
+        ("caption", "import extract.image, train.search, common.files", []),
+        ("caption", "from extract import cli", ["extract.cli"]),
+        ("caption", "from train.cli import main", ["train.cli", "train.cli.main"]),
+        ("demo", "import extract.cli", ["extract.cli"]),
+        ("demo", "import train.loop", []),
+    ],
+)
+def test_the_rule_itself(package: str, source: str, bad: list[str]) -> None:
+    """A rule that finds nothing would pass for a clean house."""
+    assert forbidden(source, package) == bad
+
+
+# ----------------------------------------------------------------------------------------- without torch
+
+HEAVY = ("torch", "torchvision")
+
+
+def run_python(code: str, folder: Path) -> str:
+    """Run code in a process of its own, in a folder without a pipeline.yaml, and give what it printed."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_all_of_common_loads_without_torch_and_without_the_other_packages(tmp_path: Path) -> None:
+    names = ["common", *(f"common.{path.stem}" for path in sorted((ROOT / "common").glob("[!_]*.py")))]
+    assert len(names) > 5
+    code = f"import sys, {', '.join(names)}\nprint(*sys.modules)"
+    loaded = run_python(code, tmp_path).split()
+    assert set(names) <= set(loaded)
+    assert not {*HEAVY, *(set(ALLOWED) - {"common"}), *OTHERS} & set(loaded)
+
+
+COMMANDS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+
+
+def test_the_four_commands_are_installed() -> None:
+    assert {"extract-features", "train-decoder", "evaluate-decoder", "caption-images"} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_answers_at_once_without_loading_torch(command: str, tmp_path: Path) -> None:
+    module, _, name = COMMANDS[command].partition(":")
+    code = f"import sys\nfrom {module} import {name}\n{name}(['--help'], standalone_mode=False)\nprint(*sys.modules)"
+    *text, loaded = run_python(code, tmp_path).splitlines()
+    assert text[0].startswith("Usage:")
+    assert any("Examples" in line for line in text)
+    assert not set(HEAVY) & set(loaded.split())
