@@ -43,7 +43,7 @@ def draw_attention(
     for part, image, caption, title, rows in zip(parts, images, captions, titles, blocks, strict=True):
         if caption.attention is None:
             raise ValueError("a caption without attention cannot be drawn")
-        part.suptitle(title, fontsize=10, x=0.01, ha="left", weight="bold")
+        part.suptitle(title, fontsize=10, x=0.01, ha="left", weight="bold", parse_math=False)
         axes = part.subplots(rows, width, squeeze=False).ravel()
         for axis in axes:
             axis.set_axis_off()
@@ -52,7 +52,7 @@ def draw_attention(
         for axis, word, weights in zip(axes[1:], caption.words, caption.attention, strict=False):
             axis.imshow(grey, cmap="gray", vmin=0, vmax=255)
             axis.imshow(enlarge(weights, *image.shape[:2]), cmap="inferno", alpha=0.6, vmin=0, vmax=1)
-            axis.set_title(word, fontsize=10, pad=2)
+            axis.set_title(word, fontsize=10, pad=2, parse_math=False)
     with replacing(path) as temporary:
         figure.savefig(temporary, format=path.suffix.removeprefix(".").lower() or "png", facecolor="white")
 

@@ -13,7 +13,7 @@ from common.config import CaptionConfig
 from common.device import choose_device
 from common.errors import WeightsError
 from common.store import check_same_features
-from extract.encoder import ENCODERS, GridEncoder, describe_features, identify_weights
+from extract.encoder import ENCODERS, GridEncoder, describe_features, identify_weights, imagenet_name
 from extract.image import decoder_name, load_rgb, load_square
 from train.checkpoint import Checkpoint, load_checkpoint
 from train.search import beam_search
@@ -83,7 +83,7 @@ class Captioner:
             return str(given)
         if self.provenance["weights"]["random"]:
             return str(name)
-        if name.startswith("imagenet"):
+        if name == imagenet_name(self.provenance["encoder"]):
             return "imagenet"
         raise WeightsError(
             f"{self.checkpoint.path}: was trained on features from the weights file {name}",

@@ -39,6 +39,10 @@ _NO_RESERVATION = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}  # file systems
 _opening = threading.Lock()
 
 
+class UnstorableError(ValueError):
+    """A grid holds a value that the stored type cannot hold; the message names the image."""
+
+
 @dataclass(frozen=True)
 class ShardInfo:
     """A finished shard: its file name, its number of rows, and the SHA-256 of the whole file."""
@@ -149,8 +153,7 @@ class ShardWriter:
             rejects: row -> reason, for rows of this call whose image was refused.
 
         Raises:
-            ValueError: a row that is not refused holds NaN or infinity (a float16 overflow, say); its
-                first argument names the image.
+            UnstorableError: a row that is not refused holds NaN or infinity (a float16 overflow, say).
         """
         rows = range(start, start + len(grids))
         for row, reason in rejects.items():
@@ -159,7 +162,7 @@ class ShardWriter:
         finite = np.isfinite(grids.reshape(len(grids), -1)).all(1)
         for row in rows:
             if row not in rejects and not finite[row - start]:
-                raise ValueError(f"{self._names[row]}: its grid holds a value that {grids.dtype} cannot hold")
+                raise UnstorableError(f"{self._names[row]}: its grid holds a value that {grids.dtype} cannot hold")
             self._crc[row] = zlib.crc32(np.ascontiguousarray(grids[row - start]).data)
             self._valid[row] = row not in rejects
         self._features[start : start + len(grids)] = grids

@@ -38,26 +38,23 @@ verify-features features/train.h5 --repair && extract-features --split train
 
 
 def _split_name(values: dict[str, Any]) -> str | None:
-    """--split, or a name made from --output or --images."""
+    """--split, or a name made from --output or --images; without dots, which would part keys."""
     if values["split"]:
-        return str(values["split"])
-    path = values["output"] or values["images"]
-    return path.stem.replace(".", "-") if path is not None else None
+        name = str(values["split"])
+    elif values["output"] is not None:
+        name = values["output"].stem
+    elif values["images"] is not None:
+        name = values["images"].resolve().name
+    else:
+        return None
+    return name.replace(".", "-")
 
 
 def _split_keys(values: dict[str, Any]) -> dict[str, Any]:
-    """--images, --annotations and --limit set the split's keys; a folder given alone has no captions."""
-    name = _split_name(values)
-    if name is None:
+    """--images makes a split of its own; given alone, the folder has no captions."""
+    if values["images"] is None:
         return {}
-    keys: dict[str, Any] = {}
-    if values["images"] is not None:
-        keys[f"data.splits.{name}"] = {"images": values["images"], "annotations": values["annotations"]}
-    elif values["annotations"] is not None:
-        keys[f"data.splits.{name}.annotations"] = values["annotations"]
-    if values["limit"] is not None:
-        keys[f"data.splits.{name}.limit"] = values["limit"]
-    return keys
+    return {f"data.splits.{_split_name(values)}": {"images": values["images"], "annotations": values["annotations"]}}
 
 
 @pipeline_command("extract-features", EXTRACT_EXAMPLES, _split_keys)
@@ -67,7 +64,11 @@ def _split_keys(values: dict[str, Any]) -> dict[str, Any]:
     "--annotations", type=click.Path(path_type=Path),
     help="Captions file: COCO JSON, Karpathy's JSON, or CSV image,caption  [data.splits.<split>.annotations]",
 )  # fmt: skip
-@click.option("--limit", type=int, help="A seeded random subset of this many images  [data.splits.<split>.limit]")
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    help="A seeded random subset of this many images  [data.splits.<split>.limit]",
+)
 @click.option(
     "--output", type=click.Path(path_type=Path), help="The store's index file  [default: <data.features>/<split>.h5]"
 )
@@ -99,8 +100,8 @@ def main(
             f"--split {name}: no such split in the configuration (known: {known})",
             "give --images DIR, or write the split into pipeline.yaml",
         )
-    del annotations, limit  # in the configuration by now
-    chosen = config.data.splits[name]
+    given = {key: value for key, value in (("annotations", annotations), ("limit", limit)) if value is not None}
+    chosen = config.data.splits[name].model_copy(update=given)
     output = output or config.data.features / f"{name}.h5"
     if output.suffix != ".h5":
         raise UserError(f"--output {output}: the index file must end in .h5", f"use --output {output}.h5")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import math
+import pickle
 import re
 import urllib.error
 from collections import OrderedDict
@@ -108,11 +110,16 @@ def identify_weights(encoder: str, weights: str, download: bool = True) -> Weigh
         if not download and not file.exists():
             return WeightsIdentity("imagenet (not downloaded yet)", "", False, None)
         _ensure_imagenet(encoder, file)
-        return WeightsIdentity(f"imagenet ({ENCODERS[encoder].weights.name})", sha256_of(file), False, file)
+        return WeightsIdentity(imagenet_name(encoder), sha256_of(file), False, file)
     file = Path(weights)
     if not file.is_file():
         raise WeightsError(f"{file}: no such weights file", "use --weights imagenet, random, or the path of a file")
     return WeightsIdentity(file.name, sha256_of(file), False, file)
+
+
+def imagenet_name(encoder: str) -> str:
+    """What provenances call torchvision's own weights of an encoder."""
+    return f"imagenet ({ENCODERS[encoder].weights.name})"
 
 
 def _imagenet_cache(encoder: str) -> Path:
@@ -129,8 +136,8 @@ def _ensure_imagenet(encoder: str, file: Path) -> None:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(file), hash_prefix=_hash_in(name))
-        except (urllib.error.URLError, OSError, RuntimeError) as error:
-            reason = getattr(error, "reason", None) or str(error).splitlines()[0]
+        except (urllib.error.URLError, http.client.HTTPException, OSError, RuntimeError) as error:
+            reason = getattr(error, "reason", None) or f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             raise WeightsError(f"{file}: not there, and the download failed: {reason}", by_hand) from error
     if not sha256_of(file).startswith(_hash_in(name)):
         raise WeightsError(
@@ -143,6 +150,9 @@ def _hash_in(name: str) -> str:
     return name.rpartition("-")[2].partition(".")[0]
 
 
+_STATE_DICT = "give a state dict saved by torch.save or as .safetensors; whole pickled models are refused"
+
+
 def _read_state(file: Path) -> dict[str, Tensor]:
     """A state dict from a file, never running code from it."""
     try:
@@ -152,12 +162,11 @@ def _read_state(file: Path) -> dict[str, Tensor]:
             state: Any = load_file(file)
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged or hostile file leads the loaders to raise
+    except pickle.UnpicklingError as error:
+        raise WeightsError(f"{file}: holds something else than a state dict of tensors", _STATE_DICT) from error
+    except Exception as error:  # whatever a damaged file leads the loaders to raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise WeightsError(
-            f"{file}: cannot be read as weights: {reason}",
-            "give a state dict saved by torch.save or as .safetensors; whole pickled models are refused",
-        ) from error
+        raise WeightsError(f"{file}: cannot be read as weights: {reason}", _STATE_DICT) from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -177,14 +186,16 @@ def _build_trunk(encoder: str, identity: WeightsIdentity) -> nn.Sequential:
     state = _read_state(identity.file)
     wanted = {k: v for k, v in state.items() if k.partition(".")[0] in spec.layers}
     try:
-        missing, _ = trunk.load_state_dict(wanted, strict=False)
+        missing, unexpected = trunk.load_state_dict(wanted, strict=False)
     except RuntimeError as error:
         detail = str(error).splitlines()[1].strip()
         raise WeightsError(f"{identity.file}: not weights of {encoder}: {detail}", "check --encoder") from error
     missing = [name for name in missing if not name.endswith("num_batches_tracked")]
-    if missing:
+    if missing or unexpected:
+        what = f"{missing[0]} is missing" if missing else f"{unexpected[0]} is none of its layers"
+        more = len(missing) + len(unexpected) - 1
         raise WeightsError(
-            f"{identity.file}: not weights of {encoder}: {len(missing)} are missing, {missing[0]} first",
+            f"{identity.file}: not weights of {encoder}: {what}" + (f" (and {more} more)" if more else ""),
             "check --encoder",
         )
     return trunk.eval()

@@ -10,6 +10,9 @@ import PIL
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 LETTERBOX_GREY = 128
+MAX_PIXELS = 89_478_485  # Pillow's own limit, where it only warns: a quarter of a GiB of RGB
+
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # the limit is checked below
 
 
 class BadImageError(Exception):
@@ -42,17 +45,19 @@ def load_rgb(path: Path) -> Image.Image:
         BadImageError: missing, empty, truncated, no image, too large.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                return _to_rgb(ImageOps.exif_transpose(image))
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise BadImageError("too many pixels")
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except BadImageError:
+        raise
     except FileNotFoundError as error:
         raise BadImageError("missing") from error
     except IsADirectoryError as error:
         raise BadImageError("is a folder") from error
     except PermissionError as error:
         raise BadImageError("no permission to read") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except Image.DecompressionBombError as error:
         raise BadImageError("too many pixels") from error
     except UnidentifiedImageError as error:
         raise BadImageError("empty file" if path.stat().st_size == 0 else "not an image") from error
@@ -75,8 +80,12 @@ def _square(image: Image.Image, side: int, geometry: str) -> Image.Image:
     if geometry == "crop":
         return ImageOps.fit(image, (side, side), Image.Resampling.BILINEAR)
     if geometry == "letterbox":
-        grey = (LETTERBOX_GREY,) * 3
-        return ImageOps.pad(image, (side, side), Image.Resampling.BILINEAR, color=grey)
+        scale = side / max(image.size)
+        width, height = (max(1, round(length * scale)) for length in image.size)
+        whole = Image.new("RGB", (side, side), (LETTERBOX_GREY,) * 3)
+        fitted = image.resize((width, height), Image.Resampling.BILINEAR)
+        whole.paste(fitted, ((side - width) // 2, (side - height) // 2))
+        return whole
     return image.resize((side, side), Image.Resampling.BILINEAR)
 
 

@@ -31,7 +31,7 @@ import numpy as np
 from common.annotations import ImageRecord, id_from_name
 from common.errors import StoreError, UserError
 from common.files import sha256_of
-from common.shard import ShardInfo, ShardWriter
+from common.shard import ShardInfo, ShardWriter, UnstorableError
 from common.store import write_index
 from extract.plan import Plan, settle_plan
 from extract.run import store_folder
@@ -281,7 +281,7 @@ def import_features(
                 grid = _grid(source, pairs[row][1], dtype, first.shape)
                 try:
                     writer.write(row - rows.start, grid[None], {})
-                except ValueError as error:
+                except UnstorableError as error:
                     raise StoreError(str(error), "import with --dtype float32") from error
                 on_row(1)
             infos.append(writer.finish())

@@ -20,7 +20,7 @@ from common.annotations import ImageRecord
 from common.config import PipelineConfig, allowed_bad
 from common.errors import ExtractionError, MismatchError, StoreError
 from common.files import remove_leftovers, sha256_of, write_text
-from common.shard import ShardInfo, ShardReader, ShardWriter, check_format, open_hdf5
+from common.shard import ShardInfo, ShardReader, ShardWriter, UnstorableError, check_format, open_hdf5
 from common.store import INDEX_FORMAT, FeatureStore, write_index
 from extract.encoder import GridEncoder, WeightsIdentity, describe_features, identify_weights
 from extract.image import BadImageError, decoder_name, load_square
@@ -102,10 +102,13 @@ def extract_features(config: PipelineConfig, job: Job, progress: bool = True) ->
         return _summary(job, plan, plan.shards)
     write_text(job.folder / "config.yaml", config.to_yaml("data", "extract"))
     job.output.unlink(missing_ok=True)  # an index over shards that are gone: its presence would mean complete
-    missing = [s for s in range(plan.shards) if not _is_sound(job.folder / plan.shard_name(s), plan)]
+    there = [_rejects_of(job.folder / plan.shard_name(shard), plan) for shard in range(plan.shards)]
+    missing = [shard for shard, rejects in enumerate(there) if rejects is None]
+    bad = sum((rejects for rejects in there if rejects is not None), Counter[str]())
     begin = time.perf_counter()
-    made = _make_shards(config, job, plan, missing, progress) if missing else {}
+    made = _make_shards(config, job, plan, missing, bad, progress) if missing else {}
     remove_leftovers(job.folder)
+    remove_leftovers(job.output.parent)
     names = [plan.shard_name(s) for s in range(plan.shards)]
     infos = [
         made.get(s) or ShardInfo(name, len(plan.rows_of(s)), sha256_of(job.folder / name))
@@ -131,14 +134,17 @@ def _is_complete(job: Job, plan: Plan) -> bool:
     return all((job.folder / plan.shard_name(shard)).exists() for shard in range(plan.shards))
 
 
-def _is_sound(path: Path, plan: Plan) -> bool:
-    """Whether a shard is there. A file under its final name was checked before it got it, so opening suffices."""
+def _rejects_of(path: Path, plan: Plan) -> Counter[str] | None:
+    """The rejects of a shard by reason, or None if it is not there.
+
+    A file under its final name was checked before it got it, so opening suffices.
+    """
     if not path.exists():
-        return False
+        return None
     with ShardReader(path) as shard:
         if shard.attributes.get("plan") != plan.digest():
             raise StoreError(f"{path}: belongs to another plan", f"delete {path} and run the same command again")
-    return True
+        return Counter(shard.rejects.values())
 
 
 def _summary(job: Job, plan: Plan, done_before: int) -> Summary:
@@ -163,7 +169,7 @@ def _batches(plan: Plan, shards: list[int]) -> Iterator[_Batch]:
 
 
 def _make_shards(
-    config: PipelineConfig, job: Job, plan: Plan, shards: list[int], progress: bool
+    config: PipelineConfig, job: Job, plan: Plan, shards: list[int], bad: Counter[str], progress: bool
 ) -> dict[int, ShardInfo]:
     if differing := _version_changes(plan, job.plan):
         raise MismatchError(
@@ -173,7 +179,6 @@ def _make_shards(
     extract = config.extract
     encoder = GridEncoder(extract.encoder, job.identity, extract.precision, extract.device, extract.dtype)
     limit = allowed_bad(config.data.max_bad, len(plan.images))
-    bad: Counter[str] = Counter()
     total = len(plan.images)
     todo = sum(len(plan.rows_of(s)) for s in shards)
     shard_store = _ShardStore(job.folder, plan)
@@ -199,7 +204,7 @@ def _make_shards(
             bar.update(len(images))
         while writes:
             writes.popleft().result()
-    except ValueError as error:
+    except UnstorableError as error:
         raise ExtractionError(str(error), "store float32 instead: --dtype float32, into another --output") from error
     finally:
         bar.close()
@@ -217,10 +222,21 @@ class _ShardStore:
         self._plan = plan
         self._digest = plan.digest()
         self._open: ShardWriter | None = None
+        self._failed = False
         self.finished: dict[int, ShardInfo] = {}
 
     def write(self, batch: _Batch, grids: np.ndarray, rejects: dict[int, str]) -> None:
-        """Write one batch; the last of a shard finishes it."""
+        """Write one batch; the last of a shard finishes it. After a failure nothing more is written."""
+        if self._failed:
+            return
+        try:
+            self._write(batch, grids, rejects)
+        except BaseException:
+            self._failed = True
+            self.abandon()
+            raise
+
+    def _write(self, batch: _Batch, grids: np.ndarray, rejects: dict[int, str]) -> None:
         rows = self._plan.rows_of(batch.shard)
         if self._open is None:
             images = self._plan.images[rows.start : rows.stop]

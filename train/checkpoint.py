@@ -13,15 +13,17 @@ runs/x/checkpoints/epoch-0007/
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pickle
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -126,6 +128,11 @@ def find_checkpoint(path: Path, which: str = "best") -> Path:
     return path / "checkpoints" / str(name)
 
 
+def run_folder(path: Path) -> Path:
+    """The run that a checkpoint belongs to, given either."""
+    return path.parent.parent if path.parent.name == "checkpoints" else path
+
+
 def load_checkpoint(path: Path, which: str = "best") -> Checkpoint:
     """Load a checkpoint; no code from it is ever run.
 
@@ -137,19 +144,33 @@ def load_checkpoint(path: Path, which: str = "best") -> Checkpoint:
         CheckpointError: missing, damaged, or of a newer version.
     """
     folder = find_checkpoint(path, which)
-    try:
+    with _damage_of(folder / "config.json"):
         saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if saved["version"] > VERSION:
             raise CheckpointError(f"{folder}: made by a newer gridcap (version {saved['version']})", "update gridcap")
         config = PipelineConfig.model_validate(saved["pipeline"])
+    with _damage_of(folder / "provenance.json"):
         provenance = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
-        vocabulary = Vocabulary.load(folder / "vocabulary.json")
-        decoder = build_decoder(config.train.decoder, len(vocabulary), provenance["grid_shape"])
+        grid_shape = [int(size) for size in provenance["grid_shape"]]
+    vocabulary = Vocabulary.load(folder / "vocabulary.json")
+    with _damage_of(folder / "model.safetensors"):
+        decoder = build_decoder(config.train.decoder, len(vocabulary), grid_shape)
         decoder.load_state_dict(load_file(folder / "model.safetensors"))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ValidationError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{folder}: damaged checkpoint: {reason}", _REFUSED) from error
     return Checkpoint(folder, decoder.eval(), vocabulary, config, provenance)
+
+
+@contextlib.contextmanager
+def _damage_of(file: Path) -> Iterator[None]:
+    """Turn whatever a damaged file makes its reader raise into an error that names the file."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: damaged checkpoint: {_first_line(error)}", _REFUSED) from error
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def load_training_state(checkpoint: Path) -> dict[str, Any]:
@@ -162,5 +183,7 @@ def load_training_state(checkpoint: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         return state
-    except Exception as error:  # whatever a damaged or hostile file leads the loader to raise
-        raise CheckpointError(f"{file}: cannot be read: {str(error).splitlines()[0]}", _REFUSED) from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{file}: holds something else than tensors and plain values", _REFUSED) from error
+    except Exception as error:  # whatever a damaged file leads the loader to raise
+        raise CheckpointError(f"{file}: cannot be read: {_first_line(error)}", _REFUSED) from error

@@ -11,7 +11,7 @@ from common.annotations import load_split
 from common.command import flag, pipeline_command, reload_config, show_config
 from common.config import PipelineConfig, SplitConfig
 from common.errors import UserError
-from common.store import FeatureStore
+from common.store import FeatureStore, check_same_features
 
 if TYPE_CHECKING:
     from train.stream import CaptionedImages
@@ -41,8 +41,8 @@ def _captions_for(
     else:
         known = (
             (name, config.data.splits[name], config)
-            for config in configs
             for name in (store.split, role)
+            for config in configs
             if name in config.data.splits and config.data.splits[name].annotations is not None
         )
         found = next(known, None)
@@ -112,11 +112,13 @@ def train_decoder(config: PipelineConfig, dry_run: bool, resume: bool) -> None:
         )
         return
 
-    from train.loop import fit
+    from train.loop import best_epoch, fit
 
     done = fit(config, train, val, resume)
-    best = max(done, key=lambda row: row.get("val_cider", row["epoch"]))
-    scores = f", validation CIDEr {best['val_cider']:.3f}, perplexity {best['val_perplexity']:.2f}" if val else ""
+    best = done[best_epoch(done) - 1]
+    scores = ""
+    if "val_cider" in best:
+        scores = f", validation CIDEr {best['val_cider']:.3f}, perplexity {best['val_perplexity']:.2f}"
     click.echo(f"done: {settings.output}: {len(done)} epochs, best is epoch {best['epoch']}{scores}")
 
 
@@ -148,7 +150,7 @@ def evaluate_decoder(
     Writes a JSON file with the metrics and every caption, and beside it the captions in COCO's results format.
     Exit status: 0 done, 1 failure, 2 wrong use.
     """
-    from train.checkpoint import load_checkpoint
+    from train.checkpoint import load_checkpoint, run_folder
     from train.evaluate import evaluate, write_evaluation
 
     click.echo("configuration")
@@ -157,7 +159,8 @@ def evaluate_decoder(
     store = FeatureStore(features)
     data = _captions_for(store, annotations, [config, loaded.config], "test", "--annotations")
     _warn_if_random(store)
-    output = output or checkpoint / "evaluation" / f"{features.stem}.json"
+    check_same_features(loaded.provenance, store.provenance, f"{loaded.path} was trained on", f"{features} holds")
+    output = output or run_folder(checkpoint) / "evaluation" / f"{features.stem}.json"
     if dry_run:
         click.echo(f"dry run: would evaluate {loaded.path} on {len(data)} images into {output}")
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from common.device import choose_device
 from common.files import write_json
 from common.store import check_same_features
 from train.checkpoint import Checkpoint
-from train.loss import masked_cross_entropy
+from train.loss import masked_cross_entropy, perplexity
 from train.metrics import Scores, score_captions
 from train.search import beam_search
 from train.stream import CaptionedImages, CaptionStream
@@ -39,7 +40,8 @@ class Evaluation:
     def as_json(self) -> dict[str, Any]:
         """Everything, for a file."""
         return {
-            "metrics": self.scores.values, "tokenizer": self.scores.tokenizer, "left_out": self.scores.left_out,
+            "metrics": {name: value if math.isfinite(value) else None for name, value in self.scores.values.items()},
+            "tokenizer": self.scores.tokenizer, "left_out": self.scores.left_out,
             "captions": [
                 {"image_id": i, "file_name": self.file_names[i], "caption": text, "references": [*self.references[i]]}
                 for i, text in self.captions.items()
@@ -94,7 +96,7 @@ def evaluate(
                 names[image_id] = data.store.file_names[row]
             bar.update(len(batch.images))
     scores = score_captions(captions, references)
-    scores.values["perplexity"] = float(torch.tensor(total / words).exp())
+    scores.values["perplexity"] = perplexity(total / words)
     return Evaluation(captions, names, references, scores)
 
 

@@ -22,7 +22,7 @@ from common.store import check_same_features
 from train.checkpoint import find_checkpoint, load_checkpoint, load_training_state, save_checkpoint
 from train.decoders.base import Decoder
 from train.decoders.build import build_decoder
-from train.loss import masked_cross_entropy
+from train.loss import masked_cross_entropy, perplexity
 from train.metrics import cider
 from train.search import beam_search
 from train.stream import CaptionedImages, CaptionStream
@@ -40,8 +40,6 @@ class Run:
     optimizer: torch.optim.Optimizer
     vocabulary: Vocabulary
     history: list[dict[str, Any]]
-    best_epoch: int = 0
-    best_score: float = -math.inf
 
 
 def fit(
@@ -86,16 +84,23 @@ def fit(
         if val is not None:
             row |= validate(run.decoder, val, run.vocabulary, config, device, precision)
         run.history.append(row)
-        score = row.get("val_cider", float(epoch))
-        if score > run.best_score:
-            run.best_score, run.best_epoch = score, epoch + 1
+        best = best_epoch(run.history)
         save_checkpoint(
-            settings.output, epoch + 1, run.decoder, run.vocabulary, config, provenance, _state_of(run), run.best_epoch
+            settings.output, epoch + 1, run.decoder, run.vocabulary, config, provenance, _state_of(run), best
         )
         _write_history(settings.output, run.history)
         if progress:
-            tqdm.write(_line(row, settings.epochs, run.best_epoch))
+            tqdm.write(_line(row, settings.epochs, best))
     return run.history
+
+
+def best_epoch(history: list[dict[str, Any]]) -> int:
+    """The epoch with the highest validation CIDEr, of equals the one with the lowest validation loss; without any
+    validation the last."""
+    validated = [row for row in history if "val_cider" in row]
+    return int(
+        (max(validated, key=lambda row: (row["val_cider"], -row["val_loss"])) if validated else history[-1])["epoch"]
+    )
 
 
 def _begin(config: PipelineConfig, train: CaptionedImages, device: torch.device) -> Run:
@@ -126,11 +131,17 @@ def _resume(config: PipelineConfig, provenance: dict[str, Any], device: torch.de
     state = load_training_state(loaded.path)
     decoder = loaded.decoder.to(device)
     optimizer = torch.optim.Adam(decoder.parameters(), config.train.learning_rate)
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"])
-    if device.type == "cuda" and state["cuda_rng"] is not None:
-        torch.cuda.set_rng_state(state["cuda_rng"], device)
-    return Run(decoder, optimizer, loaded.vocabulary, state["history"], state["best_epoch"], state["best_score"])
+    try:
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        if device.type == "cuda" and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], device)
+        return Run(decoder, optimizer, loaded.vocabulary, list(state["history"]))
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{loaded.path / 'training_state.pt'}: not the state of this run: {type(error).__name__}: {error}",
+            "train again into another --output; the weights themselves can still be evaluated",
+        ) from error
 
 
 def _state_of(run: Run) -> dict[str, Any]:
@@ -138,7 +149,7 @@ def _state_of(run: Run) -> dict[str, Any]:
     return {
         "optimizer": run.optimizer.state_dict(), "rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state() if cuda else None,
-        "history": run.history, "best_epoch": run.best_epoch, "best_score": run.best_score,
+        "history": run.history,
     }  # fmt: skip
 
 
@@ -147,8 +158,8 @@ def _train_epoch(
     precision: torch.dtype, progress: bool,
 ) -> dict[str, Any]:  # fmt: skip
     run.decoder.train()
-    total = torch.zeros((), device=device)
-    words = torch.zeros((), device=device)
+    total = torch.zeros((), device=device, dtype=torch.float64)
+    words = torch.zeros((), device=device, dtype=torch.int64)
     begin, waited = time.perf_counter(), 0.0
     label = f"epoch {epoch + 1}/{config.train.epochs}"
     with tqdm(total=len(stream.data), unit="image", desc=label, disable=not progress, leave=False) as bar:
@@ -166,10 +177,10 @@ def _train_epoch(
             words += count
             bar.update(len(batch.images))
     mean = (total / words).item()
-    if not math.isfinite(mean):
+    if not (math.isfinite(mean) and all(bool(p.isfinite().all()) for p in run.decoder.parameters())):
         raise TrainingError(
             f"{config.train.output}: the loss of epoch {epoch + 1} is not a number",
-            "resume from the last checkpoint with a smaller train.learning_rate in another --output",
+            "train again with a smaller --learning-rate into another --output",
         )
     seconds = time.perf_counter() - begin
     return {"epoch": epoch + 1, "train_loss": mean, "seconds": seconds, "waited": waited / seconds}
@@ -212,12 +223,13 @@ def validate(
         captions.update({int(i): vocabulary.decode(h.tokens) for i, h in zip(batch.images, found, strict=True)})
     mean = total / words
     references = {i: data.captions[i] for i in captions}
-    return {"val_loss": mean, "val_perplexity": math.exp(mean), "val_cider": cider(captions, references)}
+    return {"val_loss": mean, "val_perplexity": perplexity(mean), "val_cider": cider(captions, references)}
 
 
 def _write_history(output: Path, history: list[dict[str, Any]]) -> None:
     """The whole log again, so that after a resume it is exactly what the checkpoint remembers."""
-    write_text(output / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history))
+    rows = ({k: v if math.isfinite(v) else None for k, v in row.items()} for row in history)
+    write_text(output / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _line(row: dict[str, Any], epochs: int, best_epoch: int) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch.nn.functional as F  # noqa: N812 (torch's own habit)
 from torch import Tensor
 
@@ -20,3 +22,8 @@ def masked_cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tenso
     """
     loss = F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=PAD, reduction="sum")
     return loss, (targets != PAD).sum()
+
+
+def perplexity(loss: float) -> float:
+    """exp of a mean loss in nats a word; infinite where no float holds it."""
+    return math.exp(loss) if loss < 709 else math.inf

@@ -7,6 +7,8 @@ import importlib.util
 import io
 import os
 import shutil
+import subprocess
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,13 +85,14 @@ def _tokenize_both(
 
         try:
             with _quiet():
+                subprocess.run(["java", "-version"], check=True, capture_output=True)
                 both = tuple(
                     PTBTokenizer().tokenize({i: [{"caption": text} for text in texts] for i, texts in part.items()})
                     for part in (truth, ours)
                 )
             if all(set(part) == set(truth) for part in both):
                 return "PTB (Stanford, Java)", (both[0], both[1])
-        except (OSError, ValueError):
+        except (OSError, ValueError, subprocess.CalledProcessError):
             pass  # no permission beside the library, or a Java that does not run: our own tokenisation serves
     own = tuple({i: [" ".join(tokenize(t)) for t in texts] for i, texts in part.items()} for part in (truth, ours))
     return _PYTHON_TOKENIZER, (own[0], own[1])
@@ -111,9 +114,14 @@ def _java_metric(scores: Scores, name: str, truth: dict[int, list[str]], ours: d
                 from pycocoevalcap.meteor.meteor import Meteor
 
                 meteor = Meteor()
-                scores.values[name] = float(meteor.compute_score(truth, ours)[0])
-                meteor.meteor_p.kill()
-                meteor.meteor_p.wait()
+                meteor.lock = threading.RLock()  # its own is never released after an error, and then __del__ waits
+                try:
+                    scores.values[name] = float(meteor.compute_score(truth, ours)[0])
+                finally:
+                    meteor.meteor_p.kill()
+                    with contextlib.suppress(OSError):  # else __del__ complains of the broken pipe
+                        meteor.meteor_p.stdin.close()
+                    meteor.meteor_p.wait()
             else:
                 from pycocoevalcap.spice.spice import Spice
 

@@ -21,7 +21,8 @@ class Hypothesis:
     Attributes:
         tokens: word ids, without BOS and EOS.
         log_prob: natural logarithm of its probability, EOS included if it ended.
-        attention: (words, P) float32, where the decoder looked as it wrote each word; None without attention.
+        attention: (words, P) float32, where the decoder looked as it wrote each word; None for a decoder
+            without attention.
     """
 
     tokens: list[int]
@@ -89,7 +90,8 @@ def beam_search(
             (tokens.cpu(), chosen.cpu(), None if attention is None else _select((attention,), chosen)[0].cpu())
         )
     final = scores.tolist()
-    return [_trace(steps, ended[i], final[i], i, length_penalty) for i in range(b)]
+    cells = None if attention is None else attention.shape[-1]
+    return [_trace(steps, ended[i], final[i], i, cells) for i in range(b)]
 
 
 def _collect_ended(
@@ -115,7 +117,11 @@ def _select(state: State, beams: Tensor) -> State:
 
 
 def _trace(
-    steps: list[tuple[Tensor, Tensor, Tensor | None]], ended: _Finished, scores: list[float], image: int, penalty: float
+    steps: list[tuple[Tensor, Tensor, Tensor | None]],
+    ended: _Finished,
+    scores: list[float],
+    image: int,
+    cells: int | None,
 ) -> Hypothesis:
     """Follow the back-pointers of an image's best hypothesis."""
     if ended.entries:
@@ -132,4 +138,4 @@ def _trace(
         beam = int(parents[image, beam])
     looks.reverse()
     tokens.reverse()
-    return Hypothesis(tokens, log_prob, np.stack(looks) if looks else None)
+    return Hypothesis(tokens, log_prob, None if cells is None else np.array(looks, np.float32).reshape(-1, cells))

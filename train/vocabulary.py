@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,12 +15,15 @@ from common.files import write_json
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>")
 
-_WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
+# Letters and digits with the marks that belong to them (Python's \w leaves combining marks out).
+_MARKS = re.escape("".join(chr(c) for c in range(0x300, 0x10000) if unicodedata.category(chr(c))[0] == "M"))
+_PART = rf"[^\W_](?:[^\W_]|[{_MARKS}])*"
+_WORD = re.compile(rf"{_PART}(?:'{_PART})*")
 
 
 def tokenize(caption: str) -> list[str]:
     """Lower-case words without punctuation; "dog's" and "t-shirt" give "dog's", "t", "shirt"."""
-    return _WORD.findall(caption.lower())
+    return _WORD.findall(unicodedata.normalize("NFC", caption.lower().replace("’", "'")))
 
 
 class Vocabulary:
@@ -45,6 +49,8 @@ class Vocabulary:
             min_count: leave out words seen fewer times.
         """
         counts = Counter(word for caption in captions for word in tokenize(caption))
+        if max_size is not None and max_size <= len(SPECIALS):
+            raise ValueError(f"a vocabulary of {max_size} has no room for words beside the {len(SPECIALS)} specials")
         ranked = sorted((w for w, n in counts.items() if n >= min_count), key=lambda w: (-counts[w], w))
         return cls([*SPECIALS, *ranked[: None if max_size is None else max_size - len(SPECIALS)]])
 

@@ -1,0 +1,190 @@
+"""Tiny stores, captions and configurations for the tests of `train`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+from common.annotations import ImageRecord
+from common.config import AttentionConfig, CaptionConfig, LstmConfig, PipelineConfig, TrainConfig
+from common.shard import ShardWriter
+from common.store import FeatureStore, write_index
+from train.stream import CaptionedImages
+
+settings.register_profile("no clock", deadline=None)
+settings.load_profile("no clock")
+
+GRID = (2, 2, 8)
+LOOKS = [(colour, shape) for colour in ("red", "green", "blue") for shape in ("square", "circle")]
+TINY_DECODERS = {
+    "lstm": LstmConfig(embed_size=12, hidden_size=24, dropout=0.1),
+    "attention": AttentionConfig(embed_size=12, hidden_size=24, attention_size=8, dropout=0.1),
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """One torch thread: quicker on tiny tensors, and the same sums in every process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_provenance(**changes):
+    return {
+        "encoder": "inception_v3",
+        "layer": "Mixed_7c",
+        "weights": {"name": "imagenet (made up)", "sha256": "0cc3c7bd" * 8, "random": False},
+        "preprocessing": {
+            "decoder": "pillow", "geometry": "stretch", "side": 299, "resize": "bilinear, antialiased",
+            "mean": [0.5] * 3, "std": [0.5] * 3,
+        },
+        "grid_shape": list(GRID),
+        "dtype": "float16",
+        "precision": "float32",
+        "versions": {"pillow": "10.1.0", "torch": "2.6.0", "torchvision": "0.21.0"},
+        **changes,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def provenance():
+    """A complete, made-up provenance; keywords replace entries."""
+    return make_provenance
+
+
+def write_store(
+    path: Path,
+    grids: np.ndarray,
+    image_ids: Sequence[int] | None = None,
+    file_names: Sequence[str] | None = None,
+    rejects: Mapping[int, str] | None = None,
+    split: str = "train",
+    shard_size: int = 7,
+    **provenance,
+) -> FeatureStore:
+    """A feature store of several shards."""
+    ids = list(image_ids if image_ids is not None else range(len(grids)))
+    names = list(file_names or (f"{i:03}.jpg" for i in ids))
+    where = make_provenance(grid_shape=list(grids.shape[1:]), dtype=str(grids.dtype)) | provenance
+    shards = []
+    for index, start in enumerate(range(0, len(grids), shard_size)):
+        part = slice(start, start + shard_size)
+        attributes = {"index": index, "plan": f"plan of {path.name}", "provenance": where}
+        refused = {row - start: why for row, why in (rejects or {}).items() if start <= row < start + shard_size}
+        shard = path.with_suffix("") / f"{index:05}.h5"
+        with ShardWriter(shard, ids[part], names[part], grids.shape[1:], str(grids.dtype), attributes) as writer:
+            writer.write(0, grids[part].copy(), refused)
+            shards.append(writer.finish())
+    write_index(path, path.with_suffix(""), shards, split, f"plan of {path.name}", where)
+    return FeatureStore(path)
+
+
+@pytest.fixture(scope="session")
+def new_store():
+    """`write_store`; closes what it opened."""
+    made = []
+
+    def make(*args, **kwargs):
+        made.append(write_store(*args, **kwargs))
+        return made[-1]
+
+    yield make
+    for store in made:
+        store.close()
+
+
+def learnable_grids(count: int, seed: int = 0) -> np.ndarray:
+    """Grids whose brightest channel says which of the six looks the image has."""
+    rng = np.random.default_rng(seed)
+    grids = rng.normal(0, 0.1, (count, *GRID))
+    for i in range(count):
+        grids[i, ..., i % len(LOOKS)] += 3
+    return grids.astype(np.float16)
+
+
+def learnable_records(count: int, first_id: int = 100) -> list[ImageRecord]:
+    """One to three captions an image; the grid says which are right."""
+    records = []
+    for i in range(count):
+        colour, shape = LOOKS[i % len(LOOKS)]
+        captions = (f"a {colour} {shape}", f"A {shape} that is {colour}.", f"one {colour} {shape} here")
+        records.append(ImageRecord(first_id + i, f"{first_id + i:03}.jpg", captions[: 1 + i % 3]))
+    return records
+
+
+def write_coco(path: Path, records: Sequence[ImageRecord]) -> Path:
+    """The records as a COCO captions file."""
+    captions = [(r.image_id, text) for r in records for text in r.captions]
+    tree = {
+        "images": [{"id": r.image_id, "file_name": r.file_name} for r in records],
+        "annotations": [{"id": n, "image_id": i, "caption": text} for n, (i, text) in enumerate(captions)],
+    }
+    path.write_text(json.dumps(tree))
+    return path
+
+
+@pytest.fixture(scope="session")
+def coco_file():
+    """`write_coco`."""
+    return write_coco
+
+
+@pytest.fixture(scope="session")
+def new_data(new_store):
+    """Learnable images with captions, in a store of their own."""
+
+    def make(path: Path, count: int = 24, first_id: int = 100, seed: int = 0, **store) -> CaptionedImages:
+        records = learnable_records(count, first_id)
+        opened = new_store(path, learnable_grids(count, seed), [r.image_id for r in records], **store)
+        return CaptionedImages.join(opened, records, write_coco(path.with_suffix(".json"), records))
+
+    return make
+
+
+@pytest.fixture
+def train_data(tmp_path, new_data):
+    """24 learnable images."""
+    return new_data(tmp_path / "train.h5")
+
+
+@pytest.fixture
+def val_data(tmp_path, new_data):
+    """9 other learnable images of the same kind."""
+    return new_data(tmp_path / "val.h5", 9, first_id=500, seed=1, split="val")
+
+
+def make_config(output: Path, seed: int = 0, caption: CaptionConfig | None = None, **train) -> PipelineConfig:
+    values = {
+        "decoder": TINY_DECODERS["attention"], "epochs": 2, "batch_size": 5, "captions_per_image": 2,
+        "learning_rate": 0.01, "max_length": 8, "precision": "float32", "device": "cpu", "output": output,
+    }  # fmt: skip
+    search = caption or CaptionConfig(beam_size=2, max_length=8, batch_size=4)
+    return PipelineConfig(seed=seed, train=TrainConfig(**values | train), caption=search)
+
+
+@pytest.fixture(scope="session")
+def new_config():
+    """A configuration of a tiny run; keywords are keys of its `train` section."""
+    return make_config
+
+
+@pytest.fixture(scope="session")
+def tiny_decoders():
+    """Family -> its configuration with tiny sizes."""
+    return TINY_DECODERS
+
+
+@pytest.fixture
+def no_java(tmp_path, monkeypatch):
+    """No program on the PATH, so no Java."""
+    empty = tmp_path / "empty-path"
+    empty.mkdir()
+    monkeypatch.setenv("PATH", str(empty))
