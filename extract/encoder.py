@@ -163,7 +163,7 @@ def _read_state(file: Path) -> dict[str, Tensor]:
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise WeightsError(f"{file}: holds something else than a state dict of tensors", _STATE_DICT) from error
+        raise WeightsError(f"{file}: cannot be read as weights: it is no state dict of tensors", _STATE_DICT) from error
     except Exception as error:  # whatever a damaged file leads the loaders to raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise WeightsError(f"{file}: cannot be read as weights: {reason}", _STATE_DICT) from error

@@ -1,0 +1,127 @@
+"""Fixtures for captioning: checkpoints of tiny random decoders, and an encoder that only averages pixels."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import caption.captioner as captioner_module
+from common.allocator import keep_large_buffers
+from common.config import PipelineConfig, load_config
+from extract.encoder import describe_features, identify_weights
+from extract.image import decoder_name
+from train.checkpoint import save_checkpoint
+from train.decoders.base import Decoder
+from train.decoders.build import build_decoder
+from train.vocabulary import EOS, Vocabulary
+
+WORDS = ["a", "large", "small", "red", "blue", "ring", "cross", "in", "the", "corner"]
+_identify_once = functools.cache(identify_weights)  # it renders scenes, for the identity of random weights
+
+
+class FakeEncoder:
+    """Random mixtures of the mean colours of 8 x 8 parts: a pure function of the pixels, of the real shape."""
+
+    side = 299
+    grid_shape = (8, 8, 2048)
+
+    def __init__(self, name: str, identity: Any, precision: str, device: str, dtype: str) -> None:
+        self._dtype = dtype
+        self._mixture = np.random.default_rng(0).normal(size=(3, 2048))
+
+    def encode(self, images: np.ndarray) -> np.ndarray:
+        assert images.shape[1:] == (299, 299, 3)
+        colours = images[:, :296, :296].reshape(-1, 8, 37, 8, 37, 3).mean((2, 4)) / 255
+        return ((colours - 0.5) @ self._mixture).astype(self._dtype)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _large_buffers() -> None:
+    """As every command does before it loads torch: the encoder is twice as fast with it."""
+    keep_large_buffers()
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Away from the repository's own pipeline.yaml, which the command would read."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeEncoder]:
+    """Put FakeEncoder in the place of the CNN."""
+    monkeypatch.setattr(captioner_module, "GridEncoder", FakeEncoder)
+    monkeypatch.setattr(captioner_module, "identify_weights", _identify_once)
+    return FakeEncoder
+
+
+def features_of(weights: str = "random", **change: Any) -> dict[str, Any]:
+    """The provenance of inception_v3's features."""
+    identity = _identify_once("inception_v3", weights)
+    made = describe_features("inception_v3", identity, "stretch", "float32", "cpu", "float16", decoder_name())
+    return made | change
+
+
+def decoder_config(family: str) -> PipelineConfig:
+    sizes = {"family": family, "embed_size": 8, "hidden_size": 12}
+    if family == "attention":
+        sizes["attention_size"] = 6
+    return load_config(None, {"train.decoder": sizes})
+
+
+def tiny_decoder(config: PipelineConfig, seed: int, end_bias: float) -> Decoder:
+    """A random decoder whose captions depend on the grid; with a larger `end_bias` they are shorter."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        decoder = build_decoder(config.train.decoder, len(WORDS) + 4, (8, 8, 2048))
+        with torch.no_grad():
+            for value in decoder.parameters():
+                if value.dim() == 2:
+                    value.normal_(0, 2.5 / value.shape[1] ** 0.5)
+            decoder.output.bias[EOS] += end_bias
+    return decoder.eval()
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path):
+    """Save a run with one checkpoint; its folder."""
+
+    def make(
+        family: str = "attention", seed: int = 1, end_bias: float = 0.0, provenance: dict[str, Any] | None = None,
+        name: str = "run",
+    ) -> Path:  # fmt: skip
+        config = decoder_config(family)
+        decoder, words = tiny_decoder(config, seed, end_bias), Vocabulary.build([" ".join(WORDS)])
+        save_checkpoint(tmp_path / name, 1, decoder, words, config, provenance or features_of(), {}, 1)
+        return tmp_path / name
+
+    return make
+
+
+@pytest.fixture
+def provenance_of():
+    """Make a provenance: `provenance_of(weights="random:1", dtype="float32")`."""
+    return features_of
+
+
+@pytest.fixture
+def scenes(tmp_path: Path):
+    """Make a folder of `count` small JPEGs of coloured patches; those in `bad` are text."""
+
+    def make(count: int, bad: tuple[int, ...] = (), size: tuple[int, int] = (64, 64), name: str = "scenes") -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        for i in range(count):
+            patches = np.random.default_rng(i).integers(0, 256, (4, 4, 3), np.uint8)
+            Image.fromarray(patches).resize(size, Image.Resampling.NEAREST).save(folder / f"{i}.jpg", quality=95)
+        for i in bad:
+            (folder / f"{i}.jpg").write_text("this is no image")
+        return folder
+
+    return make

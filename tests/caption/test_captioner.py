@@ -1,0 +1,251 @@
+"""The captioner says what the decoder says of what the encoder makes of the photo, and refuses other weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import extract.encoder as encoder_module
+from caption.captioner import Caption, Captioner
+from common.config import CaptionConfig
+from common.errors import CheckpointError, MismatchError, WeightsError
+from extract.encoder import GridEncoder, identify_weights
+from extract.image import BadImageError, load_square
+from train.checkpoint import load_checkpoint
+from train.search import beam_search
+
+SEARCH = CaptionConfig(beam_size=3, max_length=9, length_penalty=0.7)
+
+
+def by_hand(encoder: Any, run: Path, photo: Path, search: CaptionConfig, geometry: str = "stretch") -> Caption:
+    """Decode, resize, encode, search: one image at a time."""
+    checkpoint = load_checkpoint(run)
+    grid = encoder.encode(np.stack([load_square(photo, 299, geometry)]))
+    cells = torch.from_numpy(grid).float().reshape(1, 64, 2048)
+    (found,) = beam_search(
+        checkpoint.decoder, cells, search.beam_size, search.max_length, search.length_penalty
+    )  # fmt: skip
+    attention = None if found.attention is None else found.attention.reshape(-1, 8, 8)
+    words = [checkpoint.vocabulary.words[t] for t in found.tokens]
+    return Caption(" ".join(words), words, found.log_prob, attention)
+
+
+def assert_same(found: Caption, wanted: Caption) -> None:
+    assert found.text == wanted.text
+    assert found.words == wanted.words
+    assert found.log_prob == pytest.approx(wanted.log_prob, abs=1e-3)
+    if wanted.attention is None:
+        assert found.attention is None
+    else:
+        np.testing.assert_allclose(found.attention, wanted.attention, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["attention", "lstm"])
+@pytest.mark.parametrize("beam_size", [1, 3])
+def test_captions_are_those_of_encoding_and_searching_by_hand(
+    fake: Any, scenes: Any, checkpoint: Any, family: str, beam_size: int
+) -> None:
+    run, photos = checkpoint(family), sorted(scenes(4).iterdir())
+    search = SEARCH.model_copy(update={"beam_size": beam_size})
+    captions = Captioner.load(run, "cpu").caption(photos, search)
+    assert len({c.text for c in captions}) > 1, "the fixture's captions must depend on the photo"
+    for photo, caption in zip(photos, captions, strict=True):
+        assert_same(caption, by_hand(fake("", None, "", "", "float16"), run, photo, search))
+
+
+def test_the_length_penalty_reaches_the_search(fake: Any, scenes: Any, checkpoint: Any) -> None:
+    run, photos = checkpoint("lstm", seed=2), sorted(scenes(4).iterdir())
+    captioner, words = Captioner.load(run, "cpu"), []
+    for penalty in (0.0, 2.0):
+        search = SEARCH.model_copy(update={"length_penalty": penalty})
+        captions = captioner.caption(photos, search)
+        for photo, caption in zip(photos, captions, strict=True):
+            assert_same(caption, by_hand(fake("", None, "", "", "float16"), run, photo, search))
+        words.append(sum(len(c.words) for c in captions))
+    assert words[0] < words[1], "a penalty favours longer captions"
+
+
+def test_the_real_encoder_and_the_decoder_are_joined_in_the_same_way(
+    scenes: Any, checkpoint: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = encoder_module.ENCODERS["inception_v3"]
+    built: list[GridEncoder] = []
+
+    class Noted(GridEncoder):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            built.append(self)
+
+    monkeypatch.setattr(encoder_module, "CALIBRATION_IMAGES", 4)  # seconds instead of ten
+    monkeypatch.setattr("caption.captioner.GridEncoder", Noted)
+    identity = identify_weights("inception_v3", "random:5")
+    provenance = encoder_module.describe_features(
+        "inception_v3", identity, "crop", "float32", "cpu", "float16", "pillow 1"
+    )
+    run, photos = checkpoint(provenance=provenance), sorted(scenes(2, size=(80, 60)).iterdir())
+    captions = Captioner.load(run, "cpu").caption(photos, SEARCH)
+    assert built[0].spec == spec
+    for photo, caption in zip(photos, captions, strict=True):
+        assert_same(caption, by_hand(built[0], run, photo, SEARCH, "crop"))
+
+
+def test_a_caption_does_not_depend_on_its_batch(fake: Any, scenes: Any, checkpoint: Any) -> None:
+    captioner, photos = Captioner.load(checkpoint(), "cpu"), sorted(scenes(5).iterdir())
+    together = captioner.caption(photos, SEARCH)
+    for photo, caption in zip(photos, together, strict=True):
+        assert_same(captioner.caption([photo], SEARCH)[0], caption)
+
+
+def test_attention_sums_to_one_over_the_grid_for_every_word(fake: Any, scenes: Any, checkpoint: Any) -> None:
+    captions = Captioner.load(checkpoint(end_bias=-5), "cpu").caption(sorted(scenes(2).iterdir()), SEARCH)
+    for caption in captions:
+        assert caption.attention is not None
+        assert caption.attention.shape == (len(caption.words), 8, 8)
+        np.testing.assert_allclose(caption.attention.sum((1, 2)), 1, atol=1e-5)
+
+
+def test_a_caption_without_words_still_has_its_attention_if_the_decoder_has_one(
+    fake: Any, scenes: Any, checkpoint: Any
+) -> None:
+    """None means a decoder without attention; a decoder that ends at once has looked nowhere."""
+    (caption,) = Captioner.load(checkpoint(end_bias=1e4), "cpu").caption(list(scenes(1).iterdir()), SEARCH)
+    assert caption.words == []
+    assert caption.text == ""
+    assert caption.attention is not None
+    assert caption.attention.shape == (0, 8, 8)
+
+
+@pytest.mark.parametrize("geometry", ["stretch", "crop", "letterbox"])
+def test_photos_are_made_square_as_the_training_images_were(
+    fake: Any, scenes: Any, checkpoint: Any, provenance_of: Any, geometry: str
+) -> None:
+    made = provenance_of()
+    made["preprocessing"] = {**made["preprocessing"], "geometry": geometry}
+    (photo,) = scenes(1, size=(90, 30)).iterdir()
+    captioner = Captioner.load(checkpoint(provenance=made), "cpu")
+    np.testing.assert_array_equal(captioner.square(photo), load_square(photo, 299, geometry))
+
+
+def test_the_view_shows_just_what_the_grid_covers(
+    fake: Any, scenes: Any, checkpoint: Any, provenance_of: Any, tmp_path: Path
+) -> None:
+    photo = tmp_path / "wide.png"
+    Image.new("RGB", (1200, 400), (10, 200, 30)).save(photo)
+    stretched = Captioner.load(checkpoint(), "cpu").view(photo)
+    assert stretched.shape == (160, 480, 3), "the whole photo in its own proportions"
+    assert (stretched == (10, 200, 30)).all()
+    made = provenance_of()
+    made["preprocessing"] = {**made["preprocessing"], "geometry": "crop"}
+    cut = Captioner.load(checkpoint(provenance=made, name="cut"), "cpu")
+    np.testing.assert_array_equal(cut.view(photo), cut.square(photo))
+
+
+def test_a_bad_photo_is_refused_with_its_reason(fake: Any, scenes: Any, checkpoint: Any) -> None:
+    folder = scenes(2, bad=(1,))
+    with pytest.raises(BadImageError, match="not an image"):
+        Captioner.load(checkpoint(), "cpu").caption(sorted(folder.iterdir()), SEARCH)
+
+
+# ------------------------------------------------------------------------------------------------- the right encoder
+
+
+def test_the_seed_of_random_weights_is_found_in_the_checkpoint(fake: Any, checkpoint: Any, provenance_of: Any) -> None:
+    run = checkpoint(provenance=provenance_of("random:41"))
+    assert Captioner.load(run, "cpu").provenance["weights"]["name"] == "random:41"
+
+
+def test_weights_that_the_checkpoint_does_not_know_are_refused(fake: Any, checkpoint: Any, provenance_of: Any) -> None:
+    """The same name is not enough: the SHA-256 decides."""
+    made = provenance_of()
+    made["weights"] = {**made["weights"], "sha256": "0" * 64}
+    run = checkpoint(provenance=made)
+    with pytest.raises(MismatchError) as caught:
+        Captioner.load(run, "cpu")
+    assert "weights" in caught.value.what
+    assert "00000000" in caught.value.what
+    assert str(run) in caught.value.what
+
+
+@pytest.fixture
+def local_weights(tmp_path: Path) -> Path:
+    """Any file: the fake encoder does not read it."""
+    (tmp_path / "mine.pth").write_bytes(b"my weights")
+    return tmp_path / "mine.pth"
+
+
+def test_a_local_weights_file_must_be_given_again(
+    fake: Any, checkpoint: Any, provenance_of: Any, local_weights: Path
+) -> None:
+    run = checkpoint(provenance=provenance_of(str(local_weights)))
+    with pytest.raises(WeightsError) as caught:
+        Captioner.load(run, "cpu")
+    assert "mine.pth" in caught.value.what
+    assert "--weights" in caught.value.hint
+    moved = local_weights.rename(local_weights.with_name("moved.pth"))
+    assert Captioner.load(run, "cpu", moved).provenance["weights"]["name"] == "mine.pth"
+
+
+def test_another_weights_file_under_the_same_name_is_refused(
+    fake: Any, checkpoint: Any, provenance_of: Any, local_weights: Path, tmp_path: Path
+) -> None:
+    run = checkpoint(provenance=provenance_of(str(local_weights)))
+    other = tmp_path / "other" / "mine.pth"
+    other.parent.mkdir()
+    other.write_bytes(b"other weights")
+    with pytest.raises(MismatchError, match=r"mine\.pth"):
+        Captioner.load(run, "cpu", other)
+
+
+def test_a_local_file_whose_name_begins_with_imagenet_is_not_taken_for_torchvisions(
+    fake: Any, checkpoint: Any, provenance_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_download(*_: object, **__: object) -> None:
+        raise AssertionError("tried to download ImageNet weights")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr("torch.hub.download_url_to_file", no_download)
+    (tmp_path / "imagenet_finetuned.pth").write_bytes(b"my weights")
+    run = checkpoint(provenance=provenance_of(str(tmp_path / "imagenet_finetuned.pth")))
+    with pytest.raises(WeightsError, match=r"imagenet_finetuned\.pth"):
+        Captioner.load(run, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("layer", "Mixed_7b"), ("grid_shape", [7, 7, 2048]), ("decoder", "opencv"), ("resize", "nearest")],
+)
+def test_features_that_this_encoder_does_not_make_are_refused(
+    fake: Any, checkpoint: Any, provenance_of: Any, key: str, value: Any
+) -> None:
+    made = provenance_of()
+    if key in made:
+        made[key] = value
+    else:
+        made["preprocessing"] = {**made["preprocessing"], key: value}
+    run = checkpoint()
+    file = next(run.glob("checkpoints/*/provenance.json"))
+    file.write_text(json.dumps(made))
+    with pytest.raises((MismatchError, CheckpointError)):
+        Captioner.load(run, "cpu")
+
+
+def test_another_pillow_or_torch_version_is_not_another_encoder(fake: Any, checkpoint: Any, provenance_of: Any) -> None:
+    Captioner.load(checkpoint(provenance=provenance_of(versions={"pillow": "1.0", "torch": "0.4"})), "cpu")
+
+
+def test_a_folder_without_a_checkpoint_is_named(fake: Any, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nothing_here"):
+        Captioner.load(tmp_path / "nothing_here", "cpu")
+
+
+def test_captions_are_plain_values() -> None:
+    caption = Caption("a ring", ["a", "ring"], -1.0, None)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        caption.text = "b"  # type: ignore[misc]

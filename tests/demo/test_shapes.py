@@ -1,0 +1,126 @@
+"""The demo's data set: no scene of a test is in training, and every caption is true."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common.annotations import load_annotations
+from common.scenes import COLOURS, PLACES, SHAPES, SIZES, all_scenes, parse
+from demo.shapes import ShapesSplit, split_scenes, write_shapes
+
+COUNTS = {"train": 12, "val": 5, "test": 7}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ShapesSplit]:
+    return write_shapes(tmp_path_factory.mktemp("shapes"), COUNTS)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 12345])
+def test_no_combination_of_attributes_is_in_two_splits_and_none_is_lost(seed: int) -> None:
+    splits = split_scenes(seed)
+    assert set(splits) == {"train", "val", "test"}
+    for one, other in itertools.combinations(splits.values(), 2):
+        assert not set(one) & set(other)
+    dealt = [scene for scenes in splits.values() for scene in scenes]
+    assert sorted(dealt) == sorted(all_scenes())
+    assert len(dealt) == 240
+
+
+@pytest.mark.parametrize("name", ["train", "val", "test"])
+def test_every_split_shows_every_value_of_every_attribute(name: str) -> None:
+    """With the demo's seed: else training could not teach a word, or a test could not ask for it."""
+    scenes = split_scenes(0)[name]
+    for attribute, values in {"size": SIZES, "colour": COLOURS, "shape": SHAPES, "place": PLACES}.items():
+        assert {getattr(scene, attribute) for scene in scenes} == set(values), attribute
+
+
+def test_the_deal_depends_on_the_seed_alone() -> None:
+    assert split_scenes(3) == split_scenes(3)
+    assert split_scenes(3) != split_scenes(4)
+
+
+def test_the_written_scenes_are_those_of_their_split(written: dict[str, ShapesSplit]) -> None:
+    dealt = split_scenes(0)
+    for name, split in written.items():
+        assert len(split.scenes) == COUNTS[name]
+        assert set(split.scenes.values()) <= set(dealt[name])
+        assert len(set(split.scenes.values())) == COUNTS[name], "all different before any is shown twice"
+
+
+def test_the_captions_files_load_as_coco_files_without_a_problem(written: dict[str, ShapesSplit]) -> None:
+    for name, split in written.items():
+        loaded = load_annotations(split.annotations, name)
+        assert loaded.problems.counts == {}
+        assert [r.image_id for r in loaded.records] == list(split.scenes)
+        assert sorted(r.file_name for r in loaded.records) == sorted(p.name for p in split.images.iterdir())
+
+
+def test_image_ids_are_unique_over_all_splits(written: dict[str, ShapesSplit]) -> None:
+    ids = [image_id for split in written.values() for image_id in split.scenes]
+    assert len(set(ids)) == sum(COUNTS.values())
+
+
+def test_every_image_has_five_different_captions_that_say_what_it_shows(written: dict[str, ShapesSplit]) -> None:
+    for name, split in written.items():
+        for record in load_annotations(split.annotations, name).records:
+            assert len(record.captions) == len(set(record.captions)) == 5
+            for caption in record.captions:
+                assert parse(caption) == asdict(split.scenes[record.image_id]), caption
+
+
+def test_images_are_what_the_captions_file_says(written: dict[str, ShapesSplit]) -> None:
+    for split in written.values():
+        for entry in json.loads(split.annotations.read_text())["images"]:
+            with Image.open(split.images / entry["file_name"]) as image:
+                assert image.format == "JPEG"
+                assert image.size == (entry["width"], entry["height"])
+
+
+def test_the_object_is_at_its_place_in_its_colour(written: dict[str, ShapesSplit]) -> None:
+    for split in written.values():
+        for record in load_annotations(split.annotations).records:
+            scene = split.scenes[record.image_id]
+            pixels = np.asarray(Image.open(split.images / record.file_name)).astype(int)
+            coloured = abs(pixels - COLOURS[scene.colour]).sum(-1) < 60
+            rows, columns = coloured.nonzero()
+            x, y = columns.mean() / pixels.shape[1], rows.mean() / pixels.shape[0]
+            nearest = min(PLACES, key=lambda place: abs(PLACES[place][0] - x) + abs(PLACES[place][1] - y))
+            assert nearest == scene.place, (scene, x, y)
+
+
+def test_the_same_combination_is_never_drawn_twice_in_the_same_way(tmp_path: Path) -> None:
+    split = write_shapes(tmp_path, {"train": 0, "val": 41, "test": 0})["val"]
+    same = [i for i, scene in split.scenes.items() if scene == split.scenes[200_000]]
+    assert len(same) > 1
+    assert len({(split.images / f"scene_{i}.jpg").read_bytes() for i in same}) == len(same)
+
+
+def test_the_same_seed_writes_the_same_bytes_and_another_seed_does_not(tmp_path: Path) -> None:
+    def contents(folder: str, seed: int) -> dict[str, bytes]:
+        write_shapes(tmp_path / folder, {"train": 3, "val": 2, "test": 2}, seed)
+        root = tmp_path / folder
+        return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+    first = contents("one", 7)
+    assert len(first) == 7 + 3
+    assert contents("two", 7) == first
+    other = contents("three", 8)
+    assert other.keys() == first.keys()
+    assert all(other[name] != first[name] for name in first)
+
+
+def test_more_images_of_one_split_do_not_change_the_others(tmp_path: Path) -> None:
+    few = write_shapes(tmp_path / "few", {"train": 2, "val": 2, "test": 2})
+    many = write_shapes(tmp_path / "many", {"train": 4, "val": 2, "test": 2})
+    for a, b in ((few["test"], many["test"]), (few["val"], many["val"])):
+        assert a.annotations.read_bytes() == b.annotations.read_bytes()
+        for path in a.images.iterdir():
+            assert path.read_bytes() == (b.images / path.name).read_bytes()

@@ -1,0 +1,116 @@
+"""Fixtures for stage one: folders of small pictures, and an encoder so small that its grids are checked by hand."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import extract.run as run_module
+from common.allocator import keep_large_buffers
+from common.annotations import list_images
+from common.config import load_config
+from extract.encoder import describe_features, identify_weights
+
+GRID = (2, 2, 3)
+_identify_once = functools.cache(identify_weights)  # it renders scenes, for the identity of random weights
+
+
+class FakeEncoder:
+    """Means over the quarters of a picture: each image's grid depends on its own pixels alone."""
+
+    side = 16
+    grid_shape = GRID
+    built = 0
+    batches: list[int] = []  # noqa: RUF012  # images in each call of encode, over all instances
+
+    def __init__(self, name: str, identity: Any, precision: str, device: str, dtype: str) -> None:
+        self._dtype = dtype
+        type(self).built += 1
+
+    def encode(self, images: np.ndarray) -> np.ndarray:
+        assert images.dtype == np.uint8
+        assert images.shape[1:] == (self.side, self.side, 3)
+        type(self).batches.append(len(images))
+        return self.grids(images).astype(self._dtype)
+
+    @staticmethod
+    def grids(images: np.ndarray) -> np.ndarray:
+        """float64 (B, 2, 2, 3): row, column, channel."""
+        return images.reshape(-1, 2, 8, 2, 8, 3).mean((2, 4))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _large_buffers() -> None:
+    """As every command does before it loads torch: the encoder is twice as fast with it."""
+    keep_large_buffers()
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Away from the repository's own pipeline.yaml, which the commands would read."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeEncoder]:
+    """Put a fresh FakeEncoder class in the place of the CNN."""
+
+    class Fake(FakeEncoder):
+        built = 0
+        batches: list[int] = []  # noqa: RUF012
+
+    def describe(*args: Any) -> dict[str, Any]:
+        return {**describe_features(*args), "grid_shape": list(GRID)}
+
+    monkeypatch.setattr(run_module, "GridEncoder", Fake)
+    monkeypatch.setattr(run_module, "describe_features", describe)
+    monkeypatch.setattr(run_module, "identify_weights", _identify_once)
+    return Fake
+
+
+@pytest.fixture
+def photos(tmp_path: Path):
+    """Make a folder of `count` lossless 16 x 16 pictures, no two alike; those in `bad` are text."""
+
+    def make(count: int, bad: dict[int, str] | None = None, name: str = "photos") -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        for i in range(count):
+            path = folder / f"{i:04}.png"
+            rng = np.random.default_rng(i)
+            Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(path)
+        for i, content in (bad or {}).items():
+            (folder / f"{i:04}.png").write_text(content)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def job(tmp_path: Path):
+    """Prepare an extraction of a folder; keyword arguments set keys: `extract__batch_size=2`."""
+
+    def make(images: Path, output: Path | None = None, records: list[Any] | None = None, **keys: Any):
+        flags = {"extract.weights": "random", "extract.precision": "float32", "data.splits.s.images": images}
+        flags.update({key.replace("__", "."): value for key, value in keys.items()})
+        config = load_config(None, flags)
+        records = list_images(images).records if records is None else records
+        return config, run_module.prepare(config, "s", records, images, output or tmp_path / "features" / "s.h5")
+
+    return make
+
+
+@pytest.fixture
+def extracted(job):
+    """Run an extraction to its end: (config, job) as from `job`, and its summary."""
+
+    def run(images: Path, output: Path | None = None, **keys: Any):
+        config, prepared = job(images, output, **keys)
+        return prepared, run_module.extract_features(config, prepared, progress=False)
+
+    return run

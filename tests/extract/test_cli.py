@@ -1,0 +1,335 @@
+"""extract-features as its users meet it: what it prints, what it writes, how it ends."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import click.testing
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from common.command import PipelineCommand
+from common.store import FeatureStore
+from extract.cli import main
+
+
+def run(*arguments: object, command: PipelineCommand = main) -> click.testing.Result:
+    result = click.testing.CliRunner().invoke(command, [str(a) for a in arguments])
+    assert "defect in gridcap" not in result.output, result.output
+    return result
+
+
+RANDOM = ("--weights", "random", "--precision", "float32")
+
+
+@pytest.fixture
+def pipeline(tmp_path: Path):
+    """Write pipeline.yaml into the current folder."""
+
+    def write(**splits: dict[str, Any]) -> None:
+        values = {n: {k: str(v) if isinstance(v, Path) else v for k, v in s.items()} for n, s in splits.items()}
+        tree = {"data": {"splits": values}, "extract": {"weights": "random", "precision": "float32"}}
+        (tmp_path / "pipeline.yaml").write_text(yaml.safe_dump(tree))
+
+    return write
+
+
+def coco(path: Path, images: dict[int, str]) -> Path:
+    """A captions file of these images."""
+    annotations = [{"id": i, "image_id": i, "caption": f"picture {i}"} for i in images]
+    path.write_text(
+        json.dumps({"images": [{"id": i, "file_name": n} for i, n in images.items()], "annotations": annotations})
+    )
+    return path
+
+
+def test_a_folder_alone_is_a_split_of_its_own_name(fake: Any, photos: Any, tmp_path: Path) -> None:
+    result = run("--images", photos(5), *RANDOM)
+    assert result.exit_code == 0, result.output
+    with FeatureStore(tmp_path / "features" / "photos.h5") as store:
+        assert len(store) == 5
+        assert store.split == "photos"
+        assert store.valid.all()
+    assert re.search(r"done: features/photos\.h5: 5 images in 1 shards", result.stdout)
+
+
+def test_the_current_folder_may_be_the_folder_of_images(
+    fake: Any, photos: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(photos(2))
+    result = run("--images", ".", *RANDOM)
+    assert result.exit_code == 0, result.output
+    assert Path("features", "photos.h5").exists()
+
+
+def test_output_names_the_store_and_the_split(fake: Any, photos: Any, tmp_path: Path) -> None:
+    result = run("--images", photos(3), "--output", tmp_path / "elsewhere" / "mine.h5", *RANDOM)
+    assert result.exit_code == 0, result.output
+    assert FeatureStore(tmp_path / "elsewhere" / "mine.h5").split == "mine"
+    assert not (tmp_path / "features").exists()
+
+
+def test_a_split_of_the_configuration_needs_no_other_flag(
+    fake: Any, photos: Any, pipeline: Any, tmp_path: Path
+) -> None:
+    folder = photos(6)
+    captions = coco(tmp_path / "captions.json", {70: "0003.png", 7: "0001.png"})
+    pipeline(train={"images": folder, "annotations": captions})
+    result = run("--split", "train")
+    assert result.exit_code == 0, result.output
+    store = FeatureStore(tmp_path / "features" / "train.h5")
+    assert store.image_ids.tolist() == [70, 7]
+    want = fake.grids(np.asarray(Image.open(folder / "0001.png")))[0].astype(np.float16)
+    np.testing.assert_array_equal(store.by_image_id(7), want)
+
+
+def test_images_and_annotations_can_be_given_as_flags(fake: Any, photos: Any, tmp_path: Path) -> None:
+    captions = coco(tmp_path / "captions.json", {3: "0002.png"})
+    result = run("--images", photos(4), "--annotations", captions, "--output", "x.h5", *RANDOM)
+    assert result.exit_code == 0, result.output
+    assert FeatureStore(tmp_path / "x.h5").image_ids.tolist() == [3]
+
+
+def test_limit_takes_a_random_subset_that_is_the_same_every_time(fake: Any, photos: Any, tmp_path: Path) -> None:
+    folder = photos(20)
+    names = []
+    for output in ("a.h5", "b.h5"):
+        result = run("--images", folder, "--limit", 6, "--output", output, "--split", "some", *RANDOM)
+        assert result.exit_code == 0, result.output
+        names.append(FeatureStore(tmp_path / output).file_names)
+    assert names[0] == names[1]
+    assert len(set(names[0])) == 6
+    assert names[0] == sorted(names[0]), "in the order of the folder"
+    assert names[0] != [f"{i:04}.png" for i in range(6)], "not just the first ones"
+
+
+def test_a_split_with_a_dot_in_its_name_can_be_chosen(fake: Any, photos: Any, pipeline: Any) -> None:
+    pipeline(**{"coco.2017": {"images": photos(2)}})
+    result = run("--split", "coco.2017", "--output", "c.h5")
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize(
+    "bad", [{"limit": "0"}, {"limit": "-3"}, {"batch-size": "0"}, {"max-bad": "many"}, {"weights": "random:x"}]
+)
+def test_a_senseless_value_is_wrong_use_and_writes_nothing(
+    fake: Any, photos: Any, tmp_path: Path, bad: dict[str, str]
+) -> None:
+    ((flag, value),) = bad.items()
+    result = run("--images", photos(3), "--weights", "random", f"--{flag}", value)
+    assert result.exit_code == 2, result.output
+    assert not (tmp_path / "features").exists()
+
+
+# --------------------------------------------------------------------------------------------------------- what it says
+
+
+def test_random_weights_are_warned_of_loudly(fake: Any, photos: Any) -> None:
+    result = run("--images", photos(2), *RANDOM)
+    assert "WARNING: random weights" in result.stderr
+    assert "not for real captions" in result.stderr
+
+
+def test_a_local_weights_file_gives_no_such_warning(fake: Any, photos: Any, tmp_path: Path) -> None:
+    (tmp_path / "w.pth").write_bytes(b"the fake encoder does not read it")
+    result = run("--images", photos(2), "--weights", tmp_path / "w.pth")
+    assert result.exit_code == 0, result.output
+    assert "WARNING" not in result.output
+    assert FeatureStore(tmp_path / "features" / "photos.h5").provenance["weights"]["random"] is False
+
+
+def test_the_resolved_configuration_is_printed_and_kept_beside_the_shards(
+    fake: Any, photos: Any, tmp_path: Path
+) -> None:
+    result = run("--images", photos(2), *RANDOM, "--batch-size", 7, "--set", "extract.readers=2")
+    printed = yaml.safe_load(re.search(r"configuration\n((?:  .*\n)+)", result.stdout)[1])
+    kept = yaml.safe_load((tmp_path / "features" / "photos" / "config.yaml").read_text())
+    assert printed == kept
+    assert kept["extract"]["batch_size"] == 7
+    assert kept["extract"]["readers"] == 2
+    assert list(kept["data"]["splits"]) == ["photos"]
+
+
+def test_rejects_are_listed_by_reason_and_end_with_status_3(fake: Any, photos: Any, tmp_path: Path) -> None:
+    folder = photos(12, bad={2: "", 5: "text", 9: "text"})
+    result = run("--images", folder, *RANDOM, "--max-bad", 3)
+    assert result.exit_code == 3
+    assert "rejected images: 3" in result.stdout
+    assert re.search(r"^ +2  not an image$", result.stdout, re.M)
+    assert re.search(r"^ +1  empty file$", result.stdout, re.M)
+    assert FeatureStore(tmp_path / "features" / "photos.h5").valid.sum() == 9
+
+    again = run("--images", folder, *RANDOM, "--max-bad", 3)
+    assert again.exit_code == 3, "still so when there is nothing to do"
+    assert "nothing to do" in again.stdout
+    assert "rejected images: 3" in again.stdout
+
+
+def test_rejects_can_be_allowed(fake: Any, photos: Any) -> None:
+    folder = photos(12, bad={2: ""})
+    result = run("--images", folder, *RANDOM, "--allow-rejects")
+    assert result.exit_code == 0
+    assert "rejected images: 1" in result.stdout
+    assert run("--images", folder, *RANDOM, "--allow-rejects").exit_code == 0
+
+
+def test_a_complete_store_is_said_to_be_so(fake: Any, photos: Any) -> None:
+    folder = photos(4)
+    first = run("--images", folder, *RANDOM)
+    assert "nothing to do" not in first.stdout
+    second = run("--images", folder, *RANDOM)
+    assert second.exit_code == 0
+    assert re.search(r"nothing to do: features/photos\.h5 is complete \(4 images, 1 shards\)", second.stdout)
+
+
+def test_what_is_wrong_in_a_captions_file_is_noted(fake: Any, photos: Any, tmp_path: Path) -> None:
+    captions = coco(tmp_path / "captions.json", {1: "0001.png", 2: "0002.png", 3: "0003.png"})
+    tree = json.loads(captions.read_text())
+    tree["annotations"].append({"id": 9, "image_id": 777, "caption": "of nothing"})
+    captions.write_text(json.dumps(tree))
+    result = run("--images", photos(4), "--annotations", captions, *RANDOM, "--max-bad", "50%")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"note: .*captions\.json: 1 x annotation for an unknown image \(777\)", result.stderr)
+
+
+# ----------------------------------------------------------------------------------------------------------- dry run
+
+
+def files(folder: Path) -> set[Path]:
+    return set(folder.rglob("*"))
+
+
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(fake: Any, photos: Any, tmp_path: Path) -> None:
+    folder = photos(10)
+    before = files(tmp_path)
+    result = run("--images", folder, *RANDOM, "--shard-size", 4, "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "plan: 10 images -> features/photos.h5 (3 shards" in result.stdout
+    assert "nothing was written" in result.stdout
+    assert files(tmp_path) == before
+    assert fake.built == 0
+
+
+def test_a_dry_run_downloads_no_weights(
+    fake: Any, photos: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    folder = photos(3)
+    before = files(tmp_path)
+    result = run("--images", folder, "--weights", "imagenet", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert files(tmp_path) == before
+
+
+# ---------------------------------------------------------------------------------------------------------- wrong use
+
+
+def fails(status: int, *arguments: object) -> str:
+    """Run a command that must fail; what it prints for the user, who gets no traceback."""
+    result = run(*arguments)
+    assert result.exit_code == status, result.output
+    assert "Traceback" not in result.output
+    if "Usage:" not in result.stderr:
+        assert re.search(r"^error: .+\n  what to do: .+$", result.stderr, re.M), result.stderr
+    return result.stderr
+
+
+def test_neither_split_nor_images_is_wrong_use(fake: Any) -> None:
+    assert "--images" in fails(2)
+
+
+def test_an_unknown_split_is_wrong_use_and_the_known_ones_are_named(fake: Any, photos: Any, pipeline: Any) -> None:
+    folder = photos(2)
+    pipeline(train={"images": folder}, val={"images": folder})
+    said = fails(2, "--split", "tset")
+    assert "tset" in said
+    assert "train, val" in said
+
+
+def test_an_unknown_split_is_called_unknown_with_limit_too(fake: Any, photos: Any, pipeline: Any) -> None:
+    pipeline(train={"images": photos(2)})
+    assert "no such split" in fails(2, "--split", "tset", "--limit", 5)
+
+
+def test_a_missing_folder_of_images_is_named(fake: Any, tmp_path: Path) -> None:
+    assert "no/such/place" in fails(2, "--images", "no/such/place", *RANDOM)
+    (tmp_path / "file.jpg").touch()
+    assert "file.jpg" in fails(2, "--images", "file.jpg", *RANDOM)
+
+
+def test_a_folder_without_images_is_named(fake: Any, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").touch()
+    assert "empty: holds no images" in fails(2, "--images", "empty", *RANDOM)
+
+
+@pytest.mark.parametrize("output", ["features", "features.hdf5", "features.h5.gz"])
+def test_an_output_that_is_no_h5_file_is_wrong_use(fake: Any, photos: Any, tmp_path: Path, output: str) -> None:
+    assert "must end in .h5" in fails(2, "--images", photos(2), "--output", output, *RANDOM)
+    assert not (tmp_path / output).exists()
+
+
+def test_a_missing_captions_file_is_named(fake: Any, photos: Any) -> None:
+    assert "no.json" in fails(2, "--images", photos(2), "--annotations", "no.json", *RANDOM)
+
+
+def test_a_missing_weights_file_is_named(fake: Any, photos: Any) -> None:
+    assert "no.pth" in fails(2, "--images", photos(2), "--weights", "no.pth")
+
+
+def test_an_unknown_encoder_is_wrong_use(fake: Any, photos: Any) -> None:
+    assert "vgg16" in fails(2, "--images", photos(2), "--encoder", "vgg16")
+
+
+def test_half_precision_on_a_cpu_is_wrong_use(fake: Any, photos: Any) -> None:
+    said = fails(2, "--images", photos(2), "--weights", "random", "--precision", "float16", "--device", "cpu")
+    assert "GPU" in said
+
+
+def test_a_store_of_other_features_is_not_overwritten(fake: Any, photos: Any) -> None:
+    folder = photos(3)
+    assert run("--images", folder, *RANDOM).exit_code == 0
+    before = Path("features/photos.h5").read_bytes()
+    said = fails(2, "--images", folder, "--weights", "random:1", "--precision", "float32")
+    assert "planned differently" in said
+    assert "random:0" in said
+    assert "random:1" in said
+    assert Path("features/photos.h5").read_bytes() == before
+
+
+def test_too_many_bad_images_are_a_failure(fake: Any, photos: Any) -> None:
+    said = fails(1, "--images", photos(4, bad={0: "", 1: "", 2: ""}), *RANDOM)
+    assert "3 of 4 images are bad" in said
+    assert not Path("features/photos.h5").exists()
+
+
+def test_a_full_disk_is_a_failure_with_advice(fake: Any, photos: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Any, images: np.ndarray) -> np.ndarray:
+        raise OSError(28, "No space left on device", "features/photos/00000.h5")
+
+    monkeypatch.setattr(fake, "encode", full)
+    said = fails(1, "--images", photos(4), *RANDOM)
+    assert "No space left" in said
+    assert "run the same command again" in said
+
+
+def test_control_c_ends_with_status_130(fake: Any, photos: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(self: Any, images: np.ndarray) -> np.ndarray:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fake, "encode", interrupt)
+    result = run("--images", photos(4), *RANDOM)
+    assert result.exit_code == 130
+    assert "run the same command again" in result.stderr
+
+
+def test_help_names_the_exit_statuses_and_examples() -> None:
+    result = run("--help")
+    assert result.exit_code == 0
+    assert "Exit status" in result.stdout
+    assert "extract-features --split train" in result.stdout
