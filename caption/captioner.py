@@ -11,7 +11,7 @@ import torch
 
 from common.config import CaptionConfig
 from common.device import choose_device
-from common.errors import WeightsError
+from common.errors import ExtractionError, WeightsError
 from common.store import check_same_features
 from extract.encoder import ENCODERS, GridEncoder, describe_features, identify_weights, imagenet_name
 from extract.image import decoder_name, load_rgb, load_square
@@ -90,6 +90,11 @@ class Captioner:
             f"give that file: --weights path/to/{name}",
         )
 
+    @property
+    def has_attention(self) -> bool:
+        """Whether the decoder says where it looked."""
+        return self.checkpoint.decoder.has_attention
+
     def caption(self, images: Sequence[Path], search: CaptionConfig) -> list[Caption]:
         """Caption a batch of images.
 
@@ -122,7 +127,13 @@ class Captioner:
 
     def caption_squares(self, squares: np.ndarray, search: CaptionConfig) -> list[Caption]:
         """As `caption`, from uint8 (B, side, side, 3)."""
-        grids = torch.from_numpy(self._encoder.encode(squares))
+        encoded = self._encoder.encode(squares)
+        if not np.isfinite(encoded).all():
+            raise ExtractionError(
+                f"a grid holds a value that {encoded.dtype} cannot hold, so its image cannot be captioned",
+                "train on float32 features (extract-features --dtype float32)",
+            )
+        grids = torch.from_numpy(encoded)
         rows, columns, channels = self._encoder.grid_shape
         grids = grids.to(self._device).float().reshape(len(grids), rows * columns, channels)
         found = beam_search(self._decoder, grids, search.beam_size, search.max_length, search.length_penalty)

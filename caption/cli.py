@@ -71,6 +71,11 @@ def main(
     from caption.captioner import Captioner
 
     captioner = Captioner.load(checkpoint, config.extract.device, weights)
+    if attention is not None and not captioner.has_attention:
+        raise UserError(
+            f"--attention: the decoder of {captioner.checkpoint.path} has no attention",
+            "train one with --decoder attention",
+        )
     if captioner.provenance["weights"]["random"]:
         click.secho(
             "WARNING: this decoder was trained on random encoder weights: its captions mean nothing for photographs.",
@@ -126,11 +131,6 @@ def _caption_all(
 def _draw(captioner: Captioner, found: dict[Path, Caption], path: Path) -> None:
     from caption.attention import draw_attention
 
-    if any(caption.attention is None for caption in found.values()):
-        raise UserError(
-            f"--attention: the decoder of {captioner.checkpoint.path} has no attention",
-            "train one with --decoder attention",
-        )
     views = [captioner.view(image) for image in found]
     titles = [f"{image.name}: {caption.text}" for image, caption in found.items()]
     draw_attention(views, list(found.values()), titles, path)

@@ -26,6 +26,7 @@ SEEN = "decoder"
 BLIND = "blind"
 CHANCE = {"size": 1 / len(SIZES), "colour": 1 / len(COLOURS), "shape": 1 / len(SHAPES), "place": 1 / len(PLACES)}
 EXAMPLES_SHOWN = 5
+MARKER = ".gridcap-demo"  # only a folder that holds it is ever emptied
 
 
 @click.command()
@@ -33,9 +34,11 @@ EXAMPLES_SHOWN = 5
 @click.option("--output", default="demo_output", type=click.Path(path_type=Path), help="Folder for everything.")
 def main(weights: str, output: Path) -> None:
     """Run the whole pipeline on rendered scenes and show what came out."""
-    if output.exists() and not (output / "pipeline.yaml").exists():
+    if output.exists() and not (output / MARKER).exists():
         raise click.ClickException(f"{output} is there and no demo's folder: choose another --output")
     shutil.rmtree(output, ignore_errors=True)
+    output.mkdir(parents=True)
+    (output / MARKER).touch()
     seconds: dict[str, float] = {}
     begin = time.perf_counter()
     click.secho(f"drawing {sum(IMAGES.values())} scenes into {output}/shapes", bold=True)

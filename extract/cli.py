@@ -38,7 +38,7 @@ verify-features features/train.h5 --repair && extract-features --split train
 
 
 def _split_name(values: dict[str, Any]) -> str | None:
-    """--split, or a name made from --output or --images; without dots, which would part keys."""
+    """--split, or a name made from --output or --images; of a new split without dots, which would part keys."""
     if values["split"]:
         name = str(values["split"])
     elif values["output"] is not None:
@@ -47,7 +47,7 @@ def _split_name(values: dict[str, Any]) -> str | None:
         name = values["images"].resolve().name
     else:
         return None
-    return name.replace(".", "-")
+    return name if values["images"] is None else name.replace(".", "-")
 
 
 def _split_keys(values: dict[str, Any]) -> dict[str, Any]:

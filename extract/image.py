@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import warnings
 from pathlib import Path
 
@@ -61,9 +63,22 @@ def load_rgb(path: Path) -> Image.Image:
         raise BadImageError("too many pixels") from error
     except UnidentifiedImageError as error:
         raise BadImageError("empty file" if path.stat().st_size == 0 else "not an image") from error
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP):
+            raise BadImageError(os.strerror(error.errno).lower()) from error
+        if error.errno is not None:  # the machine's trouble, not the image's: a network folder gone, ..
+            raise
+        raise BadImageError(_reason(error)) from error
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
-        reason = "truncated" if "truncated" in str(error).lower() else f"unreadable ({type(error).__name__}: {error})"
-        raise BadImageError(reason[:200]) from error
+        raise BadImageError(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    if "truncated" in str(error).lower():
+        return "truncated"
+    return f"unreadable ({type(error).__name__}: {error})"[:200]
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

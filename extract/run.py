@@ -177,8 +177,10 @@ def _make_shards(
             "install those versions to finish it, or delete the folder to begin again",
         )
     extract = config.extract
-    encoder = GridEncoder(extract.encoder, job.identity, extract.precision, extract.device, extract.dtype)
     limit = allowed_bad(config.data.max_bad, len(plan.images))
+    if bad.total() > limit:
+        raise _too_many(job, bad, config.data.max_bad, None)
+    encoder = GridEncoder(extract.encoder, job.identity, extract.precision, extract.device, extract.dtype)
     total = len(plan.images)
     todo = sum(len(plan.rows_of(s)) for s in shards)
     shard_store = _ShardStore(job.folder, plan)
@@ -190,13 +192,7 @@ def _make_shards(
         for batch, images, rejects in _read_ahead(job, plan, shards, extract.geometry, encoder.side, readers):
             bad.update(rejects.values())
             if bad.total() > limit:
-                worst = ", ".join(f"{n} x {why}" for why, n in bad.most_common(3))
-                example = plan.images[next(iter(rejects))][1]
-                raise ExtractionError(
-                    f"{job.images}: {bad.total()} of {total} images are bad, more than {config.data.max_bad}: {worst} "
-                    f"({job.images / example})",
-                    "check the image folder, or allow more with --max-bad 50%",
-                )
+                raise _too_many(job, bad, config.data.max_bad, next((plan.images[row][1] for row in rejects), None))
             grids = encoder.encode(images)
             writes.append(writer.submit(shard_store.write, batch, grids, rejects))
             while len(writes) > _BATCHES_AHEAD:
@@ -212,6 +208,15 @@ def _make_shards(
         writer.shutdown(cancel_futures=True)
         shard_store.abandon()
     return shard_store.finished
+
+
+def _too_many(job: Job, bad: Counter[str], max_bad: str, example: str | None) -> ExtractionError:
+    worst = ", ".join(f"{count} x {why}" for why, count in bad.most_common(3))
+    shown = f" ({job.images / example})" if example else ""
+    return ExtractionError(
+        f"{job.images}: {bad.total()} of {len(job.plan.images)} images are bad, more than {max_bad}: {worst}{shown}",
+        "check the image folder, or allow more with --max-bad 50%",
+    )
 
 
 class _ShardStore:

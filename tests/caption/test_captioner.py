@@ -236,6 +236,14 @@ def test_features_that_this_encoder_does_not_make_are_refused(
         Captioner.load(run, "cpu")
 
 
+def test_features_of_an_encoder_that_is_not_ours_need_a_decoder_of_our_own(
+    fake: Any, checkpoint: Any, provenance_of: Any
+) -> None:
+    run = checkpoint(provenance=provenance_of(encoder="someone's network"))
+    with pytest.raises(WeightsError, match="someone's network"):
+        Captioner.load(run, "cpu")
+
+
 def test_another_pillow_or_torch_version_is_not_another_encoder(fake: Any, checkpoint: Any, provenance_of: Any) -> None:
     Captioner.load(checkpoint(provenance=provenance_of(versions={"pillow": "1.0", "torch": "0.4"})), "cpu")
 

@@ -26,6 +26,8 @@ class AttentionDecoder(Decoder):
         channels: C.
     """
 
+    has_attention = True
+
     def __init__(self, config: AttentionConfig, vocabulary_size: int, cells: int, channels: int) -> None:
         super().__init__(config.blind)
         embed, hidden, attention = config.embed_size, config.hidden_size, config.attention_size

@@ -23,6 +23,8 @@ class Decoder(nn.Module, abc.ABC):
         blind: replace the grid by zeros: the baseline that knows only the language.
     """
 
+    has_attention: bool  # whether `step` returns attention
+
     def __init__(self, blind: bool) -> None:
         super().__init__()
         self._blind = blind

@@ -23,6 +23,8 @@ class LstmDecoder(Decoder):
         channels: C.
     """
 
+    has_attention = False
+
     def __init__(self, config: LstmConfig, vocabulary_size: int, channels: int) -> None:
         super().__init__(config.blind)
         self.norm = nn.LayerNorm(channels)
