@@ -37,6 +37,8 @@ VERSION = 1
 ALIGNMENT = 4096
 _NO_RESERVATION = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}  # file systems that cannot set space aside
 _opening = threading.Lock()
+# What h5py, numpy and json raise over damaged bytes, depending on which are damaged.
+_DAMAGE = (KeyError, ValueError, OSError, RuntimeError, TypeError, AttributeError, MemoryError, OverflowError)
 
 
 class UnstorableError(ValueError):
@@ -212,8 +214,8 @@ class ShardReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         with open_hdf5(path) as file:
-            check_format(file, path, SHARD_FORMAT)
             try:
+                check_format(file, path, SHARD_FORMAT)
                 features = file["features"]
                 self.shape: tuple[int, ...] = features.shape
                 self.dtype: np.dtype[Any] = features.dtype
@@ -225,7 +227,8 @@ class ShardReader:
                 self.rejects = dict(zip(file["reject_row"][:].tolist(), why, strict=True))
                 self.attributes = dict(file.attrs)
                 self._offset: int | None = features.id.get_offset() if features.chunks is None else None
-            except (KeyError, ValueError, OSError, UnicodeDecodeError) as error:
+                self.provenance: dict[str, Any] = json.loads(self.attributes["provenance"])
+            except _DAMAGE as error:
                 raise StoreError(f"{path}: not a sound shard: {error}", _REMAKE) from error
         rows = self.shape[0]
         if any(len(a) != rows for a in (self.image_ids, self.file_names, self.valid, self.crc32)):
@@ -238,11 +241,6 @@ class ShardReader:
 
     def __len__(self) -> int:
         return self.shape[0]
-
-    @property
-    def provenance(self) -> dict[str, Any]:
-        """Where the numbers come from."""
-        return json.loads(self.attributes["provenance"])  # type: ignore[no-any-return]
 
     def read_row(self, row: int, out: np.ndarray) -> None:
         """Read one row into `out`, a contiguous (*grid) array of the stored type.

@@ -74,7 +74,8 @@ def test_a_shard_gives_back_what_was_written(shard: dict[str, Any]) -> None:
     grids, rejects = shard["grids"], shard["rejects"]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "00000.h5"
-        with ShardWriter(path, shard["ids"], shard["names"], grids.shape[1:], grids.dtype.name, {"plan": "p"}) as w:
+        attributes: dict[str, Any] = {"plan": "p", "provenance": {}}
+        with ShardWriter(path, shard["ids"], shard["names"], grids.shape[1:], grids.dtype.name, attributes) as w:
             for start in range(0, len(grids), shard["batch"]):
                 stop = start + shard["batch"]
                 w.write(start, grids[start:stop].copy(), {r: why for r, why in rejects.items() if start <= r < stop})

@@ -1,0 +1,159 @@
+"""verify-features: what is damaged is found, named, and removed by --repair, so that a rerun restores the store."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import click.testing
+import h5py
+import numpy as np
+import pytest
+
+from common.errors import StoreError
+from common.shard import ShardReader, ShardWriter
+from common.store import write_index
+from extract.cli import verify_features
+from extract.plan import Plan
+from extract.verify import Report, repair, verify_store
+
+GRID = (2, 2, 4)
+PROVENANCE = {"encoder": "fake", "grid_shape": list(GRID), "dtype": "float16"}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    """Seven images in three shards; image 3 is rejected."""
+    images = tuple((100 + i, f"{i}.jpg") for i in range(7))
+    plan = Plan("s", images, 3, 3, PROVENANCE)
+    folder = tmp_path / "s"
+    folder.mkdir()
+    (folder / "plan.json").write_text(plan.to_json())
+    rng = np.random.default_rng(0)
+    infos = []
+    for shard in range(plan.shards):
+        rows = plan.rows_of(shard)
+        part = images[rows.start : rows.stop]
+        attributes: dict[str, Any] = {"index": shard, "split": "s", "plan": plan.digest(), "provenance": PROVENANCE}
+        path = folder / plan.shard_name(shard)
+        with ShardWriter(path, [i for i, _ in part], [n for _, n in part], GRID, "float16", attributes) as writer:
+            writer.write(0, rng.random((len(rows), *GRID)).astype("f2"), {0: "missing"} if shard == 1 else {})
+            infos.append(writer.finish())
+    write_index(tmp_path / "s.h5", folder, infos, "s", plan.digest(), PROVENANCE)
+    return tmp_path / "s.h5"
+
+
+def problems(report: Report) -> set[tuple[str, str]]:
+    return {(problem.check, problem.shard) for problem in report.problems}
+
+
+def shard(store: Path, number: int) -> Path:
+    return store.with_suffix("") / f"{number:05}.h5"
+
+
+def test_a_sound_store_has_no_problems_and_every_row_is_counted(store: Path) -> None:
+    seen: list[int] = []
+    report = verify_store(store, range(100, 107), seen.append)
+    assert not report.problems
+    assert (report.rows, report.valid) == (7, 6)
+    assert seen == [3, 3, 1]
+    assert report.checked["row CRC-32"] == 7
+    assert report.checked["whole-file SHA-256"] == 3
+
+
+def test_a_flipped_bit_in_a_grid_is_found_by_row_and_by_file(store: Path) -> None:
+    path = shard(store, 0)
+    with h5py.File(path) as file:
+        offset = file["features"].id.get_offset()
+    data = bytearray(path.read_bytes())
+    data[offset + 32 + 5] ^= 1  # a row has 32 bytes: the second row
+    path.write_bytes(data)
+    report = verify_store(store)
+    assert problems(report) == {("whole-file SHA-256", path.name), ("row CRC-32", path.name)}
+    assert any("rows [1]" in problem.detail for problem in report.problems)
+
+
+def test_a_flipped_bit_anywhere_else_in_the_file_is_found(store: Path) -> None:
+    path = shard(store, 2)
+    whole = path.read_bytes()
+    for position in range(0, len(whole), max(1, len(whole) // 60)):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 4]) + whole[position + 1 :])
+        assert path.name in verify_store(store).broken_shards, position
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
+def test_rows_that_make_no_sense_are_found_though_their_checksums_agree(store: Path, value: float) -> None:
+    path = shard(store, 0)
+    with h5py.File(path, "r+") as file:
+        row = np.full(GRID, value, "f2")
+        file["features"][2] = row
+        file["crc32"][2] = zlib.crc32(row.data)
+    check = "no row all zero" if value == 0 else "no NaN or infinity"
+    assert (check, path.name) in problems(verify_store(store))
+
+
+def test_a_missing_and_a_truncated_shard_are_named(store: Path) -> None:
+    shard(store, 0).unlink()
+    path = shard(store, 1)
+    path.write_bytes(path.read_bytes()[:-4000])
+    assert problems(verify_store(store)) == {("shard readable", "00000.h5"), ("shard readable", "00001.h5")}
+
+
+def test_exchanged_shards_are_found(store: Path) -> None:
+    first, second = shard(store, 0).read_bytes(), shard(store, 1).read_bytes()
+    shard(store, 0).write_bytes(second)
+    shard(store, 1).write_bytes(first)
+    assert {name for _, name in problems(verify_store(store))} == {"00000.h5", "00001.h5"}
+
+
+def test_a_missing_index_means_incomplete_and_the_shards_are_checked_all_the_same(store: Path) -> None:
+    store.unlink()
+    report = verify_store(store)
+    assert report.rows == 7
+    assert any("not complete" in problem.detail for problem in report.problems)
+
+
+def test_ids_are_compared_with_the_captions_file(store: Path) -> None:
+    report = verify_store(store, range(101, 109))
+    assert [problem.detail for problem in report.problems] == [
+        "2 images of the captions file are not in the store, 1 of the store not in the captions file"
+    ]
+    assert repair(store, report) == [], "other captions are no damage of the store"
+    assert store.exists()
+
+
+def test_repair_removes_the_index_and_just_the_broken_shards(store: Path) -> None:
+    shard(store, 1).write_bytes(b"rubbish")
+    removed = repair(store, verify_store(store))
+    assert set(removed) == {store, shard(store, 1)}
+    assert not store.exists()
+    assert not shard(store, 1).exists()
+    with ShardReader(shard(store, 0)) as reader:
+        assert reader.damaged_rows() == []
+
+
+def test_without_a_plan_it_is_no_store(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"plan\.json"):
+        verify_store(tmp_path / "nowhere.h5")
+
+
+def test_the_command_prints_a_table_and_its_status_says_whether_all_is_sound(store: Path, tmp_path: Path) -> None:
+    run = click.testing.CliRunner().invoke
+    captions = tmp_path / "captions.json"
+    images = [{"id": 100 + i, "file_name": f"{i}.jpg"} for i in range(7)]
+    captions.write_text(json.dumps({"images": images, "annotations": []}))
+    good = run(verify_features, [str(store), "--annotations", str(captions)])
+    assert good.exit_code == 0, good.output
+    assert "sound" in good.output
+    assert "7 rows, 6 valid" in good.output
+    shard(store, 2).write_bytes(b"rubbish")
+    bad = run(verify_features, [str(store)])
+    assert bad.exit_code == 1
+    assert "00002.h5" in bad.output
+    assert store.exists(), "nothing is removed without --repair"
+    mended = run(verify_features, [str(store), "--repair"])
+    assert mended.exit_code == 1
+    assert "removed" in mended.output
+    assert not store.exists()
