@@ -62,13 +62,14 @@ def main(
         raise UserError(
             f"--attention: {len(paths)} images are too many for one picture", f"give at most {_MOST_PANELS}"
         )
+    from caption.captioner import Captioner
+    from train.checkpoint import find_checkpoint
+
     if dry_run:
         click.echo("configuration")
         show_config(config, "caption")
-        click.echo(f"dry run: would caption {len(paths)} images with {checkpoint}")
+        click.echo(f"dry run: would caption {len(paths)} images with {find_checkpoint(checkpoint)}")
         return
-
-    from caption.captioner import Captioner
 
     captioner = Captioner.load(checkpoint, config.extract.device, weights)
     if attention is not None and not captioner.has_attention:

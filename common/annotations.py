@@ -11,6 +11,7 @@ import csv
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -196,8 +197,10 @@ def _read_coco(data: dict[str, Any], path: Path) -> AnnotationSet:
     for entry in data["images"]:
         if not isinstance(entry, dict) or not isinstance(entry.get("id"), int):
             problems.add("image without a whole-number id", entry)
-            continue
-        images.append((entry["id"], _checked_name(entry.get("file_name"), path)))
+        elif not isinstance(entry.get("file_name"), str) or not entry["file_name"]:
+            problems.add("image without a file name", entry["id"])
+        else:
+            images.append((entry["id"], _checked_name(entry["file_name"], path)))
 
     annotations = data.get("annotations", [])
     if not isinstance(annotations, list):
@@ -269,20 +272,22 @@ def _read_csv(text: str, path: Path) -> AnnotationSet:
     """A line a caption, `image,caption`, with or without that header; Flickr8k's captions.txt."""
     problems = Problems()
     captions: dict[str, list[str]] = {}
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    try:
-        for row in reader:
-            if not row or (reader.line_num == 1 and row[0].strip().lower() in ("image", "file_name", "filename")):
-                continue
-            name = _checked_name(row[0].strip(), path)
-            if not name.lower().endswith(IMAGE_SUFFIXES):
-                problems.add("line whose first column is no image file", f"line {reader.line_num}")
-                continue
-            kept = captions.setdefault(name, [])
-            # A caption with commas and no quotes is split by the reader: join it again.
-            if caption := _clean(",".join(row[1:]), f"line {reader.line_num}", problems):
-                kept.append(caption)
-    except csv.Error as error:
-        raise AnnotationError(f"{path}: line {reader.line_num}: {error}", "mend that line") from error
+    # A line at a time, so that a quote which is never closed costs its own line and not the rest of the file.
+    for number, line in enumerate(re.split(r"\r\n|\n|\r", text), 1):
+        try:
+            row = next(csv.reader([line]), [])
+        except csv.Error as error:
+            problems.add(f"line that is no CSV ({error})", f"line {number}")
+            continue
+        if not row or (number == 1 and row[0].strip().lower() in ("image", "file_name", "filename")):
+            continue
+        name = _checked_name(row[0].strip(), path)
+        if not name.lower().endswith(IMAGE_SUFFIXES):
+            problems.add("line whose first column is no image file", f"line {number}")
+            continue
+        kept = captions.setdefault(name, [])
+        # A caption with commas and no quotes is split by the reader: join it again.
+        if caption := _clean(",".join(row[1:]), f"line {number}", problems):
+            kept.append(caption)
     by_id = {id_from_name(name): name for name in captions}
     return _collect(by_id.items(), {i: captions[n] for i, n in by_id.items()}, problems)

@@ -105,6 +105,8 @@ class ExtractConfig(Section):
     def _known_weights(cls, value: str) -> str:
         if value.startswith("random") and not re.fullmatch(r"random(:\d+)?", value) and not Path(value).exists():
             raise ValueError("must be imagenet, random, random:SEED with a whole number, or a file")
+        if not value.startswith(("imagenet", "random")) and not Path(value).suffix and not Path(value).exists():
+            raise ValueError("must be imagenet, random, random:SEED, or the path of a .pth or .safetensors file")
         return value
 
     @model_validator(mode="after")
@@ -153,7 +155,7 @@ class TrainConfig(Section):
         None, description="its captions  [default: those of the store's split in data.splits]"
     )
     val_features: Path | None = Field(
-        None, description="feature store to validate on  [default: <data.features>/val.h5 if it exists]"
+        None, description="feature store to validate on  [default: <data.features>/val.h5 if it is there]"
     )
     val_annotations: Path | None = Field(None, description="its captions  [default: as for annotations]")
     output: Path = Field(Path("runs/attention"), description="folder of the run: checkpoints, metrics, configuration")

@@ -133,7 +133,7 @@ def _show(output: Path, test: ShapesSplit, seconds: dict[str, float], weights: s
     if weights.startswith("random"):
         lines += [
             "The encoder has random weights: it separates simple shapes and colours, and would know nothing of a",
-            "photograph. The blind decoder never sees the grid: what it gets right is luck.",
+            "photograph. The blind decoder never sees the grid: it knows the language alone.",
         ]
     click.echo("\n".join(lines))
 

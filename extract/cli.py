@@ -51,10 +51,13 @@ def _split_name(values: dict[str, Any]) -> str | None:
 
 
 def _split_keys(values: dict[str, Any]) -> dict[str, Any]:
-    """--images makes a split of its own; given alone, the folder has no captions."""
+    """With --split, --images moves that split's images; without, it makes a split of its own."""
     if values["images"] is None:
         return {}
-    return {f"data.splits.{_split_name(values)}": {"images": values["images"], "annotations": values["annotations"]}}
+    key = f"data.splits.{_split_name(values)}"
+    if values["split"]:
+        return {f"{key}.images": values["images"]}
+    return {key: {"images": values["images"], "annotations": values["annotations"]}}
 
 
 @pipeline_command("extract-features", EXTRACT_EXAMPLES, _split_keys)
@@ -117,7 +120,7 @@ def main(
     from extract.run import extract_features, prepare
 
     job = prepare(config, name, loaded.records, chosen.images, output, download=not dry_run)
-    _announce(job)
+    _announce(job, config.extract.precision)
     if dry_run:
         click.echo("dry run: nothing was written")
         return
@@ -127,8 +130,21 @@ def main(
         sys.exit(EXIT_REJECTS)
 
 
-def _announce(job: Job) -> None:
-    plan = job.plan
+def _announce(job: Job, precision: str) -> None:
+    from extract.plan import settle_plan
+
+    plan, path = job.plan, job.folder / "plan.json"
+    if path.exists():  # then this only reads it
+        plan = settle_plan(job.plan, path, any_precision=precision == "auto" and job.output.exists())
+        kept = [
+            f"{name.replace('_', ' ')} {getattr(plan, name)}"
+            for name in ("shard_size", "batch_size")
+            if getattr(plan, name) != getattr(job.plan, name)
+        ]
+        if kept:
+            click.echo(f"note: this store was begun with {' and '.join(kept)}, and that is kept", err=True)
+        there = sum((job.folder / plan.shard_name(shard)).exists() for shard in range(plan.shards))
+        click.echo(f"already there: {there} of {plan.shards} shards")
     row = 2 if plan.provenance["dtype"] == "float16" else 4
     for size in plan.provenance["grid_shape"]:
         row *= size
@@ -182,6 +198,8 @@ def import_features(
         raise UserError(f"--output {output}: the index file must end in .h5", f"use --output {output}.h5")
     from extract import importers
 
+    click.echo("configuration")
+    show_config(config, "extract")
     name = split or output.stem
     records = None
     if annotations is not None:
@@ -221,13 +239,16 @@ def verify_features(
     """
     from extract import verify
 
+    click.echo("configuration")
+    show_config(config, "data")
     wanted = None
     if annotations is not None:
         split = SplitConfig(images=annotations.parent, annotations=annotations)
         loaded = load_split(split, features.stem, config.seed, config.data.max_bad)
         wanted = {record.image_id for record in loaded.records}
     if dry_run:
-        click.echo(f"dry run: would check {features}")
+        plan = verify.plan_of(features)
+        click.echo(f"dry run: would check {features}: {len(plan.images)} rows in {plan.shards} shards")
         return
     with tqdm(unit="row", desc="verify", leave=False) as bar:
         report = verify.verify_store(features, wanted, bar.update)

@@ -6,6 +6,7 @@ else. A rerun compares its own plan with the one on disk and refuses to mix two.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -71,6 +72,10 @@ class Plan:
 
     def digest(self) -> str:
         """The SHA-256 of the plan; every shard and the index carry it."""
+        return self._digest
+
+    @functools.cached_property
+    def _digest(self) -> str:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
 
@@ -92,10 +97,15 @@ def read_plan(path: Path) -> Plan:
         ) from error
 
 
-def settle_plan(wanted: Plan, path: Path) -> Plan:
+def settle_plan(wanted: Plan, path: Path, any_precision: bool = False) -> Plan:
     """Keep the plan on disk if the wanted one agrees with it; write the wanted one if there is none.
 
     The shard size and the batch size of the plan on disk are kept: they belong to the store once it is begun.
+
+    Args:
+        wanted: what was asked for.
+        path: of `plan.json`.
+        any_precision: accept a plan of another precision, for a complete store and a precision left to "auto".
 
     Raises:
         MismatchError: another image list, encoder, weights, preprocessing or precision, with what differs.
@@ -104,7 +114,7 @@ def settle_plan(wanted: Plan, path: Path) -> Plan:
         write_text(path, wanted.to_json())
         return wanted
     kept = read_plan(path)
-    lines = differences(kept.provenance, wanted.provenance, (*MATCHED, "precision"))
+    lines = differences(kept.provenance, wanted.provenance, MATCHED if any_precision else (*MATCHED, "precision"))
     if kept.images != wanted.images:
         old, new = set(kept.images), set(wanted.images)
         lines.append(

@@ -97,7 +97,8 @@ def extract_features(config: PipelineConfig, job: Job, progress: bool = True) ->
         ExtractionError: more than `data.max_bad` images were bad, or a value that the stored type cannot hold.
         WeightsError: the weights do not fit the encoder.
     """
-    plan = settle_plan(job.plan, job.folder / "plan.json")
+    as_it_is = config.extract.precision == "auto" and job.output.exists()
+    plan = settle_plan(job.plan, job.folder / "plan.json", any_precision=as_it_is)
     if _is_complete(job, plan):
         return _summary(job, plan, plan.shards)
     write_text(job.folder / "config.yaml", config.to_yaml("data", "extract"))
@@ -171,6 +172,12 @@ def _batches(plan: Plan, shards: list[int]) -> Iterator[_Batch]:
 def _make_shards(
     config: PipelineConfig, job: Job, plan: Plan, shards: list[int], bad: Counter[str], progress: bool
 ) -> dict[int, ShardInfo]:
+    begun, here = plan.provenance["precision"], job.plan.provenance["precision"]
+    if begun != here:
+        raise MismatchError(
+            f"{job.folder}: begun in {begun}, and auto means {here} on this machine",
+            f"finish it with --precision {begun}, or delete the folder to begin again",
+        )
     if differing := _version_changes(plan, job.plan):
         raise MismatchError(
             f"{job.folder}: begun with other library versions: {differing}",

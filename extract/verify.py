@@ -89,10 +89,7 @@ def verify_store(
     Raises:
         StoreError: neither an index nor a plan is there, or one of them is unreadable.
     """
-    folder = store_folder(path)
-    if not (folder / "plan.json").exists():
-        raise StoreError(f"{folder / 'plan.json'}: no plan, so this is no store of extract-features", "check the path")
-    plan = read_plan(folder / "plan.json")
+    folder, plan = store_folder(path), plan_of(path)
     report = Report()
     hashes = _index_hashes(path, plan, report) if path.exists() else {}
     if not path.exists():
@@ -104,6 +101,18 @@ def verify_store(
     if captions_ids is not None:
         _compare_ids({image_id for image_id, _ in plan.images}, set(captions_ids), report)
     return report
+
+
+def plan_of(path: Path) -> Plan:
+    """The plan of a store.
+
+    Raises:
+        StoreError: there is none, or it is unreadable.
+    """
+    file = store_folder(path) / "plan.json"
+    if not file.exists():
+        raise StoreError(f"{file}: no plan, so this is no store of extract-features", "check the path")
+    return read_plan(file)
 
 
 def repair(path: Path, report: Report) -> list[Path]:

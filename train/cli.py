@@ -10,7 +10,7 @@ import click
 from common.annotations import load_split
 from common.command import flag, pipeline_command, reload_config, show_config
 from common.config import PipelineConfig, SplitConfig
-from common.errors import UserError
+from common.errors import MismatchError, UserError
 from common.store import FeatureStore, check_same_features
 
 if TYPE_CHECKING:
@@ -52,7 +52,8 @@ def _captions_for(
                 f"give {option} FILE, or write data.splits.{store.split or role}.annotations into pipeline.yaml",
             )
         name, split, config = found
-    loaded = load_split(split, name, config.seed, config.data.max_bad)
+    whole = split.model_copy(update={"limit": None, "skip": 0})  # the store already is the subset
+    loaded = load_split(whole, name, config.seed, config.data.max_bad)
     source = split.annotations or split.images
     for line in loaded.problems.lines():
         click.echo(f"note: {source}: {line}", err=True)
@@ -98,13 +99,19 @@ def train_decoder(config: PipelineConfig, dry_run: bool, resume: bool) -> None:
     store = FeatureStore(settings.features or config.data.features / "train.h5")
     train = _captions_for(store, settings.annotations, [config], "train", "--annotations")
     val = None
-    val_path = settings.val_features or config.data.features / "val.h5"
+    sibling = store.split.replace("train", "val") if "train" in store.split else "val"
+    val_path = settings.val_features or config.data.features / f"{sibling}.h5"
     if settings.val_features is not None or val_path.exists():
         val = _captions_for(FeatureStore(val_path), settings.val_annotations, [config], "val", "--val-annotations")
     elif settings.val_annotations is not None:
         raise UserError("--val-annotations is given without --val-features", "give both, or neither")
     else:
         click.echo("no validation store: the last checkpoint will count as the best (give --val-features)")
+    if val is not None and (shared := len(train.images() & val.images())):
+        raise MismatchError(
+            f"{shared} images are both in {store.path} and in {val.store.path}",
+            "validate on images that are not trained on: give another --val-features",
+        )
     _warn_if_random(store)
     if dry_run:
         click.echo(

@@ -19,7 +19,7 @@ from common.device import choose_device, choose_precision
 from common.errors import CheckpointError, MismatchError, TrainingError
 from common.files import remove_leftovers, write_text
 from common.store import check_same_features
-from train.checkpoint import find_checkpoint, load_checkpoint, load_training_state, save_checkpoint
+from train.checkpoint import POINTERS, find_checkpoint, load_checkpoint, load_training_state, save_checkpoint
 from train.decoders.base import Decoder
 from train.decoders.build import build_decoder
 from train.loss import masked_cross_entropy, perplexity
@@ -71,6 +71,8 @@ def fit(
     provenance = train.store.provenance
     if val is not None:
         check_same_features(provenance, val.store.provenance, f"{train.store.path} holds", str(val.store.path))
+    if resume and (settings.output / "config.yaml").exists() and not (settings.output / POINTERS).exists():
+        resume = False  # stopped before its first checkpoint: there is nothing to lose in beginning again
     run = _resume(config, provenance, device) if resume else _begin(config, train, device)
     remove_leftovers(settings.output / "checkpoints")
     write_text(settings.output / "config.yaml", config.to_yaml())
@@ -105,7 +107,7 @@ def best_epoch(history: list[dict[str, Any]]) -> int:
 
 def _begin(config: PipelineConfig, train: CaptionedImages, device: torch.device) -> Run:
     output, settings = config.train.output, config.train
-    if (output / "checkpoints.json").exists():
+    if (output / POINTERS).exists():
         raise CheckpointError(f"{output}: holds a run already", "go on with it by --resume, or choose another --output")
     captions = [caption for image in train.captions for caption in image]
     vocabulary = Vocabulary.build(captions, settings.vocabulary.max_size, settings.vocabulary.min_count)

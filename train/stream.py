@@ -81,6 +81,10 @@ class CaptionedImages:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def images(self) -> set[tuple[int, str]]:
+        """Image ids and file names; files that number their images from 1 share ids, not names."""
+        return {(int(self.store.image_ids[row]), PurePosixPath(self.store.file_names[row]).name) for row in self.rows}
+
 
 @dataclass(frozen=True)
 class CaptionBatch:

@@ -88,6 +88,37 @@ def test_a_split_of_the_configuration_needs_no_other_flag(
     np.testing.assert_array_equal(store.by_image_id(7), want)
 
 
+def test_images_given_for_a_known_split_leave_its_captions_and_its_subset(
+    fake: Any, photos: Any, pipeline: Any, tmp_path: Path
+) -> None:
+    captions = coco(tmp_path / "captions.json", {70: "0003.png", 7: "0001.png"})
+    pipeline(train={"images": tmp_path / "moved", "annotations": captions, "limit": 1})
+    result = run("--split", "train", "--images", photos(6))
+    assert result.exit_code == 0, result.output
+    assert set(FeatureStore(tmp_path / "features" / "train.h5").image_ids) < {70, 7}
+
+
+def test_a_name_from_output_is_no_split_of_the_configuration(
+    fake: Any, photos: Any, pipeline: Any, tmp_path: Path
+) -> None:
+    pipeline(train={"images": tmp_path / "elsewhere", "annotations": coco(tmp_path / "c.json", {1: "other.png"})})
+    result = run("--images", photos(3), "--output", "features/train.h5")
+    assert result.exit_code == 0, result.output
+    assert len(FeatureStore(tmp_path / "features" / "train.h5")) == 3
+
+
+def test_what_is_kept_of_a_begun_store_and_what_is_there_is_said(fake: Any, photos: Any, tmp_path: Path) -> None:
+    folder = photos(6)
+    arguments = ("--images", folder, "--output", "s.h5", *RANDOM)
+    run(*arguments, "--shard-size", 2, "--batch-size", 2)
+    (tmp_path / "s.h5").unlink()
+    (tmp_path / "s" / "00001.h5").unlink()
+    result = run(*arguments, "--shard-size", 4, "--batch-size", 1, "--dry-run")
+    assert "begun with shard size 2 and batch size 2" in result.output
+    assert "already there: 2 of 3 shards" in result.output
+    assert not (tmp_path / "s.h5").exists()
+
+
 def test_images_and_annotations_can_be_given_as_flags(fake: Any, photos: Any, tmp_path: Path) -> None:
     captions = coco(tmp_path / "captions.json", {3: "0002.png"})
     result = run("--images", photos(4), "--annotations", captions, "--output", "x.h5", *RANDOM)

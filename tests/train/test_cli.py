@@ -213,6 +213,38 @@ def test_validation_may_begin_with_a_resume(project):
     assert "best is epoch 3, validation CIDEr" in output
 
 
+def test_a_run_stopped_before_its_first_checkpoint_begins_again_with_resume(project):
+    folder = project / "runs" / "early"
+    folder.mkdir(parents=True)
+    shutil.copy(project / "runs/done/config.yaml", folder)
+    assert "done: runs/early: 2 epochs" in invoke(train_decoder, "--output", "runs/early", "--resume")
+
+
+def test_images_of_the_training_store_may_not_validate(project):
+    output = invoke(train_decoder, "--output", "runs/x", "--val-features", "features/train.h5", status=2)
+    assert "18 images are both in features/train.h5 and in features/train.h5" in output
+    assert not (project / "runs" / "x").exists()
+
+
+def test_the_store_is_the_subset_whatever_seed_the_training_has(project):
+    """Extraction cut the subset with its seed; cutting again with another would leave a part of it out."""
+    tree = json.loads(json.dumps(TINY))
+    tree["data"]["splits"]["val"]["limit"] = 3
+    (project / "pipeline.yaml").write_text(yaml.safe_dump(tree))
+    output = invoke(train_decoder, "--output", "runs/x", "--seed", 9, "--dry-run")
+    assert "features/val.h5: 6 images" in output
+
+
+def test_karpathys_training_split_is_validated_on_karpathys_validation_split(project, new_data):
+    for split, first in (("karpathy-train", 100), ("karpathy-val", 500)):
+        new_data(project / "features" / f"{split}.h5", 6, first_id=first, split=split)
+    output = invoke(
+        train_decoder, "--features", "features/karpathy-train.h5", "--annotations", "features/karpathy-train.json",
+        "--val-annotations", "features/karpathy-val.json", "--output", "runs/x", "--dry-run",
+    )  # fmt: skip
+    assert "features/karpathy-val.h5: 6 images" in output
+
+
 RANDOM = {"name": "random:0", "sha256": "ab" * 32, "random": True}
 
 
