@@ -622,7 +622,13 @@ def run_to_end(scenes: Path, output: Path, *more: str) -> subprocess.CompletedPr
 def running_until(shard: str, scenes: Path, output: Path) -> Iterator[subprocess.Popen[str]]:
     """Start an extraction and hand it over as soon as that shard is there."""
     process = subprocess.Popen(
-        command(scenes, output), cwd=output.parent.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command(scenes, output),
+        cwd=output.parent.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # Tests that were themselves started in the background have inherited a SIGINT that is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         deadline = time.monotonic() + PATIENCE
