@@ -98,6 +98,11 @@ def load_split(split: SplitConfig, name: str, seed: int = 0, max_bad: str = "20%
     return AnnotationSet(records, loaded.problems)
 
 
+def captions_alone(path: Path) -> SplitConfig:
+    """A split for a captions file given by itself, where nobody looks at the images."""
+    return SplitConfig(images=path.parent, annotations=path)
+
+
 def load_annotations(path: Path, part: str = "train") -> AnnotationSet:
     """Read a captions file; the layout is told from its content.
 

@@ -80,6 +80,12 @@ _OS_HINTS = {
 }
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message, or its type if it has none."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
 def from_os_error(error: OSError) -> GridcapError:
     """Turn an operating-system error into one with a path and a next step."""
     where = f"{error.filename}: " if error.filename else ""

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 from tqdm import tqdm
 
-from common.annotations import load_split
+from common.annotations import captions_alone, load_split
 from common.command import flag, pipeline_command, show_config
-from common.config import PipelineConfig, SplitConfig
+from common.config import PipelineConfig
 from common.errors import EXIT_FAILURE, EXIT_REJECTS, UserError
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def main(
     from extract.run import extract_features, prepare
 
     job = prepare(config, name, loaded.records, chosen.images, output, download=not dry_run)
-    _announce(job, config.extract.precision)
+    _announce(config, job)
     if dry_run:
         click.echo("dry run: nothing was written")
         return
@@ -130,12 +130,12 @@ def main(
         sys.exit(EXIT_REJECTS)
 
 
-def _announce(job: Job, precision: str) -> None:
-    from extract.plan import settle_plan
+def _announce(config: PipelineConfig, job: Job) -> None:
+    from extract.run import settled_plan
 
-    plan, path = job.plan, job.folder / "plan.json"
-    if path.exists():  # then this only reads it
-        plan = settle_plan(job.plan, path, any_precision=precision == "auto" and job.output.exists())
+    plan = job.plan
+    if (job.folder / "plan.json").exists():  # then it is only read, which a dry run may do
+        plan = settled_plan(config, job)
         kept = [
             f"{name.replace('_', ' ')} {getattr(plan, name)}"
             for name in ("shard_size", "batch_size")
@@ -203,8 +203,7 @@ def import_features(
     name = split or output.stem
     records = None
     if annotations is not None:
-        chosen = SplitConfig(images=annotations.parent, annotations=annotations)
-        loaded = load_split(chosen, name, config.seed, config.data.max_bad)
+        loaded = load_split(captions_alone(annotations), name, config.seed, config.data.max_bad)
         for line in loaded.problems.lines():
             click.echo(f"note: {annotations}: {line}", err=True)
         records = loaded.records
@@ -243,8 +242,7 @@ def verify_features(
     show_config(config, "data")
     wanted = None
     if annotations is not None:
-        split = SplitConfig(images=annotations.parent, annotations=annotations)
-        loaded = load_split(split, features.stem, config.seed, config.data.max_bad)
+        loaded = load_split(captions_alone(annotations), features.stem, config.seed, config.data.max_bad)
         wanted = {record.image_id for record in loaded.records}
     if dry_run:
         plan = verify.plan_of(features)

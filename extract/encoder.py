@@ -22,7 +22,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision import models
 
 from common.device import choose_device, choose_precision
-from common.errors import WeightsError
+from common.errors import WeightsError, first_line
 from common.files import sha256_of
 from common.scenes import calibration_batch
 
@@ -165,8 +165,7 @@ def _read_state(file: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         raise WeightsError(f"{file}: cannot be read as weights: it is no state dict of tensors", _STATE_DICT) from error
     except Exception as error:  # whatever a damaged file leads the loaders to raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise WeightsError(f"{file}: cannot be read as weights: {reason}", _STATE_DICT) from error
+        raise WeightsError(f"{file}: cannot be read as weights: {first_line(error)}", _STATE_DICT) from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]

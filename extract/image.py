@@ -51,7 +51,7 @@ def load_rgb(path: Path) -> Image.Image:
             if image.width * image.height > MAX_PIXELS:
                 raise BadImageError("too many pixels")
             return _to_rgb(ImageOps.exif_transpose(image))
-    except BadImageError:
+    except (BadImageError, MemoryError):
         raise
     except FileNotFoundError as error:
         raise BadImageError("missing") from error
@@ -66,11 +66,9 @@ def load_rgb(path: Path) -> Image.Image:
     except OSError as error:
         if error.errno in (errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP):
             raise BadImageError(os.strerror(error.errno).lower()) from error
-        if error.errno is not None:  # the machine's trouble, not the image's: a network folder gone, ..
+        if error.errno is not None:  # the machine's trouble, not the image's: a network folder that is gone
             raise
         raise BadImageError(_reason(error)) from error
-    except MemoryError:
-        raise
     except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
         raise BadImageError(_reason(error)) from error
 

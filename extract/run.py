@@ -81,6 +81,18 @@ def prepare(
     return Job(images, output, store_folder(output), plan, identity)
 
 
+def settled_plan(config: PipelineConfig, job: Job) -> Plan:
+    """The plan on disk, if the job agrees with it; the job's own, which is written, if there is none.
+
+    A complete store stays what it is, whatever precision "auto" means on this machine.
+
+    Raises:
+        MismatchError: the store on disk was planned differently.
+    """
+    as_it_is = config.extract.precision == "auto" and job.output.exists()
+    return settle_plan(job.plan, job.folder / "plan.json", any_precision=as_it_is)
+
+
 def extract_features(config: PipelineConfig, job: Job, progress: bool = True) -> Summary:
     """Make the store, or finish it: shards that are there and sound are never made twice.
 
@@ -97,8 +109,7 @@ def extract_features(config: PipelineConfig, job: Job, progress: bool = True) ->
         ExtractionError: more than `data.max_bad` images were bad, or a value that the stored type cannot hold.
         WeightsError: the weights do not fit the encoder.
     """
-    as_it_is = config.extract.precision == "auto" and job.output.exists()
-    plan = settle_plan(job.plan, job.folder / "plan.json", any_precision=as_it_is)
+    plan = settled_plan(config, job)
     if _is_complete(job, plan):
         return _summary(job, plan, plan.shards)
     write_text(job.folder / "config.yaml", config.to_yaml("data", "extract"))

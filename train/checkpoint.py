@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from common.config import PipelineConfig
-from common.errors import CheckpointError
+from common.errors import CheckpointError, first_line
 from common.files import fsync_path, temporary_sibling, write_json
 from train.decoders.base import Decoder
 from train.decoders.build import build_decoder
@@ -165,12 +165,7 @@ def _damage_of(file: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{file}: damaged checkpoint: {_first_line(error)}", _REFUSED) from error
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+        raise CheckpointError(f"{file}: damaged checkpoint: {first_line(error)}", _REFUSED) from error
 
 
 def load_training_state(checkpoint: Path) -> dict[str, Any]:
@@ -186,4 +181,4 @@ def load_training_state(checkpoint: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{file}: holds something else than tensors and plain values", _REFUSED) from error
     except Exception as error:  # whatever a damaged file leads the loader to raise
-        raise CheckpointError(f"{file}: cannot be read: {_first_line(error)}", _REFUSED) from error
+        raise CheckpointError(f"{file}: cannot be read: {first_line(error)}", _REFUSED) from error

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from common.annotations import load_split
+from common.annotations import captions_alone, load_split
 from common.command import flag, pipeline_command, reload_config, show_config
-from common.config import PipelineConfig, SplitConfig
+from common.config import PipelineConfig
 from common.errors import MismatchError, UserError
 from common.store import FeatureStore, check_same_features
 
@@ -36,7 +36,7 @@ def _captions_for(
     from train.stream import CaptionedImages
 
     if annotations is not None:
-        name, split = store.split or role, SplitConfig(images=annotations.parent, annotations=annotations)
+        name, split = store.split or role, captions_alone(annotations)
         config = configs[0]
     else:
         known = (
