@@ -161,7 +161,7 @@ def _announce(config: PipelineConfig, job: Job) -> None:
 
 
 def _report(job: Job, summary: Summary) -> None:
-    made = summary.shards - summary.done_before
+    made = summary.made
     if made == 0 and summary.seconds == 0:
         click.echo(f"nothing to do: {job.output} is complete ({summary.images} images, {summary.shards} shards)")
     else:

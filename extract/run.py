@@ -22,6 +22,7 @@ from common.errors import ExtractionError, MismatchError, StoreError
 from common.files import remove_leftovers, sha256_of, write_text
 from common.shard import ShardInfo, ShardReader, ShardWriter, UnstorableError, check_format, open_hdf5
 from common.store import INDEX_FORMAT, FeatureStore, write_index
+from extract.cluster import WHOLE, Share
 from extract.encoder import GridEncoder, WeightsIdentity, describe_features, identify_weights
 from extract.image import BadImageError, decoder_name, load_square
 from extract.plan import Plan, settle_plan
@@ -36,13 +37,17 @@ class Summary:
     Attributes:
         images, shards: of the whole store.
         done_before: shards that were there already.
+        made: shards that this run made.
+        complete: whether the index is written; if not, other workers still have shards to make.
         seconds: this run took, without planning.
-        rejects: reason -> count, over the whole store.
+        rejects: reason -> count, over the whole store; over this worker's shards if it is not complete.
     """
 
     images: int
     shards: int
     done_before: int
+    made: int = 0
+    complete: bool = True
     seconds: float = 0.0
     rejects: Counter[str] = field(default_factory=Counter)
 
@@ -93,16 +98,19 @@ def settled_plan(config: PipelineConfig, job: Job) -> Plan:
     return settle_plan(job.plan, job.folder / "plan.json", any_precision=as_it_is)
 
 
-def extract_features(config: PipelineConfig, job: Job, progress: bool = True) -> Summary:
+def extract_features(config: PipelineConfig, job: Job, share: Share = WHOLE, progress: bool = True) -> Summary:
     """Make the store, or finish it: shards that are there and sound are never made twice.
+
+    With several workers each makes its own share, and whoever finds all shards there at its end writes the index.
 
     Args:
         config: the resolved configuration.
         job: from `prepare`.
+        share: which shards are this worker's; by default all.
         progress: show a progress bar over the images.
 
     Returns:
-        What was done. When it returns, the index is written and the store is complete.
+        What was done.
 
     Raises:
         MismatchError: the store on disk was planned differently.
@@ -114,13 +122,17 @@ def extract_features(config: PipelineConfig, job: Job, progress: bool = True) ->
         return _summary(job, plan, plan.shards)
     write_text(job.folder / "config.yaml", config.to_yaml("data", "extract"))
     job.output.unlink(missing_ok=True)  # an index over shards that are gone: its presence would mean complete
-    there = [_rejects_of(job.folder / plan.shard_name(shard), plan) for shard in range(plan.shards)]
-    missing = [shard for shard, rejects in enumerate(there) if rejects is None]
-    bad = sum((rejects for rejects in there if rejects is not None), Counter[str]())
+    there = {shard: _rejects_of(job.folder / plan.shard_name(shard), plan) for shard in share.of(plan.shards)}
+    missing = [shard for shard, rejects in there.items() if rejects is None]
+    bad = sum((rejects for rejects in there.values() if rejects is not None), Counter[str]())
     begin = time.perf_counter()
     made = _make_shards(config, job, plan, missing, bad, progress) if missing else {}
     remove_leftovers(job.folder)
     remove_leftovers(job.output.parent)
+    still_missing = [s for s in range(plan.shards) if not (job.folder / plan.shard_name(s)).exists()]
+    if still_missing:
+        done = len(there) - len(missing)
+        return Summary(len(plan.images), plan.shards, done, len(made), False, time.perf_counter() - begin, bad)
     names = [plan.shard_name(s) for s in range(plan.shards)]
     infos = [
         made.get(s) or ShardInfo(name, len(plan.rows_of(s)), sha256_of(job.folder / name))
@@ -128,6 +140,7 @@ def extract_features(config: PipelineConfig, job: Job, progress: bool = True) ->
     ]
     write_index(job.output, job.folder, infos, plan.split, plan.digest(), plan.provenance)
     summary = _summary(job, plan, plan.shards - len(missing))
+    summary.made = len(made)
     summary.seconds = time.perf_counter() - begin
     return summary
 
