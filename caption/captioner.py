@@ -12,6 +12,8 @@ import torch
 from common.config import CaptionConfig
 from common.device import choose_device
 from common.errors import ExtractionError, WeightsError
+from common.quantise import as_stored
+from common.shard import returned_type
 from common.store import check_same_features
 from extract.encoder import ENCODERS, GridEncoder, describe_features, identify_weights, imagenet_name
 from extract.image import decoder_name, load_rgb, load_square
@@ -69,7 +71,8 @@ class Captioner:
         identity = identify_weights(name, self._weights_source(weights))
         found = describe_features(name, identity, self._geometry, "auto", device, dtype, decoder_name())
         check_same_features(provenance, found, f"{checkpoint.path} was trained on", "this encoder makes")
-        self._encoder = GridEncoder(name, identity, "auto", device, dtype)
+        self._stored = np.dtype(dtype)
+        self._encoder = GridEncoder(name, identity, "auto", device, returned_type(self._stored).name)
         self._decoder = checkpoint.decoder.to(self._device)
 
     @classmethod
@@ -133,7 +136,7 @@ class Captioner:
                 f"a grid holds a value that {encoded.dtype} cannot hold, so its image cannot be captioned",
                 "train on float32 features (extract-features --dtype float32)",
             )
-        grids = torch.from_numpy(encoded)
+        grids = torch.from_numpy(as_stored(encoded, self._stored))
         rows, columns, channels = self._encoder.grid_shape
         grids = grids.to(self._device).float().reshape(len(grids), rows * columns, channels)
         found = beam_search(self._decoder, grids, search.beam_size, search.max_length, search.length_penalty)

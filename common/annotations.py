@@ -11,8 +11,9 @@ import csv
 import hashlib
 import io
 import json
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -80,14 +81,7 @@ def load_split(split: SplitConfig, name: str, seed: int = 0, max_bad: str = "20%
     """
     loaded = load_annotations(split.annotations, name) if split.annotations else list_images(split.images)
     source = split.annotations or split.images
-    bad = sum(loaded.problems.counts.values())
-    total = sum(max(1, len(r.captions)) for r in loaded.records) + bad
-    if bad > allowed_bad(max_bad, total):
-        worst = "; ".join(loaded.problems.lines())
-        raise AnnotationError(
-            f"{source}: {bad} of {total} items are bad, more than {max_bad}: {worst}",
-            "mend the file, or allow more with --set data.max_bad=50%",
-        )
+    _check_problems(source, loaded.problems, sum(max(1, len(r.captions)) for r in loaded.records), max_bad)
     records = loaded.records
     if split.limit is not None or split.skip:
         order = np.random.default_rng([seed, 0x5B5E7]).permutation(len(records))
@@ -136,30 +130,106 @@ def load_annotations(path: Path, part: str = "train") -> AnnotationSet:
     return _read_coco(data, path)
 
 
+def split_images(
+    split: SplitConfig, name: str, seed: int = 0, max_bad: str = "20%"
+) -> tuple[Iterable[ImageRecord], Problems]:
+    """The images of a split for extraction, where captions do not matter: of a whole folder as a stream.
+
+    Args:
+        split, name, seed, max_bad: as for `load_split`.
+
+    Returns:
+        The images, which may be gone through more than once, and what was wrong; of a folder, known at their end.
+
+    Raises:
+        AnnotationError: as for `load_split`; of a folder, when its images are gone through.
+    """
+    if split.annotations is None and split.limit is None and not split.skip:
+        images = FolderImages(split.images, max_bad)
+        return images, images.problems
+    loaded = load_split(split, name, seed, max_bad)
+    return loaded.records, loaded.problems
+
+
+class FolderImages:
+    """All images below a folder, sorted by path, without captions; found anew each time they are gone through.
+
+    Holds the names of one folder at a time, so that it takes any number of images.
+
+    Args:
+        folder: to look in; links to folders are not followed.
+        max_bad: how many file names may be bad.
+
+    Attributes:
+        problems: what was wrong, after the images were gone through.
+
+    Raises:
+        AnnotationError: on iteration: the folder is missing or holds no images, or too many names are bad.
+    """
+
+    def __init__(self, folder: Path, max_bad: str = "100%") -> None:
+        self._folder = folder
+        self._max_bad = max_bad
+        self.problems = Problems()
+
+    def __iter__(self) -> Iterator[ImageRecord]:
+        if not self._folder.is_dir():
+            raise AnnotationError(f"{self._folder}: no such folder of images", "check the path given with --images")
+        self.problems.counts.clear()
+        self.problems.examples.clear()
+        good = 0
+        for name in _names_below(self._folder, ""):
+            if not _is_utf8(name):
+                self.problems.add("file name that is not UTF-8", ascii(name))
+                continue
+            good += 1
+            yield ImageRecord(id_from_name(name), name)
+        if not good:
+            raise AnnotationError(f"{self._folder}: holds no images", f"images end in {', '.join(IMAGE_SUFFIXES)}")
+        _check_problems(self._folder, self.problems, good, self._max_bad)
+
+
+def _names_below(folder: Path, prefix: str) -> Iterator[str]:
+    """Image files below a folder, in the order of their whole paths: "a-b/x" stands before "a/x"."""
+    with os.scandir(folder / prefix) as entries:
+        found = [
+            (entry.name + "/" if is_folder else entry.name)
+            for entry in entries
+            if (is_folder := entry.is_dir(follow_symlinks=False))
+            or (Path(entry.name).suffix.lower() in IMAGE_SUFFIXES and entry.is_file())
+        ]
+    for name in sorted(found):
+        if name.endswith("/"):
+            yield from _names_below(folder, prefix + name)
+        else:
+            yield prefix + name
+
+
 def list_images(folder: Path) -> AnnotationSet:
-    """All images below a folder, sorted by path, without captions.
+    """All images below a folder as a list; see `FolderImages`.
 
     Raises:
         AnnotationError: the folder is missing or holds no images.
     """
-    if not folder.is_dir():
-        raise AnnotationError(f"{folder}: no such folder of images", "check the path given with --images")
-    found = (p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-    problems, names = Problems(), []
-    for name in sorted(p.relative_to(folder).as_posix() for p in found):
-        try:
-            name.encode()
-            names.append(name)
-        except UnicodeEncodeError:
-            problems.add("file name that is not UTF-8", ascii(name))
-    if not names:
-        raise AnnotationError(f"{folder}: holds no images", f"images end in {', '.join(IMAGE_SUFFIXES)}")
-    return AnnotationSet([ImageRecord(id_from_name(n), n) for n in names], problems)
+    images = FolderImages(folder)
+    return AnnotationSet(list(images), images.problems)
+
+
+def _check_problems(source: Path, problems: Problems, good: int, max_bad: str) -> None:
+    bad = sum(problems.counts.values())
+    if bad > allowed_bad(max_bad, good + bad):
+        raise AnnotationError(
+            f"{source}: {bad} of {good + bad} items are bad, more than {max_bad}: {'; '.join(problems.lines())}",
+            "mend the file, or allow more with --set data.max_bad=50%",
+        )
 
 
 def id_from_name(file_name: str) -> int:
-    """An image id for files that have none: 52 bits of the name's SHA-256, so it is the same in every subset."""
-    return int.from_bytes(hashlib.sha256(file_name.encode()).digest()[:8], "big") >> 12
+    """An image id for files that have none: 63 bits of the name's SHA-256, so it is the same in every subset.
+
+    Among a hundred million names two share an id with a probability of 0.05 %; a store then says so.
+    """
+    return int.from_bytes(hashlib.sha256(file_name.encode()).digest()[:8], "big") >> 1
 
 
 def _collect(images: Iterable[tuple[int, str]], captions: dict[int, list[str]], problems: Problems) -> AnnotationSet:
@@ -177,7 +247,7 @@ def _collect(images: Iterable[tuple[int, str]], captions: dict[int, list[str]], 
 
 def _checked_name(name: object, path: Path) -> str:
     """A file name that stays inside the image folder."""
-    if not isinstance(name, str) or not name or "\0" in name:
+    if not isinstance(name, str) or not name or "\0" in name or not _is_utf8(name):
         raise AnnotationError(f"{path}: an image has no usable file name: {name!r}", "mend that entry")
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts:
@@ -185,6 +255,14 @@ def _checked_name(name: object, path: Path) -> str:
             f"{path}: the file name {name!r} leaves the image folder", "use names relative to the image folder"
         )
     return name
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _clean(caption: object, where: str, problems: Problems) -> str | None:

@@ -31,8 +31,11 @@ DEFAULT_FILE = Path("pipeline.yaml")
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 TrainPrecision = Literal["auto", "float32", "bfloat16"]
-StoredType = Literal["float16", "float32"]
+StoredType = Literal["float16", "float32", "uint8"]
+View = Literal["original", "hflip"]
 Geometry = Literal["stretch", "crop", "letterbox"]
+Compile = Literal["auto", "on", "off"]
+JpegDecoder = Literal["pillow", "nvjpeg"]
 EncoderName = Literal["inception_v3", "resnet50", "resnet101", "resnet152"]
 
 
@@ -94,11 +97,41 @@ class ExtractConfig(Section):
     precision: Precision = Field(
         "auto", description="arithmetic of the encoder; auto: bfloat16 where the hardware has it"
     )
-    dtype: StoredType = Field("float16", description="number type of the stored grids")
+    compile: Compile = Field(
+        "auto", description="torch.compile for the encoder; auto: where a job of this size is known to gain by it"
+    )
+    decoder: JpegDecoder = Field(
+        "pillow", description="what decodes JPEG files: pillow, or nvjpeg (on the GPU; other pixels in the last digit)"
+    )
+    dtype: StoredType = Field(
+        "float16", description="number type of the stored grids; uint8: half of float16, a scale per channel and image"
+    )
+    views: tuple[View, ...] = Field(
+        ("original",), description="what to store of each image: original, or original,hflip (mirrored too)"
+    )
     shard_size: PositiveInt = Field(1024, description="images in one shard")
     batch_size: PositiveInt = Field(32, description="images encoded together; a batch never crosses a shard's border")
     readers: PositiveInt = Field(4, description="threads that decode images")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _yaml_reads_on_and_off_as_booleans(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            return "on" if value else "off"
+        return value
+
+    @field_validator("views", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return [view.strip() for view in value.split(",")] if isinstance(value, str) else value
+
+    @field_validator("views")
+    @classmethod
+    def _original_first(cls, value: tuple[View, ...]) -> tuple[View, ...]:
+        if value[:1] != ("original",) or len(set(value)) < len(value):
+            raise ValueError("must begin with original and name no view twice")
+        return value
 
     @field_validator("weights")
     @classmethod
@@ -113,6 +146,12 @@ class ExtractConfig(Section):
     def _half_needs_gpu(self) -> ExtractConfig:
         if self.precision == "float16" and self.device == "cpu":
             raise ValueError("precision float16 needs a GPU, and device is cpu: choose auto, float32 or bfloat16")
+        return self
+
+    @model_validator(mode="after")
+    def _nvjpeg_needs_gpu(self) -> ExtractConfig:
+        if self.decoder == "nvjpeg" and self.device == "cpu":
+            raise ValueError("decoder nvjpeg needs a GPU, and device is cpu: choose pillow")
         return self
 
 

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import socket
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,21 +18,49 @@ from typing import Any
 TEMPORARY_SUFFIX = ".tmp"
 
 
+_ABANDONED_AFTER = 24 * 3600  # seconds; no shard takes so long to write
+_TEMPORARY_NAME = re.compile(r"\..+\.(?P<machine>[^/]+)-(?P<process>\d+)-[0-9a-f]{8}" + re.escape(TEMPORARY_SUFFIX))
+
+
+def this_machine() -> str:
+    """A name for the place where process numbers mean what they mean here: the host, or a container on it.
+
+    Containers on one host may share its name and each have a process 1; their process name spaces differ.
+    """
+    try:
+        space = Path("/proc/self/ns/pid").stat().st_ino
+    except OSError:
+        space = 0
+    return f"{socket.gethostname()}-{space}"
+
+
 def temporary_sibling(path: Path) -> Path:
     """A name in the same folder that no other process, on any machine, will choose."""
-    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}")
+    return path.with_name(f".{path.name}.{this_machine()}-{os.getpid()}-{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}")
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove temporary files and folders whose writer, a process of this machine, is no longer there."""
-    mine = socket.gethostname()
+    """Remove temporary files and folders that nobody writes any more.
+
+    Those of this machine go when their process is gone; those of others, whose processes cannot be asked for, when
+    they have not changed for a day.
+    """
     for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
-        match = re.fullmatch(rf"\..+\.{re.escape(mine)}-(\d+)-[0-9a-f]{{8}}{re.escape(TEMPORARY_SUFFIX)}", path.name)
-        if match and not _is_running(int(match[1])):
+        match = _TEMPORARY_NAME.fullmatch(path.name)
+        if match and _is_abandoned(path, match["machine"], int(match["process"])):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
+
+
+def _is_abandoned(path: Path, machine: str, process: int) -> bool:
+    if machine == this_machine():
+        return not _is_running(process)
+    try:
+        return time.time() - path.stat().st_mtime > _ABANDONED_AFTER
+    except FileNotFoundError:
+        return False
 
 
 def _is_running(process: int) -> bool:
@@ -54,20 +83,51 @@ def fsync_path(path: Path) -> None:
 
 
 @contextlib.contextmanager
+def temporary_file(path: Path) -> Iterator[Path]:
+    """Give a temporary name beside `path` to write to; what is still there at the end is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_sibling(path)
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Give a temporary file its name, on disk."""
+    fsync_path(temporary)
+    os.replace(temporary, path)
+    fsync_path(path.parent)
+
+
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary name to write to; when the block ends well, it takes the place of `path`, on disk.
 
     If the block raises, the temporary file is removed and `path` is as it was.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_sibling(path)
-    try:
+    with temporary_file(path) as temporary:
         yield temporary
+        put_in_place(temporary, path)
+
+
+def publish_text(path: Path, text: str) -> bool:
+    """Write a text file, whole or not at all, unless there is one: of several writers just one succeeds.
+
+    Returns:
+        Whether this call wrote it.
+    """
+    with temporary_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
         fsync_path(temporary)
-        os.replace(temporary, path)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without hard links: the last of several writers wins
+            os.replace(temporary, path)
         fsync_path(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    return True
 
 
 def write_text(path: Path, text: str) -> None:
@@ -81,9 +141,10 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
+def sha256_of(path: Path, start: int = 0) -> str:
+    """The SHA-256 of a file's bytes from `start` on, in hexadecimal."""
     with open(path, "rb") as file:
+        file.seek(start)
         digest = hashlib.sha256()
         while block := file.read(1 << 22):
             digest.update(block)

@@ -2,21 +2,27 @@
 
 Layout (all at the root, little-endian):
 
-    features     (n, *grid)  float16 or float32, contiguous, aligned to 4096 bytes; (row, column, channel)
+    features     (n, *grid)  float16, float32 or uint8, contiguous, aligned to 4096 bytes; (row, column, channel)
+    scale        (n, C)      float16, for uint8 alone: grid = features * scale, a scale for each channel of each image
     image_id     (n,)        int64
     file_name    (n,)        UTF-8, fixed length
-    valid        (n,)        bool; a refused image keeps its row, filled with NaN, and `valid` false
-    crc32        (n,)        uint32, CRC-32 (zlib) of each row's bytes
+    valid        (n,)        bool; a refused image keeps its row, filled with NaN (uint8: zeros with a NaN scale)
+    crc32        (n,)        uint32, CRC-32 (zlib) of each row's bytes (uint8: of the row's, then its scale's)
     reject_row   (m,)        int64, the refused rows
     reject_why   (m,)        UTF-8, fixed length, the reason for each
-    attributes   format = "gridcap-shard", version = 1, index, plan (SHA-256 of the plan), provenance (JSON)
+    attributes   format = "gridcap-shard", version, index, plan (SHA-256 of the plan), provenance (JSON)
 
-The file depends on nothing but the arguments: no times, no host names, no order of writing.
+A store with more views of an image has `features_hflip`, `crc32_hflip`, ... beside them.
+
+HDF5 leaves the first 4096 bytes to us (its "user block"). There stands the shard's header: a line of JSON with
+the SHA-256 of all that follows, so that a shard vouches for itself, and whoever looks over many shards need not
+open them as HDF5. The file depends on nothing but the arguments: no times, no host names, no order of writing.
 """
 
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import threading
@@ -31,10 +37,13 @@ import numpy as np
 
 from common.errors import StoreError
 from common.files import fsync_path, sha256_of, temporary_sibling
+from common.quantise import dequantise, quantise
 
 SHARD_FORMAT = "gridcap-shard"
-VERSION = 1
+VERSION = 2
 ALIGNMENT = 4096
+HEADER_BYTES = 4096
+ORIGINAL = "original"  # the view that every store has
 _NO_RESERVATION = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}  # file systems that cannot set space aside
 _opening = threading.Lock()
 # What h5py, numpy and json raise over damaged bytes, depending on which are damaged.
@@ -47,23 +56,80 @@ class UnstorableError(ValueError):
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """A finished shard: its file name, its number of rows, and the SHA-256 of the whole file."""
+    """A shard's header.
 
-    name: str
+    Attributes:
+        index: which shard of its store.
+        plan: SHA-256 of the plan it was made by.
+        rows, rejected: how many images, and how many of them were refused.
+        size: of the whole file in bytes.
+        sha256: of everything after the header.
+    """
+
+    index: int
+    plan: str
     rows: int
+    rejected: int
+    size: int
     sha256: str
 
+    def to_bytes(self) -> bytes:
+        """The header as it stands in the file, HEADER_BYTES long."""
+        text = json.dumps({"format": SHARD_FORMAT, "version": VERSION, **self.__dict__}, sort_keys=True)
+        return text.encode().ljust(HEADER_BYTES - 1) + b"\n"
 
-def text_array(texts: Sequence[str]) -> np.ndarray:
-    """Texts as a fixed-length UTF-8 array that h5py stores as an HDF5 string of that length."""
+
+def read_header(path: Path) -> ShardInfo | None:
+    """The header of a shard, or None if the file has none (rewritten by other tools).
+
+    Raises:
+        StoreError: missing, unreadable, damaged, or not as long as the header says.
+    """
+    try:
+        with open(path, "rb") as file:
+            block = file.read(HEADER_BYTES)
+            size = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise StoreError(f"{path}: {(error.strerror or str(error)).lower()}", _REMAKE) from error
+    if not block.startswith(b"{"):
+        return None
+    try:
+        values = json.loads(block)
+        version = values.pop("version")
+        if values.pop("format") != SHARD_FORMAT or set(values) != set(ShardInfo.__dataclass_fields__):
+            raise ValueError("other keys than a header has")
+        info = ShardInfo(**values)
+        if info.to_bytes() != block and version == VERSION:
+            raise ValueError("not as it was written")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StoreError(f"{path}: damaged header: {error}", _REMAKE) from error
+    if version != VERSION:
+        raise _other_version(path, version)
+    if size != info.size:
+        raise StoreError(f"{path}: truncated: {size} bytes of {info.size}", _REMAKE)
+    return info
+
+
+def text_array(texts: Sequence[str], length: int = 1) -> np.ndarray:
+    """Texts as a fixed-length UTF-8 array that h5py stores as an HDF5 string of that length (or longer, to fit)."""
     encoded = [text.encode() for text in texts]
-    length = max([1, *map(len, encoded)])
+    length = max([length, *map(len, encoded)])
     return np.array(encoded, dtype=h5py.string_dtype("utf-8", length))
 
 
 def decode_texts(dataset: h5py.Dataset) -> list[str]:
     """The texts of a string dataset."""
     return [value.decode() if isinstance(value, bytes) else str(value) for value in dataset[:]]
+
+
+def dataset_of(name: str, view: str) -> str:
+    """The name of a view's dataset: "features" of the original, "features_hflip" of the mirrored view."""
+    return name if view == ORIGINAL else f"{name}_{view}"
+
+
+def returned_type(stored: np.dtype[Any]) -> np.dtype[Any]:
+    """The type of the grids that readers return: uint8 is stored with scales and comes back as float16."""
+    return np.dtype("<f2") if stored == np.uint8 else stored
 
 
 class ShardWriter:
@@ -75,8 +141,9 @@ class ShardWriter:
         path: the final name.
         image_ids, file_names: of the rows, in order.
         grid_shape: of one row, (row, column, channel).
-        dtype: "float16" or "float32".
-        attributes: `index`, `plan` and `provenance` of this shard.
+        dtype: "float16", "float32" or "uint8".
+        attributes: `index`, `plan`, `split` and `provenance` of this shard.
+        views: of each image; the original comes first.
     """
 
     def __init__(
@@ -87,25 +154,33 @@ class ShardWriter:
         grid_shape: Sequence[int],
         dtype: str,
         attributes: Mapping[str, Any],
+        views: Sequence[str] = (ORIGINAL,),
     ) -> None:
         self.path = path
         self._rows = len(image_ids)
         self._names = list(file_names)
+        self._identity = {"index": attributes["index"], "plan": attributes["plan"]}
         self._valid = np.zeros(self._rows, bool)
-        self._written = np.zeros(self._rows, bool)
-        self._crc = np.zeros(self._rows, "<u4")
+        self._written = {view: np.zeros(self._rows, bool) for view in views}
+        self._crc = {view: np.zeros(self._rows, "<u4") for view in views}
         self._rejects: dict[int, str] = {}
         self._temporary = temporary_sibling(path)
-        stored = np.dtype(dtype).newbyteorder("<")
+        self._stored = stored = np.dtype(dtype).newbyteorder("<")
         names = text_array(file_names)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = h5py.File(
-            self._temporary, "x", alignment_threshold=ALIGNMENT, alignment_interval=ALIGNMENT, locking=False
-        )
+            self._temporary, "x", alignment_threshold=ALIGNMENT, alignment_interval=ALIGNMENT, locking=False,
+            userblock_size=HEADER_BYTES,
+        )  # fmt: skip
         try:
-            row_bytes = int(np.prod(grid_shape, dtype=np.int64)) * stored.itemsize
+            row_bytes = len(views) * stored_bytes(grid_shape, dtype)
             self._reserve(self._rows * (row_bytes + names.dtype.itemsize + 512) + (1 << 20))
-            self._features = self._file.create_dataset("features", (self._rows, *grid_shape), stored, fill_time="never")
+            for view in views:
+                shapes: dict[str, tuple[tuple[int, ...], Any]] = {"features": ((self._rows, *grid_shape), stored)}
+                if stored == np.uint8:
+                    shapes["scale"] = ((self._rows, grid_shape[-1]), "<f2")
+                for name, (shape, kind) in shapes.items():
+                    self._file.create_dataset(dataset_of(name, view), shape, kind, fill_time="never")
             self._file["image_id"] = np.asarray(image_ids, "<i8")
             self._file["file_name"] = names
             self._file.attrs.update({"format": SHARD_FORMAT, "version": VERSION})
@@ -146,29 +221,51 @@ class ShardWriter:
         finally:
             self._temporary.unlink(missing_ok=True)
 
-    def write(self, start: int, grids: np.ndarray, rejects: Mapping[int, str]) -> None:
-        """Write rows `start` to `start + len(grids)`.
+    def write(self, start: int, grids: np.ndarray, rejects: Mapping[int, str], view: str = ORIGINAL) -> None:
+        """Write rows `start` to `start + len(grids)` of one view.
 
         Args:
             start: the first row.
-            grids: (b, *grid) in the stored type; changed in place: refused rows become NaN.
+            grids: (b, *grid) in the stored type, or float16 or float32 if that is uint8; changed in place: refused
+                rows become NaN.
             rejects: row -> reason, for rows of this call whose image was refused.
+            view: which of the views; the rejects of all views of an image are the same.
 
         Raises:
-            UnstorableError: a row that is not refused holds NaN or infinity (a float16 overflow, say).
+            UnstorableError: a row that is not refused holds NaN or infinity (a float16 overflow, say), or a
+                negative value for uint8.
         """
         rows = range(start, start + len(grids))
         for row, reason in rejects.items():
             grids[row - start] = np.nan
             self._rejects[row] = reason
-        finite = np.isfinite(grids.reshape(len(grids), -1)).all(1)
+        flat = grids.reshape(len(grids), -1)
+        sound = np.isfinite(flat).all(1)
+        if self._stored == np.uint8:
+            sound &= (flat >= 0).all(1)
         for row in rows:
-            if row not in rejects and not finite[row - start]:
-                raise UnstorableError(f"{self._names[row]}: its grid holds a value that {grids.dtype} cannot hold")
-            self._crc[row] = zlib.crc32(np.ascontiguousarray(grids[row - start]).data)
+            if row not in rejects and not sound[row - start]:
+                raise UnstorableError(f"{self._names[row]}: its grid holds a value that {self._stored} cannot hold")
             self._valid[row] = row not in rejects
-        self._features[start : start + len(grids)] = grids
-        self._written[start : start + len(grids)] = True
+        parts = list(quantise(grids)) if self._stored == np.uint8 else [grids]
+        self._store(start, parts, view)
+
+    def copy(self, row: int, reader: ShardReader, reason: str | None = None) -> None:
+        """Copy a row with all its views from another shard, byte by byte; `reason` replaces a refused image's."""
+        self._valid[row] = reader.valid[row]
+        if not self._valid[row]:
+            self._rejects[row] = reason or reader.rejects[row]
+        for view in self._written:
+            self._store(row, [part[None] for part in reader.stored_parts(row, view)], view)
+
+    def _store(self, start: int, parts: Sequence[np.ndarray], view: str) -> None:
+        rows = range(start, start + len(parts[0]))
+        for name, part in zip(("features", "scale"), parts, strict=False):
+            self._file[dataset_of(name, view)][rows.start : rows.stop] = part
+            for row in rows:
+                before = 0 if name == "features" else int(self._crc[view][row])
+                self._crc[view][row] = zlib.crc32(np.ascontiguousarray(part[row - start]).data, before)
+        self._written[view][rows.start : rows.stop] = True
 
     def finish(self) -> ShardInfo:
         """Complete the file, bring it to the disk, read it back, compare, and give it its final name.
@@ -176,11 +273,13 @@ class ShardWriter:
         Raises:
             StoreError: the disk gave back something else than was written.
         """
-        if not self._written.all():
-            raise ValueError(f"{self.path}: {int((~self._written).sum())} rows were never written")
+        for view, written in self._written.items():
+            if not written.all():
+                raise ValueError(f"{self.path}: {int((~written).sum())} rows of {view} were never written")
         rows = sorted(self._rejects)
         self._file["valid"] = self._valid
-        self._file["crc32"] = self._crc
+        for view, crc in self._crc.items():
+            self._file[dataset_of("crc32", view)] = crc
         self._file["reject_row"] = np.asarray(rows, "<i8")
         self._file["reject_why"] = text_array([self._rejects[row] for row in rows])
         self._file.flush()
@@ -194,47 +293,81 @@ class ShardWriter:
                     f"{self.path}: rows {bad[:5]} read back from the disk differ from what was written",
                     "check the disk, then run the same command again",
                 )
-        info = ShardInfo(self.path.name, self._rows, sha256_of(self._temporary))
+        info = ShardInfo(
+            rows=self._rows, rejected=len(rows), size=size, sha256=sha256_of(self._temporary, HEADER_BYTES),
+            **self._identity,
+        )  # fmt: skip
+        with open(self._temporary, "r+b") as file:
+            file.write(info.to_bytes())
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(self._temporary, self.path)
         fsync_path(self.path.parent)
         return info
 
 
+def stored_bytes(grid_shape: Sequence[int], dtype: str) -> int:
+    """The bytes of one grid in the store: float16, float32, or uint8 with its scales."""
+    values = int(np.prod(grid_shape, dtype=np.int64))
+    return values * np.dtype(dtype).itemsize + (2 * grid_shape[-1] if dtype == "uint8" else 0)
+
+
 class ShardReader:
     """Reads rows of one shard with `pread`, past HDF5's lock, from as many threads as you like.
 
-    The file is opened with h5py once, to check it and to find where the rows lie. A file whose `features` are
-    chunked or compressed (rewritten by other tools) is read through h5py: slower and just as right. The open
-    file is dropped on pickling and opened again on the next read.
+    The file is opened with h5py once, to check it and to find where the rows lie; its columns are read when they
+    are asked for. A file whose `features` are chunked or compressed (rewritten by other tools) is read through
+    h5py: slower and just as right. The open file is dropped on pickling and opened again on the next read.
+
+    Attributes:
+        shape: (n, *grid_shape).
+        stored: the type in the file.
+        dtype: the type of the grids that `read_row` gives.
+        views: of each image.
+        info: the header; None if the file was rewritten by other tools.
 
     Raises:
-        StoreError: missing, not HDF5, not a shard, of a newer version, or truncated.
+        StoreError: missing, not HDF5, not a shard, of another version, or truncated.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.info: ShardInfo | None = None
         with open_hdf5(path) as file:
             try:
                 check_format(file, path, SHARD_FORMAT)
                 features = file["features"]
                 self.shape: tuple[int, ...] = features.shape
-                self.dtype: np.dtype[Any] = features.dtype
-                self.image_ids: np.ndarray = file["image_id"][:]
-                self.file_names = decode_texts(file["file_name"])
-                self.valid: np.ndarray = file["valid"][:].astype(bool)
-                self.crc32: np.ndarray = file["crc32"][:]
-                why = decode_texts(file["reject_why"])
-                self.rejects = dict(zip(file["reject_row"][:].tolist(), why, strict=True))
-                self.attributes = dict(file.attrs)
-                self._offset: int | None = features.id.get_offset() if features.chunks is None else None
-                self.provenance: dict[str, Any] = json.loads(self.attributes["provenance"])
+                self.stored: np.dtype[Any] = features.dtype
+                self.views = tuple(view for name in sorted(file) if (view := _view_of(name)) is not None)
+                self._offsets: dict[str, int | None] = {}
+                for view in self.views:
+                    names = ["features"] + (["scale"] if self.stored == np.uint8 else [])
+                    for name in (dataset_of(n, view) for n in names):
+                        dataset = file[name]
+                        self._offsets[name] = dataset.id.get_offset() if dataset.chunks is None else None
+                columns = ["image_id", "file_name", "valid", *(dataset_of("crc32", v) for v in self.views)]
+                lengths = {len(file[name]) for name in [*columns, *self._offsets]}
+                self.index, self.plan = file.attrs["index"], file.attrs["plan"]
+                if len(file["reject_row"]) != len(file["reject_why"]):
+                    raise ValueError("its reject table has columns of different lengths")
+                json.loads(file.attrs["provenance"])
             except _DAMAGE as error:
                 raise StoreError(f"{path}: not a sound shard: {error}", _REMAKE) from error
         rows = self.shape[0]
-        if any(len(a) != rows for a in (self.image_ids, self.file_names, self.valid, self.crc32)):
+        if lengths != {rows}:
             raise StoreError(f"{path}: its arrays have different lengths", _REMAKE)
-        self._row_bytes = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
-        if self._offset is not None and path.stat().st_size < self._offset + rows * self._row_bytes:
+        self.dtype = returned_type(self.stored)
+        self._row_bytes = int(np.prod(self.shape[1:], dtype=np.int64)) * self.stored.itemsize
+        end = max(
+            (
+                offset + rows * self._row_bytes
+                for name, offset in self._offsets.items()
+                if offset is not None and name.startswith("features")
+            ),
+            default=0,
+        )
+        if path.stat().st_size < end:
             raise StoreError(f"{path}: truncated: {path.stat().st_size} bytes", _REMAKE)
         self._descriptor: int | None = None
         self._foreign: h5py.File | None = None
@@ -242,18 +375,90 @@ class ShardReader:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def read_row(self, row: int, out: np.ndarray) -> None:
-        """Read one row into `out`, a contiguous (*grid) array of the stored type.
+    @functools.cached_property
+    def image_ids(self) -> np.ndarray:
+        """(n,) int64."""
+        return self._column("image_id")
+
+    @functools.cached_property
+    def file_names(self) -> list[str]:
+        """n paths below the image folder."""
+        return self._texts("file_name")
+
+    @functools.cached_property
+    def valid(self) -> np.ndarray:
+        """(n,) bool; false for a refused image."""
+        return self._column("valid").astype(bool)
+
+    @functools.cached_property
+    def rejects(self) -> dict[int, str]:
+        """Row -> reason, for the refused images."""
+        return dict(zip(self._column("reject_row").tolist(), self._texts("reject_why"), strict=True))
+
+    @functools.cached_property
+    def provenance(self) -> dict[str, Any]:
+        """Where the numbers come from."""
+        with open_hdf5(self.path) as file:
+            return json.loads(file.attrs["provenance"])  # type: ignore[no-any-return]
+
+    def crc32(self, view: str = ORIGINAL) -> np.ndarray:
+        """(n,) uint32, the checksum of each row of a view."""
+        return self._column(dataset_of("crc32", view))
+
+    def _column(self, name: str) -> np.ndarray:
+        with open_hdf5(self.path) as file:
+            try:
+                return file[name][:]  # type: ignore[no-any-return]
+            except _DAMAGE as error:
+                raise StoreError(f"{self.path}: not a sound shard: {error}", _REMAKE) from error
+
+    def _texts(self, name: str) -> list[str]:
+        with open_hdf5(self.path) as file:
+            try:
+                return decode_texts(file[name])
+            except _DAMAGE as error:
+                raise StoreError(f"{self.path}: not a sound shard: {error}", _REMAKE) from error
+
+    def read_row(self, row: int, out: np.ndarray, view: str = ORIGINAL) -> None:
+        """Read one row into `out`, a contiguous (*grid) array of `dtype`.
 
         Raises:
             StoreError: the file ends before the row does.
         """
-        if self._offset is None:
+        if self.stored == np.uint8:
+            levels, scale = self.stored_parts(row, view)
+            dequantise(levels, scale, out)
+        else:
+            self._read(dataset_of("features", view), row, out)
+
+    def row_crc32(self, row: int, view: str = ORIGINAL) -> int:
+        """The CRC-32 of a row's bytes as they are on the disk.
+
+        Raises:
+            StoreError: the file ends before the row does.
+        """
+        crc = 0
+        for part in self.stored_parts(row, view):
+            crc = zlib.crc32(part.data, crc)
+        return crc
+
+    def stored_parts(self, row: int, view: str = ORIGINAL) -> list[np.ndarray]:
+        """A row as it is in the file: the grid; or for uint8 the levels, and the scales of its channels."""
+        parts = [np.empty(self.shape[1:], self.stored)]
+        self._read(dataset_of("features", view), row, parts[0])
+        if self.stored == np.uint8:
+            parts.append(np.empty(self.shape[-1], "<f2"))
+            self._read(dataset_of("scale", view), row, parts[1])
+        return parts
+
+    def _read(self, name: str, row: int, out: np.ndarray) -> None:
+        offset = self._offsets[name]
+        if offset is None:
             with _opening:
                 if self._foreign is None:
                     self._foreign = h5py.File(self.path, "r", locking=False)
             try:
-                self._foreign["features"].read_direct(out, np.s_[row])
+                self._foreign[name].read_direct(out, np.s_[row])
             except OSError as error:
                 raise StoreError(f"{self.path}: row {row} cannot be read: {error}", _REMAKE) from error
             return
@@ -261,26 +466,23 @@ class ShardReader:
             if self._descriptor is None:
                 self._descriptor = os.open(self.path, os.O_RDONLY)
         view = out.data.cast("B")
-        done, position = 0, self._offset + row * self._row_bytes
-        while done < self._row_bytes:
+        done, position = 0, offset + row * out.nbytes
+        while done < out.nbytes:
             count = os.preadv(self._descriptor, [view[done:]], position + done)
             if count == 0:
                 raise StoreError(f"{self.path}: ends inside row {row}", _REMAKE)
             done += count
 
     def damaged_rows(self) -> list[int]:
-        """The rows whose bytes do not match their CRC-32."""
-        out = np.empty(self.shape[1:], self.dtype)
-        bad = []
-        for row in range(len(self)):
-            try:
-                self.read_row(row, out)
-            except StoreError:
-                bad.append(row)
-                continue
-            if zlib.crc32(out.data) != self.crc32[row]:
-                bad.append(row)
-        return bad
+        """The rows whose bytes, in any view, do not match their CRC-32."""
+        checksums = {view: self.crc32(view) for view in self.views}
+        return [row for row in range(len(self)) if any(self._differs(row, v, c) for v, c in checksums.items())]
+
+    def _differs(self, row: int, view: str, checksums: np.ndarray) -> bool:
+        try:
+            return self.row_crc32(row, view) != int(checksums[row])
+        except StoreError:
+            return True
 
     def close(self) -> None:
         """Close the file; the next read opens it again."""
@@ -337,6 +539,19 @@ def check_format(file: h5py.File, path: Path, *formats: str) -> str:
             f"{path}: an HDF5 file, but no gridcap features (format {found!r})", "give a file made by extract-features"
         )
     version = file.attrs.get("version")
-    if not isinstance(version, (int, np.integer)) or version > VERSION:
-        raise StoreError(f"{path}: format version {version}, and this gridcap reads up to {VERSION}", "update gridcap")
+    if not isinstance(version, (int, np.integer)) or version != VERSION:
+        raise _other_version(path, version)
     return str(found)
+
+
+def _other_version(path: Path, version: object) -> StoreError:
+    older = isinstance(version, (int, np.integer)) and version < VERSION
+    hint = "delete the store and extract again, or use the gridcap that made it" if older else "update gridcap"
+    return StoreError(f"{path}: format version {version}, and this gridcap reads version {VERSION}", hint)
+
+
+def _view_of(name: str) -> str | None:
+    """The view whose features a dataset holds: "features" -> "original", "features_hflip" -> "hflip"."""
+    if name == "features":
+        return ORIGINAL
+    return name.removeprefix("features_") if name.startswith("features_") else None

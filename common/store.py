@@ -3,12 +3,18 @@
 The index (`features/train.h5`) is a plain HDF5 file:
 
     image_id, file_name, valid     of all rows, as in the shards
+    reject_row, reject_why         of all rows
     shard_name, shard_rows, shard_sha256
-    features                       for other people's code: a virtual dataset over the shards, fill value NaN
+    features                       for other people's code: a virtual dataset over the shards, fill value NaN;
+                                   features_hflip, ... for more views, scale for uint8
     attributes                     format = "gridcap-index", version, split, plan, provenance (JSON)
 
 Our own reader never goes through the virtual dataset: HDF5 hides a missing source behind the fill value.
 A single shard is a store too.
+
+Written and read for a hundred million rows as for ten: the writer goes through the images in blocks and reads of
+each shard only its header; the reader holds ids and validity (9 bytes a row), reads names when asked for one,
+and keeps a bounded number of shards open.
 """
 
 from __future__ import annotations
@@ -16,10 +22,13 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, overload
 
 import h5py
 import numpy as np
@@ -27,63 +36,162 @@ import numpy as np
 from common.errors import MismatchError, StoreError
 from common.files import replacing
 from common.shard import (
+    ORIGINAL,
     SHARD_FORMAT,
     VERSION,
     ShardInfo,
     ShardReader,
     check_format,
+    dataset_of,
     decode_texts,
     open_hdf5,
+    read_header,
+    returned_type,
     text_array,
 )
 
 INDEX_FORMAT = "gridcap-index"
+_OPEN_SHARDS = 256  # a quarter of the descriptors that a process usually has
+_HEADER_THREADS = 16  # for file systems where opening a file takes long
+_REMAKE = "delete it and run the same extract-features command again: it writes the index anew"
 
 
 def write_index(
-    path: Path, folder: Path, shards: Sequence[ShardInfo], split: str, plan: str, provenance: dict[str, Any]
-) -> None:
+    path: Path, folder: Path, names: Sequence[str], images: Iterable[Sequence[tuple[int, str]]], name_bytes: int,
+    split: str, plan: str, provenance: Mapping[str, Any],
+) -> None:  # fmt: skip
     """Write the index over finished shards; its presence means that the store is complete.
 
     Args:
         path: the index file.
         folder: where the shards are, below the index's folder.
-        shards: in the order of their rows.
+        names: of the shards in the order of their rows, relative to `folder`.
+        images: for each shard, the (image_id, file_name) of its rows.
+        name_bytes: of the longest file name.
         split, plan, provenance: kept as attributes.
+
+    Raises:
+        StoreError: a shard is missing, damaged, or has another number of rows than `images` says.
     """
-    readers = [ShardReader(folder / shard.name) for shard in shards]
+    infos = read_infos([folder / name for name in names])
+    rows = sum(info.rows for info in infos)
     with replacing(path) as temporary, h5py.File(temporary, "x", locking=False) as file:
-        _virtual_features(file, path.parent, readers)
-        file["image_id"] = np.concatenate([r.image_ids for r in readers])
-        file["file_name"] = text_array(list(itertools.chain.from_iterable(r.file_names for r in readers)))
-        file["valid"] = np.concatenate([r.valid for r in readers])
-        file["shard_name"] = text_array([reader.path.relative_to(path.parent).as_posix() for reader in readers])
-        file["shard_rows"] = np.array([len(r) for r in readers], "<i8")
-        file["shard_sha256"] = text_array([shard.sha256 for shard in shards])
+        _virtual_datasets(file, folder.relative_to(path.parent), names, infos, provenance)
+        columns = {
+            "image_id": file.create_dataset("image_id", (rows,), "<i8", fill_time="never"),
+            "file_name": file.create_dataset(
+                "file_name", (rows,), h5py.string_dtype("utf-8", name_bytes), fill_time="never"
+            ),
+            "valid": file.create_dataset("valid", (rows,), bool, fill_time="never"),
+        }
+        start = 0
+        reject_row: list[int] = []
+        reject_why: list[str] = []
+        for name, info, part in zip(names, infos, images, strict=True):
+            if len(part) != info.rows:
+                raise StoreError(f"{folder / name}: has {info.rows} rows, and the plan {len(part)}", _REMAKE)
+            valid = np.ones(info.rows, bool)
+            if info.rejected:
+                with ShardReader(folder / name) as reader:
+                    rejects = reader.rejects
+                valid[list(rejects)] = False
+                reject_row += [start + row for row in rejects]
+                reject_why += rejects.values()
+            stop = start + info.rows
+            columns["image_id"][start:stop] = np.array([image_id for image_id, _ in part], "<i8")
+            columns["file_name"][start:stop] = text_array([text for _, text in part], name_bytes)
+            columns["valid"][start:stop] = valid
+            start = stop
+        file["reject_row"] = np.asarray(reject_row, "<i8")
+        file["reject_why"] = text_array(reject_why)
+        file["shard_name"] = text_array([(folder / name).relative_to(path.parent).as_posix() for name in names])
+        file["shard_rows"] = np.array([info.rows for info in infos], "<i8")
+        file["shard_sha256"] = text_array([info.sha256 for info in infos])
         file.attrs.update({"format": INDEX_FORMAT, "version": VERSION, "split": split, "plan": plan})
         file.attrs["provenance"] = json.dumps(provenance, sort_keys=True)
 
 
-def _virtual_features(file: h5py.File, base: Path, readers: Sequence[ShardReader]) -> None:
-    """Make the virtual dataset over all shards.
+def read_infos(paths: Sequence[Path]) -> list[ShardInfo]:
+    """The headers of shards.
+
+    Raises:
+        StoreError: a shard is missing, damaged, or rewritten by other tools.
+    """
+    with ThreadPoolExecutor(_HEADER_THREADS) as pool:
+        infos = list(pool.map(read_header, paths, chunksize=64))
+    for path, info in zip(paths, infos, strict=True):
+        if info is None:
+            raise StoreError(f"{path}: was rewritten by another program", "delete it and extract again")
+    return [info for info in infos if info is not None]
+
+
+def _virtual_datasets(
+    file: h5py.File, base: Path, names: Sequence[str], infos: Sequence[ShardInfo], provenance: Mapping[str, Any]
+) -> None:
+    """Make the virtual datasets over all shards.
 
     With HDF5's own calls, because h5py's `create_virtual_dataset` records the time of making, and the same
     store must give the same bytes.
     """
-    grid = readers[0].shape[1:]
-    rows = sum(len(reader) for reader in readers)
-    space = h5py.h5s.create_simple((rows, *grid))
-    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    properties.set_obj_track_times(False)
-    properties.set_fill_value(np.array(np.nan, readers[0].dtype))
-    start = 0
-    for reader in readers:
-        part = space.copy()
-        part.select_hyperslab((start, *(0 for _ in grid)), reader.shape)
-        name = reader.path.relative_to(base).as_posix().replace("%", "%%").encode()  # HDF5 knows "%b" there
-        properties.set_virtual(part, name, b"features", h5py.h5s.create_simple(reader.shape))
-        start += len(reader)
-    h5py.h5d.create(file.id, b"features", h5py.h5t.py_create(readers[0].dtype), space, dcpl=properties)
+    grid, stored = tuple(provenance["grid_shape"]), np.dtype(provenance["dtype"]).newbyteorder("<")
+    datasets = {"features": (grid, stored, np.array(0 if stored == np.uint8 else np.nan, stored))}
+    if stored == np.uint8:  # a missing shard gives zeros times NaN
+        datasets["scale"] = (grid[-1:], np.dtype("<f2"), np.array(np.nan, "<f2"))
+    rows = sum(info.rows for info in infos)
+    for view in provenance.get("views", [ORIGINAL]):
+        for dataset, (shape, kind, fill) in datasets.items():
+            space = h5py.h5s.create_simple((rows, *shape))
+            properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+            properties.set_obj_track_times(False)
+            properties.set_fill_value(fill)
+            start, here = 0, dataset_of(dataset, view).encode()
+            for name, info in zip(names, infos, strict=True):
+                part = space.copy()
+                part.select_hyperslab((start, *(0 for _ in shape)), (info.rows, *shape))
+                source = (base / name).as_posix().replace("%", "%%").encode()  # HDF5 knows "%b" there
+                properties.set_virtual(part, source, here, h5py.h5s.create_simple((info.rows, *shape)))
+                start += info.rows
+            h5py.h5d.create(file.id, here, h5py.h5t.py_create(kind), space, dcpl=properties)
+
+
+class _Names(Sequence[str]):
+    """The file names of an index, read from the file as they are asked for."""
+
+    def __init__(self, path: Path, offset: int, length: int, rows: int) -> None:
+        self._path, self._offset, self._length, self._rows = path, offset, length, rows
+        self._descriptor: int | None = None
+
+    def __len__(self) -> int:
+        return self._rows
+
+    @overload
+    def __getitem__(self, row: int) -> str: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[str]: ...
+    def __getitem__(self, row: int | slice) -> str | list[str]:
+        if isinstance(row, slice):
+            return [self[i] for i in range(*row.indices(self._rows))]
+        row = range(self._rows)[row]
+        with _opening:
+            if self._descriptor is None:
+                self._descriptor = os.open(self._path, os.O_RDONLY)
+        return os.pread(self._descriptor, self._length, self._offset + row * self._length).rstrip(b"\0").decode()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_descriptor": None}
+
+
+_opening = threading.Lock()
 
 
 class FeatureStore:
@@ -94,10 +202,14 @@ class FeatureStore:
 
     Attributes:
         image_ids: (n,) int64.
-        file_names: n paths below the image folder.
+        file_names: n paths below the image folder, a sequence.
         valid: (n,) bool; false for a refused image, whose row is NaN.
+        rejects: row -> reason, for the refused images.
         grid_shape: of one row, (row, column, channel).
-        dtype: of one row.
+        stored: the type in the files.
+        dtype: of one row as it is returned; a uint8 store returns float16.
+        shard_paths: its shards' files, in the order of their rows.
+        views: of each image, "original" first.
         provenance: encoder, weights, preprocessing, ...: where the numbers come from.
         split: the name of the split, or "".
 
@@ -113,66 +225,100 @@ class FeatureStore:
                 "run the same extract-features command again: it makes just what is missing",
             )
         with open_hdf5(path) as file:
-            if check_format(file, path, INDEX_FORMAT, SHARD_FORMAT) == SHARD_FORMAT:
-                names, rows = [path.name], None
-            else:
-                try:
-                    names, rows = decode_texts(file["shard_name"]), file["shard_rows"][:].tolist()
-                except (KeyError, ValueError, OSError) as error:
-                    raise StoreError(f"{path}: not a sound index: {error}", "delete it and extract again") from error
-            self.split = str(file.attrs.get("split", ""))
+            single = check_format(file, path, INDEX_FORMAT, SHARD_FORMAT) == SHARD_FORMAT
             try:
+                self.split = str(file.attrs.get("split", ""))
                 self.provenance: dict[str, Any] = json.loads(file.attrs["provenance"])
-            except (KeyError, ValueError, OSError) as error:
-                raise StoreError(f"{path}: no provenance: {error}", "delete it and extract again") from error
-            plan = file.attrs.get("plan")
-        self._shards = [self._open(name, plan) for name in names]
-        if rows is not None and [s.attributes.get("index") for s in self._shards] != list(range(len(names))):
-            wrong = next(s.path for i, s in enumerate(self._shards) if s.attributes.get("index") != i)
-            raise StoreError(f"{wrong}: stands in another shard's place", "extract again")
-        if rows is not None and rows != [len(s) for s in self._shards]:
-            raise StoreError(f"{path}: its shards have other row counts than the index says", "extract again")
-        self._starts = np.cumsum([0, *(len(s) for s in self._shards)])
-        self.grid_shape = self._shards[0].shape[1:]
-        self.dtype = self._shards[0].dtype
-        self.image_ids = np.concatenate([s.image_ids for s in self._shards])
-        self.file_names = list(itertools.chain.from_iterable(s.file_names for s in self._shards))
-        self.valid = np.concatenate([s.valid for s in self._shards])
-        self._row_of_id: dict[int, int] | None = None
+                self.grid_shape: tuple[int, ...] = tuple(self.provenance["grid_shape"])
+                self.stored = np.dtype(self.provenance["dtype"])
+                self.dtype = returned_type(self.stored)
+                self.views: tuple[str, ...] = tuple(self.provenance.get("views", [ORIGINAL]))
+                self.image_ids: np.ndarray = file["image_id"][:]
+                self.valid: np.ndarray = file["valid"][:].astype(bool)
+                why = decode_texts(file["reject_why"])
+                self.rejects: dict[int, str] = dict(zip(file["reject_row"][:].tolist(), why, strict=True))
+                self.file_names: Sequence[str] = self._names(file)
+                names, sizes, hashes = [path.name], [len(self.image_ids)], [""]
+                if not single:
+                    names, sizes = decode_texts(file["shard_name"]), file["shard_rows"][:].tolist()
+                    hashes = decode_texts(file["shard_sha256"])
+            except (KeyError, ValueError, OSError, TypeError, RuntimeError) as error:
+                raise StoreError(f"{path}: not a sound index: {error}", _REMAKE) from error
+        self.shard_paths = [self._inside(name) for name in names]
+        self._starts = np.cumsum([0, *sizes])
+        if not len(self.image_ids) == len(self.valid) == len(self.file_names) == self._starts[-1]:
+            raise StoreError(f"{path}: its columns have different lengths", _REMAKE)
+        if not single:
+            self._check_shards(hashes, sizes)
+        self._readers: dict[int, ShardReader] = {}
+        self._opened: OrderedDict[int, None] = OrderedDict()  # shards with an open file, the one used last at the end
+        self._in_use: dict[int, int] = {}
+        self._lock = threading.Lock()
+        self._by_id: tuple[np.ndarray, np.ndarray] | None = None
         self._threads = threads
         self._pool: ThreadPoolExecutor | None = None
         self._pool_process = 0
 
-    def _open(self, name: str, plan: object) -> ShardReader:
+    def _names(self, file: h5py.File) -> Sequence[str]:
+        column = file["file_name"]
+        if column.chunks is not None:  # an index that other tools rewrote
+            return decode_texts(column)
+        return _Names(self.path, column.id.get_offset(), column.dtype.itemsize, len(column))
+
+    def _inside(self, name: str) -> Path:
         pure = PurePosixPath(name)
         if pure.is_absolute() or ".." in pure.parts:
             raise StoreError(f"{self.path}: its shard {name!r} lies outside of its folder", "extract again")
-        shard = ShardReader(self.path.parent / name)
-        if shard.attributes.get("plan") != plan:
-            raise StoreError(f"{shard.path}: belongs to another store than {self.path}", "extract again")
-        return shard
+        return self.path.parent / name
+
+    def _check_shards(self, hashes: Sequence[str], sizes: Sequence[int]) -> None:
+        """Make sure that every shard is there, whole, and the one that was indexed."""
+        with ThreadPoolExecutor(_HEADER_THREADS) as pool:
+            infos = list(pool.map(read_header, self.shard_paths, chunksize=64))
+        for shard, (path, info) in enumerate(zip(self.shard_paths, infos, strict=True)):
+            if info is None:  # rewritten by other tools
+                self._open(shard)
+            elif info.index != shard:
+                raise StoreError(f"{path}: stands in another shard's place", "extract again")
+            elif info.rows != sizes[shard]:
+                raise StoreError(f"{path}: has {info.rows} rows, and the index says {sizes[shard]}", "extract again")
+            elif info.sha256 != hashes[shard]:
+                raise StoreError(f"{path}: belongs to another store than {self.path}", "extract again")
+
+    def _open(self, shard: int) -> ShardReader:
+        reader = ShardReader(self.shard_paths[shard])
+        if (reader.shape[1:], reader.dtype, set(reader.views)) != (self.grid_shape, self.dtype, set(self.views)):
+            raise StoreError(f"{reader.path}: holds other grids than {self.path} says", "extract again")
+        if len(reader) != self._starts[shard + 1] - self._starts[shard]:
+            raise StoreError(f"{reader.path}: has another number of rows than the index says", "extract again")
+        if len(self.shard_paths) > 1 and reader.index != shard:
+            raise StoreError(f"{reader.path}: stands in another shard's place", "extract again")
+        return reader
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def row(self, row: int) -> np.ndarray:
-        """One grid, (*grid_shape) in the stored type. A refused image's is all NaN: see `valid`."""
-        grid: np.ndarray = self.rows([row])[0]
+    def row(self, row: int, view: str = ORIGINAL) -> np.ndarray:
+        """One grid, (*grid_shape). A refused image's is all NaN: see `valid`."""
+        grid: np.ndarray = self.rows([row], views=[self.views.index(view)])[0]
         return grid
 
-    def rows(self, rows: Iterable[int], out: np.ndarray | None = None) -> np.ndarray:
+    def rows(
+        self, rows: Iterable[int], out: np.ndarray | None = None, views: Sequence[int] | np.ndarray | None = None
+    ) -> np.ndarray:
         """Grids of any rows in any order.
 
         Args:
             rows: row numbers from 0.
-            out: a contiguous (m, *grid_shape) array to fill; None makes one.
+            out: a contiguous (m, *grid_shape) array of `dtype` to fill; None makes one.
+            views: for each row, which of the store's `views`, by number; None: the original of all.
 
         Returns:
-            (m, *grid_shape) in the stored type.
+            (m, *grid_shape) of `dtype`.
 
         Raises:
-            IndexError: a row outside of the store.
-            StoreError: a shard was cut short since it was opened.
+            IndexError: a row or a view outside of the store.
+            StoreError: a shard is gone, or was cut short since it was opened.
         """
         wanted = np.asarray(list(rows), np.int64)
         if wanted.size and not (wanted.min() >= 0 and wanted.max() < len(self)):
@@ -181,46 +327,87 @@ class FeatureStore:
             out = np.empty((len(wanted), *self.grid_shape), self.dtype)
         elif (out.shape, out.dtype) != ((len(wanted), *self.grid_shape), self.dtype) or not out.flags.c_contiguous:
             raise ValueError(f"out must be a contiguous {(len(wanted), *self.grid_shape)} array of {self.dtype}")
-        shards = np.searchsorted(self._starts, wanted, side="right") - 1
+        chosen = [self.views[view] for view in ([0] * len(wanted) if views is None else views)]
+        shards = (np.searchsorted(self._starts, wanted, side="right") - 1).tolist()
+        with self._using(shards) as readers:
 
-        def read(part: range) -> None:
-            for i in part:
-                shard = shards[i]
-                self._shards[shard].read_row(int(wanted[i] - self._starts[shard]), out[i])
+            def read(part: range) -> None:
+                for i in part:
+                    row = int(wanted[i] - self._starts[shards[i]])
+                    readers[shards[i]].read_row(row, out[i], chosen[i])
 
-        if len(wanted) < 2 * self._threads:
-            read(range(len(wanted)))
-        else:
-            if self._pool is None or self._pool_process != os.getpid():  # a forked child has no threads
-                self._pool, self._pool_process = ThreadPoolExecutor(self._threads, "store"), os.getpid()
-            list(self._pool.map(read, [range(i, len(wanted), self._threads) for i in range(self._threads)]))
+            if len(wanted) < 2 * self._threads:
+                read(range(len(wanted)))
+            else:
+                if self._pool is None or self._pool_process != os.getpid():  # a forked child has no threads
+                    self._pool, self._pool_process = ThreadPoolExecutor(self._threads, "store"), os.getpid()
+                list(self._pool.map(read, [range(i, len(wanted), self._threads) for i in range(self._threads)]))
         return out
+
+    def scales(self, row: int) -> np.ndarray:
+        """The scales of a uint8 store's row, (channel,) float16: the width of its levels."""
+        shard = int(np.searchsorted(self._starts, row, side="right")) - 1
+        with self._using([shard]) as readers:
+            return readers[shard].stored_parts(row - int(self._starts[shard]))[1]
+
+    @contextmanager
+    def _using(self, shards: Sequence[int]) -> Iterator[dict[int, ShardReader]]:
+        """The readers of some shards, kept open while they are used; of the others only a bounded number is."""
+        used = dict.fromkeys(shards)
+        readers = {}
+        with self._lock:
+            for shard in used:
+                if shard not in self._readers:
+                    self._readers[shard] = self._open(shard)
+                readers[shard] = self._readers[shard]
+                self._opened[shard] = None
+                self._opened.move_to_end(shard)
+                self._in_use[shard] = self._in_use.get(shard, 0) + 1
+            idle = itertools.filterfalse(self._in_use.get, self._opened)
+            for shard in list(itertools.islice(idle, max(0, len(self._opened) - _OPEN_SHARDS))):
+                self._readers[shard].close()
+                del self._opened[shard]
+        try:
+            yield readers
+        finally:
+            with self._lock:
+                for shard in used:
+                    self._in_use[shard] -= 1
+                    if not self._in_use[shard]:
+                        del self._in_use[shard]
 
     def row_of_image(self, image_id: int) -> int:
         """The row of an image.
 
         Raises:
             KeyError: no such image in this store.
+            StoreError: two images share an id.
         """
-        if self._row_of_id is None:
-            self._row_of_id = {int(i): row for row, i in enumerate(self.image_ids)}
-        return self._row_of_id[image_id]
+        if self._by_id is None:
+            order = np.argsort(self.image_ids, kind="stable")
+            ids = self.image_ids[order]
+            if len(twice := np.flatnonzero(ids[1:] == ids[:-1])):
+                a, b = (self.file_names[int(order[twice[0] + i])] for i in (0, 1))
+                raise StoreError(f"{self.path}: {a} and {b} share the image id {ids[twice[0]]}", "extract again")
+            self._by_id = ids, order
+        ids, order = self._by_id
+        place = int(np.searchsorted(ids, image_id))
+        if place == len(ids) or ids[place] != image_id:
+            raise KeyError(image_id)
+        return int(order[place])
 
     def by_image_id(self, image_id: int) -> np.ndarray:
         """The grid of an image, (*grid_shape). Raises KeyError if the store does not have it."""
         return self.row(self.row_of_image(image_id))
 
-    def rejects(self) -> dict[int, str]:
-        """Row -> reason, for the refused images."""
-        starts = self._starts.tolist()
-        return {
-            start + row: why for start, s in zip(starts, self._shards, strict=False) for row, why in s.rejects.items()
-        }
-
     def close(self) -> None:
         """Close files and threads; the next read opens them again."""
-        for shard in self._shards:
-            shard.close()
+        with self._lock:
+            for reader in self._readers.values():
+                reader.close()
+            self._opened.clear()
+        if isinstance(self.file_names, _Names):
+            self.file_names.close()
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
@@ -232,7 +419,11 @@ class FeatureStore:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pool": None}
+        fresh: dict[str, Any] = {"_pool": None, "_lock": None, "_opened": OrderedDict(), "_in_use": {}}
+        return {**self.__dict__, **fresh}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
 
 
 # What decides the numbers in a grid; two stores that agree in these can feed one decoder.

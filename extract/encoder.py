@@ -7,6 +7,7 @@ import http.client
 import math
 import pickle
 import re
+import threading
 import urllib.error
 from collections import OrderedDict
 from collections.abc import Callable
@@ -18,16 +19,17 @@ import numpy as np
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision import models
 
 from common.device import choose_device, choose_precision
-from common.errors import WeightsError, first_line
+from common.errors import UserError, WeightsError, first_line
 from common.files import sha256_of
 from common.scenes import calibration_batch
 
 CALIBRATION_IMAGES = 32
-RANDOM_RECIPE = "gridcap random weights, recipe 1: Kaiming uniform, BatchNorm calibrated on 32 scenes"
+RANDOM_RECIPE = "gridcap random weights, recipe 2: Kaiming uniform, BatchNorm calibrated on 32 scenes, one thread"
 
 
 @dataclass(frozen=True)
@@ -217,7 +219,10 @@ def _initialise(trunk: nn.Sequential, seed: int, spec: EncoderSpec) -> None:
             norm.reset_parameters()
             norm.momentum = None  # the plain average over the one batch that follows
     trunk.train()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # sums round by how many threads share them, and workers may have few or many
     trunk(_normalise(torch.from_numpy(calibration_batch(CALIBRATION_IMAGES, spec.side)), spec, torch.float32))
+    torch.set_num_threads(threads)
 
 
 def _normalise(images: Tensor, spec: EncoderSpec, dtype: torch.dtype) -> Tensor:
@@ -238,6 +243,24 @@ def _fold_batch_norm(module: nn.Module) -> None:
         _fold_batch_norm(child)
 
 
+class PendingGrids:
+    """A batch on its way through the encoder, from `GridEncoder.submit`."""
+
+    def __init__(self, collect: Callable[[], np.ndarray]) -> None:
+        self._collect: Callable[[], np.ndarray] | None = collect
+        self._grids: np.ndarray | None = None
+        self._lock = threading.Lock()
+
+    def result(self) -> np.ndarray:
+        """The grids, as `GridEncoder.encode` gives them; waits for them. Any thread may ask, and more than once."""
+        with self._lock:
+            if self._collect is not None:
+                self._grids = self._collect()
+                self._collect = None  # and with it the buffers it reads from
+            assert self._grids is not None
+            return self._grids
+
+
 class GridEncoder:
     """A frozen CNN: square images in, grids out.
 
@@ -247,6 +270,9 @@ class GridEncoder:
         precision: auto, float32, bfloat16 or float16: the arithmetic.
         device: auto, cpu, cuda, ...
         dtype: of the grids it returns, "float16" or "float32".
+        compiled: run code that torch.compile makes here for batches of `batch_size` (see `choose_compile`).
+        batch_size: the largest batch that compiled code takes. A smaller one is filled up to it, so that nothing is
+            compiled a second time; grids depend on it in their last digits, so it belongs to the plan.
 
     Attributes:
         side: of the square images, in pixels.
@@ -254,21 +280,47 @@ class GridEncoder:
 
     Raises:
         WeightsError: the weights do not fit the encoder.
+        UserError: `compiled`, and torch.compile failed.
     """
 
-    def __init__(self, name: str, identity: WeightsIdentity, precision: str, device: str, dtype: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        identity: WeightsIdentity,
+        precision: str,
+        device: str,
+        dtype: str,
+        compiled: bool = False,
+        batch_size: int = 32,
+    ) -> None:
         self.spec = ENCODERS[name]
         self.device = choose_device(device)
+        self.side = self.spec.side
+        self.grid_shape = self.spec.grid_shape
         self._precision = choose_precision(precision, self.device)
         self._dtype: torch.dtype = getattr(torch, dtype)
         trunk = _build_trunk(name, identity)
         _fold_batch_norm(trunk)
         trunk.requires_grad_(False)
-        self._trunk = trunk.to(self.device, self._precision).to(memory_format=torch.channels_last)
-        self.side = self.spec.side
-        self.grid_shape = self.spec.grid_shape
+        self._trunk: Callable[[Tensor], Tensor] = trunk.to(self.device, self._precision).to(
+            memory_format=torch.channels_last
+        )
+        self._staging = _Staging(self.device) if self.device.type == "cuda" else None
+        self._fixed_batch = batch_size if compiled else None
+        if compiled:
+            self._trunk = _compile(trunk, self.device)
+            self._first_run(name, batch_size)
 
-    @torch.inference_mode()
+    def _first_run(self, name: str, batch_size: int) -> None:
+        """Compile now, before any shard is begun: torch.compile works at the first call."""
+        try:
+            self.encode(np.zeros((batch_size, self.side, self.side, 3), np.uint8))
+        except Exception as error:  # dynamo, inductor, triton and the C++ compiler each raise their own
+            raise UserError(
+                f"--compile: torch.compile failed on {name}: {first_line(error)}",
+                "use --compile off; a store that was begun compiled must be begun again",
+            ) from error
+
     def encode(self, images: np.ndarray) -> np.ndarray:
         """Encode a batch.
 
@@ -278,12 +330,111 @@ class GridEncoder:
         Returns:
             (B, *grid_shape) in the stored type: row, column, channel. Values beyond its range become infinite.
         """
-        grids = self._trunk(_normalise(torch.from_numpy(images).to(self.device), self.spec, self._precision))
-        return grids.permute(0, 2, 3, 1).to(self._dtype).contiguous().cpu().numpy()  # type: ignore[no-any-return]
+        return self.submit(images).result()
+
+    @torch.inference_mode()
+    def submit(self, images: np.ndarray) -> PendingGrids:
+        """Begin to encode a batch. On a GPU this returns at once, and the grids are copied out while the next batch
+        is computed, if two or three are kept pending; on the CPU the work is done on return.
+
+        `images` may be changed as soon as this returns. One thread at a time may submit.
+
+        Args:
+            images: as for `encode`; at most `batch_size` of them if the encoder is compiled.
+        """
+        if self._staging is None:
+            grids = self._forward(torch.from_numpy(images)).numpy()
+            return PendingGrids(lambda: grids)
+        return self._staging.run(torch.from_numpy(images), self._forward)
+
+    def _forward(self, images: Tensor) -> Tensor:
+        """uint8 (B, side, side, 3) -> (B, *grid_shape) in the stored type, contiguous, on the same device."""
+        count = len(images)
+        if self._fixed_batch is not None:
+            if count > self._fixed_batch:
+                raise ValueError(f"a batch of {count}, and the encoder is compiled for {self._fixed_batch}")
+            images = functional.pad(images, (0, 0, 0, 0, 0, 0, 0, self._fixed_batch - count))
+        grids: Tensor = self._trunk(_normalise(images, self.spec, self._precision))[:count]
+        return grids.permute(0, 2, 3, 1).to(self._dtype).contiguous()
+
+
+def _compile(trunk: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """The trunk through torch.compile, for one batch size; on a CPU with its weights laid out for it beforehand.
+
+    Nothing here may choose kernels by timing them ("max-autotune"), since two runs would round differently; nor
+    may the GPU replay CUDA graphs ("reduce-overhead"), which write the next batch's grids where this one's are
+    still being copied from.
+    """
+    options: dict[str, Any] = {"freezing": True} if device.type == "cpu" else {}
+    return torch.compile(trunk, dynamic=False, options=options)
+
+
+_RING = 3  # batches on the GPU at once: one waiting or being copied in, one computed, one copied out
+
+
+class _Staging:
+    """Page-locked buffers between numpy and a GPU, used in turn, so that no copy waits for arithmetic.
+
+    Not run on a GPU yet: its order of events is tested with a stand-in for torch.cuda.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._downloads = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._slots = [_Slot() for _ in range(_RING)]
+        self._next = 0
+
+    def run(self, images: Tensor, forward: Callable[[Tensor], Tensor]) -> PendingGrids:
+        """Copy images in, start `forward` on them, and start to copy out what it gives."""
+        slot = self._slots[self._next]
+        self._next = (self._next + 1) % _RING
+        if slot.pending is not None:
+            slot.pending.result()  # its grids lie where this batch's will
+        slot.images = _fitting(slot.images, images)
+        slot.images.copy_(images)
+        computing = torch.cuda.current_stream(self._device)
+        grids = forward(slot.images.to(self._device, non_blocking=True))
+        slot.grids = target = _fitting(slot.grids, grids)
+        self._downloads.wait_stream(computing)
+        with torch.cuda.stream(self._downloads):
+            target.copy_(grids, non_blocking=True)
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record(self._downloads)
+        grids.record_stream(self._downloads)  # or its memory is given to the next batch while it is being copied
+
+        def collect() -> np.ndarray:
+            done.synchronize()
+            return target.numpy().copy()
+
+        slot.pending = PendingGrids(collect)
+        return slot.pending
+
+
+@dataclass
+class _Slot:
+    """The buffers of one batch, and the batch that is in them."""
+
+    images: Tensor | None = None
+    grids: Tensor | None = None
+    pending: PendingGrids | None = None
+
+
+def _fitting(buffer: Tensor | None, like: Tensor) -> Tensor:
+    """The buffer if it has the shape of `like`, else a new page-locked one."""
+    if buffer is not None and buffer.shape == like.shape:
+        return buffer
+    return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
 
 
 def describe_features(
-    encoder: str, identity: WeightsIdentity, geometry: str, precision: str, device: str, dtype: str, decoder: str
+    encoder: str,
+    identity: WeightsIdentity,
+    geometry: str,
+    precision: str,
+    device: str,
+    dtype: str,
+    decoder: str,
+    compiled: bool = False,
 ) -> dict[str, Any]:
     """The provenance of grids: everything that decides their numbers.
 
@@ -303,5 +454,6 @@ def describe_features(
         "grid_shape": list(spec.grid_shape),
         "dtype": dtype,
         "precision": str(choose_precision(precision, choose_device(device))).removeprefix("torch."),
+        "compile": compiled,
         "versions": {library: version, "torch": torch.__version__, "torchvision": torchvision.__version__},
     }  # fmt: skip

@@ -31,10 +31,9 @@ import numpy as np
 from common.annotations import ImageRecord, id_from_name
 from common.errors import StoreError, UserError
 from common.files import sha256_of
-from common.shard import ShardInfo, ShardWriter, UnstorableError
-from common.store import write_index
-from extract.plan import Plan, settle_plan
-from extract.run import store_folder
+from common.shard import ORIGINAL, UnstorableError
+from extract.image_list import ImageList
+from extract.plan import Plan, settle_plan, shard_writer, store_folder, write_planned_index
 
 _SUFFIXES = ("_grids", "_features")
 _KNOWN = "a folder of .npy or .npz, a .pkl, a .npz, or an .h5 file: see import-features --help"
@@ -246,7 +245,7 @@ def import_features(
         name: what to call the source in the provenance.
         output: the index file.
         split: name of the split.
-        dtype: "float16" or "float32".
+        dtype: "float16", "float32" or "uint8".
         shard_size: images in a shard.
         on_row: called with 1 after each image.
 
@@ -257,36 +256,36 @@ def import_features(
         UserError: an array is no grid or its shape is not that of the first.
         StoreError: a value that the stored type cannot hold.
     """
-    first = _grid(source, pairs[0][1], dtype, None)
+    loaded_as = "float32" if dtype == "uint8" else dtype  # the writer makes the 8 bits
+    first_grid = _grid(source, pairs[0][1], loaded_as, None)
     provenance = {
         "encoder": "imported",
         "layer": source.layout,
         "weights": {"name": name, "sha256": source.sha256, "random": False},
         "preprocessing": {"geometry": "unknown"},
-        "grid_shape": list(first.shape),
+        "grid_shape": list(first_grid.shape),
         "dtype": dtype,
         "precision": "unknown",
+        "views": [ORIGINAL],
         "versions": {"numpy": np.__version__},
     }
     folder = store_folder(output)
-    plan = settle_plan(Plan.make(split, [r for r, _ in pairs], shard_size, 1, provenance), folder / "plan.json")
-    infos: list[ShardInfo] = []
+    images = [(record.image_id, record.file_name) for record, _ in pairs]
+    wanted = Plan(split, shard_size, 1, provenance, (ImageList.make(images, shard_size, folder),))
+    plan = settle_plan(wanted, images, folder)
     for shard in range(plan.shards):
-        rows = plan.rows_of(shard)
-        part = plan.images[rows.start : rows.stop]
-        attributes = {"index": shard, "split": split, "plan": plan.digest(), "provenance": plan.provenance}
-        path = folder / plan.shard_name(shard)
-        with ShardWriter(path, [i for i, _ in part], [n for _, n in part], first.shape, dtype, attributes) as writer:
-            for row in rows:
-                grid = _grid(source, pairs[row][1], dtype, first.shape)
+        first = plan.rows_of(shard).start
+        with shard_writer(folder, plan, shard) as writer:
+            for row in plan.rows_of(shard):
+                grid = _grid(source, pairs[row][1], loaded_as, first_grid.shape)
                 try:
-                    writer.write(row - rows.start, grid[None], {})
+                    writer.write(row - first, grid[None], {})
                 except UnstorableError as error:
                     raise StoreError(str(error), "import with --dtype float32") from error
                 on_row(1)
-            infos.append(writer.finish())
-    write_index(output, folder, infos, split, plan.digest(), plan.provenance)
-    return len(plan.images)
+            writer.finish()
+    write_planned_index(output, plan)
+    return plan.images
 
 
 def _grid(source: Source, key: str, dtype: str, shape: tuple[int, ...] | None) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -12,10 +11,9 @@ import numpy as np
 
 from common.errors import StoreError
 from common.files import sha256_of
-from common.shard import ShardReader, check_format, decode_texts, open_hdf5
+from common.shard import HEADER_BYTES, ShardReader, check_format, decode_texts, open_hdf5, read_header
 from common.store import INDEX_FORMAT
-from extract.plan import Plan, read_plan
-from extract.run import store_folder
+from extract.plan import Plan, read_plan, store_folder
 
 # What is checked, in the order of the table; each names one kind of problem.
 CHECKS = (
@@ -99,7 +97,8 @@ def verify_store(
         if on_shard is not None:
             on_shard(len(plan.rows_of(shard)))
     if captions_ids is not None:
-        _compare_ids({image_id for image_id, _ in plan.images}, set(captions_ids), report)
+        stored = {image_id for shard in range(plan.shards) for image_id, _ in plan.images_of(shard, folder)}
+        _compare_ids(stored, set(captions_ids), report)
     return report
 
 
@@ -109,10 +108,7 @@ def plan_of(path: Path) -> Plan:
     Raises:
         StoreError: there is none, or it is unreadable.
     """
-    file = store_folder(path) / "plan.json"
-    if not file.exists():
-        raise StoreError(f"{file}: no plan, so this is no store of extract-features", "check the path")
-    return read_plan(file)
+    return read_plan(store_folder(path))
 
 
 def repair(path: Path, report: Report) -> list[Path]:
@@ -134,56 +130,73 @@ def repair(path: Path, report: Report) -> list[Path]:
 
 def _index_hashes(path: Path, plan: Plan, report: Report) -> dict[str, str]:
     """Shard name -> SHA-256 of the index, after comparing the index with the plan."""
+    folder = store_folder(path)
     with open_hdf5(path) as file:
         check_format(file, path, INDEX_FORMAT)
         same = file.attrs.get("plan") == plan.digest()
         report.note("belongs to the plan", 1, "", None if same else f"{path}: the index belongs to another plan")
-        ids = file["image_id"][:].tolist()
-        expected = [image_id for image_id, _ in plan.images]
-        report.note(
-            "rows and image ids", 1, "", None if ids == expected else f"{path}: other image ids than the plan's"
-        )
-        names = [Path(name).name for name in decode_texts(file["shard_name"])]
-        return dict(zip(names, decode_texts(file["shard_sha256"]), strict=True))
+        try:
+            ids, names = file["image_id"], file["file_name"].asstr()
+            agree = len(ids) == plan.images
+            for shard in range(plan.shards if agree else 0):
+                rows = plan.rows_of(shard)
+                found = zip(ids[rows.start : rows.stop].tolist(), names[rows.start : rows.stop], strict=True)
+                agree = agree and list(found) == plan.images_of(shard, folder)
+            report.note("rows and image ids", 1, "", None if agree else f"{path}: other images than the plan's")
+            hashes = decode_texts(file["shard_sha256"])
+            listed = [(path.parent / name).relative_to(folder).as_posix() for name in decode_texts(file["shard_name"])]
+            return dict(zip(listed, hashes, strict=True))
+        except (KeyError, ValueError, OSError, TypeError, RuntimeError) as error:
+            report.note("belongs to the plan", 0, "", f"{path}: not a sound index: {error}")
+            return {}
 
 
 def _verify_shard(folder: Path, plan: Plan, shard: int, sha256: str | None, report: Report) -> None:
     name = plan.shard_name(shard)
     try:
+        info = read_header(folder / name)
         reader = ShardReader(folder / name)
-    except StoreError as error:
-        report.note("shard readable", 1, name, error.what)
-        return
-    report.note("shard readable", 1, name, None)
-    with reader:
-        expected = [plan.images[row] for row in plan.rows_of(shard)]
-        same_plan = reader.attributes.get("plan") == plan.digest()
-        report.note("belongs to the plan", 1, name, None if same_plan else "made by another plan")
+        expected = plan.images_of(shard, folder)
         same_rows = list(zip(reader.image_ids.tolist(), reader.file_names, strict=True)) == expected
-        report.note("rows and image ids", 1, name, None if same_rows else "other images than the plan's")
         same_source = reader.provenance == plan.provenance
+        report.note("shard readable", 1, name, None)
+    except (StoreError, ValueError) as error:
+        report.note("shard readable", 1, name, getattr(error, "what", str(error)))
+        return
+    with reader:
+        same_plan = (reader.plan, reader.index) == (plan.digest_of(shard), shard)
+        report.note("belongs to the plan", 1, name, None if same_plan else "made by another plan")
+        report.note("rows and image ids", 1, name, None if same_rows else "other images than the plan's")
         report.note("provenance", 1, name, None if same_source else "another provenance than the plan's")
-        if sha256 is not None:
-            same_file = sha256_of(folder / name) == sha256
-            report.note("whole-file SHA-256", 1, name, None if same_file else "differs from the index")
+        if info is None:
+            wrong: str | None = "has no header: it was rewritten by another program"
+        elif sha256_of(folder / name, HEADER_BYTES) != info.sha256:
+            wrong = "differs from the shard's header"
+        else:
+            wrong = "differs from the index" if sha256 not in (None, info.sha256) else None
+        report.note("whole-file SHA-256", 1, name, wrong)
         _verify_rows(reader, name, report)
 
 
 def _verify_rows(reader: ShardReader, name: str, report: Report) -> None:
-    damaged, not_finite, zero = [], [], []
+    bad: dict[str, list[int]] = {"row CRC-32": [], "no NaN or infinity": [], "no row all zero": []}
     out = np.empty(reader.shape[1:], reader.dtype)
-    for row in range(len(reader)):
-        reader.read_row(row, out)
-        if zlib.crc32(out.data) != reader.crc32[row]:
-            damaged.append(row)
-        elif reader.valid[row] and not np.isfinite(out).all():
-            not_finite.append(row)
-        elif reader.valid[row] and not out.any():
-            zero.append(row)
+    for view in reader.views:
+        checksums = reader.crc32(view)
+        for row in range(len(reader)):
+            if reader.row_crc32(row, view) != checksums[row]:
+                bad["row CRC-32"].append(row)
+                continue
+            reader.read_row(row, out, view)
+            if reader.valid[row] and not np.isfinite(out).all():
+                bad["no NaN or infinity"].append(row)
+            elif reader.valid[row] and not out.any():
+                bad["no row all zero"].append(row)
     report.rows += len(reader)
     report.valid += int(reader.valid.sum())
-    for check, bad in (("row CRC-32", damaged), ("no NaN or infinity", not_finite), ("no row all zero", zero)):
-        report.note(check, len(reader), name, f"rows {bad[:5]}{' ...' if len(bad) > 5 else ''}" if bad else None)
+    for check, rows in bad.items():
+        detail = f"rows {rows[:5]}{' ...' if len(rows) > 5 else ''}" if rows else None
+        report.note(check, len(reader) * len(reader.views), name, detail)
 
 
 def _compare_ids(stored: set[int], wanted: set[int], report: Report) -> None:

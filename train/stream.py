@@ -119,6 +119,19 @@ def choose_captions(available: int, wanted: int, seed: int, epoch: int, row: int
     return np.random.default_rng([seed, epoch, row, 0xCA]).choice(available, wanted, replace=False).tolist()  # type: ignore[no-any-return]
 
 
+def choose_views(views: int, seed: int, epoch: int, rows: np.ndarray) -> np.ndarray:
+    """Which of its stored views (original, mirrored) an epoch shows of each image: one, drawn anew each epoch.
+
+    Args:
+        views: how many there are.
+        rows: (b,) of the store.
+
+    Returns:
+        (b,) int64 numbers below `views`; a function of the arguments, whatever batch a row is in.
+    """
+    return np.array([np.random.default_rng([seed, epoch, int(row), 0x71E3]).integers(views) for row in rows], np.int64)
+
+
 def pad_captions(captions: Sequence[Sequence[Sequence[int]]], per_image: int) -> Tensor:
     """Token lists -> (B, K, T) int64 filled up with PAD; T is the longest."""
     longest = max(len(tokens) for image in captions for tokens in image)
@@ -179,7 +192,10 @@ class CaptionStream:
 
     def _load(self, images: np.ndarray, epoch: int | None) -> CaptionBatch:
         rows = self.data.rows[images]
-        grids = torch.from_numpy(self.data.store.rows(rows)).reshape(len(rows), -1, self.data.store.grid_shape[-1])
+        store = self.data.store
+        drawn = epoch is not None and len(store.views) > 1
+        views = choose_views(len(store.views), self.seed, epoch or 0, rows) if drawn else None
+        grids = torch.from_numpy(store.rows(rows, views=views)).reshape(len(rows), -1, store.grid_shape[-1])
         encoded = []
         for image, row in zip(images, rows, strict=True):
             captions = self.data.captions[image]

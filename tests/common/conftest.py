@@ -47,6 +47,15 @@ def make_grids() -> Callable[..., np.ndarray]:
     return make
 
 
+def index_shards(index: Path, sizes: Sequence[int]) -> None:
+    """Write the index over shards that hold the images of `write_shard`, in order."""
+    images = [(10 * row, f"folder/{10 * row}.jpg") for row in range(sum(sizes))]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    parts = [images[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+    names = [f"{number:05}.h5" for number in range(len(sizes))]
+    write_index(index, index.with_suffix(""), names, parts, 30, "train", "the plan", PROVENANCE)
+
+
 @pytest.fixture(scope="session")
 def write_shard() -> Callable[..., ShardInfo]:
     """write_shard(path, grids, ...) writes them as one finished shard, ids counted from `first`."""
@@ -86,14 +95,13 @@ def write_store(
         index: Path, sizes: Sequence[int] = (3, 4, 2), rejects: Mapping[int, str] | None = None
     ) -> tuple[Path, np.ndarray]:
         grids, rejects = make_grids(sum(sizes), seed=1), rejects or {}
-        folder, infos, start = index.with_suffix(""), [], 0
+        folder, start = index.with_suffix(""), 0
         for number, size in enumerate(sizes):
             local = {row - start: why for row, why in rejects.items() if start <= row < start + size}
             part = grids[start : start + size]
-            info = write_shard(folder / f"{number:05}.h5", part, first=start, index=number, rejects=local)
-            infos.append(info)
+            write_shard(folder / f"{number:05}.h5", part, first=start, index=number, rejects=local)
             start += size
-        write_index(index, folder, infos, "train", "the plan", PROVENANCE)
+        index_shards(index, sizes)
         grids[list(rejects)] = np.nan
         return index, grids
 

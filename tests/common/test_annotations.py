@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 
 from common.annotations import (
     AnnotationSet,
+    FolderImages,
     ImageRecord,
     Problems,
     id_from_name,
     list_images,
     load_annotations,
     load_split,
+    split_images,
 )
 from common.config import SplitConfig
 from common.errors import AnnotationError
@@ -363,7 +365,7 @@ def test_the_id_of_an_image_without_one_depends_on_its_name_alone(load_csv: Call
     assert len(set(whole.values())) == 3
     assert part == {"b.jpg": whole["b.jpg"]}
     assert id_from_name("b.jpg") == whole["b.jpg"]
-    assert all(0 <= i < 2**53 for i in whole.values())  # exact in JSON and JavaScript too
+    assert all(0 <= i < 2**63 for i in whole.values())  # an int64 holds it
 
 
 # ------------------------------------------------------------------------------------------------- a folder
@@ -560,3 +562,41 @@ def test_problems_show_their_first_three_examples() -> None:
     assert many == "5 x empty caption (annotation 0, annotation 1, annotation 2, ...)"
     assert one.startswith("1 x duplicate image id (xxx")
     assert len(one) < 200
+
+
+# ------------------------------------------------------------------------------------------------ folders, streamed
+
+
+def test_a_folder_is_gone_through_in_the_order_of_whole_paths(tmp_path: Path) -> None:
+    names = ["a/x.jpg", "a-b/x.jpg", "a.jpg", "b.PNG", "a/y/z.gif", "é.webp", "A.bmp"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for other in ("notes.txt", ".jpg", "a/nothing"):
+        (tmp_path / other).touch()
+    images = FolderImages(tmp_path)
+    assert [image.file_name for image in images] == sorted(names)
+    assert list(images) == list(images), "it can be gone through again"
+
+
+def test_only_a_whole_folder_is_streamed(tmp_path: Path) -> None:
+    for i in range(5):
+        (tmp_path / f"{i}.jpg").touch()
+    whole, _ = split_images(SplitConfig(images=tmp_path), "s")
+    assert not isinstance(whole, list)
+    assert len(list(whole)) == 5
+    some, _ = split_images(SplitConfig(images=tmp_path, limit=2), "s")
+    assert isinstance(some, list)
+    assert len(some) == 2
+
+
+def test_bad_names_in_a_folder_are_counted_once_and_limited(tmp_path: Path) -> None:
+    (tmp_path / "good.jpg").touch()
+    (tmp_path / os.fsdecode(b"bad\xff.jpg")).touch()
+    images, problems = split_images(SplitConfig(images=tmp_path), "s", max_bad="1")
+    for _ in range(2):
+        assert [image.file_name for image in images] == ["good.jpg"]
+        assert sum(problems.counts.values()) == 1
+    strict, _ = split_images(SplitConfig(images=tmp_path), "s", max_bad="0")
+    with pytest.raises(AnnotationError, match="1 of 2"):
+        list(strict)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shutil
+import sysconfig
+from pathlib import Path
+
 import pytest
 import torch
 
-from common.device import choose_device, choose_precision
+from common.device import choose_compile, choose_device, choose_precision
 from common.errors import UserError
 
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 def test_cpu_is_everywhere() -> None:
@@ -52,3 +57,69 @@ def test_auto_precision_is_bfloat16_only_where_the_hardware_has_it(monkeypatch: 
 
 def test_auto_precision_needs_no_gpu_to_answer_for_a_cpu() -> None:
     assert choose_precision("auto", CPU) in (torch.bfloat16, torch.float32)
+
+
+# --------------------------------------------------------------------------------------------------- compiling
+
+
+@pytest.fixture
+def tools(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> set[str]:
+    """What torch.compile finds here; take something out of the set to take it from the machine."""
+    there = {"g++", "clang++", "cc", "gcc", "triton", "Python.h"}
+    (tmp_path / "with").mkdir()
+    (tmp_path / "with" / "Python.h").touch()
+
+    def headers() -> dict[str, str]:
+        return {"include": str(tmp_path / ("with" if "Python.h" in there else "without"))}
+
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}" if name in there else None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in there else None)
+    monkeypatch.setattr(sysconfig, "get_paths", headers)
+    return there
+
+
+@pytest.mark.usefixtures("tools")
+def test_auto_compiles_long_jobs_on_a_cpu() -> None:
+    assert not choose_compile("auto", 19_999, CPU)
+    assert choose_compile("auto", 20_000, CPU)
+    assert not choose_compile("auto", 100_000_000, GPU), "until somebody has measured it there"
+
+
+@pytest.mark.usefixtures("tools")
+@pytest.mark.parametrize("device", [CPU, GPU])
+@pytest.mark.parametrize("images", [0, 1, 100_000_000])
+def test_on_and_off_are_taken_at_their_word(device: torch.device, images: int) -> None:
+    assert choose_compile("on", images, device)
+    assert not choose_compile("off", images, device)
+
+
+@pytest.mark.parametrize(
+    ("device", "lacking", "named"),
+    [
+        (CPU, {"g++", "clang++"}, r"the compiler (g|clang)\+\+"),
+        (CPU, {"Python.h"}, "Python's header files"),
+        (GPU, {"triton"}, "triton"),
+        (GPU, {"cc", "gcc"}, "the compiler cc"),
+    ],
+)
+def test_without_a_compiler_on_is_refused_and_auto_goes_without(
+    tools: set[str], device: torch.device, lacking: set[str], named: str
+) -> None:
+    tools -= lacking
+    with pytest.raises(UserError, match=f"--compile on: torch.compile needs {named}") as caught:
+        choose_compile("on", 1, device)
+    assert "\n" not in caught.value.what + caught.value.hint
+    assert not choose_compile("auto", 100_000_000, device)
+    assert not choose_compile("off", 1, device)
+
+
+def test_the_compiler_named_by_the_environment_is_the_one_that_counts(
+    tools: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "icpx")
+    with pytest.raises(UserError, match="the compiler icpx"):
+        choose_compile("on", 1, CPU)
+    tools.add("icpx")
+    assert choose_compile("on", 1, CPU)

@@ -5,14 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from common.files import fsync_path, remove_leftovers, replacing, sha256_of, temporary_sibling, write_json, write_text
+from common.files import (
+    fsync_path,
+    publish_text,
+    remove_leftovers,
+    replacing,
+    sha256_of,
+    temporary_sibling,
+    this_machine,
+    write_json,
+    write_text,
+)
 
 
 def names_in(folder: Path) -> list[str]:
@@ -129,7 +140,7 @@ def test_leftovers_of_processes_that_are_gone_are_removed_and_nothing_else(tmp_p
     """A shard that another process, here or on another machine, is still writing must not be taken away."""
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    host = socket.gethostname()
+    host = this_machine()
     kept = [
         "00000.h5",
         f".00000.h5.{host}-{os.getpid()}-0123abcd.tmp",  # of a process that runs
@@ -151,3 +162,31 @@ def test_a_temporary_name_of_this_process_is_not_taken_for_a_leftover(tmp_path: 
         temporary.write_text("new")
         remove_leftovers(tmp_path)
         assert temporary.exists()
+
+
+def test_what_another_machine_left_is_removed_after_a_day(tmp_path: Path) -> None:
+    """Its processes cannot be asked for: a pod that was killed never comes back under its name."""
+    old, new = (tmp_path / f".0000{i}.h5.pod-4026531836-7-0123abcd.tmp" for i in range(2))
+    for path, age in ((old, 25 * 3600), (new, 23 * 3600)):
+        path.touch()
+        os.utime(path, (time.time() - age, time.time() - age))
+    remove_leftovers(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [new.name]
+
+
+def test_of_several_writers_just_one_publishes(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        wrote = list(pool.map(lambda i: publish_text(tmp_path / "plan.json", f"plan {i}"), range(40)))
+    assert sum(wrote) == 1
+    assert (tmp_path / "plan.json").read_text() == f"plan {wrote.index(True)}"
+    assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_without_hard_links_a_file_is_published_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(*_: object) -> None:
+        raise PermissionError("no hard links here")
+
+    monkeypatch.setattr(os, "link", no_links)
+    assert publish_text(tmp_path / "plan.json", "text")
+    assert (tmp_path / "plan.json").read_text() == "text"
+    assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]

@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from common.errors import StoreError
-from common.shard import ALIGNMENT, ShardInfo, ShardReader, ShardWriter
+from common.shard import ALIGNMENT, ShardInfo, ShardReader, ShardWriter, read_header
 
 MakeGrids = Callable[..., np.ndarray]
+MADE_BY: dict[str, Any] = {"index": 0, "plan": "p"}
 WriteShard = Callable[..., ShardInfo]
 
 # Anything that HDF5 can hold: no NUL, no lone surrogate.
@@ -74,7 +75,7 @@ def test_a_shard_gives_back_what_was_written(shard: dict[str, Any]) -> None:
     grids, rejects = shard["grids"], shard["rejects"]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "00000.h5"
-        attributes: dict[str, Any] = {"plan": "p", "provenance": {}}
+        attributes: dict[str, Any] = {"index": 3, "plan": "p", "provenance": {}}
         with ShardWriter(path, shard["ids"], shard["names"], grids.shape[1:], grids.dtype.name, attributes) as w:
             for start in range(0, len(grids), shard["batch"]):
                 stop = start + shard["batch"]
@@ -83,13 +84,14 @@ def test_a_shard_gives_back_what_was_written(shard: dict[str, Any]) -> None:
         with ShardReader(path) as reader:
             got = read_all(reader)
             assert reader.damaged_rows() == []
-            assert info == ShardInfo("00000.h5", len(grids), info.sha256)
+            assert info == ShardInfo(3, "p", len(grids), len(rejects), path.stat().st_size, info.sha256)
             assert (reader.shape, reader.dtype) == (grids.shape, grids.dtype)
             assert reader.image_ids.tolist() == shard["ids"]
             assert reader.file_names == shard["names"]
             assert reader.rejects == rejects
             assert reader.valid.tolist() == [row not in rejects for row in range(len(grids))]
-            assert reader.attributes["plan"] == "p"
+            assert (reader.index, reader.plan) == (3, "p")
+            assert read_header(path) == info
         kept = reader.valid
         assert got[kept].tobytes() == grids[kept].tobytes()  # bytes: -0.0 is not 0.0
         assert np.isnan(got[~kept]).all()
@@ -120,7 +122,7 @@ def test_plain_h5py_opens_a_shard_and_numpy_maps_its_features(
         assert file["image_id"][:].tolist() == [0, 10, 20, 30, 40]
         assert file["file_name"].asstr()[4] == "folder/40.jpg"
         assert (file["reject_row"][:].tolist(), file["reject_why"].asstr()[:].tolist()) == ([3], ["truncated JPEG"])
-        assert (file.attrs["format"], file.attrs["version"]) == ("gridcap-shard", 1)
+        assert (file.attrs["format"], file.attrs["version"]) == ("gridcap-shard", 2)
     mapped = np.memmap(tmp_path / "s.h5", "<f2", "r", offset, grids.shape)
     np.testing.assert_array_equal(mapped[[0, 1, 2, 4]], grids[[0, 1, 2, 4]])
 
@@ -162,7 +164,7 @@ def test_leaving_the_writer_by_an_exception_leaves_no_file(
     tmp_path: Path, make_grids: MakeGrids, rows_written: int
 ) -> None:
     def write_some() -> None:
-        with ShardWriter(tmp_path / "s.h5", [1, 2, 3], ["a", "b", "c"], (2, 3, 4), "float16", {}) as writer:
+        with ShardWriter(tmp_path / "s.h5", [1, 2, 3], ["a", "b", "c"], (2, 3, 4), "float16", MADE_BY) as writer:
             if rows_written:
                 writer.write(0, make_grids(rows_written), {})
             raise KeyboardInterrupt
@@ -177,16 +179,16 @@ def test_leaving_the_writer_unfinished_leaves_the_shard_that_was_there(
 ) -> None:
     write_shard(tmp_path / "s.h5", make_grids(2))
     before = (tmp_path / "s.h5").read_bytes()
-    with ShardWriter(tmp_path / "s.h5", [1], ["a"], (2, 3, 4), "float16", {}) as writer:
+    with ShardWriter(tmp_path / "s.h5", [1], ["a"], (2, 3, 4), "float16", MADE_BY) as writer:
         writer.write(0, make_grids(1), {})
     assert files_below(tmp_path) == ["s.h5"]
     assert (tmp_path / "s.h5").read_bytes() == before
 
 
 def test_a_shard_with_rows_never_written_cannot_be_finished(tmp_path: Path, make_grids: MakeGrids) -> None:
-    with ShardWriter(tmp_path / "s.h5", [1, 2, 3], ["a", "b", "c"], (2, 3, 4), "float16", {}) as writer:
+    with ShardWriter(tmp_path / "s.h5", [1, 2, 3], ["a", "b", "c"], (2, 3, 4), "float16", MADE_BY) as writer:
         writer.write(1, make_grids(1), {})
-        with pytest.raises(ValueError, match="2 rows were never written"):
+        with pytest.raises(ValueError, match="2 rows of original were never written"):
             writer.finish()
     assert files_below(tmp_path) == []
 
@@ -268,8 +270,8 @@ def test_a_shard_of_a_newer_version_is_refused_with_both_versions(
 ) -> None:
     write_shard(tmp_path / "s.h5", make_grids(1))
     with h5py.File(tmp_path / "s.h5", "r+") as file:
-        file.attrs["version"] = 2
-    with pytest.raises(StoreError, match=r"s\.h5: format version 2, .* up to 1") as caught:
+        file.attrs["version"] = 3
+    with pytest.raises(StoreError, match=r"s\.h5: format version 3, .* version 2") as caught:
         ShardReader(tmp_path / "s.h5")
     assert "update" in caught.value.hint
 
@@ -379,7 +381,8 @@ from common.shard import ShardWriter
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 try:
-    with ShardWriter(Path(sys.argv[1]), list(range(200)), ["a.jpg"] * 200, (2, 3, 400), "float16", {}) as writer:
+    made_by = {"index": 0, "plan": "p"}
+    with ShardWriter(Path(sys.argv[1]), list(range(200)), ["a"] * 200, (2, 3, 400), "float16", made_by) as writer:
         for start in range(0, 200, 10):
             writer.write(start, np.ones((10, 2, 3, 400), np.float16), {})
         writer.finish()
@@ -400,7 +403,7 @@ def test_a_full_disk_is_an_os_error_and_leaves_no_file(tmp_path: Path) -> None:
 
 def test_a_writer_that_cannot_begin_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="surrogates"):
-        ShardWriter(tmp_path / "s.h5", [1], ["caf\udce9.jpg"], (2, 3, 4), "float16", {})
+        ShardWriter(tmp_path / "s.h5", [1], ["caf\udce9.jpg"], (2, 3, 4), "float16", MADE_BY)
     assert files_below(tmp_path) == []
 
 

@@ -62,7 +62,7 @@ def test_a_store_says_what_it_holds(store: tuple[Path, np.ndarray], provenance: 
         assert features.image_ids.tolist() == [10 * row for row in range(9)]
         assert features.file_names == [f"folder/{10 * row}.jpg" for row in range(9)]
         assert features.valid.tolist() == [row not in REJECTS for row in range(9)]
-        assert features.rejects() == REJECTS
+        assert features.rejects == REJECTS
         assert (features.grid_shape, features.dtype) == (grids.shape[1:], np.float16)
         assert (features.split, features.provenance) == ("train", provenance)
 
@@ -121,7 +121,7 @@ def test_a_single_shard_is_a_store(
     with FeatureStore(tmp_path / "feats.h5") as features:
         assert len(features) == 4
         assert (features.split, features.provenance) == ("train", provenance)
-        assert features.rejects() == {2: "not an image"}
+        assert features.rejects == {2: "not an image"}
         np.testing.assert_array_equal(features.rows([3, 0]), grids[[3, 0]])
 
 
@@ -243,7 +243,7 @@ def test_a_shard_with_another_number_of_rows_is_refused(
 ) -> None:
     path, _ = write_store(tmp_path / "train.h5")
     write_shard(tmp_path / "train" / "00002.h5", make_grids(3), first=7, index=2)
-    with pytest.raises(StoreError, match="row counts"):
+    with pytest.raises(StoreError, match="has 3 rows, and the index says 2"):
         FeatureStore(path)
 
 
@@ -262,8 +262,8 @@ def test_an_index_that_names_a_shard_outside_of_its_folder_is_refused(
 def test_an_index_of_a_newer_version_is_refused(tmp_path: Path, write_store: WriteStore) -> None:
     path, _ = write_store(tmp_path / "train.h5")
     with h5py.File(path, "r+") as file:
-        file.attrs["version"] = 2
-    with pytest.raises(StoreError, match="format version 2"):
+        file.attrs["version"] = 3
+    with pytest.raises(StoreError, match="format version 3"):
         FeatureStore(path)
 
 
@@ -271,7 +271,7 @@ def test_a_failed_index_leaves_the_store_incomplete(
     tmp_path: Path, write_store: WriteStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The index says that the store is complete, so half an index must never stand there."""
-    monkeypatch.setattr("common.store._virtual_features", lambda *_: 1 / 0)
+    monkeypatch.setattr("common.store._virtual_datasets", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_store(tmp_path / "train.h5")
     assert [p.name for p in tmp_path.iterdir() if p.is_file()] == []
@@ -374,3 +374,87 @@ def test_weights_of_unknown_sha256_are_the_same_only_if_all_else_is(provenance: 
     one, two = {"weights": {"name": "theirs"}}, {"weights": {"name": "others"}}
     assert differences({**provenance, **one}, {**provenance, **one}) == []
     assert len(differences({**provenance, **one}, {**provenance, **two})) == 1
+
+
+# ------------------------------------------------------------------------------------------------------ many shards
+
+
+def test_no_more_files_are_open_than_allowed_however_many_shards_there_are(
+    tmp_path: Path, write_store: WriteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("common.store._OPEN_SHARDS", 3)
+    path, grids = write_store(tmp_path / "train.h5", sizes=(2,) * 12)
+    mine = {p.resolve() for p in (tmp_path / "train").iterdir()}
+
+    def open_now() -> int:
+        return sum(link.resolve() in mine for link in Path("/proc/self/fd").iterdir())
+
+    with FeatureStore(path) as features:
+        rng = np.random.default_rng(0)
+        for _ in range(40):
+            rows = rng.integers(0, 24, 2)
+            np.testing.assert_array_equal(features.rows(rows), grids[rows])
+            assert open_now() <= 3
+        np.testing.assert_array_equal(features.rows(range(24)), grids), "a batch may need more at once"
+        features.row(0)
+        assert open_now() <= 3
+    assert open_now() == 0
+
+
+def test_readers_in_many_threads_never_lose_their_file_to_others(
+    tmp_path: Path, write_store: WriteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("common.store._OPEN_SHARDS", 1)
+    path, grids = write_store(tmp_path / "train.h5", sizes=(2,) * 8)
+
+    def read(seed: int) -> bool:
+        rows = np.random.default_rng(seed).integers(0, 16, 5)
+        return bool((features.rows(rows) == grids[rows]).all())
+
+    with FeatureStore(path) as features, ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(read, range(300)))
+
+
+def test_a_shard_made_again_with_other_numbers_is_not_the_one_that_was_indexed(
+    tmp_path: Path,
+    write_store: WriteStore,
+    make_grids: Callable[..., np.ndarray],
+    write_shard: Callable[..., ShardInfo],
+) -> None:
+    """Same plan, same place, same number of rows: only the hash tells."""
+    path, _ = write_store(tmp_path / "train.h5")
+    write_shard(tmp_path / "train" / "00001.h5", make_grids(4, seed=77), first=3, index=1)
+    with pytest.raises(StoreError, match=r"00001\.h5: belongs to another store"):
+        FeatureStore(path)
+
+
+def test_a_truncated_shard_is_found_when_the_store_is_opened(tmp_path: Path, write_store: WriteStore) -> None:
+    path, _ = write_store(tmp_path / "train.h5")
+    shard = tmp_path / "train" / "00002.h5"
+    os.truncate(shard, shard.stat().st_size - 1)
+    with pytest.raises(StoreError, match=r"00002\.h5: truncated"):
+        FeatureStore(path)
+
+
+def test_two_images_with_one_id_are_named_and_not_confused(tmp_path: Path, write_store: WriteStore) -> None:
+    path, _ = write_store(tmp_path / "train.h5")
+    with h5py.File(path, "r+") as file:
+        file["image_id"][5] = 20
+    with FeatureStore(path) as features:
+        with pytest.raises(StoreError, match=r"folder/20\.jpg and folder/50\.jpg share the image id 20"):
+            features.row_of_image(0)
+        np.testing.assert_array_equal(features.row(5), features.rows([5])[0])
+
+
+def test_file_names_are_a_sequence_like_any_other(tmp_path: Path, write_store: WriteStore) -> None:
+    path, _ = write_store(tmp_path / "train.h5")
+    with FeatureStore(path) as features:
+        names = [f"folder/{10 * row}.jpg" for row in range(9)]
+        assert (len(features.file_names), features.file_names[-1], features.file_names[2:4]) == (
+            9,
+            names[-1],
+            names[2:4],
+        )
+        assert list(features.file_names) == names
+        with pytest.raises(IndexError):
+            features.file_names[9]

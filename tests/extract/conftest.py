@@ -11,10 +11,11 @@ import pytest
 from PIL import Image
 
 import extract.run as run_module
+import extract.worker as worker_module
 from common.allocator import keep_large_buffers
 from common.annotations import list_images
 from common.config import load_config
-from extract.encoder import describe_features, identify_weights
+from extract.encoder import PendingGrids, describe_features, identify_weights
 
 GRID = (2, 2, 3)
 _identify_once = functools.cache(identify_weights)  # it renders scenes, for the identity of random weights
@@ -28,7 +29,7 @@ class FakeEncoder:
     built = 0
     batches: list[int] = []  # noqa: RUF012  # images in each call of encode, over all instances
 
-    def __init__(self, name: str, identity: Any, precision: str, device: str, dtype: str) -> None:
+    def __init__(self, name: str, identity: Any, precision: str, device: str, dtype: str, *compiled: Any) -> None:
         self._dtype = dtype
         type(self).built += 1
 
@@ -37,6 +38,10 @@ class FakeEncoder:
         assert images.shape[1:] == (self.side, self.side, 3)
         type(self).batches.append(len(images))
         return self.grids(images).astype(self._dtype)
+
+    def submit(self, images: np.ndarray) -> PendingGrids:
+        grids = self.encode(images)
+        return PendingGrids(lambda: grids)
 
     @staticmethod
     def grids(images: np.ndarray) -> np.ndarray:
@@ -67,7 +72,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeEncoder]:
     def describe(*args: Any) -> dict[str, Any]:
         return {**describe_features(*args), "grid_shape": list(GRID)}
 
-    monkeypatch.setattr(run_module, "GridEncoder", Fake)
+    monkeypatch.setattr(worker_module, "GridEncoder", Fake)
     monkeypatch.setattr(run_module, "describe_features", describe)
     monkeypatch.setattr(run_module, "identify_weights", _identify_once)
     return Fake

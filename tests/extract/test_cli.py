@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from PIL import Image
 from common.command import PipelineCommand
 from common.store import FeatureStore
 from extract.cli import main
+from extract.cluster import Share
 
 
 def run(*arguments: object, command: PipelineCommand = main) -> click.testing.Result:
@@ -364,3 +367,256 @@ def test_help_names_the_exit_statuses_and_examples() -> None:
     assert result.exit_code == 0
     assert "Exit status" in result.stdout
     assert "extract-features --split train" in result.stdout
+
+
+# ------------------------------------------------------------------------------------------------------ several workers
+
+
+@pytest.fixture
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """As a process that nobody numbered, wherever these tests run."""
+    for name in list(os.environ):
+        if name.startswith("SLURM_") or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "JOB_COMPLETION_INDEX"):
+            monkeypatch.delenv(name)
+    return monkeypatch
+
+
+SMALL = (*RANDOM, "--shard-size", 2, "--batch-size", 2)
+
+
+def test_workers_make_their_shares_and_the_last_writes_the_index(
+    fake: Any, photos: Any, no_launcher: Any, tmp_path: Path
+) -> None:
+    folder = photos(10)
+    first = run("--images", folder, *SMALL, "--worker", 0, "--workers", 2)
+    assert first.exit_code == 0, first.output
+    assert "worker 0 of 2 (flags): 3 of 5 shards are mine" in first.stdout
+    assert "my share is done: 3 shards (3 made now, 0 were there)" in first.stdout
+    assert "2 shards of other workers are still missing" in first.stdout
+    assert not (tmp_path / "features" / "photos.h5").exists()
+    last = run("--images", folder, *SMALL, "--worker", 1, "--workers", 2)
+    assert last.exit_code == 0, last.output
+    assert re.search(r"done: features/photos\.h5: 10 images in 5 shards", last.stdout)
+    assert len(FeatureStore(tmp_path / "features" / "photos.h5")) == 10
+
+
+def test_the_environment_numbers_the_workers(fake: Any, photos: Any, no_launcher: pytest.MonkeyPatch) -> None:
+    no_launcher.setenv("SLURM_ARRAY_TASK_ID", "2")
+    no_launcher.setenv("SLURM_ARRAY_TASK_COUNT", "3")
+    result = run("--images", photos(10), *SMALL)
+    assert "worker 2 of 3 (Slurm array): 1 of 5 shards are mine" in result.stdout
+
+
+def test_only_whoever_completes_the_store_ends_with_the_status_of_rejects(
+    fake: Any, photos: Any, no_launcher: Any
+) -> None:
+    folder = photos(10, bad={0: "text"})
+    first = run("--images", folder, *SMALL, "--worker", 0, "--workers", 2)
+    assert first.exit_code == 0, "torchrun would kill the others for anything else"
+    assert "rejected images: 1" in first.stdout
+    last = run("--images", folder, *SMALL, "--worker", 1, "--workers", 2)
+    assert last.exit_code == 3
+    assert "rejected images: 1" in last.stdout, "of the whole store, not of its own share"
+
+
+def test_a_worker_without_shards_has_nothing_to_do_and_is_no_error(fake: Any, photos: Any, no_launcher: Any) -> None:
+    result = run("--images", photos(2), *SMALL, "--worker", 3, "--workers", 4)
+    assert result.exit_code == 0, result.output
+    assert "0 of 1 shards are mine" in result.stdout
+    assert fake.built == 0
+
+
+def test_other_processes_of_one_machine_do_not_repeat_the_configuration(
+    fake: Any, photos: Any, no_launcher: pytest.MonkeyPatch
+) -> None:
+    folder = photos(4)
+    for rank in (0, 1):
+        for name, value in {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank}.items():
+            no_launcher.setenv(name, str(value))
+        result = run("--images", folder, *SMALL)
+        assert result.exit_code == 0, result.output
+        assert ("configuration" in result.stdout) == (rank == 0)
+        assert f"worker {rank} of 2 (torchrun)" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (("--worker", 2, "--workers", 2), "--worker 2"),
+        (("--workers", 2), "--worker"),
+        (("--devices", "none"), "--devices"),
+        (("--devices", 0), "--devices"),
+        (("--devices", 2, "--device", "cuda:1"), "cuda:1"),
+        (("--partition", "gpu"), "--partition: only with --submit"),
+        (("--gpus-per-task", 1, "--wait"), "--gpus-per-task, --wait: only with --submit"),
+        (("--submit", "slurm"), "--workers"),
+        (("--submit", "slurm", "--workers", 0), "--workers"),
+        (("--submit", "slurm", "--workers", 2, "--worker", 1), "--worker"),
+        (("--submit", "pbs", "--workers", 2), "pbs"),
+    ],
+)
+def test_what_makes_no_sense_about_workers_is_wrong_use_and_makes_nothing(
+    fake: Any, photos: Any, no_launcher: Any, tmp_path: Path, flags: tuple[object, ...], named: str
+) -> None:
+    said = fails(2, "--images", photos(4), *SMALL, *flags)
+    assert named in said
+    assert not (tmp_path / "features" / "photos.h5").exists()
+
+
+def test_several_processes_of_one_machine_divide_the_work_and_the_whole_store_is_reported(
+    fake: Any, photos: Any, no_launcher: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The processes themselves run in tests/extract/test_slurm.py; here they are this one, called again."""
+
+    class HereAndNow:
+        def __init__(self, command: list[str], share: Share, workers: int, threads: int | None) -> None:
+            assert command[2:] == [*(str(word) for word in given), "--brief"]
+            assert threads is not None, "on a CPU they divide the cores"
+            parts = [share.divided(i, workers, "") for i in range(workers)]
+            self.statuses = [run(*command[2:], "--worker", p.worker, "--workers", p.workers).exit_code for p in parts]
+
+        def running(self) -> bool:
+            return False
+
+        def wait(self) -> list[int]:
+            return self.statuses
+
+    no_launcher.setattr("extract.cli.LocalWorkers", HereAndNow)
+    folder = photos(10, bad={3: "text"})
+    # In the order in which the command declares them.
+    given = ("--images", folder, "--weights", "random", "--precision", "float32", "--shard-size", 2,
+             "--batch-size", 2, "--device", "cpu", "--max-bad", "50%")  # fmt: skip
+    result = run(*given, "--devices", 3)
+    assert result.exit_code == 3, result.output
+    assert "10 images in 5 shards (5 made now, 0 were there)" in result.stdout
+    assert "rejected images: 1" in result.stdout
+    again = run(*given, "--devices", 3)
+    assert "nothing to do" in again.stdout
+
+
+# ------------------------------------------------------------------------------------------------------------- --submit
+
+SUBMIT = ("--submit", "slurm", "--workers", 3)
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, no_launcher: pytest.MonkeyPatch) -> Path:
+    """Stand-ins for sbatch and squeue on the PATH; the file to which sbatch copies the script."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "sbatch").write_text(f"#!/bin/sh\nshift\ncp \"$1\" '{tmp_path}/submitted'\necho 42\n")
+    (folder / "squeue").write_text("#!/bin/sh\necho 'Invalid job id specified' >&2\nexit 1\n")
+    for program in folder.iterdir():
+        program.chmod(0o755)
+    no_launcher.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    return tmp_path / "submitted"
+
+
+def test_a_dry_submission_shows_the_whole_script_and_writes_nothing(
+    fake: Any, photos: Any, slurm: Path, tmp_path: Path
+) -> None:
+    folder = photos(10)
+    before = files(tmp_path)
+    result = run("--images", folder, *SMALL, *SUBMIT, "--time", "1:00:00", "--partition", "main", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert files(tmp_path) == before
+    script = result.stdout[result.stdout.index("#!/usr/bin/env bash") :]
+    for line in (
+        "#SBATCH --array=0-2",
+        "#SBATCH --time=1:00:00",
+        "#SBATCH --partition=main",
+        f"cd {tmp_path} || exit 2",
+    ):
+        assert line in script.splitlines()
+    assert sys.executable in script
+    words = [line.strip() for line in script[script.index("command=(") : script.index("\n)\n")].splitlines()[2:]]
+    assert words == [f"--images {folder}", "--weights random", "--shard-size 2", "--batch-size 2",
+                     "--precision float32"], "what was asked, and nothing about the submission"  # fmt: skip
+
+
+def test_submitting_writes_the_plan_and_says_how_to_watch_and_cancel(
+    fake: Any, photos: Any, slurm: Path, tmp_path: Path
+) -> None:
+    result = run("--images", photos(10), *SMALL, *SUBMIT)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "features" / "photos" / "plan.json").exists(), "so that the workers agree"
+    assert slurm.read_text() == (tmp_path / "features" / "photos.slurm" / "job.sh").read_text()
+    for text in ("job 42", "squeue --jobs=42", "scancel 42"):
+        assert text in result.stdout
+    assert fake.built == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "precision"),
+    [
+        ((), "float32"),
+        (("--gpus-per-task", 1), "bfloat16"),
+        (("--precision", "bfloat16"), "bfloat16"),
+        (("--gpus-per-task", 1, "--precision", "float16"), "float16"),
+    ],
+)
+def test_the_jobs_arithmetic_is_settled_when_they_are_submitted(
+    fake: Any, photos: Any, slurm: Path, flags: tuple[object, ...], precision: str
+) -> None:
+    """Whatever this machine could compute in: it is not the one that will."""
+    result = run("--images", photos(10), "--weights", "random", "--shard-size", 2, *SUBMIT, *flags)
+    assert result.exit_code == 0, result.output
+    assert f"  --precision {precision}\n" in slurm.read_text()
+    assert json.loads(Path("features/photos/plan.json").read_text())["provenance"]["precision"] == precision
+
+
+def test_a_task_with_several_gpus_uses_them_all(fake: Any, photos: Any, slurm: Path) -> None:
+    folder = photos(10)
+    for flags, devices in (((), "auto"), (("--devices", 2), "2")):
+        result = run("--images", folder, *SMALL, *SUBMIT, "--gpus-per-task", 4, *flags)
+        assert result.exit_code == 0, result.output
+        assert f"  --devices {devices}\n" in slurm.read_text()
+
+
+def test_no_more_jobs_than_shards_are_submitted(fake: Any, photos: Any, slurm: Path) -> None:
+    result = run("--images", photos(4), *SMALL, *SUBMIT)
+    assert "only 2 shards" in result.stderr
+    assert "#SBATCH --array=0-1\n" in slurm.read_text()
+
+
+def test_a_complete_store_is_not_submitted_again(fake: Any, photos: Any, slurm: Path) -> None:
+    folder = photos(10, bad={1: "text"})
+    assert run("--images", folder, *SMALL).exit_code == 3
+    result = run("--images", folder, *SMALL, *SUBMIT, "--wait")
+    assert "nothing to do" in result.stdout
+    assert result.exit_code == 3
+    assert not slurm.exists()
+
+
+def test_another_plan_on_disk_is_refused_before_anything_is_submitted(fake: Any, photos: Any, slurm: Path) -> None:
+    folder = photos(4)
+    assert run("--images", folder, *SMALL).exit_code == 0
+    said = fails(2, "--images", folder, "--weights", "random:1", "--precision", "float32", *SUBMIT)
+    assert "planned differently" in said
+    assert not slurm.exists()
+
+
+def test_waiting_for_jobs_that_are_gone_is_a_failure(fake: Any, photos: Any, slurm: Path) -> None:
+    said = fails(1, "--images", photos(10), *SMALL, *SUBMIT, "--wait")
+    assert "5 of 5 shards are missing" in said
+    assert "photos.slurm/42_*.log" in said
+
+
+def test_control_c_ends_the_waiting_and_not_the_jobs(
+    fake: Any, photos: Any, slurm: Path, no_launcher: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    no_launcher.setattr("extract.submit.follow", interrupt)
+    result = run("--images", photos(10), *SMALL, *SUBMIT, "--wait")
+    assert result.exit_code == 130
+    assert "the jobs go on" in result.stderr
+    assert "scancel 42" in result.stderr
+
+
+def test_without_slurm_submitting_is_wrong_use_that_says_so(
+    fake: Any, photos: Any, no_launcher: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    no_launcher.setenv("PATH", str(tmp_path))
+    assert "sbatch" in fails(2, "--images", photos(10), *SMALL, *SUBMIT)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-import json
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from common.annotations import ImageRecord
 from common.errors import MismatchError, StoreError
+from extract.image_list import Image, ImageList
 from extract.plan import Plan, read_plan, settle_plan
 
 PROVENANCE: dict[str, Any] = {
@@ -25,12 +25,30 @@ PROVENANCE: dict[str, Any] = {
 }
 
 
-def records(count: int, first: int = 0) -> list[ImageRecord]:
-    return [ImageRecord(i * 7, f"folder/café {i}.jpg", ("a cat",)) for i in range(first, first + count)]
+def listed(count: int, first: int = 0) -> list[Image]:
+    return [(i * 7, f"folder/café {i}.jpg") for i in range(first, first + count)]
 
 
-def plan(count: int = 10, shard_size: int = 4, batch_size: int = 2, **change: Any) -> Plan:
-    return Plan.make("train", records(count), shard_size, batch_size, copy.deepcopy(PROVENANCE) | change)
+def make(
+    split: str, images: list[Image], shard_size: int, batch_size: int, provenance: dict[str, Any],
+    folder: Path | None = None,
+) -> Plan:  # fmt: skip
+    return Plan(split, shard_size, batch_size, provenance, (ImageList.make(images, shard_size, folder),))
+
+
+def plan(count: int = 10, shard_size: int = 4, batch_size: int = 2, folder: Path | None = None, **change: Any) -> Plan:
+    return make("train", listed(count), shard_size, batch_size, copy.deepcopy(PROVENANCE) | change, folder)
+
+
+def settle(folder: Path, images: list[Image], append: bool = False, **change: Any) -> Plan:
+    """As a run does: the list is written only where there is no plan yet."""
+    fresh = None if (folder / "plan.json").exists() else folder
+    wanted = make("train", images, 4, 2, copy.deepcopy(PROVENANCE) | change, fresh)
+    return settle_plan(wanted, images, folder, append=append)
+
+
+def all_images(made: Plan, folder: Path) -> list[Image]:
+    return list(itertools.chain.from_iterable(made.images_of(shard, folder) for shard in range(made.shards)))
 
 
 @pytest.mark.parametrize(
@@ -44,30 +62,36 @@ def test_shards_divide_the_rows_with_only_the_last_one_short(images: int, shard_
     assert [row for s in range(made.shards) for row in made.rows_of(s)] == list(range(images))
 
 
-def test_shard_names_sort_in_the_order_of_their_rows() -> None:
-    made = plan(12_000, 1)
+def test_no_folder_gets_more_than_a_thousand_shards() -> None:
+    made = plan(12_345, 1)
     names = [made.shard_name(s) for s in range(made.shards)]
-    assert names == sorted(set(names))
+    assert len(set(names)) == 12_345
+    assert names[:2] == ["00000.h5", "00001.h5"]
+    assert (names[999], names[1000], names[12_344]) == ("00999.h5", "001/01000.h5", "012/12344.h5")
+
+
+def test_shards_there_are_found_in_every_folder_and_nothing_else_is(tmp_path: Path) -> None:
+    made = plan(2500, 1)
+    for name in ("00000.h5", "00999.h5", "001/01000.h5", "002/02499.h5", "002/02500.h5", ".00001.h5.tmp", "x.h5"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert made.shards_there(tmp_path) == [0, 999, 1000, 2499]
+    assert made.shards_there(tmp_path / "nothing") == []
 
 
 def test_a_plan_comes_back_from_disk_as_it_was(tmp_path: Path) -> None:
-    made = plan()
+    made = plan(folder=tmp_path)
     (tmp_path / "plan.json").write_text(made.to_json(), encoding="utf-8")
-    back = read_plan(tmp_path / "plan.json")
+    back = read_plan(tmp_path)
     assert back == made
     assert back.digest() == made.digest()
     assert back.to_json() == made.to_json()
-
-
-def test_the_file_is_json_with_an_image_a_line() -> None:
-    text = plan(10).to_json()
-    assert json.loads(text)["images"][3] == [21, "folder/café 3.jpg"]
-    assert sum("folder/café" in line for line in text.splitlines()) == 10
+    assert all_images(back, tmp_path) == listed(10)
 
 
 def test_the_digest_does_not_depend_on_the_order_of_keys() -> None:
     turned = dict(reversed(PROVENANCE.items()))
-    assert Plan.make("train", records(10), 4, 2, turned).digest() == plan().digest()
+    assert make("train", listed(10), 4, 2, turned).digest() == plan().digest()
 
 
 def test_the_digest_changes_with_anything_in_the_plan() -> None:
@@ -77,34 +101,40 @@ def test_the_digest_changes_with_anything_in_the_plan() -> None:
         plan(shard_size=5),
         plan(batch_size=3),
         plan(dtype="float32"),
-        Plan.make("val", records(10), 4, 2, PROVENANCE),
-        Plan.make("train", records(10)[::-1], 4, 2, PROVENANCE),
-        Plan.make("train", [ImageRecord(r.image_id + 1, r.file_name) for r in records(10)], 4, 2, PROVENANCE),
+        make("val", listed(10), 4, 2, PROVENANCE),
+        make("train", listed(10)[::-1], 4, 2, PROVENANCE),
+        make("train", [(i + 1, name) for i, name in listed(10)], 4, 2, PROVENANCE),
     ]
     assert len({made.digest(), *(other.digest() for other in others)}) == len(others) + 1
-
-
-def test_the_digest_does_not_depend_on_the_captions() -> None:
-    bare = [ImageRecord(r.image_id, r.file_name) for r in records(10)]
-    assert Plan.make("train", bare, 4, 2, PROVENANCE).digest() == plan().digest()
 
 
 # ---------------------------------------------------------------------------------------------- on disk already
 
 
 def test_the_first_plan_is_written_and_the_same_plan_agrees_with_it(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "plan.json"
-    assert settle_plan(plan(), path) == plan()
-    written = path.read_bytes()
-    assert settle_plan(plan(), path) == plan()
-    assert path.read_bytes() == written
-    assert [p.name for p in path.parent.iterdir()] == ["plan.json"]
+    folder = tmp_path / "new"
+    first = settle(folder, listed(10))
+    assert first == plan()
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    assert settle(folder, listed(10)) == first
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert sorted(before) == [first.lists[0].file, "plan.json"]
+
+
+def test_of_two_workers_that_start_at_once_the_second_compares_with_the_first(tmp_path: Path) -> None:
+    """Both saw no plan, and both have written their lists: the plan of the first must not be overwritten."""
+    one, two = plan(10, folder=tmp_path), plan(12, folder=tmp_path)
+    same = plan(10, folder=tmp_path)
+    assert settle_plan(one, listed(10), tmp_path) == one
+    assert settle_plan(same, listed(10), tmp_path) == one
+    with pytest.raises(MismatchError, match="2 new"):
+        settle_plan(two, listed(12), tmp_path)
+    assert read_plan(tmp_path) == one
 
 
 def test_a_store_once_begun_keeps_its_shard_size_and_batch_size(tmp_path: Path) -> None:
-    path = tmp_path / "plan.json"
-    settle_plan(plan(shard_size=4, batch_size=2), path)
-    kept = settle_plan(plan(shard_size=5, batch_size=3), path)
+    settle_plan(plan(shard_size=4, batch_size=2, folder=tmp_path), listed(10), tmp_path)
+    kept = settle_plan(plan(shard_size=5, batch_size=3), listed(10), tmp_path)
     assert (kept.shard_size, kept.batch_size) == (4, 2)
     assert kept == plan(shard_size=4, batch_size=2)
 
@@ -120,67 +150,124 @@ def test_a_store_once_begun_keeps_its_shard_size_and_batch_size(tmp_path: Path) 
         ({"grid_shape": [7, 7, 2048]}, ["grid_shape"]),
         ({"dtype": "float32"}, ["dtype", "float16", "float32"]),
         ({"precision": "bfloat16"}, ["precision", "float32", "bfloat16"]),
+        ({"compile": True}, ["compile"]),
+        ({"views": ["original", "hflip"]}, ["views", "hflip"]),
     ],
 )
 def test_other_features_than_planned_are_refused_with_what_differs(
     tmp_path: Path, change: dict[str, Any], named: list[str]
 ) -> None:
-    path = tmp_path / "plan.json"
-    settle_plan(plan(), path)
-    before = path.read_bytes()
-    with pytest.raises(MismatchError) as caught:
-        settle_plan(plan(**change), path)
-    for text in (*named, str(path)):
-        assert text in caught.value.what
-    assert path.read_bytes() == before
+    settle(tmp_path, listed(10))
+    before = (tmp_path / "plan.json").read_bytes()
+    for append in (False, True):
+        with pytest.raises(MismatchError) as caught:
+            settle(tmp_path, listed(10), append, **change)
+        for text in (*named, str(tmp_path / "plan.json")):
+            assert text in caught.value.what
+    assert (tmp_path / "plan.json").read_bytes() == before
+
+
+def test_a_complete_store_does_not_mind_another_precision(tmp_path: Path) -> None:
+    settle(tmp_path, listed(10))
+    wanted = plan(precision="bfloat16", compile=True)
+    assert settle_plan(wanted, listed(10), tmp_path, {"precision", "compile"}) == plan()
 
 
 def test_the_same_weights_under_another_name_are_the_same_weights(tmp_path: Path) -> None:
-    settle_plan(plan(), tmp_path / "plan.json")
-    renamed = plan(weights={**PROVENANCE["weights"], "name": "renamed.pth"})
-    assert settle_plan(renamed, tmp_path / "plan.json") == plan()
+    settle(tmp_path, listed(10))
+    assert settle(tmp_path, listed(10), weights={**PROVENANCE["weights"], "name": "renamed.pth"}) == plan()
 
 
 @pytest.mark.parametrize(
     ("images", "named"),
     [
-        (records(12), "10 there, 12 here (2 new, 0 gone)"),
-        (records(7), "10 there, 7 here (0 new, 3 gone)"),
-        (records(10, first=1), "10 there, 10 here (1 new, 1 gone)"),
-        (records(10)[::-1], "another order"),
+        (listed(12), "10 there, 12 here (2 new, 0 gone)"),
+        (listed(7), "10 there, 7 here (0 new, 3 gone)"),
+        (listed(10, first=1), "10 there, 10 here (1 new, 1 gone)"),
+        (listed(10)[::-1], "another order"),
     ],
     ids=["more", "fewer", "others", "reversed"],
 )
-def test_another_list_of_images_is_refused_with_what_differs(
-    tmp_path: Path, images: list[ImageRecord], named: str
-) -> None:
-    settle_plan(plan(), tmp_path / "plan.json")
+def test_another_list_of_images_is_refused_with_what_differs(tmp_path: Path, images: list[Image], named: str) -> None:
+    settle(tmp_path, listed(10))
     with pytest.raises(MismatchError) as caught:
-        settle_plan(Plan.make("train", images, 4, 2, PROVENANCE), tmp_path / "plan.json")
+        settle(tmp_path, images)
     assert named in caught.value.what
     assert "--output" in caught.value.hint
 
 
 def test_everything_that_differs_is_named_at_once(tmp_path: Path) -> None:
-    settle_plan(plan(), tmp_path / "plan.json")
+    settle(tmp_path, listed(10))
     with pytest.raises(MismatchError, match=r"encoder.*dtype.*images"):
-        settle_plan(plan(12, encoder="resnet50", dtype="float32"), tmp_path / "plan.json")
+        settle(tmp_path, listed(12), encoder="resnet50", dtype="float32")
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{}", "[]", "not json", plan().to_json()[:-20], '{"format": "gridcap-plan", "version": 1}']
+    "text",
+    [
+        "",
+        "{}",
+        "[]",
+        "not json",
+        plan().to_json()[:-20],
+        '{"format": "gridcap-plan", "version": 2}',
+        plan().to_json().replace('"shard_size": 4', '"shard_size": 5'),
+        plan().to_json().replace('"shard_size": 4', '"shard_size": 0'),
+    ],
 )
 def test_a_damaged_plan_is_an_error_that_names_the_file(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "plan.json"
-    path.write_text(text)
+    (tmp_path / "plan.json").write_text(text)
     with pytest.raises(StoreError, match="not a plan") as caught:
-        settle_plan(plan(), path)
-    assert str(path) in caught.value.what
+        settle(tmp_path, listed(10))
+    assert str(tmp_path / "plan.json") in caught.value.what
 
 
-def test_a_plan_of_a_newer_version_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "plan.json"
-    path.write_text(plan().to_json().replace('"version": 1', '"version": 99'))
-    with pytest.raises(StoreError) as caught:
-        read_plan(path)
-    assert "update" in caught.value.hint
+def test_a_plan_of_another_version_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text(plan().to_json().replace('"version": 2', '"version": 99'))
+    with pytest.raises(StoreError, match="version"):
+        read_plan(tmp_path)
+
+
+def test_no_plan_means_no_store(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="no plan"):
+        read_plan(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------- --append
+
+
+def test_appended_images_come_after_all_others_and_leave_them_where_they_are(tmp_path: Path) -> None:
+    first = settle(tmp_path, listed(10))
+    more = [*listed(3, first=20), *listed(10), *listed(3, first=30)]
+    longer = settle(tmp_path, more, append=True)
+    assert all_images(longer, tmp_path) == [*listed(10), *listed(3, first=20), *listed(3, first=30)]
+    assert [len(longer.rows_of(s)) for s in range(longer.shards)] == [4, 4, 2, 4, 2]
+    assert [row for s in range(longer.shards) for row in longer.rows_of(s)] == list(range(16))
+    assert [longer.digest_of(s) for s in range(3)] == [first.digest()] * 3
+    assert longer.digest_of(3) == longer.digest() != first.digest()
+    assert read_plan(tmp_path) == longer
+
+
+def test_the_same_list_agrees_with_a_store_it_was_appended_to(tmp_path: Path) -> None:
+    settle(tmp_path, listed(10))
+    more = [*listed(3, first=20), *listed(10)]
+    longer = settle(tmp_path, more, append=True)
+    assert settle(tmp_path, more, append=True) == longer
+    assert settle(tmp_path, more) == longer
+    with pytest.raises(MismatchError, match=r"13 there, 14 here \(1 new, 0 gone\)"):
+        settle(tmp_path, [*more, (1, "new.jpg")])
+
+
+def test_images_may_be_appended_by_a_list_of_just_these_and_more_than_once(tmp_path: Path) -> None:
+    settle(tmp_path, listed(10))
+    settle(tmp_path, listed(2, first=10), append=True)
+    last = settle(tmp_path, listed(5, first=11), append=True)
+    assert all_images(last, tmp_path) == listed(16)
+    assert [len(last.rows_of(s)) for s in range(last.shards)] == [4, 4, 2, 2, 4]
+
+
+def test_an_appended_image_may_not_take_another_ones_id(tmp_path: Path) -> None:
+    first = settle(tmp_path, listed(10))
+    with pytest.raises(MismatchError, match=r"image 7 is other\.jpg"):
+        settle(tmp_path, [(7, "other.jpg")], append=True)
+    assert read_plan(tmp_path) == first

@@ -6,26 +6,30 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-import extract.run as run_module
+import extract.plan as plan_module
+import extract.worker as worker_module
 from common.annotations import list_images
 from common.errors import ExtractionError, MismatchError
+from common.files import this_machine
 from common.scenes import all_scenes, render
 from common.shard import ShardReader, ShardWriter
 from common.store import FeatureStore
-from extract.run import extract_features
+from extract.cluster import Share
+from extract.run import extract_features, settled_plan, survey
 
 
 def right_grids(fake: Any, folder: Path, dtype: str = "float16") -> np.ndarray:
@@ -41,7 +45,7 @@ def assert_right(fake: Any, folder: Path, index: Path, rejected: dict[int, str] 
     with FeatureStore(index) as store:
         assert store.file_names == [r.file_name for r in records]
         assert store.image_ids.tolist() == [r.image_id for r in records]
-        assert store.rejects() == rejected
+        assert store.rejects == rejected
         assert (~store.valid).nonzero()[0].tolist() == sorted(rejected)
         grids = store.rows(range(len(store)))
     for row, record in enumerate(records):
@@ -134,7 +138,7 @@ def test_two_folders_with_the_same_pictures_give_the_same_bytes(
     one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
     assert one.pop("s/config.yaml") != two.pop("s/config.yaml")  # it says how many readers
     assert one == two
-    assert len(one) == 5
+    assert len(one) == 6
 
 
 # ------------------------------------------------------------------------------------------------- rejected images
@@ -343,9 +347,9 @@ def test_what_killed_runs_left_behind_is_removed(
 ) -> None:
     folder = tmp_path / "features" / "s"
     folder.mkdir(parents=True)
-    stale = folder / _temporary_name("00001.h5", socket.gethostname(), dead_process)
+    stale = folder / _temporary_name("00001.h5", this_machine(), dead_process)
     stale.write_bytes(b"half a shard")
-    stale_index = tmp_path / "features" / _temporary_name("s.h5", socket.gethostname(), dead_process)
+    stale_index = tmp_path / "features" / _temporary_name("s.h5", this_machine(), dead_process)
     stale_index.write_bytes(b"half an index")
     extracted(photos(6), extract__shard_size=4)
     assert not stale.exists()
@@ -357,7 +361,7 @@ def test_temporary_files_of_workers_that_may_be_running_are_left_alone(
 ) -> None:
     folder = tmp_path / "features" / "s"
     folder.mkdir(parents=True)
-    running = folder / _temporary_name("00001.h5", socket.gethostname(), os.getpid())
+    running = folder / _temporary_name("00001.h5", this_machine(), os.getpid())
     elsewhere = folder / _temporary_name("00001.h5", "another-machine", dead_process)
     for path in (running, elsewhere):
         path.write_bytes(b"half a shard")
@@ -429,7 +433,7 @@ def test_a_full_disk_leaves_no_shard_with_the_grids_of_another(
             super().write(*args)
 
     folder = photos(16)
-    monkeypatch.setattr(run_module, "ShardWriter", FullOnce)
+    monkeypatch.setattr(plan_module, "ShardWriter", FullOnce)
     with pytest.raises(OSError, match="No space"):
         extracted(folder, extract__shard_size=2, extract__batch_size=2)
     assert no_temporaries(folder.parent / "features")
@@ -456,7 +460,8 @@ def test_an_error_of_the_encoder_leaves_whole_shards_and_no_temporary_file(
             extracted(folder, extract__shard_size=4, extract__batch_size=2)
     features = folder.parent / "features"
     assert names_in(features) == ["s"]
-    assert set(names_in(features / "s")) <= {"00000.h5", "config.yaml", "plan.json"}
+    lists = {path.name for path in (features / "s").glob("images-*.jsonl")}
+    assert set(names_in(features / "s")) - lists <= {"00000.h5", "config.yaml", "plan.json"}
     job, _ = extracted(folder, extract__shard_size=4, extract__batch_size=2)
     assert_right(fake, folder, job.output)
 
@@ -531,7 +536,7 @@ def test_readers_run_ahead_of_a_slow_encoder_by_a_few_batches_only(
     fake: Any, photos: Any, extracted: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gauge = Gauge()
-    real_load, real_encode = run_module.load_square, fake.encode
+    real_load, real_encode = worker_module.load_square, fake.encode
 
     def load(*args: Any) -> np.ndarray:
         gauge.enter(1)
@@ -542,7 +547,7 @@ def test_readers_run_ahead_of_a_slow_encoder_by_a_few_batches_only(
         gauge.leave(len(images))
         return real_encode(self, images)
 
-    monkeypatch.setattr(run_module, "load_square", load)
+    monkeypatch.setattr(worker_module, "load_square", load)
     monkeypatch.setattr(fake, "encode", encode)
     extracted(photos(BATCH * BATCHES), extract__shard_size=16, extract__batch_size=BATCH)
     assert gauge.entered == BATCH * BATCHES
@@ -561,13 +566,13 @@ def test_the_encoder_runs_ahead_of_a_slow_disk_by_a_few_batches_only(
         return real_encode(self, images)
 
     class SlowWriter(ShardWriter):
-        def write(self, start: int, grids: np.ndarray, rejects: dict[int, str]) -> None:
+        def write(self, start: int, grids: np.ndarray, *more: Any) -> None:
             gauge.wait_until_still()
             gauge.leave(len(grids))
-            super().write(start, grids, rejects)
+            super().write(start, grids, *more)
 
     monkeypatch.setattr(fake, "encode", encode)
-    monkeypatch.setattr(run_module, "ShardWriter", SlowWriter)
+    monkeypatch.setattr(plan_module, "ShardWriter", SlowWriter)
     extracted(photos(BATCH * BATCHES), extract__shard_size=16, extract__batch_size=BATCH)
     assert gauge.entered == BATCH * BATCHES
     assert gauge.most <= 6 * BATCH
@@ -579,13 +584,13 @@ def test_images_are_read_by_several_threads(
 ) -> None:
     """Three readers meet at a barrier; with fewer threads it would break."""
     barrier = threading.Barrier(3, timeout=20)
-    real_load = run_module.load_square
+    real_load = worker_module.load_square
 
     def load(*args: Any) -> np.ndarray:
         barrier.wait()
         return real_load(*args)
 
-    monkeypatch.setattr(run_module, "load_square", load)
+    monkeypatch.setattr(worker_module, "load_square", load)
     folder = photos(12)
     job, _ = extracted(folder, extract__readers=3, extract__batch_size=6)
     assert_right(fake, folder, job.output)
@@ -658,6 +663,7 @@ def test_killed_then_interrupted_then_started_again_a_run_gives_the_very_same_fi
     expected = contents(calm.parent)
     assert set(expected) == {
         "scenes.h5", "scenes/plan.json", "scenes/config.yaml", *(f"scenes/0000{s}.h5" for s in range(3)),
+        *(name for name in expected if name.startswith("scenes/images-")),
     }  # fmt: skip
 
     with running_until("00000.h5", scenes, rough) as process:
@@ -688,3 +694,123 @@ def test_killed_then_interrupted_then_started_again_a_run_gives_the_very_same_fi
     assert third.returncode == 0, third.stderr
     assert "nothing to do" in third.stdout
     assert times(rough.parent) == stamps
+
+
+# --------------------------------------------------------------------------------------------------- several workers
+
+
+def test_workers_in_any_order_make_the_store_that_one_makes(
+    fake: Any, photos: Any, job: Any, extracted: Any, tmp_path: Path
+) -> None:
+    folder = photos(21, bad={4: "text"})
+    keys = {"extract__shard_size": 2, "extract__batch_size": 2}
+    extracted(folder, tmp_path / "one" / "s.h5", **keys)
+    summaries = []
+    for worker in (2, 0, 3, 1):
+        config, prepared = job(folder, tmp_path / "many" / "s.h5", **keys)
+        summaries.append(extract_features(config, prepared, Share(worker, 4), progress=False))
+    assert [s.complete for s in summaries] == [False, False, False, True]
+    assert [s.made for s in summaries] == [3, 3, 2, 3]
+    assert [s.rejects.total() for s in summaries] == [1, 0, 0, 1], "their own; at the end of the whole store"
+    assert contents(tmp_path / "many") == contents(tmp_path / "one")
+
+
+def test_another_number_of_workers_finishes_what_some_left(fake: Any, photos: Any, job: Any) -> None:
+    config, prepared = job(photos(20), extract__shard_size=2)
+    extract_features(config, prepared, Share(1, 4), progress=False)
+    assert not extract_features(config, prepared, Share(0, 2), progress=False).complete
+    last = extract_features(config, prepared, Share(1, 2), progress=False)
+    assert (last.complete, last.made, last.done_before) == (True, 2, 3)
+    assert_right(fake, prepared.images, prepared.output)
+
+
+def test_a_worker_without_work_still_completes_the_store(fake: Any, photos: Any, job: Any) -> None:
+    config, prepared = job(photos(4), extract__shard_size=2)
+    extract_features(config, prepared, Share(0, 1), progress=False)
+    prepared.output.unlink()
+    built = fake.built
+    assert extract_features(config, prepared, Share(7, 8), progress=False).complete
+    assert fake.built == built
+
+
+def test_two_workers_with_the_same_shards_at_once_make_the_same_store(
+    fake: Any, photos: Any, job: Any, extracted: Any, tmp_path: Path
+) -> None:
+    folder = photos(24)
+    extracted(folder, tmp_path / "one" / "s.h5", extract__shard_size=4)
+    config, prepared = job(folder, tmp_path / "both" / "s.h5", extract__shard_size=4)
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(extract_features, config, prepared, progress=False) for _ in range(2)]
+        assert all(run.result().complete for run in runs)
+    assert contents(tmp_path / "both") == contents(tmp_path / "one")
+
+
+# ---------------------------------------------------------------------------------------------------------- appended
+
+
+def test_appended_images_become_new_shards_and_the_old_ones_are_not_touched(
+    fake: Any, photos: Any, job: Any, tmp_path: Path
+) -> None:
+    folder = photos(7)
+    config, prepared = job(folder, extract__shard_size=3)
+    extract_features(config, prepared, progress=False)
+    before = times(prepared.folder)
+    for i in range(7, 12):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)).save(folder / f"{i:04}.png")
+    config, longer = job(folder, extract__shard_size=3)
+    with pytest.raises(MismatchError, match="5 new"):
+        extract_features(config, longer, progress=False)
+    summary = extract_features(config, longer, progress=False, append=True)
+    assert (summary.made, summary.done_before, summary.shards, summary.complete) == (2, 3, 5, True)
+    after = times(longer.folder)
+    assert {name: after[name] for name in before if name.endswith("0.h5")} == {
+        name: stamp for name, stamp in before.items() if name.endswith("0.h5")
+    }
+    assert_right(fake, folder, longer.output)
+    assert extract_features(config, longer, progress=False).made == 0, "and the same list is complete now"
+
+
+def test_the_store_stays_readable_until_what_was_appended_is_there(
+    fake: Any, photos: Any, job: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = photos(6)
+    config, prepared = job(folder, extract__shard_size=3)
+    extract_features(config, prepared, progress=False)
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(folder / "9.png")
+    config, longer = job(folder, extract__shard_size=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(fake, "encode", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            extract_features(config, longer, progress=False, append=True)
+    with FeatureStore(longer.output) as store:
+        assert len(store) == 6
+    extract_features(config, longer, progress=False)
+    with FeatureStore(longer.output) as store:
+        assert len(store) == 7
+        assert store.file_names[6] == "9.png"
+
+
+# -------------------------------------------------------------------------------------------------- before the first
+
+
+def test_what_does_not_fit_on_the_disk_is_not_begun(
+    fake: Any, photos: Any, job: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, prepared = job(photos(12), extract__shard_size=4)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=12 * 2 * 2 * 3 * 2 - 1))
+    with pytest.raises(ExtractionError, match="GiB are free") as caught:
+        extract_features(config, prepared, progress=False)
+    assert "--output" in caught.value.hint
+    assert fake.built == 0
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=12 * 2 * 2 * 3 * 2))
+    assert extract_features(config, prepared, progress=False).complete
+
+
+def test_a_survey_counts_what_is_there_and_what_is_mine(fake: Any, photos: Any, job: Any) -> None:
+    config, prepared = job(photos(10), extract__shard_size=2)
+    extract_features(config, prepared, Share(0, 2), progress=False)
+    plan = settled_plan(config, prepared)
+    found = survey(prepared, plan, Share(1, 2))
+    assert (found.there, found.missing) == ([0, 2, 4], [1, 3])
+    assert found.needed == 4 * 2 * 2 * 3 * 2
+    assert survey(prepared, plan, Share(0, 2)).missing == []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import zlib
 from pathlib import Path
-from typing import Any
 
 import click.testing
 import h5py
@@ -13,35 +12,30 @@ import numpy as np
 import pytest
 
 from common.errors import StoreError
-from common.shard import ShardReader, ShardWriter
-from common.store import write_index
+from common.shard import ShardReader
 from extract.cli import verify_features
-from extract.plan import Plan
+from extract.image_list import ImageList
+from extract.plan import Plan, shard_writer, write_planned_index
 from extract.verify import Report, repair, verify_store
 
 GRID = (2, 2, 4)
-PROVENANCE = {"encoder": "fake", "grid_shape": list(GRID), "dtype": "float16"}
+PROVENANCE = {"encoder": "fake", "grid_shape": list(GRID), "dtype": "float16", "views": ["original"]}
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
     """Seven images in three shards; image 3 is rejected."""
-    images = tuple((100 + i, f"{i}.jpg") for i in range(7))
-    plan = Plan("s", images, 3, 3, PROVENANCE)
+    images = [(100 + i, f"{i}.jpg") for i in range(7)]
     folder = tmp_path / "s"
-    folder.mkdir()
+    plan = Plan("s", 3, 3, PROVENANCE, (ImageList.make(images, 3, folder),))
     (folder / "plan.json").write_text(plan.to_json())
     rng = np.random.default_rng(0)
-    infos = []
     for shard in range(plan.shards):
-        rows = plan.rows_of(shard)
-        part = images[rows.start : rows.stop]
-        attributes: dict[str, Any] = {"index": shard, "split": "s", "plan": plan.digest(), "provenance": PROVENANCE}
-        path = folder / plan.shard_name(shard)
-        with ShardWriter(path, [i for i, _ in part], [n for _, n in part], GRID, "float16", attributes) as writer:
-            writer.write(0, rng.random((len(rows), *GRID)).astype("f2"), {0: "missing"} if shard == 1 else {})
-            infos.append(writer.finish())
-    write_index(tmp_path / "s.h5", folder, infos, "s", plan.digest(), PROVENANCE)
+        with shard_writer(folder, plan, shard) as writer:
+            rows = len(plan.rows_of(shard))
+            writer.write(0, rng.random((rows, *GRID)).astype("f2"), {0: "missing"} if shard == 1 else {})
+            writer.finish()
+    write_planned_index(tmp_path / "s.h5", plan)
     return tmp_path / "s.h5"
 
 

@@ -74,7 +74,7 @@ def write_store(
     ids = list(image_ids if image_ids is not None else range(len(grids)))
     names = list(file_names or (f"{i:03}.jpg" for i in ids))
     where = make_provenance(grid_shape=list(grids.shape[1:]), dtype=str(grids.dtype)) | provenance
-    shards = []
+    parts = []
     for index, start in enumerate(range(0, len(grids), shard_size)):
         part = slice(start, start + shard_size)
         attributes = {"index": index, "plan": f"plan of {path.name}", "provenance": where}
@@ -82,8 +82,11 @@ def write_store(
         shard = path.with_suffix("") / f"{index:05}.h5"
         with ShardWriter(shard, ids[part], names[part], grids.shape[1:], str(grids.dtype), attributes) as writer:
             writer.write(0, grids[part].copy(), refused)
-            shards.append(writer.finish())
-    write_index(path, path.with_suffix(""), shards, split, f"plan of {path.name}", where)
+            writer.finish()
+        parts.append(list(zip(ids[part], names[part], strict=True)))
+    shards = [f"{index:05}.h5" for index in range(len(parts))]
+    longest = max(len(name.encode()) for name in names)
+    write_index(path, path.with_suffix(""), shards, parts, longest, split, f"plan of {path.name}", where)
     return FeatureStore(path)
 
 

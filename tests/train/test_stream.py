@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from common.annotations import ImageRecord
 from common.errors import MismatchError, StoreError
-from train.stream import CaptionedImages, CaptionStream, choose_captions, epoch_order, pad_captions
+from common.shard import ShardWriter
+from common.store import FeatureStore
+from train.stream import CaptionedImages, CaptionStream, choose_captions, choose_views, epoch_order, pad_captions
 from train.vocabulary import BOS, EOS, PAD, Vocabulary
 
 COUNT = 23
@@ -249,3 +251,39 @@ def test_nothing_in_common_is_refused_with_both_sources(tmp_path, new_store):
     records = [ImageRecord(50, "050.jpg", ("elsewhere",)), ImageRecord(0, "000.jpg", ("x",)), ImageRecord(1, "001.jpg")]
     with pytest.raises(MismatchError, match=r"s\.h5.*captions_x\.json.*in common"):
         CaptionedImages.join(store, records, Path("captions_x.json"))
+
+
+# ------------------------------------------------------------------------------------------------------------ views
+
+
+def test_each_epoch_draws_a_view_of_each_image_whatever_batch_it_is_in():
+    rows = np.arange(400)
+    drawn = [choose_views(2, 7, epoch, rows) for epoch in range(6)]
+    for views in drawn:
+        assert set(views) == {0, 1}
+        assert 140 < views.sum() < 260
+    assert len({views.tobytes() for views in drawn}) == 6
+    np.testing.assert_array_equal(choose_views(2, 7, 3, rows[[5, 90]]), drawn[3][[5, 90]])
+    assert choose_views(2, 8, 0, rows).tolist() != drawn[0].tolist()
+
+
+def test_training_sees_the_drawn_view_and_validation_the_original(tmp_path):
+    grids = np.arange(12 * 2 * 2 * 3).reshape(12, 2, 2, 3).astype("f2")
+    provenance = {"grid_shape": [2, 2, 3], "dtype": "float16", "views": ["original", "hflip"]}
+    names = [f"{i}.jpg" for i in range(12)]
+    made_by = {"index": 0, "plan": "p", "provenance": provenance}
+    views = ("original", "hflip")
+    with ShardWriter(tmp_path / "s.h5", range(12), names, (2, 2, 3), "float16", made_by, views) as writer:
+        writer.write(0, grids.copy(), {})
+        writer.write(0, -grids, {}, "hflip")
+        writer.finish()
+    records = [ImageRecord(i, names[i], ("a cat",)) for i in range(12)]
+    data = CaptionedImages.join(FeatureStore(tmp_path / "s.h5"), records, Path("captions"))
+    stream = CaptionStream(data, Vocabulary.build(["a cat"]), 5, 1, 10, seed=3)
+    for epoch in range(3):
+        for batch in stream.epoch(epoch):
+            rows = data.rows[batch.images]
+            signs = 1 - 2 * choose_views(2, 3, epoch, rows)
+            want = (grids[rows] * signs[:, None, None, None]).reshape(len(rows), 4, 3)
+            np.testing.assert_array_equal(batch.grids.numpy(), want)
+    np.testing.assert_array_equal(np.concatenate([b.grids.numpy() for b in stream.in_order()]).ravel(), grids.ravel())

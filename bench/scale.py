@@ -1,0 +1,141 @@
+"""How planning, splitting, resuming and indexing grow: a store with its plan, its index and no features.
+
+    python -m bench.scale --images 100000000 --folder /tmp/scale
+
+Every step runs in a process of its own and says its seconds and its largest memory. The shards are headers alone:
+that is all that these steps read of a shard, so they take the same time over real ones on the same disk.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from common.files import publish_text
+from common.shard import HEADER_BYTES, ShardInfo
+from common.store import FeatureStore
+from extract.cluster import Share
+from extract.image_list import ImageList
+from extract.plan import FILE, Plan, read_plan, settle_plan, store_folder, write_planned_index
+
+WORKERS = 64
+PROVENANCE = {
+    "encoder": "inception_v3", "layer": "Mixed_7c", "weights": {"name": "none", "sha256": "", "random": True},
+    "preprocessing": {}, "grid_shape": [8, 8, 2048], "dtype": "float16", "precision": "float32", "compile": False,
+    "views": ["original"], "versions": {},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Names:
+    """As many images as wanted, made as they are asked for."""
+
+    count: int
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        for i in range(self.count):
+            yield i, f"{i // 1_000_000:03}/{i // 1000 % 1000:03}/{i:012}.jpg"
+
+
+def make_plan(output: Path, images: int, shard_size: int) -> str:
+    """The first worker: lists the images and writes the plan."""
+    folder = store_folder(output)
+    plan = Plan("scale", shard_size, 32, PROVENANCE, (ImageList.make(Names(images), shard_size, folder),))
+    publish_text(folder / FILE, plan.to_json())
+    return f"{plan.shards} shards; list {(folder / plan.lists[0].file).stat().st_size / 1e9:.2f} GB, plan.json " + (
+        f"{(folder / FILE).stat().st_size / 1e6:.1f} MB"
+    )
+
+
+def start_worker(output: Path, images: int, shard_size: int) -> str:
+    """Any other worker: lists the images, compares them with the plan, and finds its share."""
+    wanted = Plan("scale", shard_size, 32, PROVENANCE, (ImageList.make(Names(images), shard_size),))
+    plan = settle_plan(wanted, Names(images), store_folder(output))
+    mine = Share(7, WORKERS).of(plan.shards)
+    first = plan.images_of(mine[0], store_folder(output))
+    return f"{len(mine)} shards of {WORKERS} workers; the first begins with {first[0][1]}"
+
+
+def fake_shards(output: Path, images: int, shard_size: int) -> str:
+    """No part of the product: header-only files in the place of the shards."""
+    folder, plan = store_folder(output), read_plan(store_folder(output))
+    for shard in range(plan.shards):
+        path = folder / plan.shard_name(shard)
+        path.parent.mkdir(exist_ok=True)
+        info = ShardInfo(shard, plan.digest(), len(plan.rows_of(shard)), 0, HEADER_BYTES, f"{shard:064x}")
+        path.write_bytes(info.to_bytes())
+    return f"{plan.shards} files"
+
+
+def resume(output: Path, images: int, shard_size: int) -> str:
+    """A rerun: what is there, what is missing. (Every tenth shard is taken away, and put back.)"""
+    folder, plan = store_folder(output), read_plan(store_folder(output))
+    gone = [folder / plan.shard_name(shard) for shard in range(0, plan.shards, 10)]
+    for path in gone:
+        path.rename(path.with_suffix(".gone"))
+    begin = time.perf_counter()
+    there = plan.shards_there(folder)
+    took = time.perf_counter() - begin
+    for path in gone:
+        path.with_suffix(".gone").rename(path)
+    assert len(there) == plan.shards - len(gone)
+    return f"{len(gone)} shards are missing, found in {took:.2f} s"
+
+
+def index(output: Path, images: int, shard_size: int) -> str:
+    """The last worker: reads all headers and writes the index."""
+    write_planned_index(output, read_plan(store_folder(output)))
+    return f"{output.stat().st_size / 1e9:.2f} GB"
+
+
+def open_store(output: Path, images: int, shard_size: int) -> str:
+    """A reader: opens the store, which looks at every shard's header, and finds an image by its id."""
+    with FeatureStore(output) as store:
+        last_id, last = store.image_ids[-1], len(store) - 1
+        opened = time.perf_counter()
+        assert store.row_of_image(int(last_id)) == last
+        found = time.perf_counter() - opened
+        return f"{len(store)} rows; ids sorted for look-ups in {found:.1f} s; the last is {store.file_names[last]}"
+
+
+STEPS: dict[str, Callable[[Path, int, int], str]] = {
+    step.__name__: step for step in (make_plan, start_worker, fake_shards, resume, index, open_store)
+}
+
+
+@click.command()
+@click.option("--images", type=click.IntRange(min=1), default=100_000_000, show_default=True, help="Planned rows.")
+@click.option("--shard-size", type=click.IntRange(min=1), default=1024, show_default=True, help="Images in a shard.")
+@click.option("--folder", type=click.Path(path_type=Path), required=True, help="An empty folder for what is written.")
+@click.option("--step", type=click.Choice(list(STEPS)), help="Only this step, in this process.")
+def main(images: int, shard_size: int, folder: Path, step: str | None) -> None:
+    """Simulate a store of many images without features, step by step."""
+    output = folder / "scale.h5"
+    if step is not None:
+        begin = time.perf_counter()
+        said = STEPS[step](output, images, shard_size)
+        seconds = time.perf_counter() - begin
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        click.echo(json.dumps({"seconds": seconds, "MiB": memory, "said": said}))
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise click.UsageError(f"{folder} is not empty")
+    click.echo(f"{'step':<14}{'seconds':>10}{'MiB':>8}  ({images:,} images, shards of {shard_size})")
+    for name in STEPS:
+        command = [sys.executable, "-m", "bench.scale", "--step", name, "--folder", str(folder)]
+        command += ["--images", str(images), "--shard-size", str(shard_size)]
+        run = subprocess.run(command, check=True, capture_output=True, text=True)
+        got = json.loads(run.stdout)
+        click.echo(f"{name:<14}{got['seconds']:>10.1f}{got['MiB']:>8.0f}  {got['said']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,357 @@
+"""The extraction pipeline: read ‖ encode ‖ write, three stages with bounded queues between them.
+
+A pool of threads decodes images some batches ahead; this thread encodes; one thread writes, checks and names
+the shards. Memory holds a few batches, however many images there are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from common.config import PipelineConfig, allowed_bad
+from common.device import choose_device
+from common.errors import ExtractionError, MismatchError
+from common.shard import ORIGINAL, ShardReader, ShardWriter, UnstorableError, returned_type
+from extract.cluster import Share
+from extract.encoder import GridEncoder, PendingGrids, WeightsIdentity
+from extract.image import BadImageError, load_square
+from extract.image_list import Image
+from extract.nvjpeg import load_squares
+from extract.plan import Plan, shard_writer
+
+_BATCHES_AHEAD = 3
+
+
+@dataclass
+class Summary:
+    """What a run did.
+
+    Attributes:
+        images, shards: of the whole store.
+        done_before: shards of this worker that were there already.
+        made: shards that this run made.
+        complete: whether the index is written; if not, other workers still have shards to make.
+        seconds: this run took, without planning.
+        rejects: reason -> count, over the whole store; over this worker's shards if it is not complete.
+        encoded: images that went through the encoder.
+        running: seconds from the first image to the last.
+        waiting: of these, those in which the encoder waited for images to be read or shards to be written.
+        retried: rejected images that this run made good, if it was asked to.
+    """
+
+    images: int
+    shards: int
+    done_before: int = 0
+    made: int = 0
+    complete: bool = True
+    seconds: float = 0.0
+    rejects: Counter[str] = field(default_factory=Counter)
+    encoded: int = 0
+    running: float = 0.0
+    waiting: float = 0.0
+    retried: int = 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """One extraction: where the images are and which, where the store goes, and its plan."""
+
+    images: Path
+    records: Iterable[Image]
+    output: Path
+    folder: Path
+    plan: Plan
+    identity: WeightsIdentity
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Rows `start` to `stop` of the store, all in one shard."""
+
+    shard: int
+    start: int
+    stop: int
+
+
+def _batches(plan: Plan, shards: Iterable[int]) -> Iterator[_Batch]:
+    for shard in shards:
+        rows = plan.rows_of(shard)
+        for start in range(rows.start, rows.stop, plan.batch_size):
+            yield _Batch(shard, start, min(rows.stop, start + plan.batch_size))
+
+
+class Worker:
+    """Makes shards: the three stages and what they share."""
+
+    def __init__(
+        self, config: PipelineConfig, job: Job, plan: Plan, share: Share, summary: Summary, progress: bool
+    ) -> None:
+        self._config, self._job, self._plan, self._summary, self._progress = config, job, plan, summary, progress
+        self._rows = sum(len(plan.rows_of(shard)) for shard in share.of(plan.shards))
+        self._views: list[str] = plan.provenance["views"]
+        self._built: GridEncoder | None = None
+
+    def make(self, shards: list[int]) -> None:
+        """Make these shards."""
+        self._check_limit(None)
+        encoder = self._encoder()
+        plan, summary, todo = self._plan, self._summary, sum(len(self._plan.rows_of(s)) for s in shards)
+        store = _ShardStore(self._job.folder, plan)
+        readers = ThreadPoolExecutor(self._config.extract.readers, "read")
+        writer = ThreadPoolExecutor(1, "write")
+        bar = tqdm(
+            total=self._rows, initial=self._rows - todo, unit="image", desc=plan.split, disable=not self._progress
+        )
+        begin = time.perf_counter()
+        try:
+            writes: deque[Future[None]] = deque()
+            for batch, images, rejects in self._read_ahead(shards, encoder.side, readers):
+                summary.rejects.update(rejects.values())
+                self._check_limit(next(iter(rejects), None), batch)
+                grids = self._encode(images)
+                writes.append(writer.submit(store.write, batch, grids, rejects))
+                with self._waiting():
+                    while len(writes) > _BATCHES_AHEAD:
+                        writes.popleft().result()
+                bar.update(len(images))
+                summary.made = store.finished
+                if batch.stop == plan.rows_of(shards[0]).stop and len(shards) > 1 and self._progress:
+                    took = time.perf_counter() - begin
+                    left = took / len(plan.rows_of(shards[0])) * todo - took
+                    bar.write(f"first shard after {_duration(took)}; about {_duration(left)} for the rest")
+            while writes:
+                writes.popleft().result()
+            summary.made = store.finished
+        except UnstorableError as error:
+            hint = "store float32 instead: --dtype float32, into another --output"
+            raise ExtractionError(str(error), hint) from error
+        finally:
+            bar.close()
+            readers.shutdown(cancel_futures=True)
+            writer.shutdown(cancel_futures=True)
+            store.abandon()
+        summary.running += time.perf_counter() - begin
+
+    def retry(self, shards: list[int]) -> None:
+        """Try the rejected images of these shards again; a shard is written anew if one of them is good now."""
+        rejected = self._summary.rejects.total()
+        with (
+            ThreadPoolExecutor(self._config.extract.readers, "read") as pool,
+            tqdm(total=rejected, unit="image", desc="retry", disable=not self._progress) as bar,
+        ):
+            for shard in shards:
+                path = self._job.folder / self._plan.shard_name(shard)
+                with ShardReader(path) as reader:
+                    if not reader.rejects:
+                        continue
+                    start = self._plan.rows_of(shard).start
+                    side = self._encoder().side
+                    futures = {row: pool.submit(self._load, start + row, shard, side) for row in reader.rejects}
+                    loaded = {row: future.result() for row, future in futures.items()}
+                    bar.update(len(loaded))
+                    if any(not isinstance(new, str) or new != reader.rejects[row] for row, new in loaded.items()):
+                        self._rewrite(shard, reader, loaded)
+
+    def _rewrite(self, shard: int, reader: ShardReader, loaded: dict[int, np.ndarray | str]) -> None:
+        """Write a shard anew with the images that are good now; its other rows are copied byte by byte."""
+        first = self._plan.rows_of(shard).start
+        with shard_writer(self._job.folder, self._plan, shard) as writer:
+            for batch in _batches(self._plan, [shard]):
+                rows = range(batch.start - first, batch.stop - first)
+                good = {row: image for row in rows if isinstance(image := loaded.get(row), np.ndarray)}
+                grids: dict[str, np.ndarray] = {}
+                if good:  # in a batch of the same size, at its own place: so it gets the bytes of a first run
+                    side = self._encoder().side
+                    images = np.zeros((len(rows), side, side, 3), np.uint8)
+                    for row, image in good.items():
+                        images[row - rows.start] = image
+                    grids = {view: pending.result() for view, pending in self._encode(images).items()}
+                for row in rows:
+                    for view, made in grids.items():
+                        if row in good:
+                            place = row - rows.start
+                            writer.write(row, made[place : place + 1], {}, view)
+                    if row not in good:
+                        reason = loaded.get(row)
+                        writer.copy(row, reader, reason if isinstance(reason, str) else None)
+                self._summary.retried += len(good)
+            self._job.output.unlink(missing_ok=True)  # its hash of this shard will be wrong
+            writer.finish()
+
+    def _encoder(self) -> GridEncoder:
+        """The encoder, built when the first image needs it.
+
+        Raises:
+            MismatchError: this machine would not compute as the store was begun.
+        """
+        if self._built is not None:
+            return self._built
+        begun, here = (plan.provenance["precision"] for plan in (self._plan, self._job.plan))
+        if begun != here:
+            raise MismatchError(
+                f"{self._job.folder}: begun in {begun}, and auto means {here} on this machine",
+                f"finish it with --precision {begun}, or delete the folder to begin again",
+            )
+        if differing := _version_changes(self._plan, self._job.plan):
+            raise MismatchError(
+                f"{self._job.folder}: begun with other library versions: {differing}",
+                "install those versions to finish it, or delete the folder to begin again",
+            )
+        extract, provenance = self._config.extract, self._plan.provenance
+        returned = returned_type(np.dtype(extract.dtype)).name  # the shard's writer makes the 8 bits of uint8
+        self._built = GridEncoder(
+            extract.encoder, self._job.identity, extract.precision, extract.device, returned,
+            bool(provenance["compile"]), self._plan.batch_size,
+        )  # fmt: skip
+        return self._built
+
+    def _encode(self, images: np.ndarray) -> dict[str, PendingGrids]:
+        """(B, side, side, 3) -> for each view (B, *grid), which a GPU may still be computing."""
+        encoder = self._encoder()
+        self._summary.encoded += len(images)
+        return {
+            view: encoder.submit(images if view == ORIGINAL else np.ascontiguousarray(images[:, :, ::-1]))
+            for view in self._views
+        }
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Count the time in this block as the encoder's waiting."""
+        begin = time.perf_counter()
+        yield
+        self._summary.waiting += time.perf_counter() - begin
+
+    def _check_limit(self, row: int | None, batch: _Batch | None = None) -> None:
+        bad, max_bad = self._summary.rejects, self._config.data.max_bad
+        if bad.total() <= allowed_bad(max_bad, self._rows):
+            return
+        worst = ", ".join(f"{count} x {why}" for why, count in bad.most_common(3))
+        shown = f" ({self._job.images / self._name(row, batch.shard)})" if row is not None and batch else ""
+        raise ExtractionError(
+            f"{self._job.images}: {bad.total()} of {self._rows} images are bad, more than {max_bad}: {worst}{shown}",
+            "check the image folder, or allow more with --max-bad 50%",
+        )
+
+    def _name(self, row: int, shard: int) -> str:
+        return self._plan.images_of(shard, self._job.folder)[row - self._plan.rows_of(shard).start][1]
+
+    def _load(self, row: int, shard: int, side: int) -> np.ndarray | str:
+        """An image, or the reason why it is none."""
+        try:
+            return load_square(self._job.images / self._name(row, shard), side, self._config.extract.geometry)
+        except BadImageError as error:
+            return str(error)
+
+    def _read_ahead(
+        self, shards: list[int], side: int, pool: ThreadPoolExecutor
+    ) -> Iterator[tuple[_Batch, np.ndarray, dict[int, str]]]:
+        """Decoded batches in order, with the reasons of refused rows (whose image is all zero), read some ahead."""
+        load = self._load_batch if self._config.extract.decoder == "pillow" else self._load_on_gpu
+        ahead: deque[tuple[_Batch, Callable[[], tuple[np.ndarray, dict[int, str]]]]] = deque()
+
+        def collect() -> tuple[_Batch, np.ndarray, dict[int, str]]:
+            batch, loaded = ahead.popleft()
+            with self._waiting():
+                return batch, *loaded()
+
+        for batch in _batches(self._plan, shards):
+            ahead.append((batch, load(batch, side, pool)))
+            if len(ahead) > _BATCHES_AHEAD:
+                yield collect()
+        while ahead:
+            yield collect()
+
+    def _load_batch(
+        self, batch: _Batch, side: int, pool: ThreadPoolExecutor
+    ) -> Callable[[], tuple[np.ndarray, dict[int, str]]]:
+        """Begin to load a batch, each image by a thread."""
+        futures = [pool.submit(self._load, row, batch.shard, side) for row in range(batch.start, batch.stop)]
+
+        def collect() -> tuple[np.ndarray, dict[int, str]]:
+            images = np.zeros((len(futures), side, side, 3), np.uint8)
+            rejects: dict[int, str] = {}
+            for i, future in enumerate(futures):
+                loaded = future.result()
+                if isinstance(loaded, str):
+                    rejects[batch.start + i] = loaded
+                else:
+                    images[i] = loaded
+            return images, rejects
+
+        return collect
+
+    def _load_on_gpu(
+        self, batch: _Batch, side: int, pool: ThreadPoolExecutor
+    ) -> Callable[[], tuple[np.ndarray, dict[int, str]]]:
+        """Begin to load a batch by nvJPEG, which decodes many files at once."""
+        paths = [self._job.images / self._name(row, batch.shard) for row in range(batch.start, batch.stop)]
+        device, geometry = choose_device(self._config.extract.device), self._config.extract.geometry
+        future = pool.submit(load_squares, paths, side, geometry, device)
+
+        def collect() -> tuple[np.ndarray, dict[int, str]]:
+            images, rejects = future.result()
+            return images, {batch.start + position: why for position, why in rejects.items()}
+
+        return collect
+
+
+class _ShardStore:
+    """The write stage: takes batches in order and turns them into finished shards."""
+
+    def __init__(self, folder: Path, plan: Plan) -> None:
+        self._folder = folder
+        self._plan = plan
+        self._open: ShardWriter | None = None
+        self._failed = False
+        self.finished = 0
+
+    def write(self, batch: _Batch, grids: dict[str, PendingGrids], rejects: dict[int, str]) -> None:
+        """Write one batch when its grids are there; the last of a shard finishes it. After a failure write no more."""
+        if self._failed:
+            return
+        try:
+            self._write(batch, grids, rejects)
+        except BaseException:
+            self._failed = True
+            self.abandon()
+            raise
+
+    def _write(self, batch: _Batch, grids: dict[str, PendingGrids], rejects: dict[int, str]) -> None:
+        rows = self._plan.rows_of(batch.shard)
+        if self._open is None:
+            self._open = shard_writer(self._folder, self._plan, batch.shard)
+        local = {row - rows.start: why for row, why in rejects.items()}
+        for view, pending in grids.items():
+            self._open.write(batch.start - rows.start, pending.result(), local, view)
+        if batch.stop == rows.stop:
+            self._open.finish()
+            self._open = None
+            self.finished += 1
+
+    def abandon(self) -> None:
+        """Remove an unfinished shard's temporary file."""
+        if self._open is not None:
+            self._open.__exit__(None, None, None)
+            self._open = None
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if seconds < 100 else f"{minutes} min" if minutes < 100 else f"{minutes / 60:.1f} h"
+
+
+def _version_changes(kept: Plan, wanted: Plan) -> str:
+    """Library versions that differ: two halves of one store must come from the same libraries."""
+    old, new = kept.provenance["versions"], wanted.provenance["versions"]
+    return ", ".join(
+        f"{k} {old.get(k)} there, {new.get(k)} here" for k in sorted({*old, *new}) if old.get(k) != new.get(k)
+    )

@@ -1,0 +1,157 @@
+"""What a worker makes: views, 8 bits, and rejected images tried again; the stages themselves are in test_run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common.annotations import list_images
+from common.quantise import as_stored
+from common.shard import read_header
+from common.store import FeatureStore
+from extract.run import extract_features
+
+
+def wanted(fake: Any, folder: Path, flip: bool = False) -> np.ndarray:
+    """What the encoder gives for each picture of a folder, in the order of their names."""
+    pictures = [np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))]
+    return np.concatenate([fake.grids(np.ascontiguousarray(p[:, ::-1] if flip else p)) for p in pictures])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def repair_picture(path: Path, seed: int) -> None:
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (16, 16, 3), np.uint8)).save(path)
+
+
+# ------------------------------------------------------------------------------------------------------------ views
+
+
+def test_the_mirrored_view_is_the_grid_of_the_mirrored_image(fake: Any, photos: Any, extracted: Any) -> None:
+    folder = photos(7)
+    job, _ = extracted(folder, extract__views="original,hflip", extract__shard_size=3, extract__batch_size=2)
+    with FeatureStore(job.output) as store:
+        assert store.views == ("original", "hflip")
+        np.testing.assert_array_equal(store.rows(range(7)), wanted(fake, folder).astype("f2"))
+        mirrored = wanted(fake, folder, flip=True).astype("f2")
+        np.testing.assert_array_equal(store.rows(range(7), views=[1] * 7), mirrored)
+        np.testing.assert_array_equal(store.row(5, "hflip"), mirrored[5])
+        mixed = store.rows([4, 4, 2], views=np.array([1, 0, 1]))
+        np.testing.assert_array_equal(mixed, [mirrored[4], store.row(4), mirrored[2]])
+
+
+def test_a_store_without_a_view_refuses_it(fake: Any, photos: Any, extracted: Any) -> None:
+    job, _ = extracted(photos(2))
+    with FeatureStore(job.output) as store, pytest.raises(IndexError):
+        store.rows([0], views=[1])
+
+
+def test_a_rejected_image_is_rejected_in_every_view(fake: Any, photos: Any, extracted: Any) -> None:
+    folder = photos(5, bad={2: "text"})
+    job, _ = extracted(folder, extract__views="original,hflip", extract__shard_size=3)
+    with FeatureStore(job.output) as store:
+        assert list(store.rejects) == [2]
+        assert np.isnan(store.row(2)).all()
+        assert np.isnan(store.row(2, "hflip")).all()
+        assert not np.isnan(store.row(3, "hflip")).any()
+
+
+# ----------------------------------------------------------------------------------------------------------- uint8
+
+
+def test_eight_bits_come_back_as_they_are_quantised(fake: Any, photos: Any, extracted: Any) -> None:
+    folder = photos(5, bad={1: "text"})
+    job, _ = extracted(folder, extract__dtype="uint8", extract__shard_size=2, extract__views="original,hflip")
+    exact = wanted_without(fake, folder, 1)
+    with FeatureStore(job.output) as store:
+        assert store.dtype == np.float16
+        got = store.rows([0, 2, 3, 4])
+        np.testing.assert_array_equal(got, as_stored(exact.astype("f2"), np.dtype("u1")))
+        assert np.abs(got - exact).max() <= 0.6 * exact.max() / 255
+        assert np.isnan(store.row(1)).all()
+        assert np.isnan(store.row(1, "hflip")).all()
+
+
+def wanted_without(fake: Any, folder: Path, row: int) -> np.ndarray:
+    names = [r.file_name for i, r in enumerate(list_images(folder).records) if i != row]
+    return np.concatenate([fake.grids(np.asarray(Image.open(folder / name))) for name in names])
+
+
+# ----------------------------------------------------------------------------------------------- rejects, once more
+
+
+@pytest.mark.parametrize("dtype", ["float16", "uint8"])
+def test_retried_images_give_the_store_that_was_good_from_the_start(
+    fake: Any, photos: Any, job: Any, tmp_path: Path, dtype: str
+) -> None:
+    keys = {"extract__shard_size": 4, "extract__batch_size": 2, "extract__dtype": dtype}
+    keys["extract__views"] = "original,hflip"
+    folder = photos(11, bad={1: "text", 2: "text", 9: "text", 10: ""})
+    config, prepared = job(folder, tmp_path / "retried" / "s.h5", **keys, data__max_bad="50%")
+    assert extract_features(config, prepared, progress=False).rejects.total() == 4
+    untouched = (prepared.folder / "00001.h5").stat().st_mtime_ns
+    for i in (1, 9):
+        repair_picture(folder / f"{i:04}.png", i)
+    fake.batches.clear()
+    summary = extract_features(config, prepared, progress=False, retry=True)
+    assert (summary.retried, summary.made, summary.complete) == (2, 0, True)
+    assert summary.rejects == {"not an image": 1, "empty file": 1}
+    assert sum(fake.batches) <= 2 * 2 * 2, "two batches of two, each in two views"
+    assert (prepared.folder / "00001.h5").stat().st_mtime_ns == untouched
+
+    config, fresh = job(folder, tmp_path / "fresh" / "s.h5", **keys, data__max_bad="50%")
+    extract_features(config, fresh, progress=False)
+    assert contents(tmp_path / "retried") == contents(tmp_path / "fresh")
+
+
+def test_retrying_what_is_still_bad_changes_nothing(fake: Any, photos: Any, job: Any) -> None:
+    config, prepared = job(photos(6, bad={4: "text"}), extract__shard_size=3)
+    extract_features(config, prepared, progress=False)
+    before = contents(prepared.output.parent)
+    built = fake.built
+    summary = extract_features(config, prepared, progress=False, retry=True)
+    assert (summary.retried, summary.rejects.total()) == (0, 1)
+    assert contents(prepared.output.parent) == before
+    assert fake.built == built + 1
+
+
+def test_a_new_reason_replaces_the_old_one(fake: Any, photos: Any, job: Any) -> None:
+    folder = photos(6, bad={4: "text"})
+    config, prepared = job(folder, extract__shard_size=3)
+    extract_features(config, prepared, progress=False)
+    (folder / "0004.png").unlink()
+    extract_features(config, prepared, progress=False, retry=True)
+    with FeatureStore(prepared.output) as store:
+        assert store.rejects == {4: "missing"}
+
+
+def test_killed_between_a_retried_shard_and_the_index_a_rerun_completes_the_store(
+    fake: Any, photos: Any, job: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = photos(6, bad={4: "text"})
+    config, prepared = job(folder, extract__shard_size=3)
+    extract_features(config, prepared, progress=False)
+    repair_picture(folder / "0004.png", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr("extract.run.write_planned_index", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            extract_features(config, prepared, progress=False, retry=True)
+    assert not prepared.output.exists(), "the old index has the old shard's hash"
+    assert extract_features(config, prepared, progress=False).complete
+    with FeatureStore(prepared.output) as store:
+        assert store.valid.all()
+    info = read_header(prepared.folder / "00001.h5")
+    assert info is not None
+    assert info.rejected == 0
+
+
+def test_the_summary_counts_what_went_through_the_encoder(fake: Any, photos: Any, extracted: Any) -> None:
+    _, summary = extracted(photos(7), extract__batch_size=2)
+    assert summary.encoded == 7
+    assert 0 < summary.waiting < summary.running <= summary.seconds
