@@ -45,6 +45,8 @@ def _stop_signals() -> Iterator[None]:
     """Let SIGTERM and SIGUSR2 (a scheduler's warnings) end the command as cleanly as Ctrl-C does."""
 
     def stop(number: int, frame: object) -> None:
+        for other in (signal.SIGTERM, signal.SIGUSR2):  # another one may not disturb the tidying up
+            signal.signal(other, signal.SIG_IGN)
         raise _StoppedError(number)
 
     if threading.current_thread() is not threading.main_thread():
@@ -102,6 +104,8 @@ def flag(name: str, key: str) -> Callable[[Any], Any]:
     field = describe_key(key)
     description = (field.description or "").partition("  [")[0]
     default = field.default
+    if isinstance(default, tuple):
+        default = ",".join(default)
     shown = f"; default: {default}" if default is not None and default is not PydanticUndefined else ""
     types = {t for t in (get_args(field.annotation) or (field.annotation,)) if t is not type(None)}
     kind: Any

@@ -1,29 +1,24 @@
-"""extract-features, import-features and verify-features."""
+"""extract-features."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import signal
 import sys
 import sysconfig
-import time
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from tqdm import tqdm
 
-from common.annotations import captions_alone, load_split
+from common.annotations import split_images
 from common.command import flag, pipeline_command, show_config
-from common.config import PipelineConfig
-from common.errors import EXIT_FAILURE, EXIT_REJECTS, GridcapError, UserError
-from extract.cluster import WHOLE, LocalWorkers, Share, find_share, local_device, local_number
+from common.config import PipelineConfig, SplitConfig
+from common.errors import EXIT_REJECTS, GridcapError, UserError
+from extract.cluster import WHOLE, find_share, local_device, local_number
 
 if TYPE_CHECKING:
-    from common.annotations import ImageRecord
     from extract.plan import Plan
     from extract.worker import Job, Summary
 
@@ -32,19 +27,10 @@ extract-features --split train                                   (paths from pip
 extract-features --images photos/ --annotations captions.json --output features/train.h5
 extract-features --images photos/ --output features/photos.h5    (a folder without captions)
 extract-features --split val --limit 500 --weights random        (a quick try, nothing to download)
+extract-features --split train --append                          (images that were added to the folder or list)
 extract-features --split train --dry-run                         (what would be done)
 extract-features --split train --devices auto                    (every GPU of this machine)
 extract-features --split train --submit slurm --workers 8 --partition gpu --time 2:00:00 --gpus-per-task 1 --wait
-"""
-IMPORT_EXAMPLES = """
-import-features tutorial_npy/ --annotations captions_train.json --output features/train.h5
-import-features cocobu_att/ --split karpathy-train --annotations dataset_coco.json --output features/train.h5
-import-features encoded_images.pkl --annotations captions.csv --output features/train.h5 --dtype float32
-"""
-VERIFY_EXAMPLES = """
-verify-features features/train.h5
-verify-features features/train.h5 --annotations captions_train.json
-verify-features features/train.h5 --repair && extract-features --split train
 """
 
 
@@ -100,6 +86,11 @@ def _checked_devices(context: click.Context, parameter: click.Parameter, value: 
 @flag("--batch-size", "extract.batch_size")
 @flag("--device", "extract.device")
 @flag("--max-bad", "data.max_bad")
+@flag("--views", "extract.views")
+@flag("--compile", "extract.compile")
+@flag("--decoder", "extract.decoder")
+@click.option("--append", is_flag=True, help="Add the images that are new in the list as new shards.")
+@click.option("--retry-rejected", is_flag=True, help="Try images again that were rejected before, and just those.")
 @click.option("--allow-rejects", is_flag=True, help="Exit with 0, not 3, when some images were rejected.")
 @click.option(
     "--worker",
@@ -121,15 +112,17 @@ def _checked_devices(context: click.Context, parameter: click.Parameter, value: 
 @click.option("--brief", is_flag=True, hidden=True, help="Say only what happens: --devices says the rest once.")
 def main(
     config: PipelineConfig, dry_run: bool, split: str | None, images: Path | None, annotations: Path | None,
-    limit: int | None, output: Path | None, allow_rejects: bool, worker: int | None, workers: int | None,
-    devices: str | None, submit: str | None, brief: bool, wait: bool, **slurm: Any,
+    limit: int | None, output: Path | None, append: bool, retry_rejected: bool, allow_rejects: bool,
+    worker: int | None, workers: int | None, devices: str | None, submit: str | None, brief: bool, wait: bool,
+    **slurm: Any,
 ) -> None:  # fmt: skip
     """Run a frozen CNN once over every image and store its grids.
 
     Writes the shards into a folder beside the index file, and the index last: when it is there, the store is
     complete. Killed at any moment, the same command finishes the work. Several workers share it when torchrun,
     Slurm, Kubernetes or --worker numbers them; whoever finishes last writes the index. Exit status: 0 complete, or
-    this worker's share done; 3 complete but some images were rejected; 1 failure; 2 wrong use.
+    this worker's share done; 3 complete but some images were rejected; 1 failure; 2 wrong use; 130, 143 or 140
+    stopped by Ctrl-C, SIGTERM or SIGUSR2.
     """
     share = WHOLE
     if submit is None:
@@ -139,6 +132,75 @@ def main(
         raise UserError(
             "--submit slurm: how many jobs?", "give --workers with their number; each finds its own --worker"
         )
+    elif retry_rejected:
+        raise UserError("--retry-rejected: not with --submit", "run it here: it reads just the rejected images")
+    config, name, chosen, output = _chosen(config, split, images, annotations, limit, output)
+    quiet = brief or bool(local_number(os.environ))
+    if not quiet:
+        click.echo("configuration")
+        show_config(config, "data", "extract")
+    records, problems = split_images(chosen, name, config.seed, config.data.max_bad)
+
+    from extract import launch
+    from extract.run import extract_features, prepare
+    from extract.submit import SlurmRequest
+
+    processes = 1
+    threads = None
+    if submit is not None:
+        config = launch.jobs_config(config, slurm["gpus_per_task"])
+        threads = slurm["cpus_per_task"] or int(os.environ.get("OMP_NUM_THREADS", "1"))
+    else:
+        config = _with_local_device(config)
+        processes = 1 if devices is None else launch.count_processes(config, devices)
+        threads = launch.threads_of(processes) if processes > 1 else None
+    planned_with = config if submit is None else launch.planning_config(config)
+    job = prepare(planned_with, name, records, chosen.images, output, dry_run, threads)
+    if submit is not None:
+        job = replace(job, plan=launch.jobs_plan(config, job.plan, slurm["gpus_per_task"]))
+    plan = _known_plan(config, job, append, dry_run)
+    if not quiet:
+        for line in problems.lines():
+            click.echo(f"note: {chosen.annotations or chosen.images}: {line}", err=True)
+        _announce(job, plan)
+    if submit is not None:
+        assert workers is not None
+        jobs = min(workers, plan.shards)
+        if jobs < workers:
+            click.echo(f"note: there are only {plan.shards} shards, so {jobs} jobs are enough", err=True)
+        more = ["--precision", config.extract.precision]
+        if (slurm["gpus_per_task"] or 1) > 1 and devices is None:
+            more += ["--devices", "auto"]
+        command = _command_again(frozenset(("submit", "workers", "wait", "dry_run", "precision", *slurm)), *more)
+
+        def end(summary: Summary) -> None:
+            _end(job, plan, summary, allow_rejects)
+
+        request = SlurmRequest(jobs, **slurm)
+        launch.submit_jobs(config, job, plan, request, command, wait, dry_run, append, end)
+        return
+    if share.workers > 1:
+        click.echo(f"{share}: {len(share.of(plan.shards))} of {plan.shards} shards are mine")
+    if dry_run:
+        click.echo("dry run: nothing was written")
+        return
+    if processes > 1:
+        command = _command_again(frozenset(("devices", "worker", "workers", "brief")), "--brief")
+        summary = launch.extract_by_processes(
+            config, job, plan, share, processes, command, append, retry_rejected
+        )  # fmt: skip
+    else:
+        # A bar for each of several processes on one terminal, or in logs, could not be read.
+        alone = share.workers == 1 or sys.stderr.isatty()
+        summary = extract_features(config, job, share, alone and not quiet, append, retry_rejected)
+    _end(job, plan, summary, allow_rejects)
+
+
+def _chosen(
+    config: PipelineConfig, split: str | None, images: Path | None, annotations: Path | None, limit: int | None,
+    output: Path | None,
+) -> tuple[PipelineConfig, str, SplitConfig, Path]:  # fmt: skip
+    """The configuration with just the chosen split, the split's name, the split, and the index file."""
     name = _split_name({"split": split, "output": output, "images": images})
     if name is None:
         raise UserError("which images? neither --split nor --images is given", "see extract-features --help")
@@ -155,68 +217,52 @@ def main(
         raise UserError(f"--output {output}: the index file must end in .h5", f"use --output {output}.h5")
     if not chosen.images.is_dir():
         raise UserError(f"{chosen.images}: no such folder of images", "check --images, or data.splits in pipeline.yaml")
-    config = config.model_copy(update={"data": config.data.model_copy(update={"splits": {name: chosen}})})
-    quiet = brief or bool(local_number(os.environ))
-    if not quiet:
-        click.echo("configuration")
-        show_config(config, "data", "extract")
-    loaded = load_split(chosen, name, config.seed, config.data.max_bad)
-    for line in loaded.problems.lines() if not quiet else ():
-        click.echo(f"note: {chosen.annotations}: {line}", err=True)
-
-    from extract.run import extract_features, prepare
-
-    if submit is not None:
-        assert workers is not None
-        _submit(config, name, loaded.records, output, workers, devices, slurm, wait, dry_run, allow_rejects)
-        return
-    config = _with_local_device(config)
-    job = prepare(config, name, loaded.records, chosen.images, output, dry_run=dry_run)
-    plan = _known_plan(config, job)
-    if not quiet:
-        _announce(job, plan)
-    if share.workers > 1:
-        click.echo(f"{share}: {len(share.of(plan.shards))} of {plan.shards} shards are mine")
-    processes = 1 if devices is None else _processes(config, devices)
-    if dry_run:
-        click.echo("dry run: nothing was written")
-        return
-    if processes > 1:
-        summary = _on_devices(config, job, share, processes)
-    else:
-        # A bar for each of several processes on one terminal, or in logs, could not be read.
-        alone = share.workers == 1 or sys.stderr.isatty()
-        summary = extract_features(config, job, share, progress=alone and not quiet)
-    _end(job, plan, summary, allow_rejects)
+    data = config.data.model_copy(update={"splits": {name: chosen}})
+    return config.model_copy(update={"data": data}), name, chosen, output
 
 
-def _known_plan(config: PipelineConfig, job: Job) -> Plan:
-    """The plan on disk, which is only read, as a dry run may; the job's own if there is none."""
+def _known_plan(config: PipelineConfig, job: Job, append: bool, dry_run: bool) -> Plan:
+    """The plan on disk, with what is to be appended; the job's own if there is none. Nothing is written yet, but
+    what is appended, and that not in a dry run."""
     from extract.plan import FILE
     from extract.run import settled_plan
 
-    return settled_plan(config, job) if (job.folder / FILE).exists() else job.plan
+    if not (job.folder / FILE).exists():
+        return job.plan
+    return settled_plan(config, job, append, write=not dry_run)
 
 
 def _announce(job: Job, plan: Plan) -> None:
+    from extract.run import survey
+
+    found, provenance = survey(job, plan), plan.provenance
+    arithmetic = [str(provenance["precision"])]
+    arithmetic += ["compiled"] if provenance["compile"] else []
+    arithmetic += [f"{provenance['threads']} threads"] if provenance["threads"] else []
+    several = len(provenance["views"]) > 1
+    click.echo(
+        f"plan: {plan.images} images -> {job.output} ({plan.shards} shards in {job.folder}), "
+        f"{provenance['encoder']} {provenance['layer']}, weights {job.identity.name}, {', '.join(arithmetic)}, "
+        f"stored as {provenance['dtype']}" + (f", views {' and '.join(provenance['views'])}" if several else "")
+    )
     if plan is not job.plan:
         kept = [
             f"{name.replace('_', ' ')} {getattr(plan, name)}"
             for name in ("shard_size", "batch_size")
             if getattr(plan, name) != getattr(job.plan, name)
         ]
+        if provenance["threads"] != job.plan.provenance["threads"]:
+            kept.append(f"{provenance['threads']} threads, where this machine has {job.plan.provenance['threads']}")
         if kept:
             click.echo(f"note: this store was begun with {' and '.join(kept)}, and that is kept", err=True)
-        there = len(plan.shards_there(job.folder))
-        click.echo(f"already there: {there} of {plan.shards} shards")
-    row = 2 if plan.provenance["dtype"] == "float16" else 4
-    for size in plan.provenance["grid_shape"]:
-        row *= size
-    click.echo(
-        f"plan: {plan.images} images -> {job.output} ({plan.shards} shards in {job.folder}, "
-        f"{plan.images * row / 2**30:.2f} GiB), {plan.provenance['encoder']} {plan.provenance['layer']}, "
-        f"weights {job.identity.name}, {plan.provenance['precision']}"
-    )
+        if len(plan.lists) > len(job.plan.lists):
+            click.echo(f"appended: {plan.images - plan.lists[0].images} images to the {plan.lists[0].images} of before")
+        click.echo(f"already there: {len(found.there)} of {plan.shards} shards")
+    if len(found.there) < plan.shards:
+        click.echo(
+            f"to make: {plan.shards - len(found.there)} shards, {found.needed / 2**30:.2f} GiB; "
+            f"{found.free / 2**30:.1f} GiB are free there"
+        )
     if job.identity.random:
         click.secho(
             "WARNING: random weights. These features do not know what is in a photograph; they are for the demo and "
@@ -241,6 +287,13 @@ def _end(job: Job, plan: Plan, summary: Summary, allow_rejects: bool) -> None:
             f"done: {job.output}: {summary.images} images in {summary.shards} shards "
             f"({summary.made} made now, {summary.shards - summary.made} were there), {summary.seconds:.1f} s"
         )
+    if summary.running:
+        click.echo(
+            f"  {summary.encoded / summary.running:.1f} images/s; the encoder waited for images or for the disk "
+            f"{summary.waiting / summary.running:.1%} of the time"
+        )
+    if summary.retried:
+        click.echo(f"retried: {summary.retried} images that were rejected before are good now")
     if summary.rejects:
         click.echo(f"rejected images: {summary.rejects.total()} (their rows are kept, marked not valid)")
         for reason, count in summary.rejects.most_common():
@@ -282,225 +335,3 @@ def _command_again(without: frozenset[str], *more: str) -> list[str]:
         for value in values:
             words += [parameter.opts[0]] if parameter.is_flag else [parameter.opts[0], str(value)]
     return [*words, *more]
-
-
-def _processes(config: PipelineConfig, devices: str) -> int:
-    """How many processes `--devices` means on this machine."""
-    import torch
-
-    device = config.extract.device
-    gpus = torch.cuda.device_count() if device != "cpu" else 0
-    count = max(1, gpus) if devices == "auto" else int(devices)
-    if count > 1 and ":" in device:
-        raise UserError(f"--devices {devices} --device {device}: one device for all", "leave --device away")
-    return count
-
-
-def _on_devices(config: PipelineConfig, job: Job, share: Share, processes: int) -> Summary:
-    """Make a share with several processes on this machine."""
-    import torch
-
-    from extract.run import extract_features, settled_plan
-    from extract.worker import Summary
-
-    plan = settled_plan(config, job)  # now, so that what is wrong is said once
-    mine = share.of(plan.shards)
-    before = _count(job, plan, mine)
-    begin = time.perf_counter()
-    if before < len(mine):
-        on_cpu = config.extract.device == "cpu" or not torch.cuda.is_available()
-        threads = max(1, torch.get_num_threads() // processes) if on_cpu else None
-        command = _command_again(frozenset(("devices", "worker", "workers", "brief")), "--brief")
-        statuses = _run_workers(LocalWorkers(command, share, processes, threads), job, plan, mine)
-        failed = [
-            f"[{share.divided(i, processes, '').worker}] with status {status}"
-            for i, status in enumerate(statuses) if status not in (0, EXIT_REJECTS)
-        ]  # fmt: skip
-        if failed:
-            raise GridcapError(
-                f"{len(failed)} of {processes} processes failed: {', '.join(failed)}",
-                "see their lines above; the same command again makes just what is missing",
-            )
-    made = _count(job, plan, mine) - before
-    seconds = time.perf_counter() - begin
-    if len(plan.shards_there(job.folder)) < plan.shards:
-        return Summary(plan.images, plan.shards, before, made, complete=False, seconds=seconds)
-    summary = extract_features(config, job, progress=False)
-    return replace(summary, done_before=plan.shards - made, made=made, seconds=seconds) if made else summary
-
-
-def _count(job: Job, plan: Plan, shards: range) -> int:
-    """How many of these shards are there."""
-    return sum(shard in shards for shard in plan.shards_there(job.folder))
-
-
-def _run_workers(workers: LocalWorkers, job: Job, plan: Plan, mine: range) -> list[int]:
-    try:
-        with tqdm(total=len(mine), unit="shard", desc=plan.split, disable=None) as bar:
-            while workers.running():
-                bar.update(_count(job, plan, mine) - bar.n)
-                time.sleep(1)
-            bar.update(_count(job, plan, mine) - bar.n)
-        return workers.wait()
-    except KeyboardInterrupt as stop:
-        workers.stop(signal.Signals(getattr(stop, "number", signal.SIGINT)))
-        raise
-    except BaseException:
-        workers.stop(signal.SIGTERM)
-        raise
-
-
-def _submit(
-    config: PipelineConfig, name: str, records: list[ImageRecord], output: Path, workers: int, devices: str | None,
-    slurm: dict[str, Any], wait: bool, dry_run: bool, allow_rejects: bool,
-) -> None:  # fmt: skip
-    """Give the work to Slurm, and see it to its end if asked to."""
-    from extract import submit
-    from extract.run import extract_features, prepare, settled_plan
-
-    gpus = slurm["gpus_per_task"]
-    # What the jobs compute in is settled here: left open, each would choose for itself.
-    precision = config.extract.precision
-    if precision == "auto":
-        precision = "bfloat16" if gpus else "float32"
-        older = "; GPUs from before 2020 want --precision float16" if gpus else ""
-        click.echo(f"note: the jobs compute in {precision}{older}", err=True)
-    # The machine that submits may have no GPU, and needs none to plan.
-    stand_in = "float32" if precision == "float16" else precision
-    extract = config.extract.model_copy(update={"device": "cpu", "precision": stand_in})
-    config = config.model_copy(update={"extract": extract})
-    job = prepare(config, name, records, config.data.splits[name].images, output, dry_run=dry_run)
-    provenance = {**job.plan.provenance, "precision": precision}
-    job = replace(job, plan=replace(job.plan, provenance=provenance))
-    plan = _known_plan(config, job)
-    _announce(job, plan)
-    jobs = min(workers, plan.shards)
-    if jobs < workers:
-        click.echo(f"note: there are only {plan.shards} shards, so {jobs} jobs are enough", err=True)
-    more = ["--precision", precision]
-    if (gpus or 1) > 1 and devices is None:
-        more += ["--devices", "auto"]
-    command = _command_again(frozenset(("submit", "workers", "wait", "dry_run", "precision", *slurm)), *more)
-    script = submit.job_script(command, submit.SlurmRequest(jobs, **slurm), job.folder, Path.cwd())
-    path = submit.slurm_folder(job.folder) / "job.sh"
-    if dry_run:
-        click.echo(f"dry run: nothing was written or submitted; this would be {path}:\n{script}")
-        return
-    plan = settled_plan(config, job)
-    before = len(plan.shards_there(job.folder))
-    if output.exists() and before == plan.shards:
-        _end(job, plan, extract_features(config, job, progress=False), allow_rejects)
-        return
-    number = submit.submit(script, job.folder)
-    click.echo(
-        f"submitted: job {number}, tasks 0-{jobs - 1} of {path}\n"
-        f"  watch:   squeue --jobs={number}; tail -f {path.parent}/{number}_*.log\n"
-        f"  cancel:  scancel {number}\n"
-        f"  when {output} is there, the store is complete"
-    )
-    if not wait:
-        return
-    begin = time.perf_counter()
-    try:
-        submit.follow(number, output, job.folder, plan)
-    except KeyboardInterrupt as stop:
-        click.echo(f"\nno longer waiting: the jobs go on without this command (scancel {number} ends them)", err=True)
-        sys.exit(128 + getattr(stop, "number", signal.SIGINT))
-    summary = extract_features(config, job, progress=False)  # says what is in it
-    made = plan.shards - before
-    summary = replace(summary, done_before=before, made=made, seconds=time.perf_counter() - begin)
-    _end(job, plan, summary, allow_rejects)
-
-
-@pipeline_command("import-features", IMPORT_EXAMPLES)
-@click.argument("source", type=click.Path(path_type=Path))
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="The store's index file, ending in .h5.")
-@click.option(
-    "--annotations", type=click.Path(path_type=Path), help="Captions file of these images: COCO, Karpathy, CSV."
-)
-@click.option("--split", help="Name of the split  [default: from --output]")
-@flag("--dtype", "extract.dtype")
-@flag("--shard-size", "extract.shard_size")
-def import_features(
-    config: PipelineConfig, dry_run: bool, source: Path, output: Path, annotations: Path | None, split: str | None
-) -> None:
-    """Turn features that other programs made into a feature store.
-
-    SOURCE is a folder of .npy files (TensorFlow's tutorial) or .npz files (an image id each, the array under
-    `feat`), a pickled dict of arrays, an HDF5 file with a dataset an image (<id>_grids, <id>_features), or an
-    .npz or HDF5 file with the arrays `features` and `file_name` or `image_id`. Grids are (row, column, channel),
-    (cells, channel) or pooled (channel,). Exit status: 0 done, 1 failure, 2 wrong use.
-    """
-    if output.suffix != ".h5":
-        raise UserError(f"--output {output}: the index file must end in .h5", f"use --output {output}.h5")
-    from extract import importers
-
-    click.echo("configuration")
-    show_config(config, "extract")
-    name = split or output.stem
-    records = None
-    if annotations is not None:
-        loaded = load_split(captions_alone(annotations), name, config.seed, config.data.max_bad)
-        for line in loaded.problems.lines():
-            click.echo(f"note: {annotations}: {line}", err=True)
-        records = loaded.records
-    with tqdm(unit="file", desc="open", leave=False) as bar:
-        opened = importers.open_source(source, bar.update)
-    pairs = importers.match_keys(opened, records)
-    missing = len(records) - len(pairs) if records is not None else 0
-    left_out = f"; {missing} images of {annotations} have no features" if missing else ""
-    click.echo(f"{source}: {opened.layout}, {len(pairs)} of {len(opened.keys)} features to import{left_out}")
-    if dry_run:
-        click.echo("dry run: nothing was written")
-        return
-    with tqdm(total=len(pairs), unit="image", desc=name) as bar:
-        count = importers.import_features(
-            opened, source.name, pairs, output, name, config.extract.dtype, config.extract.shard_size, bar.update
-        )
-    click.echo(f"done: {output}: {count} images")
-
-
-@pipeline_command("verify-features", VERIFY_EXAMPLES)
-@click.argument("features", type=click.Path(path_type=Path))
-@click.option(
-    "--annotations", type=click.Path(path_type=Path), help="Captions file whose images the store should have."
-)
-@click.option("--repair", is_flag=True, help="Remove what is broken, so that extract-features makes just that again.")
-def verify_features(
-    config: PipelineConfig, dry_run: bool, features: Path, annotations: Path | None, repair: bool
-) -> None:
-    """Check every byte of a feature store against its checksums, and every row against sense.
-
-    Exit status: 0 sound, 1 something is broken or missing, 2 wrong use.
-    """
-    from extract import verify
-
-    click.echo("configuration")
-    show_config(config, "data")
-    wanted = None
-    if annotations is not None:
-        loaded = load_split(captions_alone(annotations), features.stem, config.seed, config.data.max_bad)
-        wanted = {record.image_id for record in loaded.records}
-    if dry_run:
-        plan = verify.plan_of(features)
-        click.echo(f"dry run: would check {features}: {plan.images} rows in {plan.shards} shards")
-        return
-    with tqdm(unit="row", desc="verify", leave=False) as bar:
-        report = verify.verify_store(features, wanted, bar.update)
-    problems = Counter(problem.check for problem in report.problems)
-    click.echo(f"{'check':<32}{'checked':>10}{'problems':>10}")
-    for check in verify.CHECKS:
-        if report.checked[check]:
-            click.echo(f"  {check:<30}{report.checked[check]:10d}{problems[check]:10d}")
-    for problem in report.problems:
-        click.echo(f"problem: {problem.shard or features}: {problem.check}: {problem.detail}", err=True)
-    if not report.problems:
-        click.echo(f"sound: {features}: {report.rows} rows, {report.valid} valid")
-        return
-    if repair:
-        for path in verify.repair(features, report):
-            click.echo(f"removed: {path}")
-        click.echo("now run the same extract-features command again: it makes just what is missing")
-    else:
-        click.echo("--repair removes what is broken, so that extract-features makes just that again")
-    sys.exit(EXIT_FAILURE)

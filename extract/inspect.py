@@ -83,6 +83,40 @@ def inspect_store(store: FeatureStore) -> Inspection:
     )
 
 
+def describe(store: FeatureStore, found: Inspection) -> list[str]:
+    """What an inspection found, in lines for the screen."""
+    where, grid = store.provenance, " x ".join(map(str, store.grid_shape))
+    weights = where["weights"]
+    lines = [
+        f"{store.path}: split {store.split or '?'}, {found.rows} images, {found.shards} shards, "
+        f"{found.size / 2**30:.2f} GiB",
+        f"  grids          {grid} (row, column, channel), {where['dtype']}, views: {', '.join(store.views)}",
+        f"  from           {where['encoder']} {where['layer']}, weights {weights['name']} "
+        f"(SHA-256 {str(weights['sha256'])[:12]})" + (", RANDOM: not for real captions" if weights["random"] else ""),
+    ]
+    for key in ("preprocessing", "versions"):
+        lines.append(f"  {key:<14} " + ", ".join(f"{k} {v}" for k, v in where.get(key, {}).items()))
+    arithmetic = [str(where["precision"])]
+    arithmetic += ["compiled"] if where.get("compile") else []
+    arithmetic += [f"{where['threads']} threads"] if where.get("threads") else []
+    lines.append(f"  arithmetic     {', '.join(arithmetic)}")
+    lines.append(f"  rejects        {found.rejects.total()} of {found.rows}")
+    lines += [f"    {count:6d}  {reason}" for reason, count in found.rejects.most_common()]
+    if not found.sampled:
+        return [*lines, "  values         no valid row"]
+    lines.append(
+        f"  values         {found.low:.4g} to {found.high:.4g}, mean {found.mean:.4g}, "
+        f"deviation {found.deviation:.4g}, {found.zeros:.1%} zeros, {found.silent} of {store.grid_shape[-1]} channels silent "
+        f"({found.sampled} images looked at)"
+    )
+    low, mean, high = found.norms
+    lines.append(f"  cell norms     {low:.4g} to {high:.4g}, mean {mean:.4g}")
+    if found.rounding is not None:
+        verb = "costs" if store.stored == np.uint8 else "would cost"
+        lines.append(f"  8 bits         uint8 {verb} an error of {found.rounding:.2%} of the values (root mean square)")
+    return lines
+
+
 def sample_rows(store: FeatureStore, count: int) -> np.ndarray:
     """At most `count` valid rows, drawn by a fixed seed, in order."""
     valid = np.flatnonzero(store.valid)

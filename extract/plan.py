@@ -179,8 +179,9 @@ def read_plan(folder: Path) -> Plan:
 
 
 def settle_plan(
-    wanted: Plan, images: Iterable[Image], folder: Path, free: Collection[str] = (), append: bool = False
-) -> Plan:
+    wanted: Plan, images: Iterable[Image], folder: Path, free: Collection[str] = (), append: bool = False,
+    write: bool = True,
+) -> Plan:  # fmt: skip
     """Keep the plan on disk if the wanted one agrees with it; write the wanted one if there is none.
 
     The shard size and the batch size of the plan on disk are kept: they belong to the store once it is begun.
@@ -191,18 +192,19 @@ def settle_plan(
         folder: of the store.
         free: keys of the arithmetic ("precision", "compile") that were left to "auto", and follow the plan on disk.
         append: add the images that are new as another list.
+        write: what is new; False just says what the plan would be.
 
     Raises:
         MismatchError: another image list, encoder, weights, preprocessing or precision, with what differs.
     """
     path = folder / FILE
-    if not path.exists() and publish_text(path, wanted.to_json()):
+    if write and not path.exists() and publish_text(path, wanted.to_json()):
         return wanted
     kept = read_plan(folder)
     keys = (*MATCHED, "views", *(key for key in _ARITHMETIC if key not in free))
     lines = differences(kept.provenance, wanted.provenance, keys)
     if append and not lines:
-        return _append(kept, images, folder)
+        return _append(kept, images, folder, write)
     if [part.sha256 for part in kept.lists] != [part.sha256 for part in wanted.lists]:
         lines += _other_images(kept, wanted, images, folder)
     if lines:
@@ -231,7 +233,7 @@ def _other_images(kept: Plan, wanted: Plan, images: Iterable[Image], folder: Pat
     return ["images: another order"] if len(kept.lists) == 1 else []
 
 
-def _append(kept: Plan, images: Iterable[Image], folder: Path) -> Plan:
+def _append(kept: Plan, images: Iterable[Image], folder: Path, write: bool) -> Plan:
     old = np.sort(_hashes(_images_of(kept, folder)))
     ids = np.sort(np.fromiter((image_id for image_id, _ in _images_of(kept, folder)), np.int64))
 
@@ -249,8 +251,9 @@ def _append(kept: Plan, images: Iterable[Image], folder: Path) -> Plan:
 
     if next(new(), None) is None:
         return kept
-    plan = replace(kept, lists=(*kept.lists, ImageList.make(new(), kept.shard_size, folder)))
-    write_text(folder / FILE, plan.to_json())
+    plan = replace(kept, lists=(*kept.lists, ImageList.make(new(), kept.shard_size, folder if write else None)))
+    if write:
+        write_text(folder / FILE, plan.to_json())
     return plan
 
 

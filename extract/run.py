@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from common.annotations import ImageRecord
 from common.config import PipelineConfig
 from common.device import choose_compile, choose_device
@@ -37,7 +39,7 @@ class _Pairs:
 
 def prepare(
     config: PipelineConfig, split: str, records: Iterable[ImageRecord], images: Path, output: Path,
-    dry_run: bool = False,
+    dry_run: bool = False, threads: int | None = None,
 ) -> Job:  # fmt: skip
     """Find the weights (downloading them) and make the plan, whose image list is written if there is no plan yet.
 
@@ -48,6 +50,7 @@ def prepare(
         images: the folder they are in.
         output: the index file.
         dry_run: download and write nothing.
+        threads: to compute with on a CPU; None: as many as torch takes here.
 
     Raises:
         WeightsError: the weights cannot be had.
@@ -64,11 +67,13 @@ def prepare(
         extract.encoder, identity, extract.geometry, extract.precision, extract.device, extract.dtype, decoder, compiled
     )
     provenance["views"] = list(extract.views)
+    # Sums round by how many threads share them, so the number belongs to the plan, and every worker keeps to it.
+    provenance["threads"] = threads or torch.get_num_threads() if device.type == "cpu" else None
     plan = Plan(split, extract.shard_size, extract.batch_size, provenance, (listed,))
     return Job(images, pairs, output, folder, plan, identity)
 
 
-def settled_plan(config: PipelineConfig, job: Job, append: bool = False) -> Plan:
+def settled_plan(config: PipelineConfig, job: Job, append: bool = False, write: bool = True) -> Plan:
     """The plan on disk, if the job agrees with it; the job's own, which is written, if there is none.
 
     What is begun compiled goes on so, whatever --compile auto would mean for it now; and a complete store stays
@@ -77,6 +82,7 @@ def settled_plan(config: PipelineConfig, job: Job, append: bool = False) -> Plan
     Args:
         config, job: what was asked for.
         append: add images that are new to the plan.
+        write: what is new.
 
     Raises:
         MismatchError: the store on disk was planned differently.
@@ -84,7 +90,7 @@ def settled_plan(config: PipelineConfig, job: Job, append: bool = False) -> Plan
     free = {"compile"} if config.extract.compile == "auto" else set()
     if config.extract.precision == "auto" and job.output.exists() and not append:
         free.add("precision")
-    return settle_plan(job.plan, job.records, job.folder, free, append)
+    return settle_plan(job.plan, job.records, job.folder, free, append, write)
 
 
 @dataclass(frozen=True)
@@ -160,7 +166,8 @@ def extract_features(
     if len(found.there) == plan.shards and indexed == plan.digest() and not retry:
         summary.done_before = len(share.of(plan.shards))
         return _whole(job, summary)
-    write_text(job.folder / "config.yaml", config.to_yaml("data", "extract"))
+    if share.worker == 0 or not (job.folder / "config.yaml").exists():
+        write_text(job.folder / "config.yaml", config.to_yaml("data", "extract"))
     if indexed == plan.digest() and found.missing:
         job.output.unlink()  # an index over shards that are gone: its presence would mean complete
     mine = [shard for shard in found.there if shard in share.of(plan.shards)]

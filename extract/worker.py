@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from common.config import PipelineConfig, allowed_bad
@@ -29,6 +30,7 @@ from extract.nvjpeg import load_squares
 from extract.plan import Plan, shard_writer
 
 _BATCHES_AHEAD = 3
+_A_FEW = 10
 
 
 @dataclass
@@ -97,6 +99,9 @@ class Worker:
     ) -> None:
         self._config, self._job, self._plan, self._summary, self._progress = config, job, plan, summary, progress
         self._rows = sum(len(plan.rows_of(shard)) for shard in share.of(plan.shards))
+        # A small share is not stopped by a few bad images that the whole store would allow.
+        max_bad = config.data.max_bad
+        self._limit = max(allowed_bad(max_bad, self._rows), min(_A_FEW, allowed_bad(max_bad, plan.images)))
         self._views: list[str] = plan.provenance["views"]
         self._built: GridEncoder | None = None
 
@@ -207,6 +212,8 @@ class Worker:
                 "install those versions to finish it, or delete the folder to begin again",
             )
         extract, provenance = self._config.extract, self._plan.provenance
+        if provenance["threads"]:
+            torch.set_num_threads(provenance["threads"])
         returned = returned_type(np.dtype(extract.dtype)).name  # the shard's writer makes the 8 bits of uint8
         self._built = GridEncoder(
             extract.encoder, self._job.identity, extract.precision, extract.device, returned,
@@ -232,7 +239,7 @@ class Worker:
 
     def _check_limit(self, row: int | None, batch: _Batch | None = None) -> None:
         bad, max_bad = self._summary.rejects, self._config.data.max_bad
-        if bad.total() <= allowed_bad(max_bad, self._rows):
+        if bad.total() <= self._limit:
             return
         worst = ", ".join(f"{count} x {why}" for why, count in bad.most_common(3))
         shown = f" ({self._job.images / self._name(row, batch.shard)})" if row is not None and batch else ""

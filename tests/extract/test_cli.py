@@ -481,7 +481,7 @@ def test_several_processes_of_one_machine_divide_the_work_and_the_whole_store_is
         def wait(self) -> list[int]:
             return self.statuses
 
-    no_launcher.setattr("extract.cli.LocalWorkers", HereAndNow)
+    no_launcher.setattr("extract.launch.LocalWorkers", HereAndNow)
     folder = photos(10, bad={3: "text"})
     # In the order in which the command declares them.
     given = ("--images", folder, "--weights", "random", "--precision", "float32", "--shard-size", 2,

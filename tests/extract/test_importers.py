@@ -16,8 +16,8 @@ import pytest
 from common.annotations import ImageRecord, id_from_name
 from common.errors import MismatchError, UserError
 from common.store import FeatureStore
-from extract.cli import import_features as command
 from extract.importers import as_grid, import_features, match_keys, open_source
+from extract.store_cli import import_features as command
 
 RECORDS = [ImageRecord(11, "b.jpg", ("a dog",)), ImageRecord(7, "a.jpg", ("a cat",))]
 

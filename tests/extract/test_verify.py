@@ -13,9 +13,9 @@ import pytest
 
 from common.errors import StoreError
 from common.shard import ShardReader
-from extract.cli import verify_features
 from extract.image_list import ImageList
 from extract.plan import Plan, shard_writer, write_planned_index
+from extract.store_cli import verify_features
 from extract.verify import Report, repair, verify_store
 
 GRID = (2, 2, 4)
