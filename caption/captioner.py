@@ -50,6 +50,7 @@ class Captioner:
 
     Attributes:
         provenance: of the features that the decoder was trained on.
+        foreign_pixels: whether the decoder was trained on images decoded by nvJPEG, whose pixels differ a little.
 
     Raises:
         WeightsError: the weights cannot be had.
@@ -70,6 +71,11 @@ class Captioner:
         name, dtype = provenance["encoder"], provenance["dtype"]
         identity = identify_weights(name, self._weights_source(weights))
         found = describe_features(name, identity, self._geometry, "auto", device, dtype, decoder_name())
+        # Photographs given one by one go through Pillow, also where a folder went through nvJPEG: refusing them
+        # would leave such a decoder without any new photograph. `foreign_pixels` says so.
+        self.foreign_pixels = provenance["preprocessing"].get("decoder") == "nvjpeg"
+        if self.foreign_pixels:
+            found["preprocessing"]["decoder"] = "nvjpeg"
         check_same_features(provenance, found, f"{checkpoint.path} was trained on", "this encoder makes")
         self._stored = np.dtype(dtype)
         self._encoder = GridEncoder(name, identity, "auto", device, returned_type(self._stored).name)

@@ -82,6 +82,11 @@ def main(
             "WARNING: this decoder was trained on random encoder weights: its captions mean nothing for photographs.",
             fg="yellow", err=True,
         )  # fmt: skip
+    if captioner.foreign_pixels:
+        click.echo(
+            "note: the decoder was trained on images decoded by nvJPEG, and these go through Pillow: their pixels "
+            "differ a little", err=True,
+        )  # fmt: skip
     found, bad = _caption_all(captioner, paths, config.caption)
     if output is not None:
         write_json(output, [{"file_name": str(p), "caption": c.text, "log_prob": c.log_prob} for p, c in found.items()])

@@ -106,8 +106,8 @@ def describe(store: FeatureStore, found: Inspection) -> list[str]:
         return [*lines, "  values         no valid row"]
     lines.append(
         f"  values         {found.low:.4g} to {found.high:.4g}, mean {found.mean:.4g}, "
-        f"deviation {found.deviation:.4g}, {found.zeros:.1%} zeros, {found.silent} of {store.grid_shape[-1]} channels silent "
-        f"({found.sampled} images looked at)"
+        f"deviation {found.deviation:.4g}, {found.zeros:.1%} zeros, {found.silent} of {store.grid_shape[-1]} channels "
+        f"silent ({found.sampled} images looked at)"
     )
     low, mean, high = found.norms
     lines.append(f"  cell norms     {low:.4g} to {high:.4g}, mean {mean:.4g}")

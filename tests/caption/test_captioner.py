@@ -16,6 +16,7 @@ import extract.encoder as encoder_module
 from caption.captioner import Caption, Captioner
 from common.config import CaptionConfig
 from common.errors import CheckpointError, MismatchError, WeightsError
+from common.quantise import as_stored
 from extract.encoder import GridEncoder, identify_weights
 from extract.image import BadImageError, load_square
 from train.checkpoint import load_checkpoint
@@ -257,3 +258,40 @@ def test_captions_are_plain_values() -> None:
     caption = Caption("a ring", ["a", "ring"], -1.0, None)
     with pytest.raises(dataclasses.FrozenInstanceError):
         caption.text = "b"  # type: ignore[misc]
+
+
+# ---------------------------------------------------------------------------------------- stores of other makes
+
+
+def test_a_decoder_of_8_bit_features_is_given_their_rounding(
+    fake: Any, scenes: Any, checkpoint: Any, provenance_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = fake.encode
+    monkeypatch.setattr(fake, "encode", lambda self, images: np.abs(real(self, images)))  # a ReLU's outputs
+    seen: list[np.ndarray] = []
+
+    def search(decoder: Any, grids: torch.Tensor, *more: Any) -> Any:
+        seen.append(grids.numpy().copy())
+        return beam_search(decoder, grids, *more)
+
+    monkeypatch.setattr("caption.captioner.beam_search", search)
+    captioner = Captioner.load(checkpoint(provenance=provenance_of(dtype="uint8")))
+    photos = sorted(scenes(2).iterdir())
+    squares = np.stack([captioner.square(path) for path in photos])
+    captioner.caption_squares(squares, CaptionConfig())
+    exact = captioner._encoder.encode(squares)
+    assert exact.dtype == np.float16
+    want = as_stored(exact, np.dtype(np.uint8)).astype(np.float32).reshape(2, 64, 2048)
+    np.testing.assert_array_equal(seen[0], want)
+    assert not np.array_equal(want, exact.astype(np.float32).reshape(2, 64, 2048))
+
+
+def test_a_decoder_of_nvjpegs_pixels_takes_photographs_and_says_so(
+    fake: Any, scenes: Any, checkpoint: Any, provenance_of: Any
+) -> None:
+    other = provenance_of()
+    other["preprocessing"] = {**other["preprocessing"], "decoder": "nvjpeg"}
+    captioner = Captioner.load(checkpoint(provenance=other))
+    assert captioner.foreign_pixels
+    assert captioner.caption([next(scenes(1).iterdir())], CaptionConfig())
+    assert not Captioner.load(checkpoint(name="other")).foreign_pixels

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click.testing
@@ -620,3 +622,72 @@ def test_without_slurm_submitting_is_wrong_use_that_says_so(
 ) -> None:
     no_launcher.setenv("PATH", str(tmp_path))
     assert "sbatch" in fails(2, "--images", photos(10), *SMALL, *SUBMIT)
+
+
+# ------------------------------------------------------------------------------------ append, retry, views, arithmetic
+
+
+def test_appending_says_what_is_new_and_a_dry_run_of_it_writes_nothing(
+    fake: Any, photos: Any, no_launcher: Any, tmp_path: Path
+) -> None:
+    folder = photos(4)
+    assert run("--images", folder, *SMALL).exit_code == 0
+    shutil.copy(folder / "0000.png", folder / "later.png")
+    assert "--append" in fails(2, "--images", folder, *SMALL)
+    before = files(tmp_path)
+    dry = run("--images", folder, *SMALL, "--append", "--dry-run")
+    assert "appended: 1 images to the 4 of before" in dry.stdout, dry.output
+    assert files(tmp_path) == before
+    done = run("--images", folder, *SMALL, "--append")
+    assert done.exit_code == 0, done.output
+    assert "already there: 2 of 3 shards" in done.stdout
+    assert "5 images in 3 shards (1 made now, 2 were there)" in done.stdout
+    assert "nothing to do" in run("--images", folder, *SMALL).stdout
+    with FeatureStore(tmp_path / "features" / "photos.h5") as store:
+        np.testing.assert_array_equal(store.row(0), store.row(4))
+
+
+def test_retrying_says_how_many_are_good_now(fake: Any, photos: Any, no_launcher: Any) -> None:
+    folder = photos(6, bad={1: "text", 2: "text"})
+    assert run("--images", folder, *SMALL, "--max-bad", "50%").exit_code == 3
+    shutil.copy(folder / "0000.png", folder / "0001.png")
+    again = run("--images", folder, *SMALL, "--max-bad", "50%", "--retry-rejected")
+    assert again.exit_code == 3, again.output
+    assert "retried: 1 images that were rejected before are good now" in again.stdout
+    assert "rejected images: 1" in again.stdout
+    assert "--submit" in fails(2, "--images", folder, *SMALL, "--retry-rejected", "--submit", "slurm", "--workers", 2)
+
+
+def test_views_are_a_list_and_begin_with_the_original(fake: Any, photos: Any, no_launcher: Any, tmp_path: Path) -> None:
+    folder = photos(3)
+    result = run("--images", folder, *SMALL, "--views", "original,hflip")
+    assert result.exit_code == 0, result.output
+    assert "views original and hflip" in result.stdout
+    with FeatureStore(tmp_path / "features" / "photos.h5") as store:
+        assert store.views == ("original", "hflip")
+    for wrong in ("hflip", "original,upside-down", "original,original"):
+        assert "views" in fails(2, "--images", folder, *SMALL, "--views", wrong, "--output", "x.h5")
+
+
+def test_nvjpeg_without_a_gpu_is_wrong_use(fake: Any, photos: Any, no_launcher: Any, tmp_path: Path) -> None:
+    assert "nvjpeg" in fails(2, "--images", photos(2), *SMALL, "--decoder", "nvjpeg")
+    assert not (tmp_path / "features").exists()
+
+
+def test_what_was_begun_compiled_goes_on_compiled_and_is_refused_uncompiled(
+    fake: Any, photos: Any, no_launcher: pytest.MonkeyPatch
+) -> None:
+    folder = photos(4)
+    assert run("--images", folder, *SMALL, "--compile", "on").exit_code == 0
+    assert "nothing to do" in run("--images", folder, *SMALL).stdout, "auto follows the plan on disk"
+    assert "compile true there, false here" in fails(2, "--images", folder, *SMALL, "--compile", "off")
+
+
+def test_room_on_the_disk_is_shown_and_a_lack_of_it_refused_before_the_first_image(
+    fake: Any, photos: Any, no_launcher: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = photos(4)
+    assert "to make: 2 shards, 0.00 GiB" in run("--images", folder, *SMALL, "--dry-run").stdout
+    no_launcher.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10))
+    assert "are free" in fails(1, "--images", folder, *SMALL)
+    assert not list((tmp_path / "features").rglob("*.h5"))
