@@ -251,12 +251,18 @@ class ShardWriter:
         self._store(start, parts, view)
 
     def copy(self, row: int, reader: ShardReader, reason: str | None = None) -> None:
-        """Copy a row with all its views from another shard, byte by byte; `reason` replaces a refused image's."""
+        """Copy a row with all its views from another shard, byte by byte; `reason` replaces a refused image's.
+
+        Raises:
+            StoreError: the row is damaged there.
+        """
         self._valid[row] = reader.valid[row]
         if not self._valid[row]:
             self._rejects[row] = reason or reader.rejects[row]
         for view in self._written:
             self._store(row, [part[None] for part in reader.stored_parts(row, view)], view)
+            if self._crc[view][row] != reader.checksums[view][row]:
+                raise StoreError(f"{reader.path}: row {row} is damaged", _REMAKE)
 
     def _store(self, start: int, parts: Sequence[np.ndarray], view: str) -> None:
         rows = range(start, start + len(parts[0]))
@@ -401,9 +407,10 @@ class ShardReader:
         with open_hdf5(self.path) as file:
             return json.loads(file.attrs["provenance"])  # type: ignore[no-any-return]
 
-    def crc32(self, view: str = ORIGINAL) -> np.ndarray:
-        """(n,) uint32, the checksum of each row of a view."""
-        return self._column(dataset_of("crc32", view))
+    @functools.cached_property
+    def checksums(self) -> dict[str, np.ndarray]:
+        """View -> (n,) uint32, the CRC-32 of each row."""
+        return {view: self._column(dataset_of("crc32", view)) for view in self.views}
 
     def _column(self, name: str) -> np.ndarray:
         with open_hdf5(self.path) as file:
@@ -475,8 +482,7 @@ class ShardReader:
 
     def damaged_rows(self) -> list[int]:
         """The rows whose bytes, in any view, do not match their CRC-32."""
-        checksums = {view: self.crc32(view) for view in self.views}
-        return [row for row in range(len(self)) if any(self._differs(row, v, c) for v, c in checksums.items())]
+        return [row for row in range(len(self)) if any(self._differs(row, v, c) for v, c in self.checksums.items())]
 
     def _differs(self, row: int, view: str, checksums: np.ndarray) -> bool:
         try:

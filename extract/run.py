@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from collections import Counter
@@ -165,11 +166,12 @@ def extract_features(
     indexed = _indexed_plan(job, plan)
     if len(found.there) == plan.shards and indexed == plan.digest() and not retry:
         summary.done_before = len(share.of(plan.shards))
-        return _whole(job, summary)
+        with contextlib.suppress(StoreError):  # an index that does not fit its shards is written anew
+            return _whole(job, summary)
     if share.worker == 0 or not (job.folder / "config.yaml").exists():
         write_text(job.folder / "config.yaml", config.to_yaml("data", "extract"))
-    if indexed == plan.digest() and found.missing:
-        job.output.unlink()  # an index over shards that are gone: its presence would mean complete
+    if indexed == plan.digest() and (found.missing or not retry):
+        job.output.unlink(missing_ok=True)  # it lists shards that are gone or another's: its presence would mean complete
     mine = [shard for shard in found.there if shard in share.of(plan.shards)]
     summary.done_before = len(mine)
     worker = Worker(config, job, plan, share, summary, progress)

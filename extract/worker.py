@@ -154,38 +154,42 @@ class Worker:
             tqdm(total=rejected, unit="image", desc="retry", disable=not self._progress) as bar,
         ):
             for shard in shards:
-                path = self._job.folder / self._plan.shard_name(shard)
-                with ShardReader(path) as reader:
-                    if not reader.rejects:
-                        continue
-                    start = self._plan.rows_of(shard).start
-                    side = self._encoder().side
-                    futures = {row: pool.submit(self._load, start + row, shard, side) for row in reader.rejects}
-                    loaded = {row: future.result() for row, future in futures.items()}
-                    bar.update(len(loaded))
-                    if any(not isinstance(new, str) or new != reader.rejects[row] for row, new in loaded.items()):
-                        self._rewrite(shard, reader, loaded)
+                with ShardReader(self._job.folder / self._plan.shard_name(shard)) as reader:
+                    changed = False
+                    for batch in _batches(self._plan, [shard]) if reader.rejects else ():
+                        changed |= any(
+                            not isinstance(new, str) or new != reader.rejects[row]
+                            for row, new in self._load_again(batch, reader, pool).items()
+                        )
+                    if changed:
+                        self._rewrite(shard, reader, pool)
+                    bar.update(len(reader.rejects))
 
-    def _rewrite(self, shard: int, reader: ShardReader, loaded: dict[int, np.ndarray | str]) -> None:
+    def _load_again(self, batch: _Batch, reader: ShardReader, pool: ThreadPoolExecutor) -> dict[int, np.ndarray | str]:
+        """Row of the shard -> image or reason, for the rejected rows of a batch."""
+        first, side = self._plan.rows_of(batch.shard).start, self._encoder().side
+        rows = [row for row in range(batch.start - first, batch.stop - first) if row in reader.rejects]
+        loaded = pool.map(lambda row: self._load(first + row, batch.shard, side), rows)
+        return dict(zip(rows, loaded, strict=True))
+
+    def _rewrite(self, shard: int, reader: ShardReader, pool: ThreadPoolExecutor) -> None:
         """Write a shard anew with the images that are good now; its other rows are copied byte by byte."""
         first = self._plan.rows_of(shard).start
         with shard_writer(self._job.folder, self._plan, shard) as writer:
             for batch in _batches(self._plan, [shard]):
+                loaded = self._load_again(batch, reader, pool)
                 rows = range(batch.start - first, batch.stop - first)
-                good = {row: image for row in rows if isinstance(image := loaded.get(row), np.ndarray)}
-                grids: dict[str, np.ndarray] = {}
-                if good:  # in a batch of the same size, at its own place: so it gets the bytes of a first run
-                    side = self._encoder().side
-                    images = np.zeros((len(rows), side, side, 3), np.uint8)
-                    for row, image in good.items():
-                        images[row - rows.start] = image
-                    grids = {view: pending.result() for view, pending in self._encode(images).items()}
-                for row in rows:
-                    for view, made in grids.items():
-                        if row in good:
-                            place = row - rows.start
-                            writer.write(row, made[place : place + 1], {}, view)
-                    if row not in good:
+                good = {row - rows.start: image for row, image in loaded.items() if isinstance(image, np.ndarray)}
+                if good:  # in a batch of the same size, each at its own place: so they get the bytes of a first run
+                    images = np.zeros((len(rows), *next(iter(good.values())).shape), np.uint8)
+                    for place, image in good.items():
+                        images[place] = image
+                    for view, pending in self._encode(images).items():
+                        grids = pending.result()
+                        for place in good:
+                            writer.write(rows[place], grids[place : place + 1], {}, view)
+                for place, row in enumerate(rows):
+                    if place not in good:
                         reason = loaded.get(row)
                         writer.copy(row, reader, reason if isinstance(reason, str) else None)
                 self._summary.retried += len(good)

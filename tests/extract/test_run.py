@@ -814,3 +814,19 @@ def test_a_survey_counts_what_is_there_and_what_is_mine(fake: Any, photos: Any, 
     assert (found.there, found.missing) == ([0, 2, 4], [1, 3])
     assert found.needed == 4 * 2 * 2 * 3 * 2
     assert survey(prepared, plan, Share(0, 2)).missing == []
+
+
+def test_an_index_that_does_not_fit_its_shards_is_written_anew(
+    fake: Any, photos: Any, job: Any, extracted: Any, tmp_path: Path
+) -> None:
+    """As when a retried shard took the place of the one that another worker was just indexing."""
+    folder = photos(6, bad={4: "text"})
+    config, prepared = job(folder, extract__shard_size=3)
+    extract_features(config, prepared, progress=False)
+    stale = prepared.output.read_bytes()
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(folder / "0004.png")
+    extract_features(config, prepared, progress=False, retry=True)
+    right = prepared.output.read_bytes()
+    prepared.output.write_bytes(stale)
+    assert extract_features(config, prepared, progress=False).rejects.total() == 0
+    assert prepared.output.read_bytes() == right

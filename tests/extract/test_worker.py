@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 from PIL import Image
 
 from common.annotations import list_images
+from common.errors import StoreError
 from common.quantise import as_stored
 from common.shard import read_header
 from common.store import FeatureStore
@@ -155,3 +157,19 @@ def test_the_summary_counts_what_went_through_the_encoder(fake: Any, photos: Any
     _, summary = extracted(photos(7), extract__batch_size=2)
     assert summary.encoded == 7
     assert 0 < summary.waiting < summary.running <= summary.seconds
+
+
+def test_a_damaged_row_is_not_copied_into_a_shard_that_vouches_for_it(fake: Any, photos: Any, job: Any) -> None:
+    folder = photos(4, bad={1: "text"})
+    config, prepared = job(folder, data__max_bad="50%")
+    extract_features(config, prepared, progress=False)
+    shard = prepared.folder / "00000.h5"
+    with h5py.File(shard) as file:
+        place = file["features"].id.get_offset() + 3 * 2 * 2 * 3 * 2
+    content = bytearray(shard.read_bytes())
+    content[place] ^= 4
+    shard.write_bytes(content)
+    repair_picture(folder / "0001.png", 1)
+    with pytest.raises(StoreError, match="row 3 is damaged"):
+        extract_features(config, prepared, progress=False, retry=True)
+    assert shard.read_bytes() == content, "and is left as it is, to be found by verify-features"
