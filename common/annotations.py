@@ -13,6 +13,7 @@ import io
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -162,6 +163,7 @@ class FolderImages:
 
     Attributes:
         problems: what was wrong, after the images were gone through.
+        left_out: suffix -> how many files that are no images by their names; after the images were gone through.
 
     Raises:
         AnnotationError: on iteration: the folder is missing or holds no images, or too many names are bad.
@@ -171,14 +173,16 @@ class FolderImages:
         self._folder = folder
         self._max_bad = max_bad
         self.problems = Problems()
+        self.left_out: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[ImageRecord]:
         if not self._folder.is_dir():
             raise AnnotationError(f"{self._folder}: no such folder of images", "check the path given with --images")
         self.problems.counts.clear()
         self.problems.examples.clear()
+        self.left_out.clear()
         good = 0
-        for name in _names_below(self._folder, ""):
+        for name in self._names_below(""):
             if not _is_utf8(name):
                 self.problems.add("file name that is not UTF-8", ascii(name))
                 continue
@@ -188,21 +192,25 @@ class FolderImages:
             raise AnnotationError(f"{self._folder}: holds no images", f"images end in {', '.join(IMAGE_SUFFIXES)}")
         _check_problems(self._folder, self.problems, good, self._max_bad)
 
-
-def _names_below(folder: Path, prefix: str) -> Iterator[str]:
-    """Image files below a folder, in the order of their whole paths: "a-b/x" stands before "a/x"."""
-    with os.scandir(folder / prefix) as entries:
-        found = [
-            (entry.name + "/" if is_folder else entry.name)
-            for entry in entries
-            if (is_folder := entry.is_dir(follow_symlinks=False))
-            or (Path(entry.name).suffix.lower() in IMAGE_SUFFIXES and entry.is_file())
-        ]
-    for name in sorted(found):
-        if name.endswith("/"):
-            yield from _names_below(folder, prefix + name)
-        else:
-            yield prefix + name
+    def _names_below(self, prefix: str) -> Iterator[str]:
+        """Image files below a folder, in the order of their whole paths: "a-b/x" stands before "a/x"."""
+        found = []
+        with os.scandir(self._folder / prefix) as entries:
+            for entry in entries:
+                suffix = Path(entry.name).suffix.lower()
+                if entry.is_dir(follow_symlinks=False):
+                    found.append(entry.name + "/")
+                elif entry.name.startswith("._"):
+                    continue  # what macOS keeps beside a file on foreign disks
+                elif suffix in IMAGE_SUFFIXES and (entry.is_file() or entry.is_symlink()):
+                    found.append(entry.name)  # a link that leads nowhere is a missing image
+                elif entry.is_file():
+                    self.left_out[suffix or entry.name] += 1
+        for name in sorted(found):
+            if name.endswith("/"):
+                yield from self._names_below(prefix + name)
+            else:
+                yield prefix + name
 
 
 def list_images(folder: Path) -> AnnotationSet:

@@ -70,10 +70,8 @@ class PipelineCommand(click.Command):
         except (click.ClickException, click.exceptions.Exit):
             raise
         except KeyboardInterrupt as error:
-            click.echo(
-                "\ninterrupted: nothing is broken; run the same command again to go on (train-decoder: with --resume)",
-                err=True,
-            )
+            again = "the same command with --resume" if self.name == "train-decoder" else "the same command again"
+            click.echo(f"\ninterrupted: nothing is broken; run {again} to go on", err=True)
             ctx.exit(128 + error.number if isinstance(error, _StoppedError) else EXIT_INTERRUPTED)
         except BrokenPipeError:
             raise  # the reader of our output has gone: click ends the command quietly

@@ -76,6 +76,7 @@ _OS_HINTS = {
     errno.EROFS: "the file system is read-only: choose another --output",
     errno.ENOENT: "check the path for a typing error",
     errno.ENOTDIR: "a part of the path is a file, not a folder: choose another path",
+    errno.EEXIST: "something of that name is there already: choose another path",
     errno.EISDIR: "a file is needed here, and this is a folder",
 }
 

@@ -27,7 +27,7 @@ import json
 import os
 import threading
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ import numpy as np
 
 from common.errors import StoreError
 from common.files import fsync_path, sha256_of, temporary_sibling
-from common.quantise import dequantise, quantise
+from common.quantise import LARGEST, dequantise, quantise
 
 SHARD_FORMAT = "gridcap-shard"
 VERSION = 2
@@ -45,9 +45,17 @@ ALIGNMENT = 4096
 HEADER_BYTES = 4096
 ORIGINAL = "original"  # the view that every store has
 _NO_RESERVATION = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}  # file systems that cannot set space aside
-_opening = threading.Lock()
+opening = threading.Lock()  # held while a reader opens its file
 # What h5py, numpy and json raise over damaged bytes, depending on which are damaged.
 _DAMAGE = (KeyError, ValueError, OSError, RuntimeError, TypeError, AttributeError, MemoryError, OverflowError)
+
+
+def _renew_lock() -> None:
+    global opening
+    opening = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)  # another thread may have held it, and there it is no more
 
 
 class UnstorableError(ValueError):
@@ -75,12 +83,17 @@ class ShardInfo:
 
     def to_bytes(self) -> bytes:
         """The header as it stands in the file, HEADER_BYTES long."""
-        text = json.dumps({"format": SHARD_FORMAT, "version": VERSION, **self.__dict__}, sort_keys=True)
-        return text.encode().ljust(HEADER_BYTES - 1) + b"\n"
+        return pack_header(SHARD_FORMAT, self.__dict__)
 
 
-def read_header(path: Path) -> ShardInfo | None:
-    """The header of a shard, or None if the file has none (rewritten by other tools).
+def pack_header(kind: str, values: Mapping[str, Any]) -> bytes:
+    """A header, HEADER_BYTES long: a line of JSON, filled up with spaces."""
+    text = json.dumps({"format": kind, "version": VERSION, **values}, sort_keys=True)
+    return text.encode().ljust(HEADER_BYTES - 1) + b"\n"
+
+
+def unpack_header(path: Path, kind: str, keys: Collection[str], remake: str) -> dict[str, Any] | None:
+    """The values of a file's header, or None if the file has none (rewritten by other tools).
 
     Raises:
         StoreError: missing, unreadable, damaged, or not as long as the header says.
@@ -90,24 +103,53 @@ def read_header(path: Path) -> ShardInfo | None:
             block = file.read(HEADER_BYTES)
             size = os.fstat(file.fileno()).st_size
     except OSError as error:
-        raise StoreError(f"{path}: {(error.strerror or str(error)).lower()}", _REMAKE) from error
+        raise StoreError(f"{path}: {(error.strerror or str(error)).lower()}", remake) from error
     if not block.startswith(b"{"):
         return None
     try:
-        values = json.loads(block)
+        values: dict[str, Any] = json.loads(block)
         version = values.pop("version")
-        if values.pop("format") != SHARD_FORMAT or set(values) != set(ShardInfo.__dataclass_fields__):
+        if values.pop("format") != kind or set(values) != set(keys):
             raise ValueError("other keys than a header has")
-        info = ShardInfo(**values)
-        if info.to_bytes() != block and version == VERSION:
+        if pack_header(kind, values) != block and version == VERSION:
             raise ValueError("not as it was written")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StoreError(f"{path}: damaged header: {error}", _REMAKE) from error
+        raise StoreError(f"{path}: damaged header: {error}", remake) from error
     if version != VERSION:
         raise _other_version(path, version)
-    if size != info.size:
-        raise StoreError(f"{path}: truncated: {size} bytes of {info.size}", _REMAKE)
-    return info
+    if size != values["size"]:
+        raise StoreError(f"{path}: truncated: {size} bytes of {values['size']}", remake)
+    return values
+
+
+def read_header(path: Path) -> ShardInfo | None:
+    """The header of a shard; None and errors as for `unpack_header`."""
+    values = unpack_header(path, SHARD_FORMAT, ShardInfo.__dataclass_fields__, _REMAKE)
+    return None if values is None else ShardInfo(**values)
+
+
+class KnownFile:
+    """A file that is opened again and again, and must be the same file each time.
+
+    Raises:
+        StoreError: on opening: another file has taken its place, or it was changed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._identity = self._of(path.stat())
+
+    @staticmethod
+    def _of(status: os.stat_result) -> tuple[int, int, int]:
+        return status.st_ino, status.st_size, status.st_mtime_ns
+
+    def open(self) -> int:
+        """A descriptor for reading."""
+        descriptor = os.open(self.path, os.O_RDONLY)
+        if self._of(os.fstat(descriptor)) != self._identity:
+            os.close(descriptor)
+            raise StoreError(f"{self.path}: was replaced or changed while it was in use", "start again")
+        return descriptor
 
 
 def text_array(texts: Sequence[str], length: int = 1) -> np.ndarray:
@@ -242,7 +284,7 @@ class ShardWriter:
         flat = grids.reshape(len(grids), -1)
         sound = np.isfinite(flat).all(1)
         if self._stored == np.uint8:
-            sound &= (flat >= 0).all(1)
+            sound &= ((flat >= 0) & (flat <= LARGEST)).all(1)
         for row in rows:
             if row not in rejects and not sound[row - start]:
                 raise UnstorableError(f"{self._names[row]}: its grid holds a value that {self._stored} cannot hold")
@@ -330,7 +372,7 @@ class ShardReader:
         stored: the type in the file.
         dtype: the type of the grids that `read_row` gives.
         views: of each image.
-        info: the header; None if the file was rewritten by other tools.
+        index, plan: which shard of its store, and the SHA-256 of the plan it was made by.
 
     Raises:
         StoreError: missing, not HDF5, not a shard, of another version, or truncated.
@@ -338,8 +380,8 @@ class ShardReader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.info: ShardInfo | None = None
         with open_hdf5(path) as file:
+            self._file = KnownFile(path)
             try:
                 check_format(file, path, SHARD_FORMAT)
                 features = file["features"]
@@ -461,7 +503,7 @@ class ShardReader:
     def _read(self, name: str, row: int, out: np.ndarray) -> None:
         offset = self._offsets[name]
         if offset is None:
-            with _opening:
+            with opening:
                 if self._foreign is None:
                     self._foreign = h5py.File(self.path, "r", locking=False)
             try:
@@ -469,9 +511,9 @@ class ShardReader:
             except OSError as error:
                 raise StoreError(f"{self.path}: row {row} cannot be read: {error}", _REMAKE) from error
             return
-        with _opening:
+        with opening:
             if self._descriptor is None:
-                self._descriptor = os.open(self.path, os.O_RDONLY)
+                self._descriptor = self._file.open()
         view = out.data.cast("B")
         done, position = 0, offset + row * out.nbytes
         while done < out.nbytes:
@@ -523,7 +565,8 @@ def open_hdf5(path: Path) -> h5py.File:
     except FileNotFoundError as error:
         raise StoreError(f"{path}: no such file", "check the path, or make it with extract-features") from error
     except IsADirectoryError as error:
-        raise StoreError(f"{path}: is a folder", f"give the index file beside it, {path}.h5") from error
+        hint = "choose another name" if path.suffix == ".h5" else f"give the index file beside it, {path}.h5"
+        raise StoreError(f"{path}: is a folder", hint) from error
     except PermissionError as error:
         raise StoreError(f"{path}: no permission to read it", "check the permissions") from error
     except OSError as error:

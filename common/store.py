@@ -33,21 +33,26 @@ from typing import Any, overload
 import h5py
 import numpy as np
 
+import common.shard as shard_module
 from common.errors import MismatchError, StoreError
-from common.files import replacing
+from common.files import replacing, sha256_of
 from common.shard import (
+    HEADER_BYTES,
     ORIGINAL,
     SHARD_FORMAT,
     VERSION,
+    KnownFile,
     ShardInfo,
     ShardReader,
     check_format,
     dataset_of,
     decode_texts,
     open_hdf5,
+    pack_header,
     read_header,
     returned_type,
     text_array,
+    unpack_header,
 )
 
 INDEX_FORMAT = "gridcap-index"
@@ -58,7 +63,7 @@ _REMAKE = "delete it and run the same extract-features command again: it writes 
 
 def write_index(
     path: Path, folder: Path, names: Sequence[str], images: Iterable[Sequence[tuple[int, str]]], name_bytes: int,
-    split: str, plan: str, provenance: Mapping[str, Any],
+    split: str, plans: Sequence[str], provenance: Mapping[str, Any],
 ) -> None:  # fmt: skip
     """Write the index over finished shards; its presence means that the store is complete.
 
@@ -68,47 +73,74 @@ def write_index(
         names: of the shards in the order of their rows, relative to `folder`.
         images: for each shard, the (image_id, file_name) of its rows.
         name_bytes: of the longest file name.
-        split, plan, provenance: kept as attributes.
+        split, provenance: kept as attributes.
+        plans: for each shard, the SHA-256 of the plan it must have been made by; the last is that of the store.
 
     Raises:
-        StoreError: a shard is missing, damaged, or has another number of rows than `images` says.
+        StoreError: a shard is missing, damaged, of another plan or place, or has another number of rows.
     """
     infos = read_infos([folder / name for name in names])
+    for shard, (name, info, plan) in enumerate(zip(names, infos, plans, strict=True)):
+        if (info.index, info.plan) != (shard, plan):
+            raise StoreError(
+                f"{folder / name}: belongs to another plan", "delete it and run the same extract-features command again"
+            )
+    with replacing(path) as temporary:
+        with h5py.File(temporary, "x", locking=False, userblock_size=HEADER_BYTES) as file:
+            _fill_index(file, folder.relative_to(path.parent), folder, names, infos, images, name_bytes, provenance)
+            file.attrs.update({"format": INDEX_FORMAT, "version": VERSION, "split": split, "plan": plans[-1]})
+            file.attrs["provenance"] = json.dumps(provenance, sort_keys=True)
+        values = {"size": temporary.stat().st_size, "sha256": sha256_of(temporary, HEADER_BYTES)}
+        with open(temporary, "r+b") as header:
+            header.write(pack_header(INDEX_FORMAT, values))
+
+
+def index_hash(path: Path) -> str | None:
+    """The SHA-256 that an index has in its header, of all that follows; None if other tools rewrote it.
+
+    Raises:
+        StoreError: missing, or the header is damaged.
+    """
+    values = unpack_header(path, INDEX_FORMAT, ("size", "sha256"), _REMAKE)
+    return None if values is None else str(values["sha256"])
+
+
+def _fill_index(
+    file: h5py.File, base: Path, folder: Path, names: Sequence[str], infos: Sequence[ShardInfo],
+    images: Iterable[Sequence[tuple[int, str]]], name_bytes: int, provenance: Mapping[str, Any],
+) -> None:  # fmt: skip
     rows = sum(info.rows for info in infos)
-    with replacing(path) as temporary, h5py.File(temporary, "x", locking=False) as file:
-        _virtual_datasets(file, folder.relative_to(path.parent), names, infos, provenance)
-        columns = {
-            "image_id": file.create_dataset("image_id", (rows,), "<i8", fill_time="never"),
-            "file_name": file.create_dataset(
-                "file_name", (rows,), h5py.string_dtype("utf-8", name_bytes), fill_time="never"
-            ),
-            "valid": file.create_dataset("valid", (rows,), bool, fill_time="never"),
-        }
-        start = 0
-        reject_row: list[int] = []
-        reject_why: list[str] = []
-        for name, info, part in zip(names, infos, images, strict=True):
-            if len(part) != info.rows:
-                raise StoreError(f"{folder / name}: has {info.rows} rows, and the plan {len(part)}", _REMAKE)
-            valid = np.ones(info.rows, bool)
-            if info.rejected:
-                with ShardReader(folder / name) as reader:
-                    rejects = reader.rejects
-                valid[list(rejects)] = False
-                reject_row += [start + row for row in rejects]
-                reject_why += rejects.values()
-            stop = start + info.rows
-            columns["image_id"][start:stop] = np.array([image_id for image_id, _ in part], "<i8")
-            columns["file_name"][start:stop] = text_array([text for _, text in part], name_bytes)
-            columns["valid"][start:stop] = valid
-            start = stop
-        file["reject_row"] = np.asarray(reject_row, "<i8")
-        file["reject_why"] = text_array(reject_why)
-        file["shard_name"] = text_array([(folder / name).relative_to(path.parent).as_posix() for name in names])
-        file["shard_rows"] = np.array([info.rows for info in infos], "<i8")
-        file["shard_sha256"] = text_array([info.sha256 for info in infos])
-        file.attrs.update({"format": INDEX_FORMAT, "version": VERSION, "split": split, "plan": plan})
-        file.attrs["provenance"] = json.dumps(provenance, sort_keys=True)
+    _virtual_datasets(file, base, names, infos, provenance)
+    columns = {
+        "image_id": file.create_dataset("image_id", (rows,), "<i8", fill_time="never"),
+        "file_name": file.create_dataset(
+            "file_name", (rows,), h5py.string_dtype("utf-8", name_bytes), fill_time="never"
+        ),
+        "valid": file.create_dataset("valid", (rows,), bool, fill_time="never"),
+    }
+    start = 0
+    reject_row: list[int] = []
+    reject_why: list[str] = []
+    for name, info, part in zip(names, infos, images, strict=True):
+        if len(part) != info.rows:
+            raise StoreError(f"{folder / name}: has {info.rows} rows, and the plan {len(part)}", _REMAKE)
+        valid = np.ones(info.rows, bool)
+        if info.rejected:
+            with ShardReader(folder / name) as reader:
+                rejects = reader.rejects
+            valid[list(rejects)] = False
+            reject_row += [start + row for row in rejects]
+            reject_why += rejects.values()
+        stop = start + info.rows
+        columns["image_id"][start:stop] = np.array([image_id for image_id, _ in part], "<i8")
+        columns["file_name"][start:stop] = text_array([text for _, text in part], name_bytes)
+        columns["valid"][start:stop] = valid
+        start = stop
+    file["reject_row"] = np.asarray(reject_row, "<i8")
+    file["reject_why"] = text_array(reject_why)
+    file["shard_name"] = text_array([(base / name).as_posix() for name in names])
+    file["shard_rows"] = np.array([info.rows for info in infos], "<i8")
+    file["shard_sha256"] = text_array([info.sha256 for info in infos])
 
 
 def read_infos(paths: Sequence[Path]) -> list[ShardInfo]:
@@ -158,7 +190,7 @@ class _Names(Sequence[str]):
     """The file names of an index, read from the file as they are asked for."""
 
     def __init__(self, path: Path, offset: int, length: int, rows: int) -> None:
-        self._path, self._offset, self._length, self._rows = path, offset, length, rows
+        self._file, self._offset, self._length, self._rows = KnownFile(path), offset, length, rows
         self._descriptor: int | None = None
 
     def __len__(self) -> int:
@@ -172,9 +204,9 @@ class _Names(Sequence[str]):
         if isinstance(row, slice):
             return [self[i] for i in range(*row.indices(self._rows))]
         row = range(self._rows)[row]
-        with _opening:
+        with shard_module.opening:
             if self._descriptor is None:
-                self._descriptor = os.open(self._path, os.O_RDONLY)
+                self._descriptor = self._file.open()
         return os.pread(self._descriptor, self._length, self._offset + row * self._length).rstrip(b"\0").decode()
 
     def __eq__(self, other: object) -> bool:
@@ -189,9 +221,6 @@ class _Names(Sequence[str]):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_descriptor": None}
-
-
-_opening = threading.Lock()
 
 
 class FeatureStore:
@@ -248,8 +277,10 @@ class FeatureStore:
         self._starts = np.cumsum([0, *sizes])
         if not len(self.image_ids) == len(self.valid) == len(self.file_names) == self._starts[-1]:
             raise StoreError(f"{path}: its columns have different lengths", _REMAKE)
+        self._hashes = hashes
         if not single:
-            self._check_shards(hashes, sizes)
+            self._check_shards(sizes)
+        self._process = os.getpid()
         self._readers: dict[int, ShardReader] = {}
         self._opened: OrderedDict[int, None] = OrderedDict()  # shards with an open file, the one used last at the end
         self._in_use: dict[int, int] = {}
@@ -257,7 +288,6 @@ class FeatureStore:
         self._by_id: tuple[np.ndarray, np.ndarray] | None = None
         self._threads = threads
         self._pool: ThreadPoolExecutor | None = None
-        self._pool_process = 0
 
     def _names(self, file: h5py.File) -> Sequence[str]:
         column = file["file_name"]
@@ -271,7 +301,7 @@ class FeatureStore:
             raise StoreError(f"{self.path}: its shard {name!r} lies outside of its folder", "extract again")
         return self.path.parent / name
 
-    def _check_shards(self, hashes: Sequence[str], sizes: Sequence[int]) -> None:
+    def _check_shards(self, sizes: Sequence[int]) -> None:
         """Make sure that every shard is there, whole, and the one that was indexed."""
         with ThreadPoolExecutor(_HEADER_THREADS) as pool:
             infos = list(pool.map(read_header, self.shard_paths, chunksize=64))
@@ -282,11 +312,19 @@ class FeatureStore:
                 raise StoreError(f"{path}: stands in another shard's place", "extract again")
             elif info.rows != sizes[shard]:
                 raise StoreError(f"{path}: has {info.rows} rows, and the index says {sizes[shard]}", "extract again")
-            elif info.sha256 != hashes[shard]:
-                raise StoreError(f"{path}: belongs to another store than {self.path}", "extract again")
+            elif info.sha256 != self._hashes[shard]:
+                raise self._foreign(shard)
+
+    def _foreign(self, shard: int) -> StoreError:
+        return StoreError(
+            f"{self.shard_paths[shard]}: belongs to another store than {self.path}",
+            "run the same extract-features command again: it writes the index anew",
+        )
 
     def _open(self, shard: int) -> ShardReader:
-        reader = ShardReader(self.shard_paths[shard])
+        info, reader = read_header(self.shard_paths[shard]), ShardReader(self.shard_paths[shard])
+        if self._hashes[shard] and info is not None and info.sha256 != self._hashes[shard]:
+            raise self._foreign(shard)
         if (reader.shape[1:], reader.dtype, set(reader.views)) != (self.grid_shape, self.dtype, set(self.views)):
             raise StoreError(f"{reader.path}: holds other grids than {self.path} says", "extract again")
         if len(reader) != self._starts[shard + 1] - self._starts[shard]:
@@ -329,6 +367,7 @@ class FeatureStore:
             raise ValueError(f"out must be a contiguous {(len(wanted), *self.grid_shape)} array of {self.dtype}")
         chosen = [self.views[view] for view in ([0] * len(wanted) if views is None else views)]
         shards = (np.searchsorted(self._starts, wanted, side="right") - 1).tolist()
+        self._after_fork()
         with self._using(shards) as readers:
 
             def read(part: range) -> None:
@@ -339,10 +378,15 @@ class FeatureStore:
             if len(wanted) < 2 * self._threads:
                 read(range(len(wanted)))
             else:
-                if self._pool is None or self._pool_process != os.getpid():  # a forked child has no threads
-                    self._pool, self._pool_process = ThreadPoolExecutor(self._threads, "store"), os.getpid()
+                if self._pool is None:
+                    self._pool = ThreadPoolExecutor(self._threads, "store")
                 list(self._pool.map(read, [range(i, len(wanted), self._threads) for i in range(self._threads)]))
         return out
+
+    def _after_fork(self) -> None:
+        """A forked child has none of its parent's threads: what they held and used must be made anew."""
+        if self._process != os.getpid():
+            self._process, self._pool, self._lock, self._in_use = os.getpid(), None, threading.Lock(), {}
 
     def scales(self, row: int) -> np.ndarray:
         """The scales of a uint8 store's row, (channel,) float16: the width of its levels."""
@@ -353,22 +397,21 @@ class FeatureStore:
     @contextmanager
     def _using(self, shards: Sequence[int]) -> Iterator[dict[int, ShardReader]]:
         """The readers of some shards, kept open while they are used; of the others only a bounded number is."""
-        used = dict.fromkeys(shards)
-        readers = {}
-        with self._lock:
-            for shard in used:
-                if shard not in self._readers:
-                    self._readers[shard] = self._open(shard)
-                readers[shard] = self._readers[shard]
-                self._opened[shard] = None
-                self._opened.move_to_end(shard)
-                self._in_use[shard] = self._in_use.get(shard, 0) + 1
-            idle = itertools.filterfalse(self._in_use.get, self._opened)
-            for shard in list(itertools.islice(idle, max(0, len(self._opened) - _OPEN_SHARDS))):
-                self._readers[shard].close()
-                del self._opened[shard]
+        used: dict[int, ShardReader] = {}
         try:
-            yield readers
+            with self._lock:
+                for shard in dict.fromkeys(shards):
+                    if shard not in self._readers:
+                        self._readers[shard] = self._open(shard)
+                    used[shard] = self._readers[shard]
+                    self._opened[shard] = None
+                    self._opened.move_to_end(shard)
+                    self._in_use[shard] = self._in_use.get(shard, 0) + 1
+                idle = itertools.filterfalse(self._in_use.get, self._opened)
+                for shard in list(itertools.islice(idle, max(0, len(self._opened) - _OPEN_SHARDS))):
+                    self._readers[shard].close()
+                    del self._opened[shard]
+            yield used
         finally:
             with self._lock:
                 for shard in used:

@@ -142,7 +142,7 @@ def main(
     records, problems = split_images(chosen, name, config.seed, config.data.max_bad)
 
     from extract import launch
-    from extract.run import extract_features, prepare
+    from extract.run import extract_features, prepare, settled_plan
     from extract.submit import SlurmRequest
 
     processes = 1
@@ -158,10 +158,13 @@ def main(
     job = prepare(planned_with, name, records, chosen.images, output, dry_run, threads)
     if submit is not None:
         job = replace(job, plan=launch.jobs_plan(config, job.plan, slurm["gpus_per_task"]))
-    plan = _known_plan(config, job, append, dry_run)
+    plan = _known_plan(config, job, append)
     if not quiet:
         for line in problems.lines():
             click.echo(f"note: {chosen.annotations or chosen.images}: {line}", err=True)
+        if left_out := getattr(records, "left_out", None):
+            kinds = ", ".join(f"{count} {suffix}" for suffix, count in left_out.most_common(5))
+            click.echo(f"note: {chosen.images}: left out, not images by their names: {kinds}", err=True)
         _announce(job, plan)
     if submit is not None:
         assert workers is not None
@@ -184,6 +187,7 @@ def main(
     if dry_run:
         click.echo("dry run: nothing was written")
         return
+    plan = settled_plan(config, job, append)
     if processes > 1:
         command = _command_again(frozenset(("devices", "worker", "workers", "brief")), "--brief")
         summary = launch.extract_by_processes(
@@ -193,7 +197,7 @@ def main(
         # A bar for each of several processes on one terminal, or in logs, could not be read.
         alone = share.workers == 1 or sys.stderr.isatty()
         summary = extract_features(config, job, share, alone and not quiet, append, retry_rejected)
-    _end(job, plan, summary, allow_rejects)
+    _end(job, plan, summary, allow_rejects, brief)
 
 
 def _chosen(
@@ -214,25 +218,30 @@ def _chosen(
     chosen = config.data.splits[name].model_copy(update=given)
     output = output or config.data.features / f"{name}.h5"
     if output.suffix != ".h5":
-        raise UserError(f"--output {output}: the index file must end in .h5", f"use --output {output}.h5")
+        raise UserError(
+            f"--output {output}: the index file must end in .h5", f"use --output {output.with_suffix('.h5')}"
+        )
+    if output.is_dir():
+        raise UserError(f"--output {output}: is a folder, and the index is a file", "choose another --output")
     if not chosen.images.is_dir():
-        raise UserError(f"{chosen.images}: no such folder of images", "check --images, or data.splits in pipeline.yaml")
+        what = "is a file, not a folder of images" if chosen.images.is_file() else "no such folder of images"
+        raise UserError(f"{chosen.images}: {what}", "check --images, or data.splits in pipeline.yaml")
     data = config.data.model_copy(update={"splits": {name: chosen}})
     return config.model_copy(update={"data": data}), name, chosen, output
 
 
-def _known_plan(config: PipelineConfig, job: Job, append: bool, dry_run: bool) -> Plan:
-    """The plan on disk, with what is to be appended; the job's own if there is none. Nothing is written yet, but
-    what is appended, and that not in a dry run."""
+def _known_plan(config: PipelineConfig, job: Job, append: bool) -> Plan:
+    """The plan on disk, with what is to be appended; the job's own if there is none. Nothing is written yet."""
     from extract.plan import FILE
     from extract.run import settled_plan
 
     if not (job.folder / FILE).exists():
         return job.plan
-    return settled_plan(config, job, append, write=not dry_run)
+    return settled_plan(config, job, append, write=False)
 
 
 def _announce(job: Job, plan: Plan) -> None:
+    from extract.plan import read_plan
     from extract.run import survey
 
     found, provenance = survey(job, plan), plan.provenance
@@ -255,12 +264,12 @@ def _announce(job: Job, plan: Plan) -> None:
             kept.append(f"{provenance['threads']} threads, where this machine has {job.plan.provenance['threads']}")
         if kept:
             click.echo(f"note: this store was begun with {' and '.join(kept)}, and that is kept", err=True)
-        if len(plan.lists) > len(job.plan.lists):
-            click.echo(f"appended: {plan.images - plan.lists[0].images} images to the {plan.lists[0].images} of before")
+        if more := plan.images - read_plan(job.folder).images:
+            click.echo(f"to append: {more} images to the {plan.images - more} of before")
         click.echo(f"already there: {len(found.there)} of {plan.shards} shards")
     if len(found.there) < plan.shards:
         click.echo(
-            f"to make: {plan.shards - len(found.there)} shards, {found.needed / 2**30:.2f} GiB; "
+            f"to make: {plan.shards - len(found.there)} shards, {found.needed / 2**20:,.0f} MiB; "
             f"{found.free / 2**30:.1f} GiB are free there"
         )
     if job.identity.random:
@@ -270,8 +279,11 @@ def _announce(job: Job, plan: Plan) -> None:
         )  # fmt: skip
 
 
-def _end(job: Job, plan: Plan, summary: Summary, allow_rejects: bool) -> None:
+def _end(job: Job, plan: Plan, summary: Summary, allow_rejects: bool, brief: bool = False) -> None:
     """Say what was done; end with the status for rejects if the store is complete and has some."""
+    if brief:
+        click.echo(f"share done: {summary.made} shards made now, {summary.done_before} were there")
+        return
     if not summary.complete:
         # Status 0 even with rejects: the store is not complete, and torchrun would kill the others for anything else.
         missing = plan.shards - len(plan.shards_there(job.folder))
@@ -297,7 +309,9 @@ def _end(job: Job, plan: Plan, summary: Summary, allow_rejects: bool) -> None:
     if summary.rejects:
         click.echo(f"rejected images: {summary.rejects.total()} (their rows are kept, marked not valid)")
         for reason, count in summary.rejects.most_common():
-            click.echo(f"  {count:6d}  {reason}")
+            shown = ", ".join(summary.examples.get(reason, []))
+            more = ", ..." if count > len(summary.examples.get(reason, [])) and shown else ""
+            click.echo(f"  {count:6d}  {reason}" + (f"  ({shown}{more})" if shown else ""))
         if summary.complete and not allow_rejects:
             sys.exit(EXIT_REJECTS)
 

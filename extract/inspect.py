@@ -174,7 +174,8 @@ def draw_grids(store: FeatureStore, path: Path, images: Path | None = None, coun
             axis.imshow(picture, cmap="magma", interpolation="nearest")
             axis.set_xticks([])
             axis.set_yticks([])
-        line[0].set_ylabel(Path(store.file_names[int(row)]).name[-24:], fontsize=7, parse_math=False)
+        name = Path(store.file_names[int(row)]).name
+        line[0].set_ylabel(name if len(name) <= 26 else f"…{name[-25:]}", fontsize=7, parse_math=False)
     for axis, title in zip(axes[0], columns, strict=True):
         axis.set_title(title, fontsize=9)
     with replacing(path) as temporary:

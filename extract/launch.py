@@ -78,7 +78,7 @@ def extract_by_processes(
     if len(plan.shards_there(job.folder)) < plan.shards:
         return Summary(plan.images, plan.shards, before, made, complete=False, seconds=seconds)
     summary = extract_features(config, job, progress=False, append=append)
-    return replace(summary, done_before=plan.shards - made, made=made, seconds=seconds) if made else summary
+    return replace(summary, done_before=plan.shards - made, made=made, seconds=seconds) if made or retry else summary
 
 
 def _count(job: Job, plan: Plan, shards: range) -> int:

@@ -90,6 +90,11 @@ class Plan:
         name = f"{shard:05}.h5"
         return name if shard < SHARDS_IN_FOLDER else f"{shard // SHARDS_IN_FOLDER:03}/{name}"
 
+    @property
+    def folders(self) -> list[str]:
+        """The folders below the store's that hold shards."""
+        return sorted({str(Path(self.shard_name(first)).parent) for first in range(0, self.shards, SHARDS_IN_FOLDER)})
+
     def rows_of(self, shard: int) -> range:
         """The rows of a shard, counted over the store."""
         part = self._list_of(shard)
@@ -108,10 +113,9 @@ class Plan:
     def shards_there(self, folder: Path) -> list[int]:
         """The numbers of the shards that are there, in order, by listing folders, not by asking for each file."""
         there: list[int] = []
-        for first in range(0, self.shards, SHARDS_IN_FOLDER):
-            inside = folder / Path(self.shard_name(first)).parent
+        for number, inside in enumerate(folder / part for part in self.folders):
             names = {entry.name for entry in os.scandir(inside)} if inside.is_dir() else set()
-            last = min(self.shards, first + SHARDS_IN_FOLDER)
+            first, last = number * SHARDS_IN_FOLDER, min(self.shards, (number + 1) * SHARDS_IN_FOLDER)
             there += [shard for shard in range(first, last) if f"{shard:05}.h5" in names]
         return there
 
@@ -174,7 +178,8 @@ def read_plan(folder: Path) -> Plan:
         raise StoreError(f"{path}: no plan, so this is no store of extract-features", "check the path") from error
     except (ValueError, KeyError, TypeError, RecursionError, ZeroDivisionError) as error:
         raise StoreError(
-            f"{path}: not a plan: {error}", "choose another --output, or delete the whole folder"
+            f"{path}: not a plan: {error}",
+            "delete this file and run the same extract-features command again: it keeps the shards",
         ) from error
 
 
@@ -205,13 +210,13 @@ def settle_plan(
     lines = differences(kept.provenance, wanted.provenance, keys)
     if append and not lines:
         return _append(kept, images, folder, write)
-    if [part.sha256 for part in kept.lists] != [part.sha256 for part in wanted.lists]:
-        lines += _other_images(kept, wanted, images, folder)
+    hint = "choose another --output, or delete the store to begin again"
+    same = [part.sha256 for part in kept.lists] == [part.sha256 for part in wanted.lists]
+    if not same and (other := _other_images(kept, wanted, images, folder)):
+        hint += "; extract-features --append adds images that are new" if not lines and "(0 new" not in other[0] else ""
+        lines += other
     if lines:
-        raise MismatchError(
-            f"{path}: this store was planned differently: {'; '.join(lines)}",
-            "choose another --output, or delete the store to begin again; --append adds images that are new",
-        )
+        raise MismatchError(f"{path}: this store was planned differently: {'; '.join(lines)}", hint)
     return kept
 
 
@@ -236,6 +241,13 @@ def _other_images(kept: Plan, wanted: Plan, images: Iterable[Image], folder: Pat
 def _append(kept: Plan, images: Iterable[Image], folder: Path, write: bool) -> Plan:
     old = np.sort(_hashes(_images_of(kept, folder)))
     ids = np.sort(np.fromiter((image_id for image_id, _ in _images_of(kept, folder)), np.int64))
+    gone = len(np.setdiff1d(old, _hashes(images)))
+    if gone and len(there := kept.shards_there(folder)) < kept.shards:
+        raise MismatchError(
+            f"{folder}: {kept.shards - len(there)} shards are still to be made, and {gone} of their images are "
+            "not in this list",
+            "finish the store with the list it was begun with, then append",
+        )
 
     def new() -> Iterator[Image]:
         left = iter(images)
@@ -253,6 +265,8 @@ def _append(kept: Plan, images: Iterable[Image], folder: Path, write: bool) -> P
         return kept
     plan = replace(kept, lists=(*kept.lists, ImageList.make(new(), kept.shard_size, folder if write else None)))
     if write:
+        if read_plan(folder).digest() != kept.digest():
+            raise MismatchError(f"{folder / FILE}: another process has appended images just now", "start again")
         write_text(folder / FILE, plan.to_json())
     return plan
 
@@ -285,4 +299,5 @@ def write_planned_index(output: Path, plan: Plan) -> None:
     folder = store_folder(output)
     names = [plan.shard_name(shard) for shard in range(plan.shards)]
     images = (plan.images_of(shard, folder) for shard in range(plan.shards))
-    write_index(output, folder, names, images, plan.name_bytes, plan.split, plan.digest(), plan.provenance)
+    plans = [plan.digest_of(shard) for shard in range(plan.shards)]
+    write_index(output, folder, names, images, plan.name_bytes, plan.split, plans, plan.provenance)

@@ -15,7 +15,7 @@ import torch
 from common.annotations import ImageRecord
 from common.config import PipelineConfig
 from common.device import choose_compile, choose_device
-from common.errors import ExtractionError, MismatchError, StoreError
+from common.errors import ExtractionError, MismatchError, StoreError, UserError
 from common.files import TEMPORARY_SUFFIX, remove_leftovers, write_text
 from common.shard import ShardReader, check_format, open_hdf5, read_header, stored_bytes
 from common.store import INDEX_FORMAT, FeatureStore
@@ -24,8 +24,10 @@ from extract.encoder import describe_features, identify_weights
 from extract.image import decoder_name
 from extract.image_list import Image, ImageList
 from extract.nvjpeg import nvjpeg_name
-from extract.plan import FILE, Plan, settle_plan, store_folder, write_planned_index
-from extract.worker import Job, Summary, Worker
+from extract.plan import FILE, Plan, read_plan, settle_plan, store_folder, write_planned_index
+from extract.worker import Job, Summary, Worker, check_arithmetic
+
+_EXAMPLES = 3
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,14 @@ def prepare(
 
     Raises:
         WeightsError: the weights cannot be had.
-        UserError: the device is not there.
+        UserError: the device is not there, or a file stands where the shards' folder should be.
     """
     extract, folder, pairs = config.extract, store_folder(output), _Pairs(records)
     identity = identify_weights(extract.encoder, extract.weights, download=not dry_run)
     device = choose_device(extract.device)
     decoder = nvjpeg_name(device) if extract.decoder == "nvjpeg" else decoder_name()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file, and the shards need a folder of that name", "choose another --output")
     begun = dry_run or (folder / FILE).exists()
     listed = ImageList.make(pairs, extract.shard_size, None if begun else folder)
     compiled = choose_compile(extract.compile, listed.images, device)
@@ -88,6 +92,8 @@ def settled_plan(config: PipelineConfig, job: Job, append: bool = False, write: 
     Raises:
         MismatchError: the store on disk was planned differently.
     """
+    if append and (job.folder / FILE).exists():
+        check_arithmetic(job, read_plan(job.folder))  # before the plan is changed
     free = {"compile"} if config.extract.compile == "auto" else set()
     if config.extract.precision == "auto" and job.output.exists() and not append:
         free.add("precision")
@@ -122,8 +128,11 @@ def survey(job: Job, plan: Plan, share: Share = WHOLE) -> Survey:
     row = len(plan.provenance["views"]) * stored_bytes(plan.provenance["grid_shape"], plan.provenance["dtype"])
     needed = sum(len(plan.rows_of(shard)) for shard in missing) * row
     existing = next(folder for folder in (job.folder, *job.folder.absolute().parents) if folder.exists())
-    begun = sum(file.stat().st_size for file in job.folder.rglob(f".*{TEMPORARY_SUFFIX}")) if missing else 0
-    free = shutil.disk_usage(existing).free + begun  # what other workers have set aside is not free, and not needed
+    begun = 0  # what other workers have set aside is not free, and not needed
+    for file in job.folder.rglob(f".*{TEMPORARY_SUFFIX}") if missing else ():
+        with contextlib.suppress(FileNotFoundError):  # it has just got its name
+            begun += file.stat().st_size
+    free = shutil.disk_usage(existing).free + begun
     if needed > free:
         raise ExtractionError(
             f"{job.folder}: the features still to make take {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB "
@@ -162,6 +171,8 @@ def extract_features(
     plan = settled_plan(config, job, append)
     begin = time.perf_counter()
     summary = Summary(plan.images, plan.shards)
+    for folder in {job.folder, *(job.folder / part for part in plan.folders), job.output.parent}:
+        remove_leftovers(folder)
     found = survey(job, plan, share)
     indexed = _indexed_plan(job, plan)
     if len(found.there) == plan.shards and indexed == plan.digest() and not retry:
@@ -171,7 +182,9 @@ def extract_features(
     if share.worker == 0 or not (job.folder / "config.yaml").exists():
         write_text(job.folder / "config.yaml", config.to_yaml("data", "extract"))
     if indexed == plan.digest() and (found.missing or not retry):
-        job.output.unlink(missing_ok=True)  # it lists shards that are gone or another's: its presence would mean complete
+        job.output.unlink(
+            missing_ok=True
+        )  # it lists shards that are gone or another's: its presence would mean complete
     mine = [shard for shard in found.there if shard in share.of(plan.shards)]
     summary.done_before = len(mine)
     worker = Worker(config, job, plan, share, summary, progress)
@@ -180,13 +193,17 @@ def extract_features(
         worker.make(found.missing)
     if retry:
         worker.retry(mine)
-    for folder in {job.folder / Path(plan.shard_name(shard)).parent for shard in found.missing} | {job.folder}:
-        remove_leftovers(folder)
-    remove_leftovers(job.output.parent)
-    summary.complete = len(plan.shards_there(job.folder)) == plan.shards
+    whole = len(plan.shards_there(job.folder)) == plan.shards
+    # If images were appended meanwhile, the index is for those who make them to write.
+    summary.complete = whole and read_plan(job.folder).digest() == plan.digest()
     if summary.complete:
         write_planned_index(job.output, plan)
-        _whole(job, summary)
+        try:
+            _whole(job, summary)
+        except StoreError:  # another worker is still retrying rejected images, and will write the index again
+            if share.workers == 1:
+                raise
+            summary.complete = False
     summary.seconds = time.perf_counter() - begin
     return summary
 
@@ -229,4 +246,7 @@ def _whole(job: Job, summary: Summary) -> Summary:
     """The summary of a complete store."""
     with FeatureStore(job.output) as store:
         summary.rejects = Counter(store.rejects.values())
+        for row, why in store.rejects.items():
+            if len(examples := summary.examples.setdefault(why, [])) < _EXAMPLES:
+                examples.append(store.file_names[row])
     return summary

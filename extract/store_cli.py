@@ -22,10 +22,11 @@ import-features encoded_images.pkl --annotations captions.csv --output features/
 VERIFY_EXAMPLES = """
 verify-features features/train.h5
 verify-features features/train.h5 --annotations captions_train.json
-verify-features features/train.h5 --repair && extract-features --split train
+verify-features features/train.h5 --repair; extract-features --split train
 """
 INSPECT_EXAMPLES = """
 inspect-features features/train.h5
+inspect-features features/train.h5 --rejected > to_mend.txt
 inspect-features features/train.h5 --plot grids.png --images data/coco/train2014
 """
 
@@ -119,17 +120,18 @@ def verify_features(
         for path in verify.repair(features, report):
             click.echo(f"removed: {path}")
         click.echo("now run the same extract-features command again: it makes just what is missing")
-    else:
+    elif any(problem.check != verify.CHECKS[-1] for problem in report.problems):
         click.echo("--repair removes what is broken, so that extract-features makes just that again")
     sys.exit(EXIT_FAILURE)
 
 
 @pipeline_command("inspect-features", INSPECT_EXAMPLES)
 @click.argument("features", type=click.Path(path_type=Path))
+@click.option("--rejected", is_flag=True, help="List the rejected images instead, a line each: file, tab, reason.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw a handful of images' grids to this picture.")
 @click.option("--images", type=click.Path(path_type=Path), help="Image folder: --plot shows the photographs beside.")
 def inspect_features(
-    config: PipelineConfig, dry_run: bool, features: Path, plot: Path | None, images: Path | None
+    config: PipelineConfig, dry_run: bool, features: Path, rejected: bool, plot: Path | None, images: Path | None
 ) -> None:
     """Show what is in a feature store: where it comes from, rows, rejects, values, size.
 
@@ -148,8 +150,14 @@ def inspect_features(
         if dry_run:
             click.echo(f"dry run: would look at {len(store)} rows of {features}")
             return
+        if rejected:
+            for row, reason in store.rejects.items():
+                click.echo(f"{store.file_names[row]}\t{reason}")
+            return
         for line in inspect.describe(store, inspect.inspect_store(store)):
             click.echo(line)
+        if plot is not None and not store.valid.any():
+            raise UserError(f"--plot {plot}: {features} has no valid image to draw", "leave --plot away")
         if plot is not None:
             drawn = inspect.draw_grids(store, plot, images)
             click.echo(f"drawn: {drawn} images in {plot}")

@@ -182,7 +182,10 @@ def submit(script: str, store: Path) -> str:
         ) from None
     if done.returncode != 0:
         said = (done.stderr.strip() or "no reason given").splitlines()[0]
-        raise GridcapError(f"{path}: {said}", "check --partition, --time and the other numbers asked of Slurm")
+        raise GridcapError(
+            f"{path}: {said}",
+            "is Slurm running here? if it is, check --partition, --time and what else was asked of it",
+        )
     return done.stdout.strip().partition(";")[0]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -12,11 +13,12 @@ import numpy as np
 from common.errors import StoreError
 from common.files import sha256_of
 from common.shard import HEADER_BYTES, ShardReader, check_format, decode_texts, open_hdf5, read_header
-from common.store import INDEX_FORMAT
+from common.store import INDEX_FORMAT, index_hash
 from extract.plan import Plan, read_plan, store_folder
 
 # What is checked, in the order of the table; each names one kind of problem.
 CHECKS = (
+    "index there and complete",
     "shard readable",
     "belongs to the plan",
     "rows and image ids",
@@ -89,11 +91,11 @@ def verify_store(
     """
     folder, plan = store_folder(path), plan_of(path)
     report = Report()
-    hashes = _index_hashes(path, plan, report) if path.exists() else {}
+    index = _read_index(path, plan, report) if path.exists() else None
     if not path.exists():
-        report.note("belongs to the plan", 1, "", f"{path}: the index is missing: the store is not complete")
+        report.note("index there and complete", 1, "", f"{path}: the index is missing: the store is not complete")
     for shard in range(plan.shards):
-        _verify_shard(folder, plan, shard, hashes.get(plan.shard_name(shard)), report)
+        _verify_shard(folder, plan, shard, index, report)
         if on_shard is not None:
             on_shard(len(plan.rows_of(shard)))
     if captions_ids is not None:
@@ -119,7 +121,8 @@ def repair(path: Path, report: Report) -> list[Path]:
     """
     folder = store_folder(path)
     doomed = [folder / name for name in report.broken_shards]
-    index_is_wrong = any(not problem.shard and problem.check != CHECKS[-1] for problem in report.problems)
+    of_the_store = (CHECKS[0], CHECKS[-1])  # which no removal mends
+    index_is_wrong = any(not problem.shard and problem.check not in of_the_store for problem in report.problems)
     if doomed or index_is_wrong:
         doomed.append(path)
     removed = [file for file in doomed if file.exists()]
@@ -128,37 +131,59 @@ def repair(path: Path, report: Report) -> list[Path]:
     return removed
 
 
-def _index_hashes(path: Path, plan: Plan, report: Report) -> dict[str, str]:
-    """Shard name -> SHA-256 of the index, after comparing the index with the plan."""
+@dataclass(frozen=True)
+class _Index:
+    """What the index says of its shards and rows."""
+
+    hashes: dict[str, str]
+    valid: np.ndarray
+    rejects: dict[int, str]
+
+
+def _read_index(path: Path, plan: Plan, report: Report) -> _Index | None:
+    """What the index says, after comparing it with its own hash and with the plan; None if it is not sound."""
     folder = store_folder(path)
     with open_hdf5(path) as file:
         check_format(file, path, INDEX_FORMAT)
-        same = file.attrs.get("plan") == plan.digest()
-        report.note("belongs to the plan", 1, "", None if same else f"{path}: the index belongs to another plan")
+        if (digest := file.attrs.get("plan")) not in plan.digests:
+            report.note("belongs to the plan", 1, "", f"{path}: the index belongs to another plan")
+            return None
+        report.note("belongs to the plan", 1, "", None)
+        appended = "images were appended since, and are not all there yet" if digest != plan.digest() else None
+        report.note("index there and complete", 1, "", f"{path}: {appended}" if appended else None)
+        same = index_hash(path) in (None, sha256_of(path, HEADER_BYTES))
+        report.note("whole-file SHA-256", 1, "", None if same else f"{path}: differs from the index's header")
+        if not same:
+            return None
         try:
             ids, names = file["image_id"], file["file_name"].asstr()
-            agree = len(ids) == plan.images
-            for shard in range(plan.shards if agree else 0):
+            shards = [shard for shard in range(plan.shards) if plan.rows_of(shard).stop <= len(ids)]
+            agree = bool(shards) and plan.rows_of(shards[-1]).stop == len(ids)
+            for shard in shards if agree else ():
                 rows = plan.rows_of(shard)
                 found = zip(ids[rows.start : rows.stop].tolist(), names[rows.start : rows.stop], strict=True)
                 agree = agree and list(found) == plan.images_of(shard, folder)
             report.note("rows and image ids", 1, "", None if agree else f"{path}: other images than the plan's")
-            hashes = decode_texts(file["shard_sha256"])
-            listed = [(path.parent / name).relative_to(folder).as_posix() for name in decode_texts(file["shard_name"])]
-            return dict(zip(listed, hashes, strict=True))
+            listed = [os.path.relpath(path.parent / name, folder) for name in decode_texts(file["shard_name"])]
+            renamed = next((name for name in listed if name.startswith("..")), None)
+            why = f"{path}: its shards are in {path.parent / renamed}: a store keeps its name" if renamed else None
+            report.note("rows and image ids", 0, "", why)
+            rejects = dict(zip(file["reject_row"][:].tolist(), decode_texts(file["reject_why"]), strict=True))
+            hashes = dict(zip(listed, decode_texts(file["shard_sha256"]), strict=True))
+            return _Index(hashes, file["valid"][:].astype(bool), rejects)
         except (KeyError, ValueError, OSError, TypeError, RuntimeError) as error:
             report.note("belongs to the plan", 0, "", f"{path}: not a sound index: {error}")
-            return {}
+            return None
 
 
-def _verify_shard(folder: Path, plan: Plan, shard: int, sha256: str | None, report: Report) -> None:
-    name = plan.shard_name(shard)
+def _verify_shard(folder: Path, plan: Plan, shard: int, index: _Index | None, report: Report) -> None:
+    name, expected = plan.shard_name(shard), plan.images_of(shard, folder)
     try:
         info = read_header(folder / name)
         reader = ShardReader(folder / name)
-        expected = plan.images_of(shard, folder)
         same_rows = list(zip(reader.image_ids.tolist(), reader.file_names, strict=True)) == expected
         same_source = reader.provenance == plan.provenance
+        rejects, valid = reader.rejects, reader.valid
         report.note("shard readable", 1, name, None)
     except (StoreError, ValueError) as error:
         report.note("shard readable", 1, name, getattr(error, "what", str(error)))
@@ -168,13 +193,18 @@ def _verify_shard(folder: Path, plan: Plan, shard: int, sha256: str | None, repo
         report.note("belongs to the plan", 1, name, None if same_plan else "made by another plan")
         report.note("rows and image ids", 1, name, None if same_rows else "other images than the plan's")
         report.note("provenance", 1, name, None if same_source else "another provenance than the plan's")
+        wrong = None
         if info is None:
-            wrong: str | None = "has no header: it was rewritten by another program"
+            wrong = "has no header: it was rewritten by another program"
         elif sha256_of(folder / name, HEADER_BYTES) != info.sha256:
             wrong = "differs from the shard's header"
-        else:
-            wrong = "differs from the index" if sha256 not in (None, info.sha256) else None
         report.note("whole-file SHA-256", 1, name, wrong)
+        if index is not None and info is not None and wrong is None and same_plan and name in index.hashes:
+            rows = plan.rows_of(shard)
+            listed = {row - rows.start: why for row, why in index.rejects.items() if row in rows}
+            same = index.hashes[name] == info.sha256 and listed == rejects
+            same = same and bool((index.valid[rows.start : rows.stop] == valid).all())
+            report.note("belongs to the plan", 0, "", None if same else f"{name}: the index says other things of it")
         _verify_rows(reader, name, report)
 
 

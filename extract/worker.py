@@ -7,6 +7,8 @@ the shards. Memory holds a few batches, however many images there are.
 from __future__ import annotations
 
 import contextlib
+import functools
+import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -44,6 +46,7 @@ class Summary:
         complete: whether the index is written; if not, other workers still have shards to make.
         seconds: this run took, without planning.
         rejects: reason -> count, over the whole store; over this worker's shards if it is not complete.
+        examples: reason -> the first file names, of a complete store.
         encoded: images that went through the encoder.
         running: seconds from the first image to the last.
         waiting: of these, those in which the encoder waited for images to be read or shards to be written.
@@ -57,6 +60,7 @@ class Summary:
     complete: bool = True
     seconds: float = 0.0
     rejects: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
     encoded: int = 0
     running: float = 0.0
     waiting: float = 0.0
@@ -91,6 +95,20 @@ def _batches(plan: Plan, shards: Iterable[int]) -> Iterator[_Batch]:
             yield _Batch(shard, start, min(rows.stop, start + plan.batch_size))
 
 
+def _explained(method: Callable[[Worker, list[int]], None]) -> Callable[[Worker, list[int]], None]:
+    """Turn a value that cannot be stored into an error for the user."""
+
+    @functools.wraps(method)
+    def explained(self: Worker, shards: list[int]) -> None:
+        try:
+            method(self, shards)
+        except UnstorableError as error:
+            hint = "store float32 instead: --dtype float32, into another --output"
+            raise ExtractionError(str(error), hint) from error
+
+    return explained
+
+
 class Worker:
     """Makes shards: the three stages and what they share."""
 
@@ -105,6 +123,7 @@ class Worker:
         self._views: list[str] = plan.provenance["views"]
         self._built: GridEncoder | None = None
 
+    @_explained
     def make(self, shards: list[int]) -> None:
         """Make these shards."""
         self._check_limit(None)
@@ -129,16 +148,14 @@ class Worker:
                         writes.popleft().result()
                 bar.update(len(images))
                 summary.made = store.finished
-                if batch.stop == plan.rows_of(shards[0]).stop and len(shards) > 1 and self._progress:
+                if batch.stop == plan.rows_of(shards[0]).stop and len(shards) > 1:
                     took = time.perf_counter() - begin
                     left = took / len(plan.rows_of(shards[0])) * todo - took
-                    bar.write(f"first shard after {_duration(took)}; about {_duration(left)} for the rest")
+                    said = f"first shard after {_duration(took)}; about {_duration(left)} for the rest"
+                    tqdm.write(said, file=sys.stderr)
             while writes:
                 writes.popleft().result()
             summary.made = store.finished
-        except UnstorableError as error:
-            hint = "store float32 instead: --dtype float32, into another --output"
-            raise ExtractionError(str(error), hint) from error
         finally:
             bar.close()
             readers.shutdown(cancel_futures=True)
@@ -146,6 +163,7 @@ class Worker:
             store.abandon()
         summary.running += time.perf_counter() - begin
 
+    @_explained
     def retry(self, shards: list[int]) -> None:
         """Try the rejected images of these shards again; a shard is written anew if one of them is good now."""
         rejected = self._summary.rejects.total()
@@ -169,6 +187,11 @@ class Worker:
         """Row of the shard -> image or reason, for the rejected rows of a batch."""
         first, side = self._plan.rows_of(batch.shard).start, self._encoder().side
         rows = [row for row in range(batch.start - first, batch.stop - first) if row in reader.rejects]
+        extract = self._config.extract
+        if extract.decoder == "nvjpeg":
+            paths = [self._job.images / self._name(first + row, batch.shard) for row in rows]
+            images, why = load_squares(paths, side, extract.geometry, choose_device(extract.device))
+            return {row: why.get(i, image) for i, (row, image) in enumerate(zip(rows, images, strict=True))}
         loaded = pool.map(lambda row: self._load(first + row, batch.shard, side), rows)
         return dict(zip(rows, loaded, strict=True))
 
@@ -193,8 +216,10 @@ class Worker:
                         reason = loaded.get(row)
                         writer.copy(row, reader, reason if isinstance(reason, str) else None)
                 self._summary.retried += len(good)
-            self._job.output.unlink(missing_ok=True)  # its hash of this shard will be wrong
+            # Before and after: its hash of this shard will be wrong, and another worker may be writing it right now.
+            self._job.output.unlink(missing_ok=True)
             writer.finish()
+            self._job.output.unlink(missing_ok=True)
 
     def _encoder(self) -> GridEncoder:
         """The encoder, built when the first image needs it.
@@ -204,17 +229,7 @@ class Worker:
         """
         if self._built is not None:
             return self._built
-        begun, here = (plan.provenance["precision"] for plan in (self._plan, self._job.plan))
-        if begun != here:
-            raise MismatchError(
-                f"{self._job.folder}: begun in {begun}, and auto means {here} on this machine",
-                f"finish it with --precision {begun}, or delete the folder to begin again",
-            )
-        if differing := _version_changes(self._plan, self._job.plan):
-            raise MismatchError(
-                f"{self._job.folder}: begun with other library versions: {differing}",
-                "install those versions to finish it, or delete the folder to begin again",
-            )
+        check_arithmetic(self._job, self._plan)
         extract, provenance = self._config.extract, self._plan.provenance
         if provenance["threads"]:
             torch.set_num_threads(provenance["threads"])
@@ -249,7 +264,7 @@ class Worker:
         shown = f" ({self._job.images / self._name(row, batch.shard)})" if row is not None and batch else ""
         raise ExtractionError(
             f"{self._job.images}: {bad.total()} of {self._rows} images are bad, more than {max_bad}: {worst}{shown}",
-            "check the image folder, or allow more with --max-bad 50%",
+            "check the image folder and the list, or allow more with --max-bad",
         )
 
     def _name(self, row: int, shard: int) -> str:
@@ -358,6 +373,25 @@ class _ShardStore:
 def _duration(seconds: float) -> str:
     minutes = round(seconds / 60)
     return f"{seconds:.0f} s" if seconds < 100 else f"{minutes} min" if minutes < 100 else f"{minutes / 60:.1f} h"
+
+
+def check_arithmetic(job: Job, plan: Plan) -> None:
+    """Make sure that this machine computes as the store was begun.
+
+    Raises:
+        MismatchError: in another precision, or with other library versions.
+    """
+    begun, here = plan.provenance["precision"], job.plan.provenance["precision"]
+    if begun != here:
+        raise MismatchError(
+            f"{job.folder}: begun in {begun}, and auto means {here} on this machine",
+            f"finish it with --precision {begun}, or delete the folder to begin again",
+        )
+    if differing := _version_changes(plan, job.plan):
+        raise MismatchError(
+            f"{job.folder}: begun with other library versions: {differing}",
+            "install those versions to finish it, or delete the folder to begin again",
+        )
 
 
 def _version_changes(kept: Plan, wanted: Plan) -> str:

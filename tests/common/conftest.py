@@ -53,7 +53,7 @@ def index_shards(index: Path, sizes: Sequence[int]) -> None:
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     parts = [images[start : start + size] for start, size in zip(starts, sizes, strict=True)]
     names = [f"{number:05}.h5" for number in range(len(sizes))]
-    write_index(index, index.with_suffix(""), names, parts, 30, "train", "the plan", PROVENANCE)
+    write_index(index, index.with_suffix(""), names, parts, 30, "train", ["the plan"] * len(names), PROVENANCE)
 
 
 @pytest.fixture(scope="session")

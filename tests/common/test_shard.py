@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from common.errors import StoreError
-from common.shard import ALIGNMENT, ShardInfo, ShardReader, ShardWriter, read_header
+from common.shard import ALIGNMENT, ShardInfo, ShardReader, ShardWriter, UnstorableError, read_header
 
 MakeGrids = Callable[..., np.ndarray]
 MADE_BY: dict[str, Any] = {"index": 0, "plan": "p"}
@@ -241,8 +241,9 @@ def test_a_shard_cut_short_after_it_was_opened_does_not_give_made_up_rows(
     with h5py.File(path) as file:
         end_of_row_1 = file["features"].id.get_offset() + 2 * grids[0].nbytes
     with ShardReader(path) as reader:
-        os.truncate(path, end_of_row_1 + 1)
         out = np.empty(grids.shape[1:], np.float16)
+        reader.read_row(0, out)  # now the file is open
+        os.truncate(path, end_of_row_1 + 1)
         reader.read_row(1, out)
         np.testing.assert_array_equal(out, grids[1])
         with pytest.raises(StoreError, match=r"s\.h5: ends inside row 2"):
@@ -430,3 +431,25 @@ def test_odd_attributes_are_refused_like_any_other_file(
         file.attrs[attribute] = value
     with pytest.raises(StoreError, match=r"s\.h5"):
         ShardReader(tmp_path / "s.h5")
+
+
+def test_another_file_in_the_place_of_an_open_one_is_not_read(
+    tmp_path: Path, make_grids: MakeGrids, write_shard: WriteShard
+) -> None:
+    """Its rows may lie elsewhere, and are of other images: a reader that comes back to it says so."""
+    path = tmp_path / "s.h5"
+    write_shard(path, make_grids(3))
+    reader = ShardReader(path)
+    copy = pickle.loads(pickle.dumps(reader))
+    write_shard(path, make_grids(3, seed=9))
+    for each in (reader, copy):
+        with pytest.raises(StoreError, match=r"s\.h5: was replaced or changed"):
+            read_all(each)
+
+
+def test_8_bits_refuse_what_they_cannot_hold(tmp_path: Path, make_grids: MakeGrids) -> None:
+    for value in (-1.0, 66000.0, np.inf, np.nan):
+        with ShardWriter(tmp_path / "s.h5", [1], ["a.jpg"], (2, 3, 4), "uint8", MADE_BY) as writer:
+            grid = np.full((1, 2, 3, 4), value, np.float32)
+            with pytest.raises(UnstorableError, match=r"a\.jpg.*uint8"):
+                writer.write(0, grid, {})

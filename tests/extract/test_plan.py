@@ -47,6 +47,12 @@ def settle(folder: Path, images: list[Image], append: bool = False, **change: An
     return settle_plan(wanted, images, folder, append=append)
 
 
+def finish(made: Plan, folder: Path) -> None:
+    """As if all shards had been made."""
+    for shard in range(made.shards):
+        (folder / made.shard_name(shard)).touch()
+
+
 def all_images(made: Plan, folder: Path) -> list[Image]:
     return list(itertools.chain.from_iterable(made.images_of(shard, folder) for shard in range(made.shards)))
 
@@ -259,8 +265,8 @@ def test_the_same_list_agrees_with_a_store_it_was_appended_to(tmp_path: Path) ->
 
 
 def test_images_may_be_appended_by_a_list_of_just_these_and_more_than_once(tmp_path: Path) -> None:
-    settle(tmp_path, listed(10))
-    settle(tmp_path, listed(2, first=10), append=True)
+    finish(settle(tmp_path, listed(10)), tmp_path)
+    finish(settle(tmp_path, listed(2, first=10), append=True), tmp_path)
     last = settle(tmp_path, listed(5, first=11), append=True)
     assert all_images(last, tmp_path) == listed(16)
     assert [len(last.rows_of(s)) for s in range(last.shards)] == [4, 4, 2, 2, 4]
@@ -268,6 +274,39 @@ def test_images_may_be_appended_by_a_list_of_just_these_and_more_than_once(tmp_p
 
 def test_an_appended_image_may_not_take_another_ones_id(tmp_path: Path) -> None:
     first = settle(tmp_path, listed(10))
+    finish(first, tmp_path)
     with pytest.raises(MismatchError, match=r"image 7 is other\.jpg"):
         settle(tmp_path, [(7, "other.jpg")], append=True)
+    assert read_plan(tmp_path) == first
+
+
+def test_images_of_another_list_are_not_appended_to_a_store_that_is_not_finished(tmp_path: Path) -> None:
+    """The images still to be made would be looked for where the new ones are, and be rejected."""
+    first = settle(tmp_path, listed(10))
+    with pytest.raises(MismatchError, match="3 shards are still to be made, and 10 of their images"):
+        settle(tmp_path, listed(5, first=20), append=True)
+    assert read_plan(tmp_path) == first
+    assert settle(tmp_path, listed(12), append=True).images == 12, "a longer list has them all"
+
+
+def test_a_plan_that_another_process_has_changed_meanwhile_is_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settle(tmp_path, listed(10))
+    old = read_plan(tmp_path)
+    longer = settle(tmp_path, listed(12), append=True)
+    answers = [old, longer]
+    monkeypatch.setattr("extract.plan.read_plan", lambda _: answers.pop(0))
+    with pytest.raises(MismatchError, match="another process"):
+        settle(tmp_path, listed(14), append=True)
+    monkeypatch.undo()
+    assert read_plan(tmp_path) == longer
+
+
+def test_what_would_be_appended_can_be_told_without_writing(tmp_path: Path) -> None:
+    first = settle(tmp_path, listed(10))
+    before = sorted(p.name for p in tmp_path.iterdir())
+    wanted = make("train", listed(12), 4, 2, PROVENANCE)
+    assert settle_plan(wanted, listed(12), tmp_path, append=True, write=False).images == 12
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
     assert read_plan(tmp_path) == first

@@ -23,7 +23,7 @@ from PIL import Image
 import extract.plan as plan_module
 import extract.worker as worker_module
 from common.annotations import list_images
-from common.errors import ExtractionError, MismatchError
+from common.errors import ExtractionError, MismatchError, StoreError
 from common.files import this_machine
 from common.scenes import all_scenes, render
 from common.shard import ShardReader, ShardWriter
@@ -830,3 +830,46 @@ def test_an_index_that_does_not_fit_its_shards_is_written_anew(
     prepared.output.write_bytes(stale)
     assert extract_features(config, prepared, progress=False).rejects.total() == 0
     assert prepared.output.read_bytes() == right
+
+
+def test_a_shard_of_another_plan_never_gets_into_an_index(fake: Any, photos: Any, job: Any, tmp_path: Path) -> None:
+    """Not even one of a share that this worker does not look at: its rows would stand under other images' ids."""
+    config, one = job(photos(8), tmp_path / "one" / "s.h5", extract__shard_size=2)
+    extract_features(config, one, progress=False)
+    config, two = job(photos(7, name="others"), tmp_path / "two" / "s.h5", extract__shard_size=2)
+    extract_features(config, two, Share(0, 2), progress=False)
+    for name in ("00001.h5", "00003.h5"):
+        shutil.copy(one.folder / name, two.folder / name)
+    with pytest.raises(StoreError, match=r"00001\.h5: belongs to another plan"):
+        extract_features(config, two, Share(0, 2), progress=False)
+    assert not two.output.exists()
+
+
+def test_a_worker_from_before_an_append_leaves_the_index_to_those_after_it(
+    fake: Any, photos: Any, job: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = photos(4)
+    config, older = job(folder, extract__shard_size=2)
+    extract_features(config, older, progress=False)
+    before = older.output.read_bytes()
+    shutil.copy(folder / "0000.png", folder / "later.png")
+    config, newer = job(folder, extract__shard_size=2)
+    old_plan = settled_plan(config, older)
+    extract_features(config, newer, progress=False, append=True)
+    after = newer.output.read_bytes()
+    monkeypatch.setattr("extract.run.settled_plan", lambda *_: old_plan)
+    monkeypatch.setattr("extract.run._indexed_plan", lambda *_: None)
+    assert not extract_features(config, older, progress=False).complete
+    assert newer.output.read_bytes() == after != before
+
+
+def test_what_killed_runs_left_is_removed_before_room_is_made_for_more(
+    fake: Any, photos: Any, job: Any, dead_process: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, prepared = job(photos(4), extract__shard_size=2)
+    left = prepared.folder / _temporary_name("00000.h5", this_machine(), dead_process)
+    left.write_bytes(b"half a shard")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+    with pytest.raises(ExtractionError, match="GiB are free"):
+        extract_features(config, prepared, progress=False)
+    assert not left.exists()

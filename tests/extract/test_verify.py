@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import zlib
 from pathlib import Path
@@ -13,8 +14,9 @@ import pytest
 
 from common.errors import StoreError
 from common.shard import ShardReader
+from extract import image_list
 from extract.image_list import ImageList
-from extract.plan import Plan, shard_writer, write_planned_index
+from extract.plan import Plan, read_plan, shard_writer, write_planned_index
 from extract.store_cli import verify_features
 from extract.verify import Report, repair, verify_store
 
@@ -54,7 +56,7 @@ def test_a_sound_store_has_no_problems_and_every_row_is_counted(store: Path) -> 
     assert (report.rows, report.valid) == (7, 6)
     assert seen == [3, 3, 1]
     assert report.checked["row CRC-32"] == 7
-    assert report.checked["whole-file SHA-256"] == 3
+    assert report.checked["whole-file SHA-256"] == 4, "three shards and the index"
 
 
 def test_a_flipped_bit_in_a_grid_is_found_by_row_and_by_file(store: Path) -> None:
@@ -151,3 +153,51 @@ def test_the_command_prints_a_table_and_its_status_says_whether_all_is_sound(sto
     assert mended.exit_code == 1
     assert "removed" in mended.output
     assert not store.exists()
+
+
+# --------------------------------------------------------------------------------------- what is wrong is what goes
+
+
+def test_a_lost_image_list_condemns_no_shard(store: Path) -> None:
+    next(store.with_suffix("").glob("images-*.jsonl")).unlink()
+    image_list._read_lines.cache_clear()  # as in another process
+    with pytest.raises(StoreError, match="no such file"):
+        verify_store(store)
+
+
+def test_a_stale_index_is_removed_and_the_shard_it_does_not_know_is_kept(store: Path) -> None:
+    """As after a retry of rejected images that another worker's index overtook."""
+    folder = store.with_suffix("")
+    plan = read_plan(folder)
+    with shard_writer(folder, plan, 1) as writer:
+        writer.write(0, np.ones((3, *GRID), "f2"), {})
+        writer.finish()
+    report = verify_store(store)
+    assert {(p.check, p.shard) for p in report.problems} == {("belongs to the plan", "")}
+    assert "00001.h5" in report.problems[0].detail
+    assert repair(store, report) == [store]
+    write_planned_index(store, plan)
+    assert not verify_store(store).problems
+
+
+@pytest.mark.parametrize("column", ["valid", "image_id", "shard_rows", "reject_row"])
+def test_a_changed_number_in_the_index_is_found_and_only_the_index_goes(store: Path, column: str) -> None:
+    with h5py.File(store) as file:
+        place = file[column].id.get_offset()
+    content = bytearray(store.read_bytes())
+    content[place] ^= 1
+    store.write_bytes(content)
+    report = verify_store(store)
+    assert ("whole-file SHA-256", "") in problems(report)
+    assert repair(store, report) == [store]
+
+
+def test_in_the_middle_of_an_append_the_older_index_is_incomplete_and_is_kept(store: Path) -> None:
+    folder = store.with_suffix("")
+    plan = read_plan(folder)
+    more = ImageList.make([(200, "later.jpg")], 3, folder)
+    (folder / "plan.json").write_text(dataclasses.replace(plan, lists=(*plan.lists, more)).to_json())
+    report = verify_store(store)
+    assert problems(report) == {("index there and complete", ""), ("shard readable", "00003.h5")}
+    assert repair(store, dataclasses.replace(report, problems=report.problems[:1])) == []
+    assert store.exists()

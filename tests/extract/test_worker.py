@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import pytest
 from PIL import Image
 
 from common.annotations import list_images
-from common.errors import StoreError
+from common.errors import ExtractionError, StoreError
 from common.quantise import as_stored
 from common.shard import read_header
 from common.store import FeatureStore
+from extract.cluster import Share
 from extract.run import extract_features
 
 
@@ -173,3 +175,33 @@ def test_a_damaged_row_is_not_copied_into_a_shard_that_vouches_for_it(fake: Any,
     with pytest.raises(StoreError, match="row 3 is damaged"):
         extract_features(config, prepared, progress=False, retry=True)
     assert shard.read_bytes() == content, "and is left as it is, to be found by verify-features"
+
+
+def test_workers_that_retry_at_once_all_end_well(fake: Any, photos: Any, job: Any, tmp_path: Path) -> None:
+    folder = photos(24, bad=dict.fromkeys(range(0, 24, 3), "text"))
+    keys = {"extract__shard_size": 2, "data__max_bad": "50%"}
+    config, prepared = job(folder, tmp_path / "retried" / "s.h5", **keys)
+    extract_features(config, prepared, progress=False)
+    for i in range(0, 24, 3):
+        repair_picture(folder / f"{i:04}.png", i)
+    with ThreadPoolExecutor(3) as pool:
+        runs = [
+            pool.submit(extract_features, config, prepared, Share(i, 3), progress=False, retry=True) for i in range(3)
+        ]
+        assert sum(run.result().retried for run in runs) == 8
+    assert extract_features(config, prepared, progress=False).complete
+    config, fresh = job(folder, tmp_path / "fresh" / "s.h5", **keys)
+    extract_features(config, fresh, progress=False)
+    assert contents(tmp_path / "retried") == contents(tmp_path / "fresh")
+
+
+def test_a_retried_value_that_cannot_be_stored_names_its_image(
+    fake: Any, photos: Any, job: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = photos(3, bad={1: "text"})
+    config, prepared = job(folder, data__max_bad="50%")
+    extract_features(config, prepared, progress=False)
+    repair_picture(folder / "0001.png", 1)
+    monkeypatch.setattr(fake, "encode", lambda self, images: np.full((len(images), 2, 2, 3), np.inf, "f2"))
+    with pytest.raises(ExtractionError, match=r"0001\.png"):
+        extract_features(config, prepared, progress=False, retry=True)

@@ -86,7 +86,8 @@ def write_store(
         parts.append(list(zip(ids[part], names[part], strict=True)))
     shards = [f"{index:05}.h5" for index in range(len(parts))]
     longest = max(len(name.encode()) for name in names)
-    write_index(path, path.with_suffix(""), shards, parts, longest, split, f"plan of {path.name}", where)
+    plans = [f"plan of {path.name}"] * len(shards)
+    write_index(path, path.with_suffix(""), shards, parts, longest, split, plans, where)
     return FeatureStore(path)
 
 
