@@ -197,7 +197,7 @@ def test_rejects_are_listed_by_reason_and_end_with_status_3(fake: Any, photos: A
     assert result.exit_code == 3
     assert "rejected images: 3" in result.stdout
     assert re.search(r"^ +2  not an image  ", result.stdout, re.M)
-    assert re.search(r"^ +1  empty file$", result.stdout, re.M)
+    assert re.search(r"^ +1  empty file  \(0002\.png\)$", result.stdout, re.M)
     assert FeatureStore(tmp_path / "features" / "photos.h5").valid.sum() == 9
 
     again = run("--images", folder, *RANDOM, "--max-bad", 3)
