@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from common.annotations import split_images
+from common.annotations import FolderImages, split_images
 from common.command import flag, pipeline_command, show_config
 from common.config import PipelineConfig, SplitConfig
 from common.errors import EXIT_REJECTS, GridcapError, UserError
@@ -143,13 +143,12 @@ def main(
 
     from extract import launch
     from extract.run import extract_features, prepare, settled_plan
-    from extract.submit import SlurmRequest
 
     processes = 1
     threads = None
     if submit is not None:
         config = launch.jobs_config(config, slurm["gpus_per_task"])
-        threads = slurm["cpus_per_task"] or int(os.environ.get("OMP_NUM_THREADS", "1"))
+        threads = slurm["cpus_per_task"] or 1
     else:
         config = _with_local_device(config)
         processes = 1 if devices is None else launch.count_processes(config, devices)
@@ -160,27 +159,16 @@ def main(
         job = replace(job, plan=launch.jobs_plan(config, job.plan, slurm["gpus_per_task"]))
     plan = _known_plan(config, job, append)
     if not quiet:
-        for line in problems.lines():
+        lines = problems.lines()
+        if isinstance(records, FolderImages) and records.left_out:
+            kinds = ", ".join(f"{count} {suffix}" for suffix, count in records.left_out.most_common(5))
+            lines.append(f"left out, not images by their names: {kinds}")
+        for line in lines:
             click.echo(f"note: {chosen.annotations or chosen.images}: {line}", err=True)
-        if left_out := getattr(records, "left_out", None):
-            kinds = ", ".join(f"{count} {suffix}" for suffix, count in left_out.most_common(5))
-            click.echo(f"note: {chosen.images}: left out, not images by their names: {kinds}", err=True)
         _announce(job, plan)
     if submit is not None:
         assert workers is not None
-        jobs = min(workers, plan.shards)
-        if jobs < workers:
-            click.echo(f"note: there are only {plan.shards} shards, so {jobs} jobs are enough", err=True)
-        more = ["--precision", config.extract.precision]
-        if (slurm["gpus_per_task"] or 1) > 1 and devices is None:
-            more += ["--devices", "auto"]
-        command = _command_again(frozenset(("submit", "workers", "wait", "dry_run", "precision", *slurm)), *more)
-
-        def end(summary: Summary) -> None:
-            _end(job, plan, summary, allow_rejects)
-
-        request = SlurmRequest(jobs, **slurm)
-        launch.submit_jobs(config, job, plan, request, command, wait, dry_run, append, end)
+        _submit(config, job, plan, workers, devices, slurm, wait, dry_run, append, allow_rejects)
         return
     if share.workers > 1:
         click.echo(f"{share}: {len(share.of(plan.shards))} of {plan.shards} shards are mine")
@@ -198,6 +186,29 @@ def main(
         alone = share.workers == 1 or sys.stderr.isatty()
         summary = extract_features(config, job, share, alone and not quiet, append, retry_rejected)
     _end(job, plan, summary, allow_rejects, brief)
+
+
+def _submit(
+    config: PipelineConfig, job: Job, plan: Plan, workers: int, devices: str | None, slurm: dict[str, Any], wait: bool,
+    dry_run: bool, append: bool, allow_rejects: bool,
+) -> None:  # fmt: skip
+    """Give the work to an array of jobs."""
+    from extract import launch
+    from extract.submit import SlurmRequest
+
+    jobs = min(workers, plan.shards)
+    if jobs < workers:
+        click.echo(f"note: there are only {plan.shards} shards, so {jobs} jobs are enough", err=True)
+    more = ["--precision", config.extract.precision]
+    if (slurm["gpus_per_task"] or 1) > 1 and devices is None:
+        more += ["--devices", "auto"]
+    command = _command_again(frozenset(("submit", "workers", "wait", "dry_run", "precision", *slurm)), *more)
+
+    def end(summary: Summary) -> None:
+        _end(job, plan, summary, allow_rejects)
+
+    request = SlurmRequest(jobs, **slurm)
+    launch.submit_jobs(config, job, plan, request, command, wait, dry_run, append, end)
 
 
 def _chosen(
