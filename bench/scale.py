@@ -20,7 +20,8 @@ from pathlib import Path
 import click
 
 from common.files import publish_text
-from common.shard import HEADER_BYTES, ShardInfo
+from common.header import HEADER_BYTES
+from common.shard import ShardInfo
 from common.store import FeatureStore
 from extract.cluster import Share
 from extract.image_list import ImageList

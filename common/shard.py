@@ -27,7 +27,7 @@ import json
 import os
 import threading
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,11 @@ import numpy as np
 
 from common.errors import StoreError
 from common.files import fsync_path, sha256_of, temporary_sibling
+from common.header import HEADER_BYTES, VERSION, KnownFile, other_version, pack_header, unpack_header
 from common.quantise import LARGEST, dequantise, quantise
 
 SHARD_FORMAT = "gridcap-shard"
-VERSION = 2
 ALIGNMENT = 4096
-HEADER_BYTES = 4096
 ORIGINAL = "original"  # the view that every store has
 _NO_RESERVATION = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}  # file systems that cannot set space aside
 opening = threading.Lock()  # held while a reader opens its file
@@ -86,70 +85,10 @@ class ShardInfo:
         return pack_header(SHARD_FORMAT, self.__dict__)
 
 
-def pack_header(kind: str, values: Mapping[str, Any]) -> bytes:
-    """A header, HEADER_BYTES long: a line of JSON, filled up with spaces."""
-    text = json.dumps({"format": kind, "version": VERSION, **values}, sort_keys=True)
-    return text.encode().ljust(HEADER_BYTES - 1) + b"\n"
-
-
-def unpack_header(path: Path, kind: str, keys: Collection[str], remake: str) -> dict[str, Any] | None:
-    """The values of a file's header, or None if the file has none (rewritten by other tools).
-
-    Raises:
-        StoreError: missing, unreadable, damaged, or not as long as the header says.
-    """
-    try:
-        with open(path, "rb") as file:
-            block = file.read(HEADER_BYTES)
-            size = os.fstat(file.fileno()).st_size
-    except OSError as error:
-        raise StoreError(f"{path}: {(error.strerror or str(error)).lower()}", remake) from error
-    if not block.startswith(b"{"):
-        return None
-    try:
-        values: dict[str, Any] = json.loads(block)
-        version = values.pop("version")
-        if values.pop("format") != kind or set(values) != set(keys):
-            raise ValueError("other keys than a header has")
-        if pack_header(kind, values) != block and version == VERSION:
-            raise ValueError("not as it was written")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StoreError(f"{path}: damaged header: {error}", remake) from error
-    if version != VERSION:
-        raise _other_version(path, version)
-    if size != values["size"]:
-        raise StoreError(f"{path}: truncated: {size} bytes of {values['size']}", remake)
-    return values
-
-
 def read_header(path: Path) -> ShardInfo | None:
     """The header of a shard; None and errors as for `unpack_header`."""
     values = unpack_header(path, SHARD_FORMAT, ShardInfo.__dataclass_fields__, _REMAKE)
     return None if values is None else ShardInfo(**values)
-
-
-class KnownFile:
-    """A file that is opened again and again, and must be the same file each time.
-
-    Raises:
-        StoreError: on opening: another file has taken its place, or it was changed.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._identity = self._of(path.stat())
-
-    @staticmethod
-    def _of(status: os.stat_result) -> tuple[int, int, int]:
-        return status.st_ino, status.st_size, status.st_mtime_ns
-
-    def open(self) -> int:
-        """A descriptor for reading."""
-        descriptor = os.open(self.path, os.O_RDONLY)
-        if self._of(os.fstat(descriptor)) != self._identity:
-            os.close(descriptor)
-            raise StoreError(f"{self.path}: was replaced or changed while it was in use", "start again")
-        return descriptor
 
 
 def text_array(texts: Sequence[str], length: int = 1) -> np.ndarray:
@@ -589,14 +528,8 @@ def check_format(file: h5py.File, path: Path, *formats: str) -> str:
         )
     version = file.attrs.get("version")
     if not isinstance(version, (int, np.integer)) or version != VERSION:
-        raise _other_version(path, version)
+        raise other_version(path, version)
     return str(found)
-
-
-def _other_version(path: Path, version: object) -> StoreError:
-    older = isinstance(version, (int, np.integer)) and version < VERSION
-    hint = "delete the store and extract again, or use the gridcap that made it" if older else "update gridcap"
-    return StoreError(f"{path}: format version {version}, and this gridcap reads version {VERSION}", hint)
 
 
 def _view_of(name: str) -> str | None:

@@ -36,23 +36,19 @@ import numpy as np
 import common.shard as shard_module
 from common.errors import MismatchError, StoreError
 from common.files import replacing, sha256_of
+from common.header import HEADER_BYTES, VERSION, KnownFile, pack_header, unpack_header
 from common.shard import (
-    HEADER_BYTES,
     ORIGINAL,
     SHARD_FORMAT,
-    VERSION,
-    KnownFile,
     ShardInfo,
     ShardReader,
     check_format,
     dataset_of,
     decode_texts,
     open_hdf5,
-    pack_header,
     read_header,
     returned_type,
     text_array,
-    unpack_header,
 )
 
 INDEX_FORMAT = "gridcap-index"

@@ -458,3 +458,37 @@ def test_file_names_are_a_sequence_like_any_other(tmp_path: Path, write_store: W
         assert list(features.file_names) == names
         with pytest.raises(IndexError):
             features.file_names[9]
+
+
+FORK_UNDER_LOCKS = """
+import os, sys, threading
+from pathlib import Path
+from common import shard
+from common.store import FeatureStore
+
+features = FeatureStore(Path(sys.argv[1]))
+features.row(0)
+held, done = threading.Event(), threading.Event()
+
+def hold():
+    with shard.opening, features._lock:
+        held.set()
+        done.wait()
+
+threading.Thread(target=hold).start()
+held.wait()
+child = os.fork()
+if child == 0:
+    os._exit(0 if features.rows([0, 5, 8]).shape[0] == 3 else 1)
+_, status = os.waitpid(child, 0)
+done.set()
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+def test_a_child_forked_while_another_thread_reads_does_not_wait_for_it(
+    store: tuple[Path, np.ndarray], tmp_path: Path
+) -> None:
+    """That thread is not there in the child, and would never let go of its locks."""
+    done = subprocess.run([sys.executable, "-c", FORK_UNDER_LOCKS, str(store[0])], timeout=60, cwd=Path.cwd())
+    assert done.returncode == 0
