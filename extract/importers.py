@@ -33,7 +33,7 @@ from common.errors import StoreError, UserError
 from common.files import sha256_of
 from common.shard import ORIGINAL, UnstorableError
 from extract.image_list import ImageList
-from extract.plan import Plan, settle_plan, shard_writer, store_folder, write_planned_index
+from extract.plan import FILE, Plan, settle_plan, shard_writer, store_folder, write_planned_index
 
 _SUFFIXES = ("_grids", "_features")
 _KNOWN = "a folder of .npy or .npz, a .pkl, a .npz, or an .h5 file: see import-features --help"
@@ -271,7 +271,8 @@ def import_features(
     }
     folder = store_folder(output)
     images = [(record.image_id, record.file_name) for record, _ in pairs]
-    wanted = Plan(split, shard_size, 1, provenance, (ImageList.make(images, shard_size, folder),))
+    listed = ImageList.make(images, shard_size, None if (folder / FILE).exists() else folder)
+    wanted = Plan(split, shard_size, 1, provenance, (listed,))
     plan = settle_plan(wanted, images, folder)
     for shard in range(plan.shards):
         first = plan.rows_of(shard).start

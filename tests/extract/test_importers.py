@@ -188,3 +188,29 @@ def test_captions_of_other_images_are_refused(tmp_path: Path) -> None:
     (tmp_path / "p.pkl").write_bytes(pickle.dumps({"z.jpg": grid(1)}))
     with pytest.raises(UserError, match=r"none of the 2 images.*b\.jpg against z\.jpg"):
         match_keys(open_source(tmp_path / "p.pkl"), RECORDS)
+
+
+def test_a_refused_import_leaves_the_store_that_is_there_as_it_was(tmp_path: Path) -> None:
+    for name, value in (("one", 1.0), ("two", 2.0)):
+        np.savez(tmp_path / f"{name}.npz", features=np.full((3, 2, 2, 4), value, "f2"), file_name=["a", "b", "c"])
+    run = click.testing.CliRunner().invoke
+    assert run(command, [str(tmp_path / "one.npz"), "--output", str(tmp_path / "s.h5")]).exit_code == 0
+    before = {p.name: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    refused = run(command, [str(tmp_path / "two.npz"), "--output", str(tmp_path / "s.h5")])
+    assert refused.exit_code == 2
+    assert "weights" in refused.output
+    assert {p.name: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_features_are_imported_in_8_bits_too(tmp_path: Path) -> None:
+    grids = np.random.default_rng(0).random((3, 2, 2, 4)).astype("f4")
+    np.savez(tmp_path / "f.npz", features=grids, file_name=["a.jpg", "b.jpg", "c.jpg"])
+    words = [str(tmp_path / "f.npz"), "--output", str(tmp_path / "s.h5"), "--dtype", "uint8"]
+    result = click.testing.CliRunner().invoke(command, words)
+    assert result.exit_code == 0, result.output
+    with FeatureStore(tmp_path / "s.h5") as store:
+        np.testing.assert_allclose(store.rows(range(3)), grids, atol=0.004)
+    np.savez(tmp_path / "f.npz", features=-grids, file_name=["a.jpg", "b.jpg", "c.jpg"])
+    negative = click.testing.CliRunner().invoke(command, [*words[:2], str(tmp_path / "n.h5"), *words[3:]])
+    assert negative.exit_code == 2
+    assert "uint8 cannot hold" in negative.output
