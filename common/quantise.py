@@ -34,7 +34,8 @@ def quantise(grids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     cells = tuple(range(1, grids.ndim - 1))
     largest = values.max(axis=cells) if cells else values
     scale = (np.minimum(largest / LEVELS, _LARGEST_SCALE)).astype(np.float16)
-    scale[(scale == 0) & (largest > 0)] = np.finfo(np.float16).smallest_subnormal
+    short = scale.astype(np.float32) * (LEVELS + 0.5) < largest  # float16 rounded it down, and 255 levels do not reach
+    scale[short] = np.nextafter(scale[short], np.float16(np.inf))
     divisor = scale.astype(np.float32)
     divisor[~(divisor > 0)] = 1  # a channel that is silent, or an image that was refused: all zeros
     values /= divisor.reshape(len(grids), *(1 for _ in cells), -1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -25,6 +25,7 @@ def grids(draw: st.DrawFn) -> np.ndarray:
 
 @settings(deadline=None, max_examples=200)
 @given(grid=grids())
+@example(grid=np.array([[[[0.0004003]]]], np.float16))  # its scale is a subnormal number, and was rounded down
 def test_every_value_comes_back_within_half_a_level(grid: np.ndarray) -> None:
     got = back(grid).astype(np.float64)
     assert np.isfinite(got).all()
@@ -32,7 +33,7 @@ def test_every_value_comes_back_within_half_a_level(grid: np.ndarray) -> None:
     largest = grid.astype(np.float64).max(axis=cells, keepdims=True) if cells else grid.astype(np.float64)
     level = largest / 255 * (1 + 2**-10) + 2**-24  # float16 rounds the scale, and has no smaller numbers
     rounding = 2**-11 * got + 2**-25
-    assert (np.abs(got - grid) <= 0.63 * level + rounding).all()
+    assert (np.abs(got - grid) <= 0.501 * level + rounding).all()
 
 
 def test_zero_stays_zero_and_the_largest_value_stays_almost_exact() -> None:
