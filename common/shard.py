@@ -380,7 +380,11 @@ class ShardReader:
     @functools.cached_property
     def rejects(self) -> dict[int, str]:
         """Row -> reason, for the refused images."""
-        return dict(zip(self._column("reject_row").tolist(), self._texts("reject_why"), strict=True))
+        with open_hdf5(self.path) as file:  # both columns of one and the same file
+            try:
+                return dict(zip(file["reject_row"][:].tolist(), decode_texts(file["reject_why"]), strict=True))
+            except _DAMAGE as error:
+                raise StoreError(f"{self.path}: not a sound shard: {error}", _REMAKE) from error
 
     @functools.cached_property
     def provenance(self) -> dict[str, Any]:

@@ -124,6 +124,8 @@ def _fill_index(
         if info.rejected:
             with ShardReader(folder / name) as reader:
                 rejects = reader.rejects
+            if len(rejects) != info.rejected:
+                raise StoreError(f"{folder / name}: was replaced while it was being indexed", _REMAKE)
             valid[list(rejects)] = False
             reject_row += [start + row for row in rejects]
             reject_why += rejects.values()

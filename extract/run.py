@@ -28,6 +28,7 @@ from extract.plan import FILE, Plan, read_plan, settle_plan, store_folder, write
 from extract.worker import Job, Summary, Worker, check_arithmetic
 
 _EXAMPLES = 3
+_INDEX_ATTEMPTS = 5
 
 
 @dataclass(frozen=True)
@@ -197,13 +198,7 @@ def extract_features(
     # If images were appended meanwhile, the index is for those who make them to write.
     summary.complete = whole and read_plan(job.folder).digest() == plan.digest()
     if summary.complete:
-        write_planned_index(job.output, plan)
-        try:
-            _whole(job, summary)
-        except StoreError:  # another worker is still retrying rejected images, and will write the index again
-            if share.workers == 1:
-                raise
-            summary.complete = False
+        _index(job, plan, summary, retry and share.workers > 1)
     summary.seconds = time.perf_counter() - begin
     return summary
 
@@ -240,6 +235,24 @@ def _rejects_of(folder: Path, plan: Plan, shard: int) -> Counter[str]:
         return Counter()
     with ShardReader(path) as reader:
         return Counter(reader.rejects.values())
+
+
+def _index(job: Job, plan: Plan, summary: Summary, others_rewrite: bool) -> None:
+    """Write the index, and see that it fits its shards.
+
+    While other workers retry rejected images, shards change under our hands: whoever finds that its index does not
+    fit writes it again, and the last one's fits.
+    """
+    for attempt in range(_INDEX_ATTEMPTS):
+        try:
+            write_planned_index(job.output, plan)
+            _whole(job, summary)
+            return
+        except StoreError:
+            if not others_rewrite:
+                raise
+            time.sleep(0.1 * attempt)
+    summary.complete = False
 
 
 def _whole(job: Job, summary: Summary) -> Summary:
