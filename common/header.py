@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -57,27 +58,68 @@ def unpack_header(path: Path, kind: str, keys: Collection[str], remake: str) -> 
 
 
 class KnownFile:
-    """A file that is opened again and again, and must be the same file each time.
+    """A file that is read by position from many threads, opened when it is first read and again after `close`.
 
-    Raises:
-        StoreError: on opening: another file has taken its place, or it was changed.
+    It must be the same file each time. The descriptor stays behind on pickling.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._identity = self._of(path.stat())
+        self._descriptor: int | None = None
 
     @staticmethod
     def _of(status: os.stat_result) -> tuple[int, int, int]:
         return status.st_ino, status.st_size, status.st_mtime_ns
 
-    def open(self) -> int:
-        """A descriptor for reading."""
+    def read_into(self, view: memoryview, position: int) -> bool:
+        """Fill `view` with the bytes from `position` on; False if the file ends before.
+
+        Raises:
+            StoreError: on opening: another file has taken its place, or it was changed.
+        """
+        with opening():
+            if self._descriptor is None:
+                self._descriptor = self._open()
+        done = 0
+        while done < len(view):
+            count = os.preadv(self._descriptor, [view[done:]], position + done)
+            if count == 0:
+                return False
+            done += count
+        return True
+
+    def _open(self) -> int:
         descriptor = os.open(self.path, os.O_RDONLY)
         if self._of(os.fstat(descriptor)) != self._identity:
             os.close(descriptor)
             raise StoreError(f"{self.path}: was replaced or changed while it was in use", "start again")
         return descriptor
+
+    def close(self) -> None:
+        """Close the file; the next read opens it again."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_descriptor": None}
+
+
+_opening = threading.Lock()
+
+
+def opening() -> threading.Lock:
+    """The lock that a reader holds while it opens its file; after a fork another one."""
+    return _opening
+
+
+def _renew_lock() -> None:
+    global _opening
+    _opening = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)  # another thread may have held it, and there it is no more
 
 
 def other_version(path: Path, version: object) -> StoreError:

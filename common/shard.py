@@ -21,13 +21,13 @@ open them as HDF5. The file depends on nothing but the arguments: no times, no h
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import json
 import os
-import threading
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,24 +37,15 @@ import numpy as np
 
 from common.errors import StoreError
 from common.files import fsync_path, sha256_of, temporary_sibling
-from common.header import HEADER_BYTES, VERSION, KnownFile, other_version, pack_header, unpack_header
+from common.header import HEADER_BYTES, VERSION, KnownFile, opening, other_version, pack_header, unpack_header
 from common.quantise import LARGEST, dequantise, quantise
 
 SHARD_FORMAT = "gridcap-shard"
 ALIGNMENT = 4096
 ORIGINAL = "original"  # the view that every store has
 _NO_RESERVATION = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}  # file systems that cannot set space aside
-opening = threading.Lock()  # held while a reader opens its file
 # What h5py, numpy and json raise over damaged bytes, depending on which are damaged.
 _DAMAGE = (KeyError, ValueError, OSError, RuntimeError, TypeError, AttributeError, MemoryError, OverflowError)
-
-
-def _renew_lock() -> None:
-    global opening
-    opening = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_renew_lock)  # another thread may have held it, and there it is no more
 
 
 class UnstorableError(ValueError):
@@ -328,11 +319,14 @@ class ShardReader:
                 self.stored: np.dtype[Any] = features.dtype
                 self.views = tuple(view for name in sorted(file) if (view := _view_of(name)) is not None)
                 self._offsets: dict[str, int | None] = {}
+                end = 0
                 for view in self.views:
                     names = ["features"] + (["scale"] if self.stored == np.uint8 else [])
                     for name in (dataset_of(n, view) for n in names):
                         dataset = file[name]
-                        self._offsets[name] = dataset.id.get_offset() if dataset.chunks is None else None
+                        offset = dataset.id.get_offset() if dataset.chunks is None else None
+                        self._offsets[name] = offset
+                        end = max(end, 0 if offset is None else offset + dataset.nbytes)
                 columns = ["image_id", "file_name", "valid", *(dataset_of("crc32", v) for v in self.views)]
                 lengths = {len(file[name]) for name in [*columns, *self._offsets]}
                 self.index, self.plan = file.attrs["index"], file.attrs["plan"]
@@ -345,18 +339,8 @@ class ShardReader:
         if lengths != {rows}:
             raise StoreError(f"{path}: its arrays have different lengths", _REMAKE)
         self.dtype = returned_type(self.stored)
-        self._row_bytes = int(np.prod(self.shape[1:], dtype=np.int64)) * self.stored.itemsize
-        end = max(
-            (
-                offset + rows * self._row_bytes
-                for name, offset in self._offsets.items()
-                if offset is not None and name.startswith("features")
-            ),
-            default=0,
-        )
         if path.stat().st_size < end:
             raise StoreError(f"{path}: truncated: {path.stat().st_size} bytes", _REMAKE)
-        self._descriptor: int | None = None
         self._foreign: h5py.File | None = None
 
     def __len__(self) -> int:
@@ -365,49 +349,45 @@ class ShardReader:
     @functools.cached_property
     def image_ids(self) -> np.ndarray:
         """(n,) int64."""
-        return self._column("image_id")
+        with self._sound() as file:
+            return file["image_id"][:]  # type: ignore[no-any-return]
 
     @functools.cached_property
     def file_names(self) -> list[str]:
         """n paths below the image folder."""
-        return self._texts("file_name")
+        with self._sound() as file:
+            return decode_texts(file["file_name"])
 
     @functools.cached_property
     def valid(self) -> np.ndarray:
         """(n,) bool; false for a refused image."""
-        return self._column("valid").astype(bool)
+        with self._sound() as file:
+            return file["valid"][:].astype(bool)  # type: ignore[no-any-return]
 
     @functools.cached_property
     def rejects(self) -> dict[int, str]:
         """Row -> reason, for the refused images."""
-        with open_hdf5(self.path) as file:  # both columns of one and the same file
-            try:
-                return dict(zip(file["reject_row"][:].tolist(), decode_texts(file["reject_why"]), strict=True))
-            except _DAMAGE as error:
-                raise StoreError(f"{self.path}: not a sound shard: {error}", _REMAKE) from error
+        with self._sound() as file:
+            return dict(zip(file["reject_row"][:].tolist(), decode_texts(file["reject_why"]), strict=True))
 
     @functools.cached_property
     def provenance(self) -> dict[str, Any]:
         """Where the numbers come from."""
-        with open_hdf5(self.path) as file:
+        with self._sound() as file:
             return json.loads(file.attrs["provenance"])  # type: ignore[no-any-return]
 
     @functools.cached_property
     def checksums(self) -> dict[str, np.ndarray]:
         """View -> (n,) uint32, the CRC-32 of each row."""
-        return {view: self._column(dataset_of("crc32", view)) for view in self.views}
+        with self._sound() as file:
+            return {view: file[dataset_of("crc32", view)][:] for view in self.views}
 
-    def _column(self, name: str) -> np.ndarray:
+    @contextlib.contextmanager
+    def _sound(self) -> Iterator[h5py.File]:
+        """The file, opened for a moment; what damage leads the libraries to raise becomes a StoreError."""
         with open_hdf5(self.path) as file:
             try:
-                return file[name][:]  # type: ignore[no-any-return]
-            except _DAMAGE as error:
-                raise StoreError(f"{self.path}: not a sound shard: {error}", _REMAKE) from error
-
-    def _texts(self, name: str) -> list[str]:
-        with open_hdf5(self.path) as file:
-            try:
-                return decode_texts(file[name])
+                yield file
             except _DAMAGE as error:
                 raise StoreError(f"{self.path}: not a sound shard: {error}", _REMAKE) from error
 
@@ -446,24 +426,15 @@ class ShardReader:
     def _read(self, name: str, row: int, out: np.ndarray) -> None:
         offset = self._offsets[name]
         if offset is None:
-            with opening:
+            with opening():
                 if self._foreign is None:
                     self._foreign = h5py.File(self.path, "r", locking=False)
             try:
                 self._foreign[name].read_direct(out, np.s_[row])
             except OSError as error:
                 raise StoreError(f"{self.path}: row {row} cannot be read: {error}", _REMAKE) from error
-            return
-        with opening:
-            if self._descriptor is None:
-                self._descriptor = self._file.open()
-        view = out.data.cast("B")
-        done, position = 0, offset + row * out.nbytes
-        while done < out.nbytes:
-            count = os.preadv(self._descriptor, [view[done:]], position + done)
-            if count == 0:
-                raise StoreError(f"{self.path}: ends inside row {row}", _REMAKE)
-            done += count
+        elif not self._file.read_into(out.data.cast("B"), offset + row * out.nbytes):
+            raise StoreError(f"{self.path}: ends inside row {row}", _REMAKE)
 
     def damaged_rows(self) -> list[int]:
         """The rows whose bytes, in any view, do not match their CRC-32."""
@@ -477,9 +448,7 @@ class ShardReader:
 
     def close(self) -> None:
         """Close the file; the next read opens it again."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        self._file.close()
         if self._foreign is not None:
             self._foreign.close()
             self._foreign = None
@@ -491,7 +460,7 @@ class ShardReader:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_descriptor": None, "_foreign": None}
+        return {**self.__dict__, "_foreign": None}
 
 
 _REMAKE = "delete this file and run extract-features again: it makes just the missing shards"

@@ -33,7 +33,6 @@ from typing import Any, overload
 import h5py
 import numpy as np
 
-import common.shard as shard_module
 from common.errors import MismatchError, StoreError
 from common.files import replacing, sha256_of
 from common.header import HEADER_BYTES, VERSION, KnownFile, pack_header, unpack_header
@@ -75,7 +74,7 @@ def write_index(
     Raises:
         StoreError: a shard is missing, damaged, of another plan or place, or has another number of rows.
     """
-    infos = read_infos([folder / name for name in names])
+    infos = _infos([folder / name for name in names])
     for shard, (name, info, plan) in enumerate(zip(names, infos, plans, strict=True)):
         if (info.index, info.plan) != (shard, plan):
             raise StoreError(
@@ -141,18 +140,23 @@ def _fill_index(
     file["shard_sha256"] = text_array([info.sha256 for info in infos])
 
 
-def read_infos(paths: Sequence[Path]) -> list[ShardInfo]:
+def _infos(paths: Sequence[Path]) -> list[ShardInfo]:
     """The headers of shards.
 
     Raises:
         StoreError: a shard is missing, damaged, or rewritten by other tools.
     """
-    with ThreadPoolExecutor(_HEADER_THREADS) as pool:
-        infos = list(pool.map(read_header, paths, chunksize=64))
-    for path, info in zip(paths, infos, strict=True):
+    infos = []
+    for path, info in zip(paths, _headers(paths), strict=True):
         if info is None:
             raise StoreError(f"{path}: was rewritten by another program", "delete it and extract again")
-    return [info for info in infos if info is not None]
+        infos.append(info)
+    return infos
+
+
+def _headers(paths: Sequence[Path]) -> list[ShardInfo | None]:
+    with ThreadPoolExecutor(_HEADER_THREADS) as pool:
+        return list(pool.map(read_header, paths))
 
 
 def _virtual_datasets(
@@ -189,7 +193,6 @@ class _Names(Sequence[str]):
 
     def __init__(self, path: Path, offset: int, length: int, rows: int) -> None:
         self._file, self._offset, self._length, self._rows = KnownFile(path), offset, length, rows
-        self._descriptor: int | None = None
 
     def __len__(self) -> int:
         return self._rows
@@ -202,10 +205,10 @@ class _Names(Sequence[str]):
         if isinstance(row, slice):
             return [self[i] for i in range(*row.indices(self._rows))]
         row = range(self._rows)[row]
-        with shard_module.opening:
-            if self._descriptor is None:
-                self._descriptor = self._file.open()
-        return os.pread(self._descriptor, self._length, self._offset + row * self._length).rstrip(b"\0").decode()
+        text = bytearray(self._length)
+        if not self._file.read_into(memoryview(text), self._offset + row * self._length):
+            raise StoreError(f"{self._file.path}: ends inside its file names", _REMAKE)
+        return text.rstrip(b"\0").decode()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
@@ -213,12 +216,7 @@ class _Names(Sequence[str]):
     __hash__ = None  # type: ignore[assignment]
 
     def close(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_descriptor": None}
+        self._file.close()
 
 
 class FeatureStore:
@@ -301,9 +299,7 @@ class FeatureStore:
 
     def _check_shards(self, sizes: Sequence[int]) -> None:
         """Make sure that every shard is there, whole, and the one that was indexed."""
-        with ThreadPoolExecutor(_HEADER_THREADS) as pool:
-            infos = list(pool.map(read_header, self.shard_paths, chunksize=64))
-        for shard, (path, info) in enumerate(zip(self.shard_paths, infos, strict=True)):
+        for shard, (path, info) in enumerate(zip(self.shard_paths, _headers(self.shard_paths), strict=True)):
             if info is None:  # rewritten by other tools
                 self._open(shard)
             elif info.index != shard:

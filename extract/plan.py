@@ -92,8 +92,8 @@ class Plan:
 
     @property
     def folders(self) -> list[str]:
-        """The folders below the store's that hold shards."""
-        return sorted({str(Path(self.shard_name(first)).parent) for first in range(0, self.shards, SHARDS_IN_FOLDER)})
+        """The folders below the store's that hold shards, in the order of these."""
+        return [str(Path(self.shard_name(first)).parent) for first in range(0, self.shards, SHARDS_IN_FOLDER)]
 
     def rows_of(self, shard: int) -> range:
         """The rows of a shard, counted over the store."""

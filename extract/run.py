@@ -183,9 +183,8 @@ def extract_features(
     if share.worker == 0 or not (job.folder / "config.yaml").exists():
         write_text(job.folder / "config.yaml", config.to_yaml("data", "extract"))
     if indexed == plan.digest() and (found.missing or not retry):
-        job.output.unlink(
-            missing_ok=True
-        )  # it lists shards that are gone or another's: its presence would mean complete
+        # It lists shards that are gone, or another's; and its presence would mean complete.
+        job.output.unlink(missing_ok=True)
     mine = [shard for shard in found.there if shard in share.of(plan.shards)]
     summary.done_before = len(mine)
     worker = Worker(config, job, plan, share, summary, progress)

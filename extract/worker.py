@@ -11,7 +11,7 @@ import functools
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -187,13 +187,8 @@ class Worker:
         """Row of the shard -> image or reason, for the rejected rows of a batch."""
         first, side = self._plan.rows_of(batch.shard).start, self._encoder().side
         rows = [row for row in range(batch.start - first, batch.stop - first) if row in reader.rejects]
-        extract = self._config.extract
-        if extract.decoder == "nvjpeg":
-            paths = [self._job.images / self._name(first + row, batch.shard) for row in rows]
-            images, why = load_squares(paths, side, extract.geometry, choose_device(extract.device))
-            return {row: why.get(i, image) for i, (row, image) in enumerate(zip(rows, images, strict=True))}
-        loaded = pool.map(lambda row: self._load(first + row, batch.shard, side), rows)
-        return dict(zip(rows, loaded, strict=True))
+        loaded = self._begin_to_load([first + row for row in rows], batch.shard, side, pool)
+        return dict(zip(rows, loaded(), strict=True))
 
     def _rewrite(self, shard: int, reader: ShardReader, pool: ThreadPoolExecutor) -> None:
         """Write a shard anew with the images that are good now; its other rows are copied byte by byte."""
@@ -281,51 +276,45 @@ class Worker:
         self, shards: list[int], side: int, pool: ThreadPoolExecutor
     ) -> Iterator[tuple[_Batch, np.ndarray, dict[int, str]]]:
         """Decoded batches in order, with the reasons of refused rows (whose image is all zero), read some ahead."""
-        load = self._load_batch if self._config.extract.decoder == "pillow" else self._load_on_gpu
-        ahead: deque[tuple[_Batch, Callable[[], tuple[np.ndarray, dict[int, str]]]]] = deque()
+        ahead: deque[tuple[_Batch, Callable[[], list[np.ndarray | str]]]] = deque()
 
         def collect() -> tuple[_Batch, np.ndarray, dict[int, str]]:
-            batch, loaded = ahead.popleft()
+            batch, begun = ahead.popleft()
             with self._waiting():
-                return batch, *loaded()
+                loaded = begun()
+            images = np.zeros((len(loaded), side, side, 3), np.uint8)
+            rejects: dict[int, str] = {}
+            for i, image in enumerate(loaded):
+                if isinstance(image, str):
+                    rejects[batch.start + i] = image
+                else:
+                    images[i] = image
+            return batch, images, rejects
 
         for batch in _batches(self._plan, shards):
-            ahead.append((batch, load(batch, side, pool)))
+            ahead.append((batch, self._begin_to_load(range(batch.start, batch.stop), batch.shard, side, pool)))
             if len(ahead) > _BATCHES_AHEAD:
                 yield collect()
         while ahead:
             yield collect()
 
-    def _load_batch(
-        self, batch: _Batch, side: int, pool: ThreadPoolExecutor
-    ) -> Callable[[], tuple[np.ndarray, dict[int, str]]]:
-        """Begin to load a batch, each image by a thread."""
-        futures = [pool.submit(self._load, row, batch.shard, side) for row in range(batch.start, batch.stop)]
+    def _begin_to_load(
+        self, rows: Sequence[int], shard: int, side: int, pool: ThreadPoolExecutor
+    ) -> Callable[[], list[np.ndarray | str]]:
+        """Begin to load rows of the store; what is returned waits for them: an image, or a reason, for each.
 
-        def collect() -> tuple[np.ndarray, dict[int, str]]:
-            images = np.zeros((len(futures), side, side, 3), np.uint8)
-            rejects: dict[int, str] = {}
-            for i, future in enumerate(futures):
-                loaded = future.result()
-                if isinstance(loaded, str):
-                    rejects[batch.start + i] = loaded
-                else:
-                    images[i] = loaded
-            return images, rejects
-
-        return collect
-
-    def _load_on_gpu(
-        self, batch: _Batch, side: int, pool: ThreadPoolExecutor
-    ) -> Callable[[], tuple[np.ndarray, dict[int, str]]]:
-        """Begin to load a batch by nvJPEG, which decodes many files at once."""
-        paths = [self._job.images / self._name(row, batch.shard) for row in range(batch.start, batch.stop)]
+        With Pillow each image by a thread; nvJPEG decodes many files at once.
+        """
+        if self._config.extract.decoder == "pillow":
+            futures = [pool.submit(self._load, row, shard, side) for row in rows]
+            return lambda: [future.result() for future in futures]
+        paths = [self._job.images / self._name(row, shard) for row in rows]
         device, geometry = choose_device(self._config.extract.device), self._config.extract.geometry
-        future = pool.submit(load_squares, paths, side, geometry, device)
+        batch = pool.submit(load_squares, paths, side, geometry, device)
 
-        def collect() -> tuple[np.ndarray, dict[int, str]]:
-            images, rejects = future.result()
-            return images, {batch.start + position: why for position, why in rejects.items()}
+        def collect() -> list[np.ndarray | str]:
+            images, rejects = batch.result()
+            return [rejects.get(position, image) for position, image in enumerate(images)]
 
         return collect
 

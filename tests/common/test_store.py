@@ -463,7 +463,7 @@ def test_file_names_are_a_sequence_like_any_other(tmp_path: Path, write_store: W
 FORK_UNDER_LOCKS = """
 import os, sys, threading
 from pathlib import Path
-from common import shard
+from common.header import opening
 from common.store import FeatureStore
 
 features = FeatureStore(Path(sys.argv[1]))
@@ -471,7 +471,7 @@ features.row(0)
 held, done = threading.Event(), threading.Event()
 
 def hold():
-    with shard.opening, features._lock:
+    with opening(), features._lock:
         held.set()
         done.wait()
 
