@@ -442,17 +442,24 @@ def test_a_full_disk_leaves_no_shard_with_the_grids_of_another(
     assert_right(fake, folder, job.output)
 
 
-def test_an_error_of_the_encoder_leaves_whole_shards_and_no_temporary_file(
-    fake: Any, photos: Any, extracted: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = photos(12)
+def failing_once(fake: Any, error: BaseException) -> Any:
+    """An `encode` that fails at its fourth batch: in the middle of the second shard of four images in twos."""
     real, calls = fake.encode, []
 
     def encode(self: Any, images: np.ndarray) -> np.ndarray:
         calls.append(len(images))
-        if len(calls) == 4:  # in the middle of the second shard
-            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        if len(calls) == 4:
+            raise error
         return real(self, images)
+
+    return encode
+
+
+def test_an_error_of_the_encoder_leaves_whole_shards_and_no_temporary_file(
+    fake: Any, photos: Any, extracted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = photos(12)
+    encode = failing_once(fake, RuntimeError("CUDA error: an illegal memory access was encountered"))
 
     with monkeypatch.context() as patch:
         patch.setattr(fake, "encode", encode)
@@ -484,13 +491,7 @@ def test_an_interrupt_leaves_whole_shards_and_no_temporary_file(
     fake: Any, photos: Any, extracted: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = photos(12)
-    real, calls = fake.encode, []
-
-    def encode(self: Any, images: np.ndarray) -> np.ndarray:
-        calls.append(len(images))
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return real(self, images)
+    encode = failing_once(fake, KeyboardInterrupt())
 
     with monkeypatch.context() as patch:
         patch.setattr(fake, "encode", encode)
