@@ -17,8 +17,9 @@ from common.shard import returned_type
 from common.store import check_same_features
 from extract.encoder import ENCODERS, GridEncoder, describe_features, identify_weights, imagenet_name
 from extract.image import decoder_name, load_rgb, load_square
-from train.checkpoint import Checkpoint, load_checkpoint
-from train.search import beam_search
+from train.checkpoint import Checkpoint
+from train.ensemble import load_ensemble
+from train.search import search_captions
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Caption:
     Attributes:
         text: the sentence.
         words: its words.
-        log_prob: natural logarithm of its probability.
+        log_prob: natural logarithm of its probability, as for `train.search.Hypothesis`.
         attention: (words, rows, columns) float32, where the decoder looked as it wrote each word; each sums to
             1 over the grid. None for a decoder without attention.
     """
@@ -43,7 +44,7 @@ class Captioner:
     """Captions photographs with a trained decoder and the very encoder its features came from.
 
     Args:
-        checkpoint: the decoder.
+        checkpoint: the decoder, or an ensemble of several.
         device: auto, cpu, cuda, ...
         weights: the encoder's weights file, for a decoder trained on features from a local file; None finds
             them by the checkpoint's provenance.
@@ -82,9 +83,9 @@ class Captioner:
         self._decoder = checkpoint.decoder.to(self._device)
 
     @classmethod
-    def load(cls, path: str | Path, device: str = "auto", weights: Path | None = None) -> Captioner:
-        """Load a run or a checkpoint; arguments and errors as for the class and for `load_checkpoint`."""
-        return cls(load_checkpoint(Path(path)), device, weights)
+    def load(cls, *paths: str | Path, device: str = "auto", weights: Path | None = None) -> Captioner:
+        """Load a run or a checkpoint, or several that decode together; else as for the class and `load_ensemble`."""
+        return cls(load_ensemble([Path(path) for path in paths]), device, weights)
 
     def _weights_source(self, given: Path | None) -> str:
         name = self.provenance["weights"]["name"]
@@ -104,12 +105,16 @@ class Captioner:
         """Whether the decoder says where it looked."""
         return self.checkpoint.decoder.has_attention
 
-    def caption(self, images: Sequence[Path], search: CaptionConfig) -> list[Caption]:
+    def caption(
+        self, images: Sequence[Path], search: CaptionConfig, generator: torch.Generator | None = None
+    ) -> list[Caption]:
         """Caption a batch of images.
 
         Args:
             images: files.
-            search: beam size, length.
+            search: beam search or sampling, and its options.
+            generator: for sampling; one for all batches makes the captions independent of their size (see
+                `search_captions`).
 
         Returns:
             A caption an image, in their order.
@@ -117,7 +122,7 @@ class Captioner:
         Raises:
             BadImageError: a file cannot be used; filter with `load_square` first.
         """
-        return self.caption_squares(np.stack([self.square(path) for path in images]), search)
+        return self.caption_squares(np.stack([self.square(path) for path in images]), search, generator)
 
     def square(self, image: Path) -> np.ndarray:
         """The image as the encoder sees it, uint8 (side, side, 3). Raises BadImageError."""
@@ -134,7 +139,9 @@ class Captioner:
         picture.thumbnail((longest, longest))
         return np.asarray(picture)
 
-    def caption_squares(self, squares: np.ndarray, search: CaptionConfig) -> list[Caption]:
+    def caption_squares(
+        self, squares: np.ndarray, search: CaptionConfig, generator: torch.Generator | None = None
+    ) -> list[Caption]:
         """As `caption`, from uint8 (B, side, side, 3)."""
         encoded = self._encoder.encode(squares)
         if not np.isfinite(encoded).all():
@@ -145,7 +152,7 @@ class Captioner:
         grids = torch.from_numpy(as_stored(encoded, self._stored))
         rows, columns, channels = self._encoder.grid_shape
         grids = grids.to(self._device).float().reshape(len(grids), rows * columns, channels)
-        found = beam_search(self._decoder, grids, search.beam_size, search.max_length, search.length_penalty)
+        found = search_captions(self._decoder, grids, search, generator)
         vocabulary = self.checkpoint.vocabulary
         return [
             Caption(

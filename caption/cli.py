@@ -22,6 +22,8 @@ EXAMPLES = """
 caption-images --checkpoint runs/mine photo.jpg
 caption-images --checkpoint runs/mine holiday/ --output captions.json
 caption-images --checkpoint runs/mine photo.jpg --attention looked.png --beam-size 5
+caption-images --checkpoint runs/a --checkpoint runs/b photo.jpg --block-trigrams
+caption-images --checkpoint runs/mine photo.jpg --search sample --top-p 0.9 --seed 1
 """
 PICTURE_SUFFIXES = (".png", ".pdf", ".svg")
 _MOST_PANELS = 40  # images in one attention picture
@@ -30,8 +32,9 @@ _MOST_PANELS = 40  # images in one attention picture
 @pipeline_command("caption-images", EXAMPLES)
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
-    "--checkpoint", type=click.Path(path_type=Path), required=True, help="Folder of a run or of a checkpoint."
-)
+    "--checkpoint", "checkpoints", type=click.Path(path_type=Path), required=True, multiple=True,
+    help="Folder of a run or of a checkpoint. Several decode together: give it again.",
+)  # fmt: skip
 @click.option("--output", type=click.Path(path_type=Path), help="Write the captions to this JSON file too.")
 @click.option(
     "--attention",
@@ -42,13 +45,20 @@ _MOST_PANELS = 40  # images in one attention picture
     "--weights", type=click.Path(path_type=Path),
     help="The encoder's weights file, when the features came from a local one; else found by the checkpoint.",
 )  # fmt: skip
+@flag("--search", "caption.search")
 @flag("--beam-size", "caption.beam_size")
 @flag("--max-length", "caption.max_length")
+@flag("--length-penalty", "caption.length_penalty")
+@flag("--block-trigrams", "caption.block_trigrams")
+@flag("--temperature", "caption.temperature")
+@flag("--top-k", "caption.top_k")
+@flag("--top-p", "caption.top_p")
+@flag("--seed", "seed")
 @flag("--batch-size", "caption.batch_size")
 @flag("--device", "extract.device")
 def main(
-    config: PipelineConfig, dry_run: bool, images: tuple[Path, ...], checkpoint: Path, output: Path | None,
-    attention: Path | None, weights: Path | None,
+    config: PipelineConfig, dry_run: bool, images: tuple[Path, ...], checkpoints: tuple[Path, ...],
+    output: Path | None, attention: Path | None, weights: Path | None,
 ) -> None:  # fmt: skip
     """Caption photographs: files, or folders of them.
 
@@ -68,10 +78,11 @@ def main(
     if dry_run:
         click.echo("configuration")
         show_config(config, "caption")
-        click.echo(f"dry run: would caption {len(paths)} images with {find_checkpoint(checkpoint)}")
+        found_at = ", ".join(str(find_checkpoint(path)) for path in checkpoints)
+        click.echo(f"dry run: would caption {len(paths)} images with {found_at}")
         return
 
-    captioner = Captioner.load(checkpoint, config.extract.device, weights)
+    captioner = Captioner.load(*checkpoints, device=config.extract.device, weights=weights)
     if attention is not None and not captioner.has_attention:
         raise UserError(
             f"--attention: the decoder of {captioner.checkpoint.path} has no attention",
@@ -87,7 +98,7 @@ def main(
             "note: the decoder was trained on images decoded by nvJPEG, and these go through Pillow: their pixels "
             "differ a little", err=True,
         )  # fmt: skip
-    found, bad = _caption_all(captioner, paths, config.caption)
+    found, bad = _caption_all(captioner, paths, config.caption, config.seed)
     if output is not None:
         write_json(output, [{"file_name": str(p), "caption": c.text, "log_prob": c.log_prob} for p, c in found.items()])
         click.echo(f"captions: {output}", err=True)
@@ -111,11 +122,14 @@ def _expand(images: tuple[Path, ...]) -> list[Path]:
 
 
 def _caption_all(
-    captioner: Captioner, paths: list[Path], search: CaptionConfig
+    captioner: Captioner, paths: list[Path], search: CaptionConfig, seed: int
 ) -> tuple[dict[Path, Caption], dict[Path, str]]:
     """Caption in batches; print each caption as it comes."""
+    import torch
+
     from extract.image import BadImageError
 
+    generator = torch.Generator().manual_seed(seed)
     found: dict[Path, Caption] = {}
     bad: dict[Path, str] = {}
     for start in range(0, len(paths), search.batch_size):
@@ -127,7 +141,7 @@ def _caption_all(
                 bad[path] = str(error)
                 click.echo(f"{path}: left out: {error}", err=True)
         if squares:
-            captions = captioner.caption_squares(np.stack(list(squares.values())), search)
+            captions = captioner.caption_squares(np.stack(list(squares.values())), search, generator)
             for path, caption in zip(squares, captions, strict=True):
                 found[path] = caption
                 click.echo(f"{path}\t{caption.text}")

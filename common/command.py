@@ -12,7 +12,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import click
 from pydantic_core import PydanticUndefined
@@ -105,7 +105,10 @@ def flag(name: str, key: str) -> Callable[[Any], Any]:
     if isinstance(default, tuple):
         default = ",".join(default)
     shown = f"; default: {default}" if default is not None and default is not PydanticUndefined else ""
-    types = {t for t in (get_args(field.annotation) or (field.annotation,)) if t is not type(None)}
+    # `PositiveInt | None` is Annotated[int, ...] inside a union.
+    types = {
+        get_args(t)[0] if get_origin(t) is Annotated else t for t in get_args(field.annotation) or (field.annotation,)
+    }
     kind: Any
     if get_origin(field.annotation) is Literal:
         kind = click.Choice(list(get_args(field.annotation)))
@@ -114,18 +117,24 @@ def flag(name: str, key: str) -> Callable[[Any], Any]:
     else:
         kind = next((t for t in (int, float) if t in types), str)
     option = name.removeprefix("--").replace("-", "_")
-    return click.option(name, option, cls=ConfigFlag, key=key, type=kind, help=f"{description}  [{key}{shown}]")
+    help_text = f"{description}  [{key}{shown}]"
+    if bool in types:  # --name and --no-name, so that a flag can go over a file either way
+        switch = f"{name}/--no-{name.removeprefix('--')}"
+        return click.option(switch, option, cls=ConfigFlag, key=key, default=None, help=help_text)
+    return click.option(name, option, cls=ConfigFlag, key=key, type=kind, help=help_text)
 
 
 def pipeline_command(
-    name: str, examples: str, own_keys: Callable[[dict[str, Any]], dict[str, Any]] | None = None
-) -> Callable[[Callable[..., Any]], PipelineCommand]:
+    name: str, examples: str, own_keys: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    own_recipe: Callable[[dict[str, Any]], str | None] | None = None,
+) -> Callable[[Callable[..., Any]], PipelineCommand]:  # fmt: skip
     """Declare a command. The function gets `config` and `dry_run`, and its own options that are no ConfigFlag.
 
     Args:
         name: of the command.
         examples: lines for the end of `--help`.
         own_keys: from the values of the command's own options, keys of the configuration that they set.
+        own_recipe: from the same, the recipe to lay over the file.
     """
 
     def decorate(function: Callable[..., Any]) -> PipelineCommand:
@@ -137,7 +146,8 @@ def pipeline_command(
                 flags.update(own_keys(values))
             keep_large_buffers()
             click.get_current_context().meta[_LAYERS] = (flags, sets)
-            return function(config=load_config(config_path, flags, sets), **values)
+            recipe = None if own_recipe is None else own_recipe(values)
+            return function(config=load_config(config_path, flags, sets, recipe), **values)
 
         run.__doc__ = function.__doc__
         run.__click_params__ = list(getattr(function, "__click_params__", []))  # type: ignore[attr-defined]

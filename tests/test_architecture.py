@@ -20,6 +20,7 @@ ALLOWED = {  # package of ours -> the other packages of ours that it may import
     "extract": {"common"},
     "train": {"common"},
     "caption": {"extract", "train", "common"},
+    "recipes": set(),  # YAML files that common.config reads; nobody imports it
 }
 OTHERS = {"demo", "bench", "tests"}  # ours too, and imported by none of the above
 
@@ -72,8 +73,28 @@ def test_every_package_is_looked_at() -> None:
     packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
     assert set(ALLOWED) <= packages <= {*ALLOWED, *OTHERS}
     assert set(ALLOWED) <= {path.parts[0] for path in modules()}
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    assert {name.split(".")[0] for name in settings["tool"]["setuptools"]["packages"]} == set(ALLOWED)
+
+
+def test_every_package_is_installed_with_its_files() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    found = {
+        ".".join(path.relative_to(ROOT).parent.parts) for name in ALLOWED for path in (ROOT / name).rglob("__init__.py")
+    }
+    assert set(settings["packages"]) == found
+    assert {"common.config", "train.decoders", "recipes"} <= found
+    inside = {path.parent for name in ALLOWED for path in (ROOT / name).rglob("*.py")}
+    assert {".".join(folder.relative_to(ROOT).parts) for folder in inside} == found, "a folder with code is a package"
+    data = {path.relative_to(ROOT) for name in ALLOWED for path in (ROOT / name).rglob("*.yaml")}
+    assert {path.parent for path in data} == {Path("recipes")}
+    assert settings["package-data"] == {"recipes": ["*.yaml"]}
+
+
+def test_recipes_hold_no_code() -> None:
+    files = {path.name for path in (ROOT / "recipes").iterdir() if path.name != "__pycache__"}
+    assert {name for name in files if not name.endswith(".yaml")} == {"__init__.py"}
+    (only,) = ast.parse((ROOT / "recipes" / "__init__.py").read_text(encoding="utf-8")).body
+    assert isinstance(only, ast.Expr)
+    assert isinstance(only.value, ast.Constant), "a docstring"
 
 
 @pytest.mark.parametrize(
@@ -86,6 +107,9 @@ def test_every_package_is_looked_at() -> None:
         ("train.decoders", "from .base import Decoder\nfrom ..loss import loss", []),
         ("train.decoders", "from .. import cli", ["train.cli"]),
         ("train", "import extract.encoder as e", ["extract.encoder"]),
+        ("train", "import recipes", ["recipes"]),
+        ("common.config", "from common.config.section import Section\nfrom ..errors import ConfigError", []),
+        ("common.config", "from train.loop import fit", ["train.loop", "train.loop.fit"]),
         ("common", "import extract", ["extract"]),
         ("common", "from demo.shapes import x", ["demo.shapes", "demo.shapes.x"]),
         ("caption", "import extract.image, train.search, common.files", []),
@@ -113,12 +137,20 @@ def run_python(code: str, folder: Path) -> str:
 
 
 def test_all_of_common_loads_without_torch_and_without_the_other_packages(tmp_path: Path) -> None:
-    names = ["common", *(f"common.{path.stem}" for path in sorted((ROOT / "common").glob("[!_]*.py")))]
-    assert len(names) > 5
+    paths = [path.relative_to(ROOT).with_suffix("") for path in sorted((ROOT / "common").rglob("*.py"))]
+    names = [".".join(path.parts).removesuffix(".__init__") for path in paths]
+    assert {"common", "common.store", "common.config", "common.config.load", "common.config.train"} <= set(names)
     code = f"import sys, {', '.join(names)}\nprint(*sys.modules)"
     loaded = run_python(code, tmp_path).split()
     assert set(names) <= set(loaded)
     assert not {*HEAVY, *(set(ALLOWED) - {"common"}), *OTHERS} & set(loaded)
+
+
+def test_a_recipe_is_read_without_torch(tmp_path: Path) -> None:
+    code = "import sys\nfrom common.config import load_config\nload_config(recipe='att2in')\nprint(*sys.modules)"
+    loaded = set(run_python(code, tmp_path).split())
+    assert "recipes" in loaded
+    assert not {*HEAVY, "extract", "train", "caption", *OTHERS} & loaded
 
 
 COMMANDS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]

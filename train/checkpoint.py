@@ -2,9 +2,11 @@
 
 runs/x/config.yaml                   the resolved configuration of the run
 runs/x/metrics.jsonl                 a line an epoch
+runs/x/steps.jsonl                   a line every 20 steps; tensorboard/ holds the same
+runs/x/curves.png                    both, drawn
 runs/x/checkpoints.json              which checkpoint is the best and which the last
-runs/x/checkpoints/epoch-0007/
-    model.safetensors                weights
+runs/x/checkpoints/step-00001234/
+    model.safetensors                weights (averaged, where the run averages)
     config.json                      configuration
     vocabulary.json                  words
     provenance.json                  which features it was trained on
@@ -34,9 +36,9 @@ from train.decoders.base import Decoder
 from train.decoders.build import build_decoder
 from train.vocabulary import Vocabulary
 
-VERSION = 1
+VERSION = 2  # 1 had other decoders
 POINTERS = "checkpoints.json"
-_REFUSED = "choose another checkpoint of the run (runs/x/checkpoints/epoch-...), or train again"
+_REFUSED = "choose another checkpoint of the run (runs/x/checkpoints/step-...), or train again"
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,8 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    run: Path, epoch: int, decoder: Decoder, vocabulary: Vocabulary, config: PipelineConfig,
-    provenance: dict[str, Any], state: dict[str, Any], best_epoch: int,
+    run: Path, step: int, decoder: Decoder, vocabulary: Vocabulary, config: PipelineConfig,
+    provenance: dict[str, Any], state: dict[str, Any], best_step: int,
 ) -> Path:  # fmt: skip
     """Write a checkpoint, then say in `checkpoints.json` that it is the last, then remove those nobody needs.
 
@@ -68,11 +70,12 @@ def save_checkpoint(
 
     Args:
         run: folder of the run.
-        epoch: epochs done.
+        step: steps done.
+        decoder: what is to be used.
         state: tensors and plain values that a resume needs.
-        best_epoch: epochs done when the best checkpoint was made.
+        best_step: steps done when the best checkpoint was made.
     """
-    final = run / "checkpoints" / f"epoch-{epoch:04}"
+    final = run / "checkpoints" / f"step-{step:08}"
     temporary = temporary_sibling(final)
     temporary.mkdir(parents=True)
     try:
@@ -92,7 +95,7 @@ def save_checkpoint(
         fsync_path(final.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    keep = {"last": final.name, "best": f"epoch-{best_epoch:04}"}
+    keep = {"last": final.name, "best": f"step-{best_step:08}"}
     write_json(run / POINTERS, keep)
     for folder in final.parent.iterdir():
         if folder.name not in keep.values():
@@ -108,7 +111,7 @@ def find_checkpoint(path: Path, which: str = "best") -> Path:
     """The checkpoint's folder, given it or its run's folder.
 
     Args:
-        path: runs/x, or runs/x/checkpoints/epoch-0007.
+        path: runs/x, or runs/x/checkpoints/step-00001234.
         which: "best" or "last", of a run.
 
     Raises:
@@ -122,9 +125,7 @@ def find_checkpoint(path: Path, which: str = "best") -> Path:
         what = "no such folder" if not path.exists() else "holds no checkpoint"
         raise CheckpointError(f"{path}: {what}", "give the folder of a run made by train-decoder") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path / POINTERS}: damaged: {error}", "give one of its checkpoints/epoch-..."
-        ) from error
+        raise CheckpointError(f"{path / POINTERS}: damaged: {error}", "give one of its checkpoints/step-...") from error
     return path / "checkpoints" / str(name)
 
 
@@ -148,6 +149,11 @@ def load_checkpoint(path: Path, which: str = "best") -> Checkpoint:
         saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if saved["version"] > VERSION:
             raise CheckpointError(f"{folder}: made by a newer gridcap (version {saved['version']})", "update gridcap")
+        if saved["version"] < VERSION:
+            raise CheckpointError(
+                f"{folder}: made by an older gridcap (version {saved['version']}), which had other decoders",
+                "train again, or use the gridcap it was made with",
+            )
         config = PipelineConfig.model_validate(saved["pipeline"])
     with _damage_of(folder / "provenance.json"):
         provenance = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))

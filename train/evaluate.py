@@ -1,8 +1,11 @@
-"""Evaluate a checkpoint on a feature store: captions, metrics, perplexity."""
+"""Evaluate a checkpoint on a feature store: captions, metrics, perplexity, and what the captions are like."""
 
 from __future__ import annotations
 
+import csv
+import io
 import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +15,16 @@ from tqdm import tqdm
 
 from common.config import CaptionConfig
 from common.device import choose_device
-from common.files import write_json
+from common.files import write_json, write_text
 from common.store import check_same_features
 from train.checkpoint import Checkpoint
 from train.loss import masked_cross_entropy, perplexity
 from train.metrics import Scores, score_captions
-from train.search import beam_search
+from train.search import search_captions
 from train.stream import CaptionedImages, CaptionStream
+from train.vocabulary import SPECIALS, tokenize
+
+NOVEL = "novel_captions"
 
 
 @dataclass(frozen=True)
@@ -29,24 +35,36 @@ class Evaluation:
         captions: image id -> caption.
         file_names: image id -> file name.
         references: image id -> captions.
-        scores: metrics; perplexity of the references under teacher forcing is among the values.
+        scores: metrics; the first value is the perplexity of the references under teacher forcing.
+        language: what the captions are like, by name; see `language_of`.
     """
 
     captions: dict[int, str]
     file_names: dict[int, str]
     references: dict[int, tuple[str, ...]]
     scores: Scores
+    language: dict[str, float]
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, for a file."""
+        """Everything but the scores of single images, for a file."""
         return {
             "metrics": {name: value if math.isfinite(value) else None for name, value in self.scores.values.items()},
-            "tokenizer": self.scores.tokenizer, "left_out": self.scores.left_out,
+            "language": self.language, "tokenizer": self.scores.tokenizer, "left_out": self.scores.left_out,
             "captions": [
                 {"image_id": i, "file_name": self.file_names[i], "caption": text, "references": [*self.references[i]]}
                 for i, text in self.captions.items()
             ],
         }  # fmt: skip
+
+    def as_csv(self) -> str:
+        """A line an image: image_id, file_name, caption, and every metric's score of it."""
+        metrics = [*dict.fromkeys(name for each in self.scores.per_image.values() for name in each)]
+        text = io.StringIO()
+        rows = csv.writer(text, lineterminator="\n")
+        rows.writerow(["image_id", "file_name", "caption", *metrics])
+        for i, caption in self.captions.items():
+            rows.writerow([i, self.file_names[i], caption, *(self.scores.per_image[i].get(m, "") for m in metrics)])
+        return text.getvalue()
 
 
 @torch.inference_mode()
@@ -55,15 +73,19 @@ def evaluate(
     data: CaptionedImages,
     search: CaptionConfig,
     device_name: str = "auto",
+    training_captions: Collection[str] | None = None,
+    seed: int = 0,
     progress: bool = True,
 ) -> Evaluation:
-    """Caption every image by beam search and score the captions against all references.
+    """Caption every image and score the captions against all references.
 
     Args:
-        checkpoint: the decoder.
+        checkpoint: the decoder, or several as one.
         data: images with grids and references.
-        search: beam size, length, batch size.
+        search: how to decode.
         device_name: auto, cpu, cuda, ...
+        training_captions: those the decoder was trained on; None leaves out the share of novel captions.
+        seed: of captions that are drawn by chance.
         progress: show a progress bar.
 
     Raises:
@@ -76,6 +98,7 @@ def evaluate(
     decoder, vocabulary = checkpoint.decoder.to(device), checkpoint.vocabulary
     per_image = max(len(captions) for captions in data.captions)
     stream = CaptionStream(data, vocabulary, search.batch_size, per_image, checkpoint.config.train.max_length)
+    generator = torch.Generator().manual_seed(seed)
     captions: dict[int, str] = {}
     references: dict[int, tuple[str, ...]] = {}
     names: dict[int, str] = {}
@@ -84,10 +107,10 @@ def evaluate(
         for batch in stream.in_order():
             moved = batch.to(device)
             grids = moved.grids.float()
-            logits = decoder(decoder.encode(grids), moved.tokens[..., :-1])
-            loss, count = masked_cross_entropy(logits, moved.tokens[..., 1:])
+            logits, _ = decoder(decoder.encode(grids), moved.tokens[..., :-1], moved.words)
+            loss, count = masked_cross_entropy(logits, moved.tokens[..., 1:].flatten()[moved.words])
             total, words = total + loss.item(), words + int(count)
-            found = beam_search(decoder, grids, search.beam_size, search.max_length, search.length_penalty)
+            found = search_captions(decoder, grids, search, generator)
             for position, hypothesis in zip(batch.images, found, strict=True):
                 row = int(data.rows[position])
                 image_id = int(data.store.image_ids[row])
@@ -96,17 +119,62 @@ def evaluate(
                 names[image_id] = data.store.file_names[row]
             bar.update(len(batch.images))
     scores = score_captions(captions, references)
-    scores.values["perplexity"] = perplexity(total / words)
-    return Evaluation(captions, names, references, scores)
+    scores.values = {"perplexity": perplexity(total / words), **scores.values}
+    language = language_of(captions, references, len(vocabulary) - len(SPECIALS), training_captions)
+    if NOVEL not in language:
+        scores.left_out[NOVEL] = "needs the captions that the decoder was trained on"
+    return Evaluation(captions, names, references, scores, language)
 
 
-def write_evaluation(evaluation: Evaluation, path: Path) -> Path:
-    """Write everything to `path`, and beside it the captions alone as COCO's results format.
+def language_of(
+    captions: Mapping[int, str],
+    references: Mapping[int, Sequence[str]],
+    vocabulary_words: int,
+    training_captions: Collection[str] | None,
+) -> dict[str, float]:
+    """What captions are like, whatever the images show. Words are those of `train.vocabulary.tokenize`.
+
+    Args:
+        captions: image id -> caption.
+        references: image id -> captions.
+        vocabulary_words: how many words the decoder could write.
+        training_captions: those the decoder was trained on.
 
     Returns:
-        The path of the COCO results file: [{"image_id": ..., "caption": ...}].
+        words_used: distinct words in the captions.
+        vocabulary_words: as given.
+        distinct_captions: distinct captions / captions.
+        novel_captions: share of the captions that are none of the training captions, word by word; only with
+            those given.
+        mean_length: words a caption.
+        mean_reference_length: words a reference.
     """
+    written = [tuple(tokenize(text)) for text in captions.values()]
+    lengths = [len(tokenize(text)) for texts in references.values() for text in texts]
+    language: dict[str, float] = {
+        "words_used": len({word for words in written for word in words}),
+        "vocabulary_words": vocabulary_words,
+        "distinct_captions": len(set(written)) / len(written),
+    }
+    if training_captions is not None:
+        wanted = set(written)
+        known = {words for text in training_captions if (words := tuple(tokenize(text))) in wanted}
+        language[NOVEL] = sum(words not in known for words in written) / len(written)
+    return language | {
+        "mean_length": sum(map(len, written)) / len(written),
+        "mean_reference_length": sum(lengths) / len(lengths),
+    }
+
+
+def write_evaluation(evaluation: Evaluation, path: Path) -> list[Path]:
+    """Write everything to `path`, and beside it the scores of every image and COCO's results format.
+
+    Returns:
+        The files: `path`; <stem>.scores.csv, UTF-8, a line an image; <stem>.coco-results.json,
+        [{"image_id": ..., "caption": ...}], as pycocotools and the COCO server read it.
+    """
+    scores, results = (path.with_name(f"{path.stem}.{end}") for end in ("scores.csv", "coco-results.json"))
     write_json(path, evaluation.as_json())
-    results = path.with_name(f"{path.stem}.coco-results.json")
+    write_text(scores, evaluation.as_csv())
     write_json(results, [{"image_id": i, "caption": text} for i, text in evaluation.captions.items()])
-    return results
+    return [path, scores, results]

@@ -1,243 +1,478 @@
-"""fit: train a decoder on a stream of batches, epoch by epoch, and keep the best and the last checkpoint."""
+"""fit: train a decoder on a stream of batches, step by step, and keep the best and the last checkpoint."""
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
+import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.config import PipelineConfig
+from common.config import PipelineConfig, TrainConfig
 from common.device import choose_device, choose_precision
-from common.errors import CheckpointError, MismatchError, TrainingError
+from common.errors import CheckpointError, MismatchError, TrainingError, UserError
 from common.files import remove_leftovers, write_text
 from common.store import check_same_features
-from train.checkpoint import POINTERS, find_checkpoint, load_checkpoint, load_training_state, save_checkpoint
+from train.averaging import WeightAverage
+from train.checkpoint import (
+    POINTERS,
+    Checkpoint,
+    find_checkpoint,
+    load_checkpoint,
+    load_training_state,
+    save_checkpoint,
+)
+from train.curves import draw_curves
 from train.decoders.base import Decoder
 from train.decoders.build import build_decoder
-from train.loss import masked_cross_entropy, perplexity
-from train.metrics import cider
-from train.search import beam_search
+from train.health import warnings
+from train.log import EVERY, Row, RunLog, read_rows
+from train.objective import CrossEntropy, Objective
+from train.optimizer import learning_rate, make_optimizer
+from train.ranks import Ranks, find_ranks, joined
+from train.reward import CaptionReward
+from train.scst import SelfCritical
 from train.stream import CaptionedImages, CaptionStream
+from train.validate import validate
 from train.vocabulary import Vocabulary
 
 # What a resume may change; anything else would make another run.
-_FREE_TO_CHANGE = {"features", "annotations", "val_features", "val_annotations", "output", "epochs", "device"}
+_FREE_TO_CHANGE = {
+    "features", "annotations", "val_features", "val_annotations", "output", "init_from", "epochs", "patience",
+    "checkpoint_steps", "checkpoint_minutes", "device", "accumulate",
+}  # fmt: skip
 
 
 @dataclass
 class Run:
-    """The state of a run between epochs."""
+    """All that changes in the course of a run, and so all that a checkpoint holds.
+
+    Random numbers are no part of it: those of a step come from a seed made of the run's seed, the step and the
+    process.
+
+    Attributes:
+        decoder: with the trained weights.
+        average: of them, if the run averages.
+        optimizer: with its moments.
+        vocabulary: the words.
+        history: rows of the epochs done.
+        step: steps done.
+        sums: of the terms of the epoch that is under way, and its seconds.
+    """
 
     decoder: Decoder
+    average: WeightAverage | None
     optimizer: torch.optim.Optimizer
     vocabulary: Vocabulary
-    history: list[dict[str, Any]]
+    history: list[Row] = field(default_factory=list)
+    step: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def kept(self) -> Decoder:
+        """The decoder to be validated and used."""
+        return self.decoder if self.average is None else self.average.decoder
+
+    def state(self, data: str) -> dict[str, Any]:
+        """What a resume needs besides the kept weights."""
+        return {
+            "optimizer": self.optimizer.state_dict(), "history": self.history, "step": self.step,
+            "sums": self.sums, "data": data,
+            "weights": None if self.average is None else self.decoder.state_dict(),
+        }  # fmt: skip
 
 
 def fit(
     config: PipelineConfig, train: CaptionedImages, val: CaptionedImages | None, resume: bool, progress: bool = True
-) -> list[dict[str, Any]]:
-    """Train until `train.epochs` epochs are done.
+) -> list[Row]:
+    """Train until `train.epochs` epochs are done, or validation CIDEr has not risen for `train.patience` of them.
 
-    The vocabulary is counted over `train` only. The best checkpoint is the one whose greedy captions have the
-    highest CIDEr on `val`; without validation it is the last.
+    The vocabulary is counted over `train` only, or comes with `train.init_from`. The best checkpoint is the one
+    whose greedy captions have the highest CIDEr on `val`; without validation it is the last. A run that goes on
+    from another's decoder is validated before its first step too, as epoch 0.
+
+    Under torchrun or srun every process calls this with the same arguments.
 
     Args:
         config: the resolved configuration; the run goes to `train.output`.
         train, val: images with grids and captions.
         resume: go on from the last checkpoint in `train.output`.
-        progress: show a progress bar.
+        progress: show a progress bar and a line an epoch.
 
     Returns:
-        A row an epoch: epoch, train_loss and val_loss (nats a word), val_perplexity, val_cider, seconds,
-        waited (share of the time spent waiting for data).
+        A row an epoch: epoch, step, train_loss (nats a word) or reward, baseline and advantage (of self-critical
+        training), val_loss, val_perplexity, val_cider, val_commonest, val_attention_spread, seconds, waited (share
+        of the time spent waiting for data).
 
     Raises:
         CheckpointError: nothing to resume, or a run is there and `resume` is false.
-        MismatchError: another configuration or other features than the run that is resumed.
+        MismatchError: another configuration, other features or captions than those of the run that is resumed.
         TrainingError: the loss is not a number.
+        UserError: self-critical training without `init_from`; fewer images in a step than processes and parts.
     """
+    ranks = find_ranks()
     settings = config.train
-    device = choose_device(settings.device)
-    precision = choose_precision(settings.precision, device)
-    provenance = train.store.provenance
-    if val is not None:
-        check_same_features(provenance, val.store.provenance, f"{train.store.path} holds", str(val.store.path))
-    if resume and (settings.output / "config.yaml").exists() and not (settings.output / POINTERS).exists():
-        resume = False  # stopped before its first checkpoint: there is nothing to lose in beginning again
-    run = _resume(config, provenance, device) if resume else _begin(config, train, device)
-    remove_leftovers(settings.output / "checkpoints")
-    write_text(settings.output / "config.yaml", config.to_yaml())
-    stream = CaptionStream(
-        train, run.vocabulary, settings.batch_size, settings.captions_per_image, settings.max_length, config.seed,
-        pin=device.type == "cuda",
-    )  # fmt: skip
-    _write_history(settings.output, run.history)
-    for epoch in range(len(run.history), settings.epochs):
-        row = _train_epoch(run, stream, epoch, config, device, precision, progress)
-        if val is not None:
-            row |= validate(run.decoder, val, run.vocabulary, config, device, precision)
-        run.history.append(row)
-        best = best_epoch(run.history)
-        save_checkpoint(
-            settings.output, epoch + 1, run.decoder, run.vocabulary, config, provenance, _state_of(run), best
+    name = settings.device
+    if name in ("auto", "cuda") and torch.cuda.is_available():  # a Slurm task may be shown just its own GPU, number 0
+        name = f"cuda:{ranks.local % torch.cuda.device_count()}"
+    device = choose_device(name)
+    if settings.batch_size < ranks.world * settings.accumulate:
+        raise UserError(
+            f"--batch-size {settings.batch_size}: the images of a step cannot be split over {ranks.world} processes "
+            f"and {settings.accumulate} parts each",
+            "choose a larger --batch-size, which counts the images of a step over all processes",
         )
-        _write_history(settings.output, run.history)
-        if progress:
-            tqdm.write(_line(row, settings.epochs, best))
-    return run.history
+    with joined(ranks, device), _reproducible(device):
+        return _Trainer(config, train, val, ranks, device, progress and ranks.first).run(resume)
 
 
-def best_epoch(history: list[dict[str, Any]]) -> int:
+def check_beginning(settings: TrainConfig) -> None:
+    """Raise a UserError when self-critical training has nothing to begin with."""
+    if settings.objective == "scst" and settings.init_from is None:
+        raise UserError(
+            "self-critical training begins with a decoder that can write captions already",
+            "train one with cross-entropy first, then give it: --scst --init-from runs/it",
+        )
+
+
+class _Trainer:
+    """One call of `fit`: what does not change in the course of a run, and the loop."""
+
+    def __init__(
+        self, config: PipelineConfig, train: CaptionedImages, val: CaptionedImages | None, ranks: Ranks,
+        device: torch.device, progress: bool,
+    ) -> None:  # fmt: skip
+        self.config, self.settings = config, config.train
+        self.train, self.val, self.ranks, self.device, self.progress = train, val, ranks, device, progress
+        self.precision = choose_precision(self.settings.precision, device)
+        self.output = self.settings.output
+        self.data = train.digest()
+        if val is not None:
+            check_same_features(
+                train.store.provenance, val.store.provenance, f"{train.store.path} holds", str(val.store.path)
+            )
+
+    def run(self, resume: bool) -> list[Row]:
+        settings, output = self.settings, self.output
+        if resume and (output / "config.yaml").exists() and not (output / POINTERS).exists():
+            resume = False  # stopped before its first checkpoint: there is nothing to lose in beginning again
+        run = self._resume() if resume else self._begin()
+        self.ranks.gather(None)  # nobody writes before all have looked at what is there
+        if self.ranks.first:
+            for folder in (output, output / "checkpoints"):
+                remove_leftovers(folder)
+            write_text(output / "config.yaml", self.config.to_yaml())
+        stream = CaptionStream(
+            self.train, run.vocabulary, settings.batch_size, settings.captions_per_image, settings.max_length,
+            self.config.seed, settings.shuffle, self.ranks, settings.accumulate, self.device.type == "cuda",
+        )  # fmt: skip
+        objective = self._objective(run.vocabulary)
+        log = RunLog(output, run.history, run.step) if self.ranks.first else None
+        try:
+            if settings.init_from is not None and self.val is not None and run.step == 0 and not run.history:
+                self._end_epoch(run, log, {"epoch": 0, "step": 0})
+            while (epoch := _epochs_done(run.history)) < settings.epochs and not self._patience_is_over(run.history):
+                row = self._epoch(run, stream, epoch, objective, log)
+                self._end_epoch(run, log, row)
+        finally:
+            if log is not None:
+                log.close()
+        if self.ranks.first and run.history:
+            draw_curves(run.history, read_rows(output / "steps.jsonl"), output / "curves.png")
+        return run.history
+
+    def _objective(self, vocabulary: Vocabulary) -> Objective:
+        settings = self.settings
+        if settings.objective == "cross-entropy":
+            return CrossEntropy(settings)
+        reward = CaptionReward.build(self.train, vocabulary, settings.scst.bleu_weight)
+        return SelfCritical(reward, settings.scst.samples, settings.max_length)
+
+    # --- beginning and going on
+
+    def _begin(self) -> Run:
+        settings, store = self.settings, self.train.store
+        check_beginning(settings)
+        if (self.output / POINTERS).exists():
+            raise CheckpointError(
+                f"{self.output}: holds a run already", "go on with it by --resume, or choose another --output"
+            )
+        if settings.init_from is not None:
+            loaded = load_checkpoint(settings.init_from)
+            check_same_features(loaded.provenance, store.provenance, f"{loaded.path} was trained on", str(store.path))
+            if loaded.config.train.decoder != settings.decoder:  # the checkpoints would name what they do not hold
+                raise MismatchError(
+                    f"{loaded.path}: holds another decoder than the one in train.decoder",
+                    "give the decoder of the run in init_from",
+                )
+            return self._run_of(loaded, [], 0, {})
+        captions = [caption for image in self.train.captions for caption in image]
+        vocabulary = Vocabulary.build(captions, settings.vocabulary.max_size, settings.vocabulary.min_count)
+        torch.manual_seed(self.config.seed)
+        decoder = build_decoder(settings.decoder, len(vocabulary), store.grid_shape)
+        return self._run_of(
+            Checkpoint(self.output, decoder, vocabulary, self.config, store.provenance), [], 0, {}
+        )  # fmt: skip
+
+    def _run_of(
+        self, loaded: Checkpoint, history: list[Row], step: int, sums: dict[str, float],
+        weights: dict[str, Tensor] | None = None,
+    ) -> Run:  # fmt: skip
+        decoder = loaded.decoder.to(self.device)
+        average = None
+        if self.settings.ema:
+            average = WeightAverage(decoder, self.settings.ema)
+            if weights is not None:
+                decoder.load_state_dict(weights)
+        optimizer = make_optimizer(self.settings, decoder.parameters())
+        return Run(decoder, average, optimizer, loaded.vocabulary, history, step, sums)
+
+    def _resume(self) -> Run:
+        loaded = load_checkpoint(find_checkpoint(self.output, "last"))
+        check_same_features(loaded.provenance, self.train.store.provenance, f"{self.output} was trained on", "these")
+        then, now = loaded.config.train, self.settings
+        free = set(_FREE_TO_CHANGE) - ({"epochs"} if now.schedule.kind == "cosine" else set())
+        was, is_now = then.model_dump(), now.model_dump()
+        changed = [
+            f"train.{k}: {was[k]!r} then, {is_now[k]!r} now" for k in is_now.keys() - free if was[k] != is_now[k]
+        ]
+        if loaded.config.seed != self.config.seed:
+            changed.append(f"seed: {loaded.config.seed} then, {self.config.seed} now")
+        if changed:
+            raise MismatchError(
+                f"{self.output}: was begun with another configuration: {'; '.join(sorted(changed))}",
+                "resume with the same settings, or choose another --output",
+            )
+        file = loaded.path / "training_state.pt"
+        state = load_training_state(loaded.path)
+        if isinstance(state, dict) and state.get("data", self.data) != self.data:
+            raise MismatchError(
+                f"{self.output}: was begun with other images or captions than {self.train.store.path} and its captions "
+                "file hold now",
+                "resume with the same files, or choose another --output",
+            )
+        try:
+            run = self._run_of(loaded, list(state["history"]), state["step"], dict(state["sums"]), state["weights"])
+            run.optimizer.load_state_dict(state["optimizer"])
+            return run
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{file}: not the state of this run: {type(error).__name__}: {error}",
+                "train again into another --output; the weights themselves can still be evaluated",
+            ) from error
+
+    # --- one epoch
+
+    def _epoch(self, run: Run, stream: CaptionStream, epoch: int, objective: Objective, log: RunLog | None) -> Row:
+        first = run.step - epoch * len(stream)  # steps of this epoch that are done already
+        watch = _Watch(run.sums)
+        totals = {name: torch.tensor(value, dtype=torch.float64) for name, value in run.sums.items()}
+        saved = time.monotonic()
+        label = f"epoch {epoch + 1}/{self.settings.epochs}"
+        with tqdm(
+            total=len(stream.data), initial=first * stream.batch_size, unit="image", desc=label,
+            disable=not self.progress, leave=False,
+        ) as bar:  # fmt: skip
+            batches = stream.epoch(epoch, first)
+            for number in range(first, len(stream)):
+                with watch.waiting():
+                    parts = list(islice(batches, stream.parts))
+                row = self._step(run, parts, objective, epoch, len(stream), totals)
+                bar.update(min(stream.batch_size, len(stream.data) - number * stream.batch_size))
+                if run.step % EVERY == 0 or number == 0:
+                    if log is not None:
+                        log.step({"step": run.step, "epoch": epoch + 1, **row()})
+                    self._check_finite(run, totals, epoch)
+                if number + 1 < len(stream) and self._checkpoint_is_due(run.step, saved):
+                    run.sums = watch.sums() | {name: value.item() for name, value in totals.items()}
+                    self._check_finite(run, totals, epoch)
+                    self._save(run)
+                    saved = time.monotonic()
+        self._check_finite(run, totals, epoch)
+        run.sums = {}
+        return {"epoch": epoch + 1, "step": run.step, **_means(totals), **watch.result()}
+
+    def _step(
+        self, run: Run, parts: list[Any], objective: Objective, epoch: int, steps: int, totals: dict[str, Tensor]
+    ) -> Any:
+        """One step of the optimiser; gives a function that makes the row for the log, which waits for the device."""
+        settings, device = self.settings, self.device
+        run.decoder.train()
+        torch.manual_seed(_step_seed(self.config.seed, run.step, self.ranks.rank))
+        run.optimizer.zero_grad(set_to_none=True)
+        sums: dict[str, Tensor] = {}
+        for part in parts:
+            if len(part.images) == 0:
+                continue
+            batch = part.to(device)
+            with torch.autocast(device.type, self.precision, enabled=self.precision != torch.float32):
+                loss, terms = objective(run.decoder, batch, epoch)
+            loss.backward()  # type: ignore[no-untyped-call]
+            for name, value in terms.items():
+                sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=device)) + value
+        parameters = list(run.decoder.parameters())
+        for parameter in parameters:
+            if parameter.grad is None:  # not used by this loss, or a process without images in a short last step
+                parameter.grad = torch.zeros_like(parameter)
+        if self.ranks.world > 1:
+            names = self.ranks.from_first(sorted(sums)) if not totals else sorted(totals)
+            values = torch.stack([sums.get(n, torch.zeros((), dtype=torch.float64, device=device)) for n in names])
+            self.ranks.add_up([*(p.grad for p in parameters if p.grad is not None), values])
+            sums = dict(zip(names, values, strict=True))
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        torch._foreach_div_(gradients, sums["words"].clamp(min=1).float())
+        norm = nn.utils.get_total_norm(gradients)
+        if settings.clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, settings.clip_norm, norm)
+        if settings.clip_value is not None:
+            nn.utils.clip_grad_value_(parameters, settings.clip_value)
+        rate = learning_rate(settings, run.step, steps)
+        for group in run.optimizer.param_groups:
+            group["lr"] = rate
+        run.optimizer.step()
+        run.step += 1
+        if run.average is not None:
+            run.average.update(run.decoder, run.step)
+        for name, value in sums.items():
+            totals[name] = totals[name].to(device) + value if name in totals else value
+        return lambda: {
+            **{name.removeprefix("train_"): value for name, value in _means(sums).items()},
+            "learning_rate": rate, "gradient_norm": norm.item(),
+        }  # fmt: skip
+
+    def _check_finite(self, run: Run, totals: dict[str, Tensor], epoch: int) -> None:
+        good = all(math.isfinite(value.item()) for value in totals.values())
+        if not (good and all(bool(p.isfinite().all()) for p in run.decoder.parameters())):
+            raise TrainingError(
+                f"{self.output}: the loss is not a number any more (epoch {epoch + 1}, step {run.step})",
+                "train again with a smaller --learning-rate into another --output",
+            )
+
+    # --- the end of an epoch
+
+    def _end_epoch(self, run: Run, log: RunLog | None, row: Row) -> None:
+        if self.val is not None:
+            row |= validate(run.kept, self.val, run.vocabulary, self.settings, self.device, self.precision, self.ranks)
+        run.history.append(row)
+        self._save(run)
+        if log is not None:
+            log.epoch(run.history)
+        if self.progress:
+            tqdm.write(_line(run.history, self.settings.epochs))
+            for text in warnings(run.history):
+                tqdm.write(f"  WARNING: {text}")
+
+    def _save(self, run: Run) -> None:
+        if self.ranks.first:
+            best = best_row(run.history)["step"] if run.history else run.step
+            if run.history and "val_cider" not in best_row(run.history):
+                best = run.step
+            save_checkpoint(
+                self.output, run.step, run.kept, run.vocabulary, self.config, self.train.store.provenance,
+                run.state(self.data), best,
+            )  # fmt: skip
+
+    def _checkpoint_is_due(self, step: int, saved: float) -> bool:
+        settings = self.settings
+        if settings.checkpoint_steps is not None and step % settings.checkpoint_steps == 0:
+            return True
+        return settings.checkpoint_minutes is not None and time.monotonic() - saved > 60 * settings.checkpoint_minutes
+
+    def _patience_is_over(self, history: list[Row]) -> bool:
+        patience = self.settings.patience
+        if patience is None or not history or "val_cider" not in history[-1]:
+            return False
+        return bool(history[-1]["epoch"] - best_row(history)["epoch"] >= patience)
+
+
+class _Watch:
+    """Seconds of an epoch and of waiting in it, over interruptions."""
+
+    def __init__(self, sums: dict[str, float]) -> None:
+        self._begin = time.perf_counter() - sums.pop("seconds", 0.0)
+        self._waited = sums.pop("waited", 0.0)
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - begin
+
+    def sums(self) -> dict[str, float]:
+        return {"seconds": time.perf_counter() - self._begin, "waited": self._waited}
+
+    def result(self) -> dict[str, float]:
+        seconds = time.perf_counter() - self._begin
+        return {"seconds": seconds, "waited": self._waited / seconds}
+
+
+@contextlib.contextmanager
+def _reproducible(device: torch.device) -> Iterator[None]:
+    """On a GPU, sums in the same order every time, where torch has such a way; a CPU has no other."""
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before, only_warn = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=only_warn)
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    """Of the random numbers of a step: dropout, drawn words. So a resume needs no random state."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xD1342543DE82EF95 + rank * 0x2545F4914F6CDD1D) % 2**64
+    return (mixed ^ (mixed >> 29)) % 2**63
+
+
+def _epochs_done(history: list[Row]) -> int:
+    return int(history[-1]["epoch"]) if history else 0
+
+
+def best_row(history: list[Row]) -> Row:
     """The epoch with the highest validation CIDEr, of equals the one with the lowest validation loss; without any
     validation the last."""
     validated = [row for row in history if "val_cider" in row]
-    return int(
-        (max(validated, key=lambda row: (row["val_cider"], -row["val_loss"])) if validated else history[-1])["epoch"]
-    )
+    return max(validated, key=lambda row: (row["val_cider"], -row["val_loss"])) if validated else history[-1]
 
 
-def _begin(config: PipelineConfig, train: CaptionedImages, device: torch.device) -> Run:
-    output, settings = config.train.output, config.train
-    if (output / POINTERS).exists():
-        raise CheckpointError(f"{output}: holds a run already", "go on with it by --resume, or choose another --output")
-    captions = [caption for image in train.captions for caption in image]
-    vocabulary = Vocabulary.build(captions, settings.vocabulary.max_size, settings.vocabulary.min_count)
-    torch.manual_seed(config.seed)
-    decoder = build_decoder(settings.decoder, len(vocabulary), train.store.grid_shape).to(device)
-    return Run(decoder, torch.optim.Adam(decoder.parameters(), settings.learning_rate), vocabulary, [])
+def _means(sums: dict[str, Tensor]) -> dict[str, float]:
+    """Sums over words and captions -> means: train_loss, or reward, baseline and advantage."""
+    found = {}
+    if "loss" in sums:
+        found["train_loss"] = (sums["loss"] / sums["words"]).item()
+    for name in ("reward", "baseline", "advantage"):
+        if name in sums:
+            found[name] = (sums[name] / sums["captions"]).item()
+    return found
 
 
-def _resume(config: PipelineConfig, provenance: dict[str, Any], device: torch.device) -> Run:
-    loaded = load_checkpoint(find_checkpoint(config.train.output, "last"))
-    check_same_features(loaded.provenance, provenance, f"{config.train.output} was trained on", "these")
-    then, now = loaded.config.train.model_dump(), config.train.model_dump()
-    changed = [
-        f"train.{k}: {then[k]!r} then, {now[k]!r} now" for k in now.keys() - _FREE_TO_CHANGE if then[k] != now[k]
-    ]
-    if loaded.config.seed != config.seed:
-        changed.append(f"seed: {loaded.config.seed} then, {config.seed} now")
-    if changed:
-        raise MismatchError(
-            f"{config.train.output}: was begun with another configuration: {'; '.join(sorted(changed))}",
-            "resume with the same settings, or choose another --output",
-        )
-    state = load_training_state(loaded.path)
-    decoder = loaded.decoder.to(device)
-    optimizer = torch.optim.Adam(decoder.parameters(), config.train.learning_rate)
-    try:
-        optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-        if device.type == "cuda" and state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"], device)
-        return Run(decoder, optimizer, loaded.vocabulary, list(state["history"]))
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{loaded.path / 'training_state.pt'}: not the state of this run: {type(error).__name__}: {error}",
-            "train again into another --output; the weights themselves can still be evaluated",
-        ) from error
-
-
-def _state_of(run: Run) -> dict[str, Any]:
-    cuda = next(run.decoder.parameters()).is_cuda
-    return {
-        "optimizer": run.optimizer.state_dict(), "rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state() if cuda else None,
-        "history": run.history,
-    }  # fmt: skip
-
-
-def _train_epoch(
-    run: Run, stream: CaptionStream, epoch: int, config: PipelineConfig, device: torch.device,
-    precision: torch.dtype, progress: bool,
-) -> dict[str, Any]:  # fmt: skip
-    run.decoder.train()
-    total = torch.zeros((), device=device, dtype=torch.float64)
-    words = torch.zeros((), device=device, dtype=torch.int64)
-    begin, waited = time.perf_counter(), 0.0
-    label = f"epoch {epoch + 1}/{config.train.epochs}"
-    with tqdm(total=len(stream.data), unit="image", desc=label, disable=not progress, leave=False) as bar:
-        for batch, seconds in _timed(stream.epoch(epoch)):
-            waited += seconds
-            batch = batch.to(device)
-            with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-                logits = run.decoder(run.decoder.encode(batch.grids.float()), batch.tokens[..., :-1])
-            loss, count = masked_cross_entropy(logits, batch.tokens[..., 1:])
-            run.optimizer.zero_grad(set_to_none=True)
-            (loss / count).backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(run.decoder.parameters(), config.train.clip_norm)
-            run.optimizer.step()
-            total += loss.detach()
-            words += count
-            bar.update(len(batch.images))
-    mean = (total / words).item()
-    if not (math.isfinite(mean) and all(bool(p.isfinite().all()) for p in run.decoder.parameters())):
-        raise TrainingError(
-            f"{config.train.output}: the loss of epoch {epoch + 1} is not a number",
-            "train again with a smaller --learning-rate into another --output",
-        )
-    seconds = time.perf_counter() - begin
-    return {"epoch": epoch + 1, "train_loss": mean, "seconds": seconds, "waited": waited / seconds}
-
-
-def _timed(batches: Iterator[Any]) -> Iterator[tuple[Any, float]]:
-    """Each batch with the seconds it was waited for."""
-    while True:
-        begin = time.perf_counter()
-        batch = next(batches, None)
-        if batch is None:
-            return
-        yield batch, time.perf_counter() - begin
-
-
-@torch.inference_mode()
-def validate(
-    decoder: Decoder, data: CaptionedImages, vocabulary: Vocabulary, config: PipelineConfig, device: torch.device,
-    precision: torch.dtype,
-) -> dict[str, float]:  # fmt: skip
-    """Loss and perplexity on the references, and CIDEr of greedy captions.
-
-    Returns:
-        val_loss in nats a word (EOS counted, every reference), val_perplexity = exp(val_loss), val_cider.
-    """
-    decoder.eval()
-    settings = config.train
-    per_image = max(len(captions) for captions in data.captions)
-    stream = CaptionStream(data, vocabulary, settings.batch_size, per_image, settings.max_length)
-    total, words = 0.0, 0
-    captions: dict[int, str] = {}
-    for batch in stream.in_order():
-        moved = batch.to(device)
-        grids = moved.grids.float()
-        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            logits = decoder(decoder.encode(grids), moved.tokens[..., :-1])
-            loss, count = masked_cross_entropy(logits, moved.tokens[..., 1:])
-            found = beam_search(decoder, grids, 1, settings.max_length)
-        total, words = total + loss.item(), words + int(count)
-        captions.update({int(i): vocabulary.decode(h.tokens) for i, h in zip(batch.images, found, strict=True)})
-    mean = total / words
-    references = {i: data.captions[i] for i in captions}
-    return {"val_loss": mean, "val_perplexity": perplexity(mean), "val_cider": cider(captions, references)}
-
-
-def _write_history(output: Path, history: list[dict[str, Any]]) -> None:
-    """The whole log again, so that after a resume it is exactly what the checkpoint remembers."""
-    rows = ({k: v if math.isfinite(v) else None for k, v in row.items()} for row in history)
-    write_text(output / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def _line(row: dict[str, Any], epochs: int, best_epoch: int) -> str:
-    text = f"epoch {row['epoch']:3d}/{epochs}  loss {row['train_loss']:.3f}"
+def _line(history: list[Row], epochs: int) -> str:
+    row = history[-1]
+    text = f"epoch {row['epoch']:3d}/{epochs}"
+    if row["epoch"] == 0:
+        text += "  as it begins"
+    if "train_loss" in row:
+        text += f"  loss {row['train_loss']:.3f}"
+    if "reward" in row:
+        text += f"  reward {row['reward']:.3f}, baseline {row['baseline']:.3f}, advantage {row['advantage']:.3f}"
     if "val_cider" in row:
         text += f"  validation: loss {row['val_loss']:.3f}, perplexity {row['val_perplexity']:.2f}"
         text += f", CIDEr {row['val_cider']:.3f}"
-        text += "  (best so far)" if best_epoch == row["epoch"] else ""
-    return f"{text}  {row['seconds']:.1f} s"
+        if history[0]["epoch"] == 0 and row["epoch"] and row["val_cider"] < history[0]["val_cider"]:
+            text += f" (below the {history[0]['val_cider']:.3f} it began with)"
+        elif best_row(history) is row:
+            text += " (best so far)"
+    return f"{text}  {row['seconds']:.1f} s" if "seconds" in row else text

@@ -1,4 +1,7 @@
-"""Batched beam search; with one beam it is greedy search."""
+"""From a decoder to captions: the likeliest by beam search (with one beam: greedy search), or some drawn by chance.
+
+Both read the decoder through `word_log_probs`, so a log-probability means the same thing everywhere.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from train.decoders.base import Decoder, State
+from common.config import CaptionConfig
+from train.decoders.base import Decoder, Memory, State
 from train.vocabulary import BOS, EOS, PAD, UNK
 
 _NEVER = (PAD, BOS, UNK)
+_NOISE_BITS = 31
+_COLDEST = 1e-6  # the largest difference of float32 logits that a temperature need tell apart; no division overflows
 
 
 @dataclass(frozen=True)
@@ -20,7 +26,8 @@ class Hypothesis:
 
     Attributes:
         tokens: word ids, without BOS and EOS.
-        log_prob: natural logarithm of its probability, EOS included if it ended.
+        log_prob: natural logarithm of its probability by `word_log_probs`, EOS included if it ended. That is the
+            decoder's own: temperature, top_k, top_p and blocked trigrams do not change it.
         attention: (words, P) float32, where the decoder looked as it wrote each word; None for a decoder
             without attention.
     """
@@ -40,10 +47,61 @@ class _Finished:
         return max(self.entries)
 
 
+def without_never_written(logits: Tensor) -> Tensor:
+    """The logits in float32, with -inf for PAD, BOS and UNK: (..., V) to (..., V), a copy, with gradient."""
+    never = torch.tensor(_NEVER, device=logits.device)
+    return logits.float().index_fill(-1, never, -torch.inf)
+
+
+def word_log_probs(logits: Tensor) -> Tensor:
+    """The log-probability of every token that may be written: the distribution that search and sampling use.
+
+    PAD, BOS and UNK are taken out before the softmax, so the others sum to 1. Theirs is -inf: whoever gathers it
+    for padding must replace it (`masked_fill`), since -inf times 0 is not a number.
+
+    Args:
+        logits: (..., V), left as they are.
+
+    Returns:
+        (..., V) float32, with the gradient of the logits.
+    """
+    return without_never_written(logits).log_softmax(-1)
+
+
+def search_captions(
+    decoder: Decoder, grids: Tensor, settings: CaptionConfig, generator: torch.Generator | None = None
+) -> list[Hypothesis]:
+    """Decode a caption for each image as the settings say.
+
+    Args:
+        decoder: in evaluation mode.
+        grids: (B, P, C) on the decoder's device.
+        settings: beam search or sampling, and its options.
+        generator: for sampling; None is torch's own of the CPU. Every image takes the same count of numbers from
+            it, one image after the other. So one generator for all batches gives each image the same caption
+            whatever the batch size, as far as rounding allows.
+    """
+    if settings.search == "beam":
+        return beam_search(
+            decoder, grids, settings.beam_size, settings.max_length, settings.length_penalty, settings.block_trigrams
+        )
+    noise = torch.stack([_noise((1, settings.max_length + 1), generator) for _ in range(len(grids))])
+    with torch.inference_mode():
+        drawn = _sample(decoder, decoder.encode(grids), noise, settings.temperature, settings.top_k, settings.top_p)
+    captions = [[t for t in row if t not in (EOS, PAD)] for row in drawn.tokens[:, 0].tolist()]
+    if drawn.attention is None:
+        looks: list[np.ndarray | None] = [None] * len(captions)
+    else:
+        cells = drawn.attention[:, 0].float().cpu().numpy()
+        looks = [cells[i, : len(words)] for i, words in enumerate(captions)]
+    return [Hypothesis(*parts) for parts in zip(captions, drawn.log_probs[:, 0].tolist(), looks, strict=True)]
+
+
 @torch.inference_mode()
 def beam_search(
-    decoder: Decoder, grids: Tensor, beam_size: int, max_length: int, length_penalty: float = 0.0
-) -> list[Hypothesis]:
+    decoder: Decoder, grids: Tensor, beam_size: int, max_length: int, length_penalty: float = 0.0,
+    block_trigrams: bool = False,
+) -> list[Hypothesis]:  # fmt: skip
     """Decode captions for a batch of images together.
 
     Beams of all images advance in one batch. A step takes the best 2K of K x 2K candidates, never sorting the
@@ -57,6 +115,8 @@ def beam_search(
         max_length: longest caption, in words.
         length_penalty: hypotheses are compared by log-probability / words ** length_penalty (Wu et al. 2016,
             arXiv:1609.08144, without its constants).
+        block_trigrams: never write a trigram that the caption already has (Paulus et al. 2017, arXiv:1705.04304,
+            section 2.5). EOS is never blocked.
 
     Returns:
         The best hypothesis of each image.
@@ -69,10 +129,12 @@ def beam_search(
     scores[:, 0] = 0.0
     ended = [_Finished([]) for _ in range(b)]
     steps: list[tuple[Tensor, Tensor, Tensor | None]] = []  # tokens, parents, attention of each step
+    written = tokens.new_empty(b, k, 0)  # the words of the live beams, kept only to find trigrams
     for length in range(max_length + 1):
         logits, state, attention = decoder.step(tokens, state, memory)
-        log_probs = logits.float().log_softmax(-1)
-        log_probs[..., list(_NEVER)] = -torch.inf
+        log_probs = word_log_probs(logits)
+        if block_trigrams:
+            log_probs = _block_trigrams(log_probs, written)
         per_beam = log_probs.topk(min(2 * k, log_probs.shape[-1]), -1)
         candidates = (scores[..., None] + per_beam.values).flatten(1)
         best = candidates.topk(min(2 * k, candidates.shape[1]), -1)
@@ -86,12 +148,29 @@ def beam_search(
         scores, kept = alive.values, alive.indices
         tokens, chosen = words.gather(1, kept), parents.gather(1, kept)
         state = _select(state, chosen)
+        if block_trigrams:
+            written = torch.cat([_select((written,), chosen)[0], tokens[..., None]], -1)
         steps.append(
             (tokens.cpu(), chosen.cpu(), None if attention is None else _select((attention,), chosen)[0].cpu())
         )
     final = scores.tolist()
     cells = None if attention is None else attention.shape[-1]
     return [_trace(steps, ended[i], final[i], i, cells) for i in range(b)]
+
+
+def _block_trigrams(log_probs: Tensor, written: Tensor) -> Tensor:
+    """Set the words to -inf that followed an earlier occurrence of the last two words.
+
+    Args:
+        log_probs: (B, K, V).
+        written: (B, K, t) words.
+    """
+    if written.shape[-1] < 3:
+        return log_probs
+    first, second, third = written[..., :-2], written[..., 1:-1], written[..., 2:]
+    again = (first == written[..., -2:-1]) & (second == written[..., -1:])
+    # Where the pair is another one, PAD is blocked instead, which it is anyway.
+    return log_probs.scatter(-1, third.masked_fill(~again, PAD), -torch.inf)
 
 
 def _collect_ended(
@@ -139,3 +218,111 @@ def _trace(
     looks.reverse()
     tokens.reverse()
     return Hypothesis(tokens, log_prob, None if cells is None else np.array(looks, np.float32).reshape(-1, cells))
+
+
+@dataclass
+class _Samples:
+    """Drawn captions.
+
+    Attributes:
+        tokens: (B, K, T) int64: words, EOS unless it was cut, PAD.
+        log_probs: (B, K), as for `Hypothesis`.
+        attention: (B, K, T or T + 1, P), or None for a decoder without attention.
+    """
+
+    tokens: Tensor
+    log_probs: Tensor
+    attention: Tensor | None
+
+
+@torch.no_grad()
+def sample_tokens(
+    decoder: Decoder, memory: Memory, samples: int, max_length: int, temperature: float = 1.0,
+    top_k: int | None = None, top_p: float | None = None, generator: torch.Generator | None = None,
+) -> Tensor:  # fmt: skip
+    """Draw captions, word by word, all of all images together. PAD, BOS and UNK are never drawn.
+
+    The temperature comes first, then top_k, then top_p of what is left. Without gradient, and in no inference
+    mode: the tokens may go into a forward pass for training.
+
+    Args:
+        decoder: in the mode that it shall be sampled in.
+        memory: from its `encode`.
+        samples: K, captions of each image.
+        max_length: longest caption, in words. As in beam search, a caption of so many words may still end; if it
+            does not, it is cut and has no EOS.
+        temperature: the logits are divided by it.
+        top_k: draw from the k likeliest words; with those that tie with the k-th it may be more.
+        top_p: draw from the smallest set of likeliest words whose probabilities reach this, at least one (Holtzman
+            et al. 2019, arXiv:1904.09751).
+        generator: on any device; None is torch's own of the CPU.
+
+    Returns:
+        (B, K, T) int64: words, then EOS, then PAD; T is the longest caption's, EOS included.
+    """
+    noise = _noise((len(memory[0]), samples, max_length + 1), generator)
+    return _sample(decoder, memory, noise, temperature, top_k, top_p).tokens
+
+
+def _noise(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+    """Uniform whole numbers below 2 ** 31, one for each word that may be drawn, whether or not it will be."""
+    device = torch.device("cpu") if generator is None else generator.device
+    return torch.randint(1 << _NOISE_BITS, shape, generator=generator, device=device)
+
+
+def _sample(
+    decoder: Decoder, memory: Memory, noise: Tensor, temperature: float, top_k: int | None, top_p: float | None
+) -> _Samples:
+    """As `sample_tokens`, from the given noise (B, K, max_length + 1): a caption depends on its own alone."""
+    noise = noise.to(memory[0].device)
+    b, k, steps = noise.shape
+    state = tuple(part.expand(b, k, *part.shape[2:]) for part in decoder.initial_state(memory))
+    tokens = torch.full((b, k), BOS, device=noise.device)
+    ended = torch.zeros_like(tokens, dtype=torch.bool)
+    total = torch.zeros(b, k, device=noise.device)
+    written: list[Tensor] = []
+    looks: list[Tensor] = []
+    for i in range(steps):
+        logits, state, attention = decoder.step(tokens, state, memory)
+        log_probs = word_log_probs(logits)
+        tokens = _draw(_truncate(log_probs, temperature, top_k, top_p), noise[..., i])
+        if i == steps - 1:  # no room for another word: the caption ends here or is cut
+            ended = ended | (tokens != EOS)
+        tokens = tokens.masked_fill(ended, PAD)
+        total += log_probs.gather(-1, tokens[..., None])[..., 0].masked_fill(ended, 0.0)
+        written.append(tokens)
+        if attention is not None:
+            looks.append(attention)
+        ended = ended | (tokens == EOS)
+        if ended.all():
+            break
+    if (written[-1] == PAD).all():  # all were cut
+        written.pop()
+    return _Samples(torch.stack(written, -1), total, torch.stack(looks, 2) if looks else None)
+
+
+def _truncate(log_probs: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
+    """Probabilities (B, K, V) to draw from, up to a factor of each row."""
+    scaled = log_probs / max(temperature, _COLDEST)
+    if top_k is not None:
+        smallest = scaled.topk(min(top_k, scaled.shape[-1]), -1).values[..., -1:]
+        scaled = scaled.masked_fill(scaled < smallest, -torch.inf)
+    probs = scaled.softmax(-1)
+    if top_p is not None and top_p < 1:  # at 1, rounding alone would leave words out
+        ordered, order = probs.sort(stable=True, dim=-1, descending=True)
+        reached = ordered.cumsum(-1) - ordered >= top_p  # without this word already
+        probs = probs.masked_fill(reached.scatter(-1, order, reached), 0.0)
+    return probs
+
+
+def _draw(probs: Tensor, noise: Tensor) -> Tensor:
+    """Draw a token from each row of (B, K, V) by inverting its cumulative sum at the noise (B, K).
+
+    The sum is of whole numbers, which add up to the same in any order, so that a word of probability 0 is never
+    drawn, and every device draws the same. Not torch.multinomial: its noise is for all V words, and how much of it
+    an image gets depends on the batch.
+    """
+    edges = (probs * (1 << _NOISE_BITS)).round().long().cumsum(-1)
+    at = noise * edges[..., -1] >> _NOISE_BITS  # below the last edge
+    found = torch.searchsorted(edges, at[..., None], right=True)[..., 0]
+    return found.clamp_max(probs.shape[-1] - 1)  # what a decoder that gives NaN would leave

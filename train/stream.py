@@ -5,6 +5,8 @@ The unit is an image with its K captions: its grid is read and moved once and se
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,8 +18,11 @@ import torch
 from torch import Tensor
 
 from common.annotations import ImageRecord
+from common.config.train import Shuffle
 from common.errors import MismatchError
 from common.store import FeatureStore
+from train.order import EpochOrder
+from train.ranks import ALONE, Ranks
 from train.vocabulary import PAD, Vocabulary
 
 _BATCHES_AHEAD = 3
@@ -81,6 +86,13 @@ class CaptionedImages:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def digest(self) -> str:
+        """A SHA-256 of which rows there are and what their captions say, in hexadecimal."""
+        found = hashlib.sha256(self.rows.tobytes())
+        for captions in self.captions:
+            found.update(json.dumps(captions).encode())
+        return found.hexdigest()
+
     def images(self) -> set[tuple[int, str]]:
         """Image ids and file names; files that number their images from 1 share ids, not names."""
         return {(int(self.store.image_ids[row]), PurePosixPath(self.store.file_names[row]).name) for row in self.rows}
@@ -94,22 +106,22 @@ class CaptionBatch:
         images: (B,) positions in the `CaptionedImages`.
         grids: (B, P, C) in the stored type; P cells, row by row.
         tokens: (B, K, T) int64, BOS ... EOS, then PAD; an image with fewer captions has rows of PAD only.
+        words: (N,) int64, the places of the words to be predicted among the B * K * (T - 1) that follow a token.
     """
 
     images: np.ndarray
     grids: Tensor
     tokens: Tensor
+    words: Tensor
 
     def to(self, device: torch.device) -> CaptionBatch:
         """The batch on another device."""
-        return CaptionBatch(
-            self.images, self.grids.to(device, non_blocking=True), self.tokens.to(device, non_blocking=True)
-        )
+        moved = (part.to(device, non_blocking=True) for part in (self.grids, self.tokens, self.words))
+        return CaptionBatch(self.images, *moved)
 
-
-def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch: a permutation of 0 ... count - 1 that depends on nothing but its arguments."""
-    return np.random.default_rng([seed, epoch, 0x0E0C]).permutation(count)
+    def pinned(self) -> CaptionBatch:
+        """The batch in page-locked memory, from which a GPU reads while it computes."""
+        return CaptionBatch(self.images, self.grids.pin_memory(), self.tokens.pin_memory(), self.words.pin_memory())
 
 
 def choose_captions(available: int, wanted: int, seed: int, epoch: int, row: int) -> list[int]:
@@ -134,7 +146,7 @@ def choose_views(views: int, seed: int, epoch: int, rows: np.ndarray) -> np.ndar
 
 def pad_captions(captions: Sequence[Sequence[Sequence[int]]], per_image: int) -> Tensor:
     """Token lists -> (B, K, T) int64 filled up with PAD; T is the longest."""
-    longest = max(len(tokens) for image in captions for tokens in image)
+    longest = max((len(tokens) for image in captions for tokens in image), default=2)
     out = np.full((len(captions), per_image, longest), PAD, np.int64)
     for b, image in enumerate(captions):
         for k, tokens in enumerate(image):
@@ -144,16 +156,22 @@ def pad_captions(captions: Sequence[Sequence[Sequence[int]]], per_image: int) ->
 
 @dataclass(frozen=True)
 class CaptionStream:
-    """Batches of one data set, in the order of any epoch, read ahead by a thread.
+    """Batches of one data set, from any position of any epoch, read ahead by a thread.
 
-    Args:
+    The images of a step of the optimiser are `batch_size` in a row of the epoch's order, whatever number of
+    processes and parts they are split over; so neither changes what is learned.
+
+    Attributes:
         data: images with captions.
-        vocabulary: for the tokens.
-        batch_size: images in a batch.
-        per_image: K, captions of an image in a batch.
+        vocabulary: turns words into ids.
+        batch_size: B, images of a step.
+        per_image: K.
         max_length: longest caption, in words.
-        seed: of the order and of the choice of captions.
-        pin: whether to put batches into pinned memory, for a GPU.
+        seed: of the epochs' orders, and of which captions and views are drawn.
+        shuffle: "rows" or "blocks", as for `EpochOrder`.
+        ranks: which process this is of how many.
+        parts: into how many batches a process takes its images of a step.
+        pin: put batches into page-locked memory, from which a GPU reads while it computes.
     """
 
     data: CaptionedImages
@@ -162,23 +180,36 @@ class CaptionStream:
     per_image: int
     max_length: int
     seed: int = 0
+    shuffle: Shuffle = "rows"
+    ranks: Ranks = ALONE
+    parts: int = 1
     pin: bool = False
 
     def __len__(self) -> int:
-        """Batches in an epoch."""
+        """Steps in an epoch."""
         return -(-len(self.data) // self.batch_size)
 
-    def epoch(self, epoch: int) -> Iterator[CaptionBatch]:
-        """All images once, in the order of that epoch."""
-        return self._stream(epoch_order(len(self.data), self.seed, epoch), epoch)
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[CaptionBatch]:
+        """The batches of an epoch from a step on, in its order: `parts` of them each step, some of them perhaps
+        without images; an image with more than K captions shows K drawn ones."""
+        order = EpochOrder(len(self.data), self.seed, epoch, self.shuffle)
+
+        def shares() -> Iterator[np.ndarray]:
+            for step in range(first_step, len(self)):
+                images = order[step * self.batch_size : (step + 1) * self.batch_size]
+                split = np.array_split(images, self.ranks.world * self.parts)
+                yield from split[self.ranks.rank * self.parts :][: self.parts]
+
+        return self._batches(shares(), epoch)
 
     def in_order(self) -> Iterator[CaptionBatch]:
-        """All images once, in the order of the store, each with its first K captions."""
-        return self._stream(np.arange(len(self.data)), None)
+        """All images in the order of the store, with their first K captions; of several processes each has its
+        share of the batches."""
+        starts = range(self.ranks.rank * self.batch_size, len(self.data), self.ranks.world * self.batch_size)
+        return self._batches((np.arange(s, min(s + self.batch_size, len(self.data))) for s in starts), None)
 
-    def _stream(self, order: np.ndarray, epoch: int | None) -> Iterator[CaptionBatch]:
-        parts = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
-        pool = ThreadPoolExecutor(1, "prefetch")
+    def _batches(self, parts: Iterator[np.ndarray], epoch: int | None) -> Iterator[CaptionBatch]:
+        pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         ahead: deque[Future[CaptionBatch]] = deque()
         try:
             for part in parts:
@@ -195,7 +226,7 @@ class CaptionStream:
         store = self.data.store
         drawn = epoch is not None and len(store.views) > 1
         views = choose_views(len(store.views), self.seed, epoch or 0, rows) if drawn else None
-        grids = torch.from_numpy(store.rows(rows, views=views)).reshape(len(rows), -1, store.grid_shape[-1])
+        grids = torch.from_numpy(store.rows(rows, views=views)).flatten(1, 2)
         encoded = []
         for image, row in zip(images, rows, strict=True):
             captions = self.data.captions[image]
@@ -205,6 +236,5 @@ class CaptionStream:
                 chosen = choose_captions(len(captions), self.per_image, self.seed, epoch, int(row))
             encoded.append([self.vocabulary.encode(captions[i], self.max_length) for i in chosen])
         tokens = pad_captions(encoded, self.per_image)
-        if self.pin:
-            grids, tokens = grids.pin_memory(), tokens.pin_memory()
-        return CaptionBatch(images, grids, tokens)
+        batch = CaptionBatch(images, grids, tokens, (tokens[..., 1:] != PAD).flatten().nonzero()[:, 0])
+        return batch.pinned() if self.pin else batch

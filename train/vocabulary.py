@@ -16,8 +16,8 @@ PAD, BOS, EOS, UNK = 0, 1, 2, 3
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>")
 
 # Letters and digits with the marks that belong to them (Python's \w leaves combining marks out).
-_MARKS = re.escape("".join(chr(c) for c in range(0x300, 0x10000) if unicodedata.category(chr(c))[0] == "M"))
-_PART = rf"[^\W_](?:[^\W_]|[{_MARKS}])*"
+MARKS = re.escape("".join(chr(c) for c in range(0x300, 0x10000) if unicodedata.category(chr(c))[0] == "M"))
+_PART = rf"[^\W_](?:[^\W_]|[{MARKS}])*"
 _WORD = re.compile(rf"{_PART}(?:'{_PART})*")
 
 

@@ -20,7 +20,8 @@ from common.quantise import as_stored
 from extract.encoder import GridEncoder, identify_weights
 from extract.image import BadImageError, load_square
 from train.checkpoint import load_checkpoint
-from train.search import beam_search
+from train.ensemble import load_ensemble
+from train.search import beam_search, search_captions
 
 SEARCH = CaptionConfig(beam_size=3, max_length=9, length_penalty=0.7)
 
@@ -55,7 +56,7 @@ def test_captions_are_those_of_encoding_and_searching_by_hand(
 ) -> None:
     run, photos = checkpoint(family), sorted(scenes(4).iterdir())
     search = SEARCH.model_copy(update={"beam_size": beam_size})
-    captions = Captioner.load(run, "cpu").caption(photos, search)
+    captions = Captioner.load(run, device="cpu").caption(photos, search)
     assert len({c.text for c in captions}) > 1, "the fixture's captions must depend on the photo"
     for photo, caption in zip(photos, captions, strict=True):
         assert_same(caption, by_hand(fake("", None, "", "", "float16"), run, photo, search))
@@ -63,7 +64,7 @@ def test_captions_are_those_of_encoding_and_searching_by_hand(
 
 def test_the_length_penalty_reaches_the_search(fake: Any, scenes: Any, checkpoint: Any) -> None:
     run, photos = checkpoint("lstm", seed=2), sorted(scenes(4).iterdir())
-    captioner, words = Captioner.load(run, "cpu"), []
+    captioner, words = Captioner.load(run, device="cpu"), []
     for penalty in (0.0, 2.0):
         search = SEARCH.model_copy(update={"length_penalty": penalty})
         captions = captioner.caption(photos, search)
@@ -91,21 +92,60 @@ def test_the_real_encoder_and_the_decoder_are_joined_in_the_same_way(
         "inception_v3", identity, "crop", "float32", "cpu", "float16", "pillow 1"
     )
     run, photos = checkpoint(provenance=provenance), sorted(scenes(2, size=(80, 60)).iterdir())
-    captions = Captioner.load(run, "cpu").caption(photos, SEARCH)
+    captions = Captioner.load(run, device="cpu").caption(photos, SEARCH)
     assert built[0].spec == spec
     for photo, caption in zip(photos, captions, strict=True):
         assert_same(caption, by_hand(built[0], run, photo, SEARCH, "crop"))
 
 
 def test_a_caption_does_not_depend_on_its_batch(fake: Any, scenes: Any, checkpoint: Any) -> None:
-    captioner, photos = Captioner.load(checkpoint(), "cpu"), sorted(scenes(5).iterdir())
+    captioner, photos = Captioner.load(checkpoint(), device="cpu"), sorted(scenes(5).iterdir())
     together = captioner.caption(photos, SEARCH)
     for photo, caption in zip(photos, together, strict=True):
         assert_same(captioner.caption([photo], SEARCH)[0], caption)
 
 
+def test_blocked_trigrams_reach_the_search(fake: Any, scenes: Any, checkpoint: Any) -> None:
+    run, photos = checkpoint("lstm", end_bias=-50), sorted(scenes(3).iterdir())
+    captioner, repeated = Captioner.load(run, device="cpu"), []
+    for block in (False, True):
+        search = CaptionConfig(beam_size=1, max_length=30, block_trigrams=block)
+        words = [c.words for c in captioner.caption(photos, search)]
+        trigrams = [list(zip(w, w[1:], w[2:], strict=False)) for w in words]
+        repeated.append(any(len(set(t)) < len(t) for t in trigrams))
+    assert repeated == [True, False]
+
+
+SAMPLE = CaptionConfig(search="sample", max_length=9, temperature=1.5)
+
+
+def test_sampled_captions_depend_on_the_generator_and_not_on_the_batch(fake: Any, scenes: Any, checkpoint: Any) -> None:
+    captioner, photos = Captioner.load(checkpoint(), device="cpu"), sorted(scenes(5).iterdir())
+    first = captioner.caption(photos, SAMPLE, torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    alone = [captioner.caption([photo], SAMPLE, generator)[0] for photo in photos]
+    for a, b in zip(alone, first, strict=True):
+        assert_same(a, b)
+    other = captioner.caption(photos, SAMPLE, torch.Generator().manual_seed(4))
+    assert [c.text for c in other] != [c.text for c in first]
+    assert all(c.attention is not None and c.attention.shape == (len(c.words), 8, 8) for c in first)
+
+
+def test_several_checkpoints_decode_together(fake: Any, scenes: Any, checkpoint: Any) -> None:
+    runs, photos = [checkpoint("attention", name="a"), checkpoint("lstm", seed=2, name="b")], [*scenes(4).iterdir()]
+    captioner = Captioner.load(*runs, device="cpu")
+    assert captioner.has_attention
+    grids = torch.from_numpy(fake("", None, "", "", "float16").encode(np.stack([captioner.square(p) for p in photos])))
+    found = search_captions(load_ensemble(runs).decoder, grids.float().reshape(4, 64, 2048), SEARCH)
+    together = captioner.caption(photos, SEARCH)
+    vocabulary = captioner.checkpoint.vocabulary
+    assert [c.text for c in together] == [vocabulary.decode(h.tokens) for h in found]
+    for run in runs:
+        assert together != Captioner.load(run, device="cpu").caption(photos, SEARCH)
+
+
 def test_attention_sums_to_one_over_the_grid_for_every_word(fake: Any, scenes: Any, checkpoint: Any) -> None:
-    captions = Captioner.load(checkpoint(end_bias=-5), "cpu").caption(sorted(scenes(2).iterdir()), SEARCH)
+    captions = Captioner.load(checkpoint(end_bias=-5), device="cpu").caption(sorted(scenes(2).iterdir()), SEARCH)
     for caption in captions:
         assert caption.attention is not None
         assert caption.attention.shape == (len(caption.words), 8, 8)
@@ -116,7 +156,7 @@ def test_a_caption_without_words_still_has_its_attention_if_the_decoder_has_one(
     fake: Any, scenes: Any, checkpoint: Any
 ) -> None:
     """None means a decoder without attention; a decoder that ends at once has looked nowhere."""
-    (caption,) = Captioner.load(checkpoint(end_bias=1e4), "cpu").caption(list(scenes(1).iterdir()), SEARCH)
+    (caption,) = Captioner.load(checkpoint(end_bias=1e4), device="cpu").caption(list(scenes(1).iterdir()), SEARCH)
     assert caption.words == []
     assert caption.text == ""
     assert caption.attention is not None
@@ -130,7 +170,7 @@ def test_photos_are_made_square_as_the_training_images_were(
     made = provenance_of()
     made["preprocessing"] = {**made["preprocessing"], "geometry": geometry}
     (photo,) = scenes(1, size=(90, 30)).iterdir()
-    captioner = Captioner.load(checkpoint(provenance=made), "cpu")
+    captioner = Captioner.load(checkpoint(provenance=made), device="cpu")
     np.testing.assert_array_equal(captioner.square(photo), load_square(photo, 299, geometry))
 
 
@@ -139,19 +179,19 @@ def test_the_view_shows_just_what_the_grid_covers(
 ) -> None:
     photo = tmp_path / "wide.png"
     Image.new("RGB", (1200, 400), (10, 200, 30)).save(photo)
-    stretched = Captioner.load(checkpoint(), "cpu").view(photo)
+    stretched = Captioner.load(checkpoint(), device="cpu").view(photo)
     assert stretched.shape == (160, 480, 3), "the whole photo in its own proportions"
     assert (stretched == (10, 200, 30)).all()
     made = provenance_of()
     made["preprocessing"] = {**made["preprocessing"], "geometry": "crop"}
-    cut = Captioner.load(checkpoint(provenance=made, name="cut"), "cpu")
+    cut = Captioner.load(checkpoint(provenance=made, name="cut"), device="cpu")
     np.testing.assert_array_equal(cut.view(photo), cut.square(photo))
 
 
 def test_a_bad_photo_is_refused_with_its_reason(fake: Any, scenes: Any, checkpoint: Any) -> None:
     folder = scenes(2, bad=(1,))
     with pytest.raises(BadImageError, match="not an image"):
-        Captioner.load(checkpoint(), "cpu").caption(sorted(folder.iterdir()), SEARCH)
+        Captioner.load(checkpoint(), device="cpu").caption(sorted(folder.iterdir()), SEARCH)
 
 
 # ------------------------------------------------------------------------------------------------- the right encoder
@@ -159,7 +199,7 @@ def test_a_bad_photo_is_refused_with_its_reason(fake: Any, scenes: Any, checkpoi
 
 def test_the_seed_of_random_weights_is_found_in_the_checkpoint(fake: Any, checkpoint: Any, provenance_of: Any) -> None:
     run = checkpoint(provenance=provenance_of("random:41"))
-    assert Captioner.load(run, "cpu").provenance["weights"]["name"] == "random:41"
+    assert Captioner.load(run, device="cpu").provenance["weights"]["name"] == "random:41"
 
 
 def test_weights_that_the_checkpoint_does_not_know_are_refused(fake: Any, checkpoint: Any, provenance_of: Any) -> None:
@@ -168,7 +208,7 @@ def test_weights_that_the_checkpoint_does_not_know_are_refused(fake: Any, checkp
     made["weights"] = {**made["weights"], "sha256": "0" * 64}
     run = checkpoint(provenance=made)
     with pytest.raises(MismatchError) as caught:
-        Captioner.load(run, "cpu")
+        Captioner.load(run, device="cpu")
     assert "weights" in caught.value.what
     assert "00000000" in caught.value.what
     assert str(run) in caught.value.what
@@ -186,11 +226,11 @@ def test_a_local_weights_file_must_be_given_again(
 ) -> None:
     run = checkpoint(provenance=provenance_of(str(local_weights)))
     with pytest.raises(WeightsError) as caught:
-        Captioner.load(run, "cpu")
+        Captioner.load(run, device="cpu")
     assert "mine.pth" in caught.value.what
     assert "--weights" in caught.value.hint
     moved = local_weights.rename(local_weights.with_name("moved.pth"))
-    assert Captioner.load(run, "cpu", moved).provenance["weights"]["name"] == "mine.pth"
+    assert Captioner.load(run, device="cpu", weights=moved).provenance["weights"]["name"] == "mine.pth"
 
 
 def test_another_weights_file_under_the_same_name_is_refused(
@@ -201,7 +241,7 @@ def test_another_weights_file_under_the_same_name_is_refused(
     other.parent.mkdir()
     other.write_bytes(b"other weights")
     with pytest.raises(MismatchError, match=r"mine\.pth"):
-        Captioner.load(run, "cpu", other)
+        Captioner.load(run, device="cpu", weights=other)
 
 
 def test_a_local_file_whose_name_begins_with_imagenet_is_not_taken_for_torchvisions(
@@ -215,7 +255,7 @@ def test_a_local_file_whose_name_begins_with_imagenet_is_not_taken_for_torchvisi
     (tmp_path / "imagenet_finetuned.pth").write_bytes(b"my weights")
     run = checkpoint(provenance=provenance_of(str(tmp_path / "imagenet_finetuned.pth")))
     with pytest.raises(WeightsError, match=r"imagenet_finetuned\.pth"):
-        Captioner.load(run, "cpu")
+        Captioner.load(run, device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -234,7 +274,7 @@ def test_features_that_this_encoder_does_not_make_are_refused(
     file = next(run.glob("checkpoints/*/provenance.json"))
     file.write_text(json.dumps(made))
     with pytest.raises((MismatchError, CheckpointError)):
-        Captioner.load(run, "cpu")
+        Captioner.load(run, device="cpu")
 
 
 def test_features_of_an_encoder_that_is_not_ours_need_a_decoder_of_our_own(
@@ -242,16 +282,16 @@ def test_features_of_an_encoder_that_is_not_ours_need_a_decoder_of_our_own(
 ) -> None:
     run = checkpoint(provenance=provenance_of(encoder="someone's network"))
     with pytest.raises(WeightsError, match="someone's network"):
-        Captioner.load(run, "cpu")
+        Captioner.load(run, device="cpu")
 
 
 def test_another_pillow_or_torch_version_is_not_another_encoder(fake: Any, checkpoint: Any, provenance_of: Any) -> None:
-    Captioner.load(checkpoint(provenance=provenance_of(versions={"pillow": "1.0", "torch": "0.4"})), "cpu")
+    Captioner.load(checkpoint(provenance=provenance_of(versions={"pillow": "1.0", "torch": "0.4"})), device="cpu")
 
 
 def test_a_folder_without_a_checkpoint_is_named(fake: Any, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nothing_here"):
-        Captioner.load(tmp_path / "nothing_here", "cpu")
+        Captioner.load(tmp_path / "nothing_here", device="cpu")
 
 
 def test_captions_are_plain_values() -> None:
@@ -272,9 +312,9 @@ def test_a_decoder_of_8_bit_features_is_given_their_rounding(
 
     def search(decoder: Any, grids: torch.Tensor, *more: Any) -> Any:
         seen.append(grids.numpy().copy())
-        return beam_search(decoder, grids, *more)
+        return search_captions(decoder, grids, *more)
 
-    monkeypatch.setattr("caption.captioner.beam_search", search)
+    monkeypatch.setattr("caption.captioner.search_captions", search)
     captioner = Captioner.load(checkpoint(provenance=provenance_of(dtype="uint8")))
     photos = sorted(scenes(2).iterdir())
     squares = np.stack([captioner.square(path) for path in photos])

@@ -34,7 +34,7 @@ def test_a_line_a_photo_with_path_tab_and_caption(fake: Any, scenes: Any, checkp
     assert result.exit_code == 0, result.output
     found = lines(result)
     assert list(found) == [str(photos[2]), str(photos[0])], "in the order given"
-    captions = Captioner.load(checkpoint_folder, "cpu").caption([photos[2], photos[0]], CaptionConfig())
+    captions = Captioner.load(checkpoint_folder, device="cpu").caption([photos[2], photos[0]], CaptionConfig())
     assert list(found.values()) == [c.text for c in captions]
     assert all(found.values())
 
@@ -60,6 +60,78 @@ def test_batches_do_not_change_the_captions(fake: Any, scenes: Any, checkpoint: 
 def test_beam_size_and_length_reach_the_search(fake: Any, scenes: Any, checkpoint: Any) -> None:
     result = run("--checkpoint", checkpoint(end_bias=-50), scenes(2), "--max-length", 4, "--beam-size", 1)
     assert all(len(caption.split()) == 4 for caption in lines(result).values())
+
+
+def test_sampling_is_decided_by_the_seed_and_not_by_batches_or_bad_photos(
+    fake: Any, scenes: Any, checkpoint: Any
+) -> None:
+    folder = scenes(7, bad=(1,))
+    sample = ("--checkpoint", checkpoint(), folder, "--search", "sample", "--max-length", 9)
+    first = lines(run(*sample, "--seed", 1))
+    assert len(first) == 6
+    assert lines(run(*sample, "--seed", 1, "--batch-size", 2)) == first
+    assert lines(run(*sample, "--seed", 2)) != first
+
+
+def test_the_narrowest_sampling_is_greedy_search(fake: Any, scenes: Any, checkpoint: Any) -> None:
+    photos = ("--checkpoint", checkpoint(), scenes(3), "--max-length", 9)
+    greedy = lines(run(*photos, "--beam-size", 1))
+    for narrow in (("--top-k", 1), ("--top-p", 1e-6), ("--temperature", 1e-6)):
+        assert lines(run(*photos, "--search", "sample", *narrow)) == greedy
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [("--top-k", 3), ("--top-p", 0.9), ("--temperature", 2), ("--search", "sample", "--block-trigrams")],
+    ids=str,
+)
+def test_an_option_of_the_other_search_is_wrong_use(fake: Any, scenes: Any, checkpoint: Any, wrong: Any) -> None:
+    result = run("--checkpoint", checkpoint(), scenes(1), *wrong)
+    assert result.exit_code == 2
+    assert "search: " in result.stderr
+
+
+def test_trigrams_are_blocked_by_a_switch(fake: Any, scenes: Any, checkpoint: Any) -> None:
+    photos = ("--checkpoint", checkpoint("lstm", end_bias=-50), scenes(2), "--beam-size", 1)
+
+    def repeats(caption: str) -> bool:
+        words = caption.split()
+        trigrams = list(zip(words, words[1:], words[2:], strict=False))
+        return len(set(trigrams)) < len(trigrams)
+
+    assert any(map(repeats, lines(run(*photos)).values()))
+    assert not any(map(repeats, lines(run(*photos, "--block-trigrams")).values()))
+
+
+def test_the_length_penalty_is_a_flag(fake: Any, scenes: Any, checkpoint: Any) -> None:
+    photos = ("--checkpoint", checkpoint("lstm", seed=2), scenes(4), "--max-length", 9)
+    short, long = (
+        sum(len(caption.split()) for caption in lines(run(*photos, "--length-penalty", penalty)).values())
+        for penalty in (0, 2)
+    )
+    assert short < long
+
+
+def test_several_checkpoints_decode_together(fake: Any, scenes: Any, checkpoint: Any) -> None:
+    first, second, folder = checkpoint(name="a"), checkpoint("lstm", seed=2, name="b"), scenes(3)
+    result = run("--checkpoint", first, "--checkpoint", second, folder)
+    assert result.exit_code == 0, result.output
+    captions = Captioner.load(first, second, device="cpu").caption(sorted(folder.iterdir()), CaptionConfig())
+    assert list(lines(result).values()) == [c.text for c in captions]
+    shown = run("--checkpoint", first, "--checkpoint", second, folder, "--dry-run").stdout
+    assert f"with {first}/checkpoints/" in shown
+    assert f", {second}/checkpoints/" in shown
+
+
+def test_checkpoints_of_other_features_do_not_decode_together(
+    fake: Any, scenes: Any, checkpoint: Any, provenance_of: Any
+) -> None:
+    first, second = checkpoint(name="a"), checkpoint(provenance=provenance_of("random:1"), name="b")
+    result = run("--checkpoint", first, "--checkpoint", second, scenes(1))
+    assert result.exit_code == 2
+    assert re.search(
+        rf"^error: {first}\S* was trained on other features than {second}\S* .*weights", result.stderr, re.M
+    )
 
 
 def test_a_bad_photo_is_named_left_out_and_ends_with_status_3(fake: Any, scenes: Any, checkpoint: Any) -> None:

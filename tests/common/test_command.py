@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 
 from common.command import flag, pipeline_command, reload_config, show_config
 from common.config import PipelineConfig
-from common.errors import ExtractionError, GridcapError, StoreError, UserError
+from common.errors import ConfigError, ExtractionError, GridcapError, StoreError, UserError
 
 EXAMPLES = """
 try-it --batch-size 3            (a number of its own)
@@ -24,14 +24,18 @@ try-it --name mine --dry-run     (and nothing is done)
 Body = Callable[[PipelineConfig, bool, "str | None"], Any]
 
 
-def make_command(body: Body, own_keys: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> click.Command:
+def make_command(
+    body: Body, own_keys: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    own_recipe: Callable[[dict[str, Any]], str | None] | None = None,
+) -> click.Command:  # fmt: skip
     """A command with a flag of every kind and an option of its own."""
 
-    @pipeline_command("try-it", EXAMPLES, own_keys)
+    @pipeline_command("try-it", EXAMPLES, own_keys, own_recipe)
     @flag("--batch-size", "extract.batch_size")
     @flag("--learning-rate", "train.learning_rate")
     @flag("--decoder", "train.decoder.family")
     @flag("--features", "train.features")
+    @flag("--block-trigrams", "caption.block_trigrams")
     @click.option("--name", help="An option of its own.")
     def try_it(config: PipelineConfig, dry_run: bool, name: str | None) -> Any:
         """Try a thing."""
@@ -71,7 +75,9 @@ def test_help_shows_examples_line_by_line_and_defaults(option: str) -> None:
     assert "images encoded together" in words
     assert "[extract.batch_size; default: 32]" in words
     assert "default: attention" in words
-    assert "[lstm|attention]" in words
+    assert "[attention|lstm|transformer]" in words
+    assert "--block-trigrams / --no-block-trigrams" in words
+    assert "[caption.block_trigrams; default: False]" in words
     assert "[train.features]" in words  # no default of its own: "default: None" would say nothing
     assert "None" not in words
     for line in EXAMPLES.strip().splitlines():
@@ -119,6 +125,70 @@ def test_own_options_may_set_keys() -> None:
     assert seen_config(own_keys=split).data.splits == {}
 
 
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize(
+    ("args", "expected"), [(["--block-trigrams"], True), (["--no-block-trigrams"], False), ([], None)]
+)
+def test_a_switch_goes_over_the_file_either_way_and_left_out_leaves_it(
+    given: bool, args: list[str], expected: bool | None
+) -> None:
+    Path("pipeline.yaml").write_text(f"caption: {{block_trigrams: {str(given).lower()}}}\n")
+    assert seen_config(*args).caption.block_trigrams is (given if expected is None else expected)
+
+
+def test_of_a_switch_given_twice_the_last_counts() -> None:
+    assert seen_config("--no-block-trigrams", "--block-trigrams").caption.block_trigrams
+    assert not seen_config("--block-trigrams", "--no-block-trigrams").caption.block_trigrams
+
+
+def test_own_options_may_choose_a_recipe() -> None:
+    """It goes over the file and under the flags, and is chosen from the command's own options."""
+
+    def choose(values: dict[str, Any]) -> str | None:
+        assert set(values) == {"name", "dry_run"}
+        name: str | None = values["name"]
+        return name
+
+    Path("pipeline.yaml").write_text("train: {epochs: 1, learning_rate: 0.5, batch_size: 1}\n")
+    Path("mine.yaml").write_text("train: {epochs: 2, batch_size: 2, decoder: {family: lstm}}\n")
+    plain = seen_config(own_recipe=choose).train
+    assert (plain.epochs, plain.learning_rate, plain.batch_size) == (1, 0.5, 1)
+    train = seen_config("--name", "mine.yaml", "--set", "train.batch_size=3", own_recipe=choose).train
+    assert (train.epochs, train.learning_rate, train.batch_size, train.decoder.family) == (2, 1e-3, 3, "lstm")
+    train = seen_config(
+        "--name", "mine.yaml", "--learning-rate", "0.25", "--decoder", "attention", own_recipe=choose
+    ).train
+    assert (train.learning_rate, train.decoder.family) == (0.25, "attention")
+
+
+def test_a_wrong_recipe_is_an_error_before_anything_runs() -> None:
+    result = run(raising(AssertionError("it ran")), "--name", "x", own_recipe=lambda values: values["name"])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: --recipe x: no such recipe")
+    assert "it ran" not in result.stderr
+
+
+def test_an_error_while_the_recipe_is_chosen_is_shown_like_any_other() -> None:
+    def refuse(values: dict[str, Any]) -> str | None:
+        raise ConfigError("not both", "give one")
+
+    result = run(raising(AssertionError("it ran")), own_recipe=refuse)
+    assert result.exit_code == 2
+    assert result.stderr == "error: not both\n  what to do: give one\n"
+
+
+def test_a_resumed_run_takes_no_recipe_again() -> None:
+    """Its configuration holds what the recipe said, and what was changed since."""
+    Path("saved.yaml").write_text("train: {epochs: 2, decoder: {family: attention}}\n")
+    seen: list[PipelineConfig] = []
+    result = run(
+        lambda *_: seen.append(reload_config(Path("saved.yaml"))), "--name", "transformer",
+        own_recipe=lambda values: values["name"],
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert (seen[0].train.epochs, seen[0].train.decoder.family) == (2, "attention")
+
+
 def test_a_run_is_resumed_with_its_own_configuration_and_the_flags_over_it() -> None:
     Path("pipeline.yaml").write_text("train: {epochs: 1, batch_size: 1}\n")
     Path("saved.yaml").write_text("train: {epochs: 2, batch_size: 2, learning_rate: 0.5}\n")
@@ -134,7 +204,7 @@ def test_a_run_is_resumed_with_its_own_configuration_and_the_flags_over_it() -> 
 
 def test_the_configuration_is_shown_by_sections() -> None:
     result = run(lambda config, *_: show_config(config, "caption"))
-    assert "  caption:\n    beam_size: 3\n" in result.stdout
+    assert "  caption:\n    search: beam\n    beam_size: 3\n" in result.stdout
     assert "extract" not in result.stdout
 
 
@@ -143,7 +213,9 @@ def test_the_configuration_is_shown_by_sections() -> None:
     [
         ("--batch-size", "many"),
         ("--batch-size", "0"),
-        ("--decoder", "transformer"),
+        ("--decoder", "gpt"),
+        ("--block-trigrams", "yes"),
+        ("--block-trigrams", "--set", "caption.block_trigrams=true"),
         ("--no-such-flag",),
         ("--set", "extract.batchsize=3"),
         ("--batch-size", "3", "--set", "extract.batch_size=3"),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from click.testing import CliRunner
 from hypothesis import settings
 
 from common.annotations import ImageRecord
@@ -192,3 +195,50 @@ def no_java(tmp_path, monkeypatch):
     empty = tmp_path / "empty-path"
     empty.mkdir()
     monkeypatch.setenv("PATH", str(empty))
+
+
+TINY_PROJECT = {
+    "seed": 1,
+    "data": {
+        "features": "features",
+        "splits": {
+            "train": {"images": "images", "annotations": "train.json"},
+            "val": {"images": "images", "annotations": "val.json"},
+            "test": {"images": "images", "annotations": "test.json"},
+        },
+    },
+    "train": {
+        "decoder": {"family": "attention", "embed_size": 12, "hidden_size": 24, "attention_size": 8},
+        "epochs": 2, "batch_size": 8, "learning_rate": 0.01, "captions_per_image": 2, "max_length": 8,
+        "precision": "float32", "device": "cpu", "output": "runs/a",
+    },
+    "caption": {"beam_size": 2, "max_length": 8, "batch_size": 4},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def project_template(tmp_path_factory, new_data):
+    """A project folder: three stores, their captions, pipeline.yaml, a finished run and what its command printed."""
+    from train.cli import train_decoder
+
+    folder = tmp_path_factory.mktemp("project")
+    (folder / "features").mkdir()
+    sizes = {"train": (18, 100), "val": (6, 500), "test": (7, 700)}
+    for seed, (split, (count, first)) in enumerate(sizes.items()):
+        new_data(folder / "features" / f"{split}.h5", count, first_id=first, seed=seed, split=split)
+        (folder / "features" / f"{split}.json").rename(folder / f"{split}.json")
+    (folder / "pipeline.yaml").write_text(yaml.safe_dump(TINY_PROJECT))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        done = CliRunner().invoke(train_decoder, ["--output", "runs/done"])
+    assert done.exit_code == 0, done.output
+    (folder / "train-output.txt").write_text(done.output)
+    return folder
+
+
+@pytest.fixture
+def project(project_template, tmp_path, monkeypatch):
+    """A copy of the project folder, and the current folder."""
+    shutil.copytree(project_template, tmp_path / "project")
+    monkeypatch.chdir(tmp_path / "project")
+    return tmp_path / "project"

@@ -8,7 +8,7 @@ import torch
 
 from common.errors import CheckpointError
 from train import checkpoint
-from train.checkpoint import find_checkpoint, load_checkpoint, load_training_state, save_checkpoint
+from train.checkpoint import find_checkpoint, load_checkpoint, load_training_state, run_folder, save_checkpoint
 from train.decoders.build import build_decoder
 from train.vocabulary import Vocabulary
 
@@ -18,17 +18,17 @@ JSON_FILES = ["config.json", "vocabulary.json", "provenance.json"]
 
 @pytest.fixture
 def save(tmp_path, new_config, provenance, tiny_decoders):
-    """Save the checkpoint of an epoch, its weights made from its number; returns the decoder."""
+    """Save the checkpoint of a step, its weights made from its number; returns the decoder."""
 
-    def call(epoch, best=1, family="attention"):
-        torch.manual_seed(epoch)
+    def call(step, best=1, family="attention"):
+        torch.manual_seed(step)
         config = new_config(tmp_path / "run", decoder=tiny_decoders[family])
         decoder = build_decoder(config.train.decoder, len(VOCABULARY), (2, 2, 8))
         optimizer = torch.optim.Adam(decoder.parameters())
-        decoder(decoder.encode(torch.ones(1, 4, 8)), torch.tensor([[[1, 4]]])).sum().backward()
+        decoder(decoder.encode(torch.ones(1, 4, 8)), torch.tensor([[[1, 4]]]))[0].sum().backward()
         optimizer.step()
-        state = {"optimizer": optimizer.state_dict(), "history": [{"epoch": epoch}], "rng": torch.get_rng_state()}
-        save_checkpoint(tmp_path / "run", epoch, decoder, VOCABULARY, config, provenance(), state, best)
+        state = {"optimizer": optimizer.state_dict(), "history": [{"epoch": step}], "sums": {"loss": 1 / 3}}
+        save_checkpoint(tmp_path / "run", step, decoder, VOCABULARY, config, provenance(), state, best)
         return decoder
 
     return call
@@ -41,7 +41,7 @@ def run(tmp_path):
 
 def logits_of(decoder):
     torch.manual_seed(9)
-    return decoder.eval()(decoder.encode(torch.randn(3, 4, 8)), torch.randint(1, len(VOCABULARY), (3, 2, 5)))
+    return decoder.eval()(decoder.encode(torch.randn(3, 4, 8)), torch.randint(1, len(VOCABULARY), (3, 2, 5)))[0]
 
 
 def folders(run):
@@ -57,22 +57,21 @@ def test_a_loaded_decoder_gives_the_same_logits_to_the_bit(save, run, family, pr
     assert loaded.vocabulary.words == VOCABULARY.words
     assert loaded.provenance == provenance()
     assert loaded.config == new_config(run, decoder=tiny_decoders[family])
-    assert loaded.path == run / "checkpoints" / "epoch-0001"
+    assert loaded.path == run / "checkpoints" / "step-00000001"
 
 
 def test_training_state_comes_back_to_the_bit(save, run):
     save(3, best=3)
     state = load_training_state(find_checkpoint(run, "last"))
     assert state["history"] == [{"epoch": 3}]
-    torch.manual_seed(3)
-    assert state["rng"].dtype == torch.uint8
+    assert state["sums"] == {"loss": 1 / 3}
     moments = state["optimizer"]["state"][0]
     assert set(moments) >= {"step", "exp_avg", "exp_avg_sq"}
 
 
 def test_a_checkpoint_can_be_given_itself_or_by_its_run(save, run):
     save(1)
-    folder = run / "checkpoints" / "epoch-0001"
+    folder = run / "checkpoints" / "step-00000001"
     assert find_checkpoint(folder) == find_checkpoint(run) == folder
     assert load_checkpoint(folder).path == folder
 
@@ -121,7 +120,7 @@ def test_a_pickle_in_place_of_the_weights_is_refused_without_running(save, run, 
     save(1)
     _hostile_files(tmp_path, tmp_path / "it ran")
     shutil.copy(tmp_path / "zip", find_checkpoint(run) / "model.safetensors")
-    with pytest.raises(CheckpointError, match="epoch-0001"):
+    with pytest.raises(CheckpointError, match="step-00000001"):
         load_checkpoint(run)
     assert not (tmp_path / "it ran").exists()
 
@@ -137,20 +136,20 @@ def test_the_refusal_does_not_advise_to_load_it_unsafely(save, run, tmp_path):
 
 
 def test_best_and_last_are_kept_and_the_others_removed(save, run):
-    for epoch, best in ((1, 1), (2, 2), (3, 2), (4, 2)):
-        save(epoch, best)
-        assert load_checkpoint(run, "last").path.name == f"epoch-{epoch:04}"
-        assert load_checkpoint(run).path.name == load_checkpoint(run, "best").path.name == f"epoch-{best:04}"
-    assert folders(run) == ["epoch-0002", "epoch-0004"]
+    for step, best in ((1, 1), (2, 2), (3, 2), (4, 2)):
+        save(step, best)
+        assert load_checkpoint(run, "last").path.name == f"step-{step:08}"
+        assert load_checkpoint(run).path.name == load_checkpoint(run, "best").path.name == f"step-{best:08}"
+    assert folders(run) == ["step-00000002", "step-00000004"]
     save(5, best=5)
-    assert folders(run) == ["epoch-0005"]
+    assert folders(run) == ["step-00000005"]
 
 
 def test_a_save_clears_away_what_a_killed_save_left(save, run):
     save(1)
-    (run / "checkpoints" / ".epoch-0002.host-1-abc.tmp").mkdir()
+    (run / "checkpoints" / ".step-00000002.host-1-abc.tmp").mkdir()
     save(2, best=2)
-    assert folders(run) == ["epoch-0002"]
+    assert folders(run) == ["step-00000002"]
 
 
 class _Killed(BaseException):
@@ -171,7 +170,7 @@ KILLS = {
     "writing the provenance": ("write_json", lambda path, value: path.name == "provenance.json"),
     "writing the training state": ("torch.save", lambda state, path: True),
     "flushing": ("fsync_path", lambda path: path.name == "vocabulary.json"),
-    "renaming the folder": ("os.replace", lambda source, target: str(target).endswith("epoch-0002")),
+    "renaming the folder": ("os.replace", lambda source, target: str(target).endswith("step-00000002")),
     "moving the pointers": ("write_json", lambda path, value: path.name == "checkpoints.json"),
     "replacing the pointers": ("os.replace", lambda source, target: str(target).endswith("checkpoints.json")),
 }
@@ -192,7 +191,7 @@ def test_killed_at_any_moment_the_previous_checkpoint_still_loads(save, run, mom
     assert not [p for p in run.rglob("*") if ".tmp" in p.name], "no temporary file or folder is left"
     after = logits_of(save(2, best=2))
     assert torch.equal(logits_of(load_checkpoint(run).decoder), after)
-    assert folders(run) == ["epoch-0002"]
+    assert folders(run) == ["step-00000002"]
 
 
 def test_a_kill_during_the_very_first_save_leaves_no_checkpoint_to_be_found(save, run):
@@ -222,7 +221,7 @@ FATAL = [(n, d) for n in ("model.safetensors", *JSON_FILES) for d in DAMAGES if 
 def test_a_damaged_file_is_refused_and_the_checkpoint_named(save, run, name, damage):
     save(1)
     DAMAGES[damage](find_checkpoint(run) / name)
-    with pytest.raises(CheckpointError, match="epoch-0001") as caught:
+    with pytest.raises(CheckpointError, match="step-00000001") as caught:
         load_checkpoint(run)
     assert caught.value.exit_status == 2
 
@@ -242,7 +241,7 @@ def test_a_damaged_training_state_is_refused_by_name(save, run, damage):
     save(1)
     folder = find_checkpoint(run)
     DAMAGES[damage](folder / "training_state.pt")
-    with pytest.raises(CheckpointError, match=r"epoch-0001/training_state\.pt"):
+    with pytest.raises(CheckpointError, match=r"step-00000001/training_state\.pt"):
         load_training_state(folder)
 
 
@@ -256,8 +255,8 @@ def test_a_damaged_pointer_file_is_refused_by_name(save, run, damage):
 
 def test_pointers_to_a_checkpoint_that_is_gone_are_refused(save, run):
     save(1)
-    shutil.rmtree(run / "checkpoints" / "epoch-0001")
-    with pytest.raises(CheckpointError, match="epoch-0001"):
+    shutil.rmtree(run / "checkpoints" / "step-00000001")
+    with pytest.raises(CheckpointError, match="step-00000001"):
         load_checkpoint(run)
 
 
@@ -271,7 +270,7 @@ def test_no_folder_and_a_folder_without_checkpoint_are_told_apart(tmp_path):
 def test_weights_of_another_vocabulary_are_refused(save, run):
     save(1)
     Vocabulary.build(["other words than before, and more"]).save(find_checkpoint(run) / "vocabulary.json")
-    with pytest.raises(CheckpointError, match="epoch-0001"):
+    with pytest.raises(CheckpointError, match="step-00000001"):
         load_checkpoint(run)
 
 
@@ -283,3 +282,33 @@ def test_a_newer_version_is_refused_and_says_so(save, run):
     with pytest.raises(CheckpointError, match="newer gridcap") as caught:
         load_checkpoint(run)
     assert "update" in caught.value.hint
+
+
+def test_an_older_version_is_refused_and_says_so(save, run):
+    save(1)
+    file = find_checkpoint(run) / "config.json"
+    tree = json.loads(file.read_text())
+    assert tree["version"] == 2
+    file.write_text(json.dumps({**tree, "version": 1}))
+    with pytest.raises(CheckpointError, match=r"step-00000001: made by an older gridcap \(version 1\)") as caught:
+        load_checkpoint(run)
+    assert "train again" in caught.value.hint
+
+
+def test_the_run_of_a_checkpoint_is_found_given_either(save, run):
+    save(1)
+    assert run_folder(find_checkpoint(run)) == run_folder(run) == run
+
+
+def test_a_checkpoint_of_a_step_that_is_there_already_takes_its_place(save, run):
+    """As after a kill between the rename and the pointers: the same step comes again."""
+    save(1)
+    with pytest.MonkeyPatch.context() as patch:
+        name, matches = KILLS["moving the pointers"]
+        patch.setattr(f"train.checkpoint.{name}", _kill_when(getattr(checkpoint, name), matches))
+        with pytest.raises(_Killed):
+            save(2, best=2)
+    (run / "checkpoints" / "step-00000002" / "model.safetensors").write_bytes(b"another")
+    after = logits_of(save(2, best=1))
+    assert torch.equal(logits_of(load_checkpoint(run, "last").decoder), after)
+    assert folders(run) == ["step-00000001", "step-00000002"]

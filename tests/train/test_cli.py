@@ -1,58 +1,17 @@
 import json
+import re
 import shutil
 
 import pytest
 import yaml
 from click.testing import CliRunner
 
+import train.loop
+from common.config import load_config
 from train.checkpoint import load_checkpoint
-from train.cli import evaluate_decoder, train_decoder
-
-TINY = {
-    "seed": 1,
-    "data": {
-        "features": "features",
-        "splits": {
-            "train": {"images": "images", "annotations": "train.json"},
-            "val": {"images": "images", "annotations": "val.json"},
-            "test": {"images": "images", "annotations": "test.json"},
-        },
-    },
-    "train": {
-        "decoder": {"family": "attention", "embed_size": 12, "hidden_size": 24, "attention_size": 8},
-        "epochs": 2, "batch_size": 8, "learning_rate": 0.01, "captions_per_image": 2, "max_length": 8,
-        "precision": "float32", "device": "cpu", "output": "runs/a",
-    },
-    "caption": {"beam_size": 2, "max_length": 8, "batch_size": 4},
-}  # fmt: skip
+from train.cli import train_decoder
 
 pytestmark = pytest.mark.usefixtures("no_java")
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory, new_data):
-    """A project folder: three stores, their captions, pipeline.yaml, and a finished run."""
-    folder = tmp_path_factory.mktemp("project")
-    (folder / "features").mkdir()
-    sizes = {"train": (18, 100), "val": (6, 500), "test": (7, 700)}
-    for seed, (split, (count, first)) in enumerate(sizes.items()):
-        new_data(folder / "features" / f"{split}.h5", count, first_id=first, seed=seed, split=split)
-        (folder / "features" / f"{split}.json").rename(folder / f"{split}.json")
-    (folder / "pipeline.yaml").write_text(yaml.safe_dump(TINY))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        done = CliRunner().invoke(train_decoder, ["--output", "runs/done"])
-    assert done.exit_code == 0, done.output
-    (folder / "train-output.txt").write_text(done.output)
-    return folder
-
-
-@pytest.fixture
-def project(template, tmp_path, monkeypatch):
-    """A copy of the template, and the current folder."""
-    shutil.copytree(template, tmp_path / "project")
-    monkeypatch.chdir(tmp_path / "project")
-    return tmp_path / "project"
 
 
 def invoke(command, *arguments, status=0):
@@ -72,15 +31,12 @@ def logged(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-# --- train-decoder ---
-
-
 def test_training_writes_the_run_and_says_what_it_did(project):
     run = project / "runs" / "done"
     assert [row["epoch"] for row in logged(run)] == [1, 2]
     assert "val_cider" in logged(run)[0]
     assert yaml.safe_load((run / "config.yaml").read_text())["train"]["output"] == "runs/done"
-    assert load_checkpoint(run, "last").path.name == "epoch-0002"
+    assert load_checkpoint(run, "last").path.name == "step-00000006"
     output = (project / "train-output.txt").read_text()
     assert "configuration" in output
     assert "hidden_size: 24" in output
@@ -228,7 +184,7 @@ def test_images_of_the_training_store_may_not_validate(project):
 
 def test_the_store_is_the_subset_whatever_seed_the_training_has(project):
     """Extraction cut the subset with its seed; cutting again with another would leave a part of it out."""
-    tree = json.loads(json.dumps(TINY))
+    tree = yaml.safe_load((project / "pipeline.yaml").read_text())
     tree["data"]["splits"]["val"]["limit"] = 3
     (project / "pipeline.yaml").write_text(yaml.safe_dump(tree))
     output = invoke(train_decoder, "--output", "runs/x", "--seed", 9, "--dry-run")
@@ -245,145 +201,194 @@ def test_karpathys_training_split_is_validated_on_karpathys_validation_split(pro
     assert "features/karpathy-val.h5: 6 images" in output
 
 
-RANDOM = {"name": "random:0", "sha256": "ab" * 32, "random": True}
-
-
 def test_features_from_random_weights_are_warned_of(project, new_data):
-    new_data(project / "random.h5", 6, weights=RANDOM)
+    new_data(project / "random.h5", 6, weights={"name": "random:0", "sha256": "ab" * 32, "random": True})
     output = invoke(
         train_decoder, "--features", "random.h5", "--annotations", "random.json", "--output", "runs/random",
         "--epochs", 1, "--set", "data.features=elsewhere",
     )  # fmt: skip
     assert "WARNING: random.h5 was made with random encoder weights" in output
-    output = invoke(
-        evaluate_decoder, "--checkpoint", "runs/random", "--features", "random.h5", "--annotations", "random.json"
-    )
-    assert "WARNING: random.h5" in output
+    assert "WARNING: random.h5" not in (project / "train-output.txt").read_text()
+    assert "random encoder weights" not in (project / "train-output.txt").read_text()
 
 
-def test_features_from_real_weights_are_not_warned_of(project):
-    assert "WARNING" not in (project / "train-output.txt").read_text()
-    assert "WARNING" not in invoke(
-        evaluate_decoder, "--checkpoint", "runs/done", "--features", "features/test.h5", "--dry-run"
-    )
-
-
-# --- evaluate-decoder ---
-
-
-def test_evaluation_prints_the_scores_and_writes_them_with_every_caption(project):
-    output = invoke(evaluate_decoder, "--checkpoint", "runs/done", "--features", "features/test.h5")
-    assert "7 images, 13 captions from test.json" in output
-    written = project / "runs" / "done" / "evaluation"
-    assert {p.name for p in written.iterdir()} == {"test.json", "test.coco-results.json"}
-    tree = json.loads((written / "test.json").read_text())
-    assert set(tree["metrics"]) == {
-        "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr", "perplexity",
-    }  # fmt: skip
-    for name, value in tree["metrics"].items():
-        assert f"{name:<11} {value:8.4f}" in output
-    for name, why in tree["left_out"].items():
-        assert f"{name:<11} left out: {why}" in output
-    assert [c["image_id"] for c in tree["captions"]] == list(range(700, 707))
-    results = json.loads((written / "test.coco-results.json").read_text())
-    assert all(set(entry) == {"image_id", "caption"} for entry in results)
-    assert results == [{k: c[k] for k in ("image_id", "caption")} for c in tree["captions"]]
-
-
-def test_evaluation_goes_where_it_is_told(project):
-    output = invoke(
-        evaluate_decoder, "--checkpoint", "runs/done", "--features", "features/test.h5", "--output", "out/e.json",
-        "--beam-size", 1,
-    )  # fmt: skip
-    assert {p.name for p in (project / "out").iterdir()} == {"e.json", "e.coco-results.json"}
-    assert "beam 1" in output
-    assert not (project / "runs" / "done" / "evaluation").exists()
-
-
-def test_a_single_checkpoint_is_evaluated_into_its_run(project):
-    folder = load_checkpoint(project / "runs/done").path
-    before = files(folder)
-    invoke(evaluate_decoder, "--checkpoint", folder, "--features", "features/test.h5")
-    assert (project / "runs" / "done" / "evaluation" / "test.json").is_file()
-    assert files(folder) == before, "a checkpoint's folder holds the checkpoint and nothing else"
-
-
-def test_captions_for_evaluation_are_found_in_the_runs_configuration(project):
-    (project / "pipeline.yaml").unlink()
-    output = invoke(evaluate_decoder, "--checkpoint", "runs/done", "--features", "features/test.h5", "--dry-run")
-    assert "7 images, 13 captions from test.json" in output
-
-
-def test_the_stores_own_split_in_the_runs_configuration_goes_before_another_split(project):
-    tree = {**TINY, "data": {"splits": {"test": {"images": "images", "annotations": "test.json"}}}}
-    (project / "pipeline.yaml").write_text(yaml.safe_dump(tree))
-    output = invoke(evaluate_decoder, "--checkpoint", "runs/done", "--features", "features/val.h5", "--dry-run")
-    assert "6 images, 12 captions from val.json" in output
-
-
-def test_a_dry_run_of_evaluation_writes_nothing(project):
-    before = files(project)
-    output = invoke(evaluate_decoder, "--checkpoint", "runs/done", "--features", "features/test.h5", "--dry-run")
-    assert "dry run: would evaluate runs/done/checkpoints/epoch-" in output
-    assert files(project) == before
-
-
-def test_missing_captions_for_evaluation_are_a_users_error(project, new_data):
-    (project / "pipeline.yaml").unlink()
-    new_data(project / "odd.h5", 6, split="odd")
-    run = project / "runs" / "done"
-    for file in [run / "config.yaml", *run.rglob("config.json")]:
-        file.write_text(file.read_text().replace("test", "other"))
-    output = invoke(evaluate_decoder, "--checkpoint", "runs/done", "--features", "odd.h5", status=2)
-    assert "no captions known for its split 'odd'" in output
-    assert "--annotations" in output
-
-
-@pytest.mark.parametrize(
-    ("checkpoint", "said"),
-    [
-        ("nowhere", "nowhere: no such folder"),
-        ("features", "features: holds no checkpoint"),
-        ("train.json", "train.json"),
-    ],
-)
-def test_a_wrong_checkpoint_path_is_a_users_error(project, checkpoint, said):
-    output = invoke(evaluate_decoder, "--checkpoint", checkpoint, "--features", "features/test.h5", status=2)
-    assert said in output
-
-
-def test_a_damaged_checkpoint_is_a_users_error(project):
-    weights = load_checkpoint(project / "runs/done").path / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-5])
-    output = invoke(evaluate_decoder, "--checkpoint", "runs/done", "--features", "features/test.h5", status=2)
-    assert "damaged checkpoint" in output
-
-
-def test_mismatched_features_are_refused_with_the_difference(project, new_data):
-    new_data(project / "other.h5", 6, encoder="resnet50", layer="layer4")
-    arguments = ["--checkpoint", "runs/done", "--features", "other.h5", "--annotations", "other.json"]
-    output = invoke(evaluate_decoder, *arguments, status=2)
-    assert 'encoder "inception_v3" there, "resnet50" here' in output
-    assert 'layer "Mixed_7c" there, "layer4" here' in output
-    assert not (project / "runs" / "done" / "evaluation").exists()
-
-
-def test_a_dry_run_of_evaluation_refuses_mismatched_features_too(project, new_data):
-    new_data(project / "other.h5", 6, encoder="resnet50")
-    arguments = ["--checkpoint", "runs/done", "--features", "other.h5", "--annotations", "other.json", "--dry-run"]
-    assert "resnet50" in invoke(evaluate_decoder, *arguments, status=2)
-
-
-def test_evaluation_needs_a_checkpoint_and_features(project):
-    assert "--checkpoint" in invoke(evaluate_decoder, "--features", "features/test.h5", status=2)
-    assert "--features" in invoke(evaluate_decoder, "--checkpoint", "runs/done", status=2)
-
-
-@pytest.mark.parametrize("command", [train_decoder, evaluate_decoder])
-def test_help_names_the_flags_their_keys_and_examples(command):
-    output = invoke(command, "--help")
+def test_help_names_the_flags_their_keys_and_examples():
+    output = invoke(train_decoder, "--help")
     assert "--features" in output
     assert "--device" in output
     assert "train.device" in output
     assert "Examples:" in output
-    assert command.name in output
+    assert train_decoder.name in output
+
+
+def test_help_shows_examples_and_the_recipes():
+    output = invoke(train_decoder, "--help")
+    examples = output.partition("Examples:")[2]
+    for expected in ("--recipe top-down", "--init-from runs/mine --scst", "--resume", "show-and-tell, soft-attention"):
+        assert expected in examples
+    assert "torchrun --nproc-per-node 4 --no-python train-decoder" in examples, "torchrun takes a script otherwise"
+    assert not re.search(r"\bscst\b", examples.partition("Recipes:")[2]), "it is --scst"
+
+
+# --- recipes ---
+
+SMALL = ("--set", "train.decoder.embed_size=12", "--set", "train.decoder.hidden_size=16", "--epochs", 1)
+
+
+def settings_of(run):
+    return load_checkpoint(run).config.train
+
+
+def test_a_recipe_is_laid_over_the_file_but_not_over_where_things_are(project):
+    """The file's decoder, batch size and rate go; its device and precision stay."""
+    recipe = load_config(None, {}, [], "show-and-tell").train
+    invoke(train_decoder, "--recipe", "show-and-tell", *SMALL)
+    found = settings_of(project / recipe.output)
+    assert (found.decoder.family, found.decoder.image) == (recipe.decoder.family, recipe.decoder.image) != ("lstm", "")
+    assert found.batch_size == recipe.batch_size != 8
+    assert (found.device, found.precision) == ("cpu", "float32")
+
+
+def test_flags_go_over_a_recipe(project):
+    output = invoke(
+        train_decoder, "--recipe", "show-and-tell", "--batch-size", 7, "--learning-rate", 0.25, "--output", "runs/r",
+        "--set", "train.captions_per_image=3", *SMALL, "--dry-run",
+    )  # fmt: skip
+    for expected in ("batch_size: 7", "learning_rate: 0.25", "captions_per_image: 3", "hidden_size: 16"):
+        assert expected in output
+    assert "would train lstm for 1 epochs into runs/r" in output
+
+
+def test_a_recipe_may_be_a_file(project):
+    recipe = {"train": {"decoder": {"family": "lstm", "hidden_size": 20, "embed_size": 10}, "epochs": 1}}
+    (project / "mine.yaml").write_text(yaml.safe_dump(recipe))
+    invoke(train_decoder, "--recipe", "mine.yaml")
+    found = settings_of(project / "runs" / "a")
+    assert (found.decoder.family, found.decoder.hidden_size, found.epochs) == ("lstm", 20, 1)
+    assert found.batch_size == 32, "nothing of the file's recipe is mixed into it"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ("top-donw", "did you mean top-down?"),
+        ("zzz", "recipes: att2in"),
+        ("nowhere.yaml", "no such recipe, and no such file"),
+        ("pipeline.yaml", "a recipe holds train and nothing else"),
+    ],
+)
+def test_an_unknown_recipe_is_refused_with_what_there_is(project, recipe, said):
+    assert said in invoke(train_decoder, "--recipe", recipe, status=2)
+    assert not (project / "runs" / "a").exists()
+
+
+def test_a_run_of_a_recipe_is_resumed_with_or_without_naming_it_again(project):
+    run = load_config(None, {}, [], "show-and-tell").train.output
+    invoke(train_decoder, "--recipe", "show-and-tell", *SMALL)
+    for epochs, again in ((2, ["--output", run]), (3, ["--recipe", "show-and-tell"])):
+        invoke(train_decoder, *again, "--resume", "--epochs", epochs)
+        assert logged(project / run)[-1]["epoch"] == epochs
+
+
+# --- going on from another run ---
+
+
+def test_a_run_from_another_takes_its_decoder_its_words_and_its_longest_caption(project):
+    invoke(
+        train_decoder, "--output", "runs/small", "--set", "train.decoder.hidden_size=10", "--epochs", 1, "--set",
+        "train.vocabulary.max_size=9", "--set", "train.max_length=5",
+    )  # fmt: skip
+    output = invoke(train_decoder, "--init-from", "runs/small", "--output", "runs/on", "--epochs", 1)
+    assert "hidden_size: 10" in output
+    loaded = load_checkpoint(project / "runs/on")
+    assert loaded.config.train.decoder == settings_of(project / "runs/small").decoder
+    assert loaded.config.train.max_length == 5
+    assert loaded.vocabulary.words == load_checkpoint(project / "runs/small").vocabulary.words
+    assert len(loaded.vocabulary) == 9
+    assert [row["epoch"] for row in logged(project / "runs/on")] == [0, 1]
+
+
+@pytest.mark.parametrize("of_the_run", [True, False])
+def test_self_critical_training_goes_beside_the_run_it_begins_with(project, of_the_run):
+    source = "runs/done" if of_the_run else load_checkpoint(project / "runs/done").path.relative_to(project)
+    before = files(project / "runs" / "done")
+    output = invoke(train_decoder, "--init-from", source, "--scst", "--epochs", 1)
+    assert "objective: scst" in output
+    assert "hidden_size: 24" in output, "the decoder of the run"
+    assert "done: runs/done-scst: 1 epochs" in output
+    assert {path.name for path in (project / "runs").iterdir()} == {"done", "done-scst"}
+    assert files(project / "runs" / "done") == before
+    rows = logged(project / "runs" / "done-scst")
+    assert [row["epoch"] for row in rows] == [0, 1]
+    assert "reward" in rows[1]
+
+
+def test_self_critical_training_goes_where_it_is_told(project):
+    invoke(train_decoder, "--init-from", "runs/done", "--scst", "--epochs", 1, "--output", "runs/told")
+    assert settings_of(project / "runs" / "told").objective == "scst"
+    assert not (project / "runs" / "done-scst").exists()
+
+
+def test_self_critical_training_is_resumed_by_the_same_command(project):
+    command = ["--init-from", "runs/done", "--scst"]
+    invoke(train_decoder, *command, "--epochs", 1)
+    invoke(train_decoder, *command, "--epochs", 2, "--resume")
+    assert [row["epoch"] for row in logged(project / "runs" / "done-scst")] == [0, 1, 2]
+
+
+def test_no_epoch_better_than_the_beginning_is_said(project, monkeypatch):
+    ciders = iter([0.9, 0.1])
+    monkeypatch.setattr("train.validate.cider", lambda *_: next(ciders))
+    output = invoke(train_decoder, "--init-from", "runs/done", "--scst", "--epochs", 1)
+    assert "best is epoch 0, validation CIDEr 0.900" in output
+    assert "no epoch was better than the decoder it began with, runs/done; that one is kept" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--scst", "--recipe", "top-down", "--init-from", "runs/done"], "--scst is a recipe itself"),
+        (["--scst"], "self-critical training begins with a decoder"),
+        (["--scst", "--output", "runs/done"], "self-critical training begins with a decoder"),
+        (["--scst", "--init-from", "runs/nowhere"], "runs/nowhere: no such folder"),
+        (["--init-from", "features"], "features: holds no checkpoint"),
+    ],
+)
+def test_what_cannot_be_gone_on_from_is_refused_and_nothing_is_written(project, arguments, said):
+    before = files(project)
+    assert said in invoke(train_decoder, *arguments, status=2)
+    assert files(project) == before
+
+
+# --- how a run ends ---
+
+
+def test_early_stopping_is_said(project, monkeypatch):
+    ciders = iter([0.5, 0.4])
+    monkeypatch.setattr("train.validate.cider", lambda *_: next(ciders))
+    output = invoke(train_decoder, "--epochs", 9, "--patience", 1)
+    assert "done: runs/a: 2 epochs, best is epoch 1 (stopped: no higher validation CIDEr for 1 epochs)" in output
+    assert "curves: runs/a/curves.png" in output
+
+
+def test_ctrl_c_says_how_to_go_on_and_that_works(project, monkeypatch):
+    real = train.loop._Trainer._step
+
+    def interrupt(self, run, *args):
+        if run.step == 4:
+            raise KeyboardInterrupt
+        return real(self, run, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("train.loop._Trainer._step", interrupt)
+        done = CliRunner().invoke(train_decoder, ["--checkpoint-steps", "1"])
+    assert done.exit_code == 130
+    assert "interrupted: nothing is broken; run the same command with --resume to go on" in done.output
+    assert load_checkpoint(project / "runs/a", "last").path.name == "step-00000004"
+    assert "done: runs/a: 2 epochs" in invoke(train_decoder, "--checkpoint-steps", 1, "--resume")
+    assert [row["step"] for row in logged(project / "runs/a")] == [3, 6]
+
+
+def test_a_batch_of_fewer_images_than_parts_is_a_users_error(project):
+    assert "--batch-size 2" in invoke(train_decoder, "--batch-size", 2, "--accumulate", 3, status=2)
+    assert not (project / "runs" / "a").exists()

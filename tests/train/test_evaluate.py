@@ -1,15 +1,20 @@
+import csv
 import json
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from click.testing import CliRunner
 
+from common.annotations import ImageRecord
 from common.config import CaptionConfig
 from common.errors import MismatchError
 from train.checkpoint import load_checkpoint
-from train.evaluate import evaluate, write_evaluation
+from train.evaluate import Evaluation, evaluate, language_of, write_evaluation
+from train.evaluate_cli import evaluate_decoder
 from train.loop import fit
+from train.metrics import Scores
 from train.search import beam_search
 
 SEARCH = CaptionConfig(beam_size=3, max_length=6, batch_size=4, length_penalty=0.7)
@@ -42,7 +47,7 @@ def perplexity_by_hand(checkpoint, data):
         for text in captions:
             tokens = torch.tensor(checkpoint.vocabulary.encode(text, 8))
             with torch.no_grad():
-                logits = checkpoint.decoder(memory, tokens[None, None, :-1])[0, 0]
+                logits = checkpoint.decoder(memory, tokens[None, None, :-1])[0][0, 0]
             losses += F.cross_entropy(logits, tokens[1:], reduction="none").tolist()
     return math.exp(sum(losses) / len(losses))
 
@@ -85,19 +90,83 @@ def test_features_of_another_provenance_are_refused_with_the_difference(run, tmp
 
 def test_written_files_hold_metrics_captions_and_cocos_results(run, evaluation, tmp_path):
     path = tmp_path / "new" / "test.json"
-    results = write_evaluation(evaluation, path)
+    written = write_evaluation(evaluation, path)
     tree = json.loads(path.read_text())
-    assert set(tree) == {"metrics", "tokenizer", "left_out", "captions"}
+    assert set(tree) == {"metrics", "language", "tokenizer", "left_out", "captions"}
     assert tree["metrics"] == evaluation.scores.values
-    assert set(tree["left_out"]) == {"METEOR", "SPICE"}
+    assert next(iter(tree["metrics"])) == "perplexity"
+    assert tree["language"] == evaluation.language
+    assert set(tree["left_out"]) == {"METEOR", "SPICE", "novel_captions"}
     assert tree["captions"][0] == {
         "image_id": 700, "file_name": "700.jpg", "caption": evaluation.captions[700],
         "references": list(evaluation.references[700]),
     }  # fmt: skip
     assert len(tree["captions"]) == 10
-    assert results == tmp_path / "new" / "test.coco-results.json"
+    assert written == [tmp_path / "new" / f"test.{end}" for end in ("json", "scores.csv", "coco-results.json")]
+    assert sorted(path.parent.iterdir()) == sorted(written), "no temporary file is left"
     expected = [{"image_id": i, "caption": text} for i, text in evaluation.captions.items()]
-    assert json.loads(results.read_text()) == expected
+    assert json.loads(written[2].read_text()) == expected
+
+
+def test_the_table_of_images_holds_every_caption_and_every_score(evaluation, tmp_path):
+    _, table, _ = write_evaluation(evaluation, tmp_path / "test.json")
+    with table.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    metrics = ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr", "CIDEr-D"]
+    assert list(rows[0]) == ["image_id", "file_name", "caption", *metrics]
+    assert [int(row["image_id"]) for row in rows] == list(evaluation.captions)
+    for row in rows:
+        image = int(row["image_id"])
+        assert (row["file_name"], row["caption"]) == (f"{image}.jpg", evaluation.captions[image])
+        assert {name: float(row[name]) for name in metrics} == evaluation.scores.per_image[image]
+
+
+def test_the_table_survives_commas_quotes_and_any_letters():
+    scores = Scores({"A": 0.5}, {1: {"A": 0.5}, 2: {}}, "")
+    names, captions = {1: 'a, "b".jpg', 2: "ñ.jpg"}, {1: "x, y", 2: "犬"}
+    text = Evaluation(captions, names, {1: ("r",), 2: ("r",)}, scores, {}).as_csv()
+    assert list(csv.reader(text.splitlines())) == [
+        ["image_id", "file_name", "caption", "A"], ["1", 'a, "b".jpg', "x, y", "0.5"], ["2", "ñ.jpg", "犬", ""],
+    ]  # fmt: skip
+
+
+def test_cocos_own_tools_load_the_results(run, evaluation, tmp_path, coco_file):
+    from pycocotools.coco import COCO
+
+    records = [ImageRecord(i, name, evaluation.references[i]) for i, name in evaluation.file_names.items()]
+    truth = COCO(str(coco_file(tmp_path / "truth.json", records)))
+    *_, results = write_evaluation(evaluation, tmp_path / "test.json")
+    loaded = truth.loadRes(str(results))
+    assert {loaded.anns[a]["image_id"]: loaded.anns[a]["caption"] for a in loaded.anns} == evaluation.captions
+    assert sorted(loaded.getImgIds()) == list(evaluation.captions)
+
+
+def test_drawn_captions_are_the_same_for_a_seed_and_others_for_another(run):
+    drawn = CaptionConfig(search="sample", max_length=6, batch_size=4, temperature=3.0)
+    first, again, other = (evaluate(*run, drawn, "cpu", seed=s, progress=False).captions for s in (1, 1, 2))
+    assert first == again != other
+
+
+def test_language_of_captions_as_counted_by_hand():
+    captions = {1: "a red dog", 2: "a cat", 3: "a red dog", 4: ""}
+    references = {1: ("A dog.", "a dog that sits"), 2: ("cat",), 3: ("x",), 4: ("a b c",)}
+    found = language_of(captions, references, 50, ["A red dog!", "a cat sits"])
+    assert found == {
+        "words_used": 4, "vocabulary_words": 50, "distinct_captions": 3 / 4, "novel_captions": 2 / 4,
+        "mean_length": 8 / 4, "mean_reference_length": 11 / 5,
+    }  # fmt: skip
+    assert "novel_captions" not in language_of(captions, references, 50, None)
+
+
+def test_an_evaluation_says_what_its_captions_are_like(run, evaluation):
+    checkpoint, _ = run
+    training = list(evaluation.captions.values())[:1]
+    found = evaluate(*run, SEARCH, "cpu", training, progress=False)
+    assert "novel_captions" not in found.scores.left_out
+    words = len(checkpoint.vocabulary) - 4
+    assert found.language == language_of(evaluation.captions, evaluation.references, words, training)
+    assert found.language["novel_captions"] < 1
+    assert "trained on" in evaluation.scores.left_out["novel_captions"]
 
 
 def test_a_perplexity_beyond_any_float_is_still_written_as_valid_json(run, tmp_path):
@@ -111,3 +180,87 @@ def test_a_perplexity_beyond_any_float_is_still_written_as_valid_json(run, tmp_p
         raise AssertionError(f"{constant} is not JSON")
 
     json.loads((tmp_path / "e.json").read_text(), parse_constant=refuse)
+
+
+# --- the command ---
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory, new_data, new_config):
+    """Two runs that know where their training captions are, and a store to evaluate them on."""
+    folder = tmp_path_factory.mktemp("command")
+    train = new_data(folder / "train.h5")
+    for name, seed in (("a", 0), ("b", 1)):
+        config = new_config(folder / name, seed=seed, annotations=folder / "train.json")
+        fit(config, train, None, False, progress=False)
+    new_data(folder / "test.h5", 7, first_id=700, seed=2, split="test")
+    return folder
+
+
+@pytest.fixture
+def invoke(template, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments, status=0):
+        given = ["--features", template / "test.h5", "--annotations", template / "test.json", "--device", "cpu"]
+        done = CliRunner().invoke(evaluate_decoder, [str(a) for a in (*given, "--output", "e.json", *arguments)])
+        assert done.exit_code == status, done.output
+        return done.output
+
+    return run
+
+
+def test_the_command_prints_the_scores_then_the_language_then_what_is_left_out(invoke, template, tmp_path):
+    output = invoke("--checkpoint", template / "a", "--beam-size", 2)
+    tree = json.loads((tmp_path / "e.json").read_text())
+    shown = [f"{name:<17} {value:8.4f}" for name, value in tree["metrics"].items()]
+    assert len(shown) == 8
+    found = tree["language"]
+    shown += [
+        f"words used        {found['words_used']:8} of {found['vocabulary_words']} in the vocabulary",
+        f"distinct captions {found['distinct_captions']:8.1%} of the captions",
+        f"novel captions    {found['novel_captions']:8.1%} are no training caption",
+        f"mean length       {found['mean_length']:8.2f} words; of the references 3.",
+        "METEOR            left out: needs Java", "SPICE             left out: needs Java",
+    ]  # fmt: skip
+    places = [output.index(line) for line in shown]
+    assert places == sorted(places)
+    assert "beam 2" in output
+    assert {p.name for p in tmp_path.glob("e.*")} == {"e.json", "e.scores.csv", "e.coco-results.json"}
+
+
+def test_several_checkpoints_decode_together(invoke, template, tmp_path):
+    perplexities = []
+    for chosen in (["a"], ["b"], ["a", "b"]):
+        output = invoke(*[part for name in chosen for part in ("--checkpoint", template / name)])
+        assert all(str(template / name) in output for name in chosen)
+        perplexities.append(json.loads((tmp_path / "e.json").read_text())["metrics"]["perplexity"])
+    a, b, both = perplexities
+    assert both not in (a, b)
+    assert both < max(a, b)
+
+
+def test_captions_are_drawn_by_chance_when_asked(invoke, template, tmp_path):
+    found = []
+    for seed in (1, 2):
+        options = ["--search", "sample", "--temperature", 3, "--top-k", 9, "--seed", seed]
+        output = invoke("--checkpoint", template / "a", *options)
+        assert f"sampled at temperature 3, top_k 9, seed {seed}" in output
+        found.append((tmp_path / "e.coco-results.json").read_text())
+    assert found[0] != found[1]
+
+
+def test_training_captions_that_are_gone_cost_one_row(invoke, template, tmp_path):
+    (template / "train.json").rename(template / "moved.json")
+    try:
+        output = invoke("--checkpoint", template / "a")
+    finally:
+        (template / "moved.json").rename(template / "train.json")
+    assert f"novel captions    left out: needs the training captions, and {template / 'train.json'} is not" in output
+    assert "novel_captions" not in json.loads((tmp_path / "e.json").read_text())["language"]
+
+
+def test_contradicting_options_are_refused(invoke, template, tmp_path):
+    output = invoke("--checkpoint", template / "a", "--search", "beam", "--top-k", 5, status=2)
+    assert "top_k" in output
+    assert not (tmp_path / "e.json").exists()

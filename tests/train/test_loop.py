@@ -1,22 +1,20 @@
 import gc
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
 import threading
 
 import pytest
 import torch
 
+import train.loop as train_loop
 from common.annotations import ImageRecord
-from common.errors import CheckpointError, MismatchError, TrainingError
-from train.checkpoint import find_checkpoint, load_checkpoint
+from common.errors import CheckpointError, MismatchError, TrainingError, UserError
+from train.checkpoint import find_checkpoint, load_checkpoint, load_training_state
 from train.decoders.build import build_decoder
-from train.loop import fit, validate
+from train.loop import fit
 from train.search import beam_search
 from train.stream import CaptionedImages
+from train.validate import validate
 
 
 def timeless(history):
@@ -65,8 +63,12 @@ def test_a_row_an_epoch_is_returned_and_logged(tmp_path, new_config, train_data,
     assert [row["epoch"] for row in history] == [1, 2]
     for row in history:
         assert set(row) == {
-            "epoch", "train_loss", "val_loss", "val_perplexity", "val_cider", "seconds", "waited",
+            "epoch", "step", "train_loss", "val_loss", "val_perplexity", "val_cider", "val_commonest",
+            "val_attention_spread", "seconds", "waited",
         }  # fmt: skip
+        assert row["step"] == 5 * row["epoch"]
+        assert 1 / 9 <= row["val_commonest"] <= 1
+        assert 0 < row["val_attention_spread"] <= 1
         assert row["val_perplexity"] == pytest.approx(math.exp(row["val_loss"]))
         assert 0 <= row["waited"] <= 1
     assert logged(tmp_path / "run") == history
@@ -82,17 +84,17 @@ def test_the_best_checkpoint_has_the_highest_cider_and_of_equals_the_lowest_loss
     tmp_path, monkeypatch, new_config, train_data, val_data
 ):
     ciders = iter([0.1, 0.7, 0.7, 0.3])
-    monkeypatch.setattr("train.loop.cider", lambda *_: next(ciders))
+    monkeypatch.setattr("train.validate.cider", lambda *_: next(ciders))
     history = train(new_config(tmp_path / "run", epochs=4), train_data, val_data)
-    best = min(history[1:3], key=lambda row: row["val_loss"])["epoch"]
-    assert find_checkpoint(tmp_path / "run", "best").name == f"epoch-{best:04}"
-    assert find_checkpoint(tmp_path / "run", "last").name == "epoch-0004"
+    best = min(history[1:3], key=lambda row: row["val_loss"])["step"]
+    assert find_checkpoint(tmp_path / "run", "best").name == f"step-{best:08}"
+    assert find_checkpoint(tmp_path / "run", "last").name == "step-00000020"
 
 
 def test_without_validation_the_last_checkpoint_is_the_best(tmp_path, new_config, train_data):
     history = train(new_config(tmp_path / "run", epochs=3), train_data)
-    assert all(set(row) == {"epoch", "train_loss", "seconds", "waited"} for row in history)
-    assert find_checkpoint(tmp_path / "run", "best").name == "epoch-0003"
+    assert all(set(row) == {"epoch", "step", "train_loss", "seconds", "waited"} for row in history)
+    assert find_checkpoint(tmp_path / "run", "best").name == "step-00000015"
 
 
 def test_the_vocabulary_holds_no_word_of_validation_captions_only(tmp_path, new_config, train_data, new_store):
@@ -125,7 +127,7 @@ def test_validation_loss_counts_every_reference_and_does_not_depend_on_the_batch
     loaded = load_checkpoint(tmp_path / "run")
     found = [
         validate(
-            loaded.decoder, val_data, loaded.vocabulary, new_config(tmp_path / "run", batch_size=size),
+            loaded.decoder, val_data, loaded.vocabulary, new_config(tmp_path / "run", batch_size=size).train,
             torch.device("cpu"), torch.float32,
         )
         for size in (1, 4, 50)
@@ -138,13 +140,13 @@ def test_validation_loss_counts_every_reference_and_does_not_depend_on_the_batch
         for text in captions:
             tokens = torch.tensor(loaded.vocabulary.encode(text, 8))
             with torch.no_grad():
-                logits = loaded.decoder(loaded.decoder.encode(grid), tokens[None, None, :-1])[0, 0]
+                logits = loaded.decoder(loaded.decoder.encode(grid), tokens[None, None, :-1])[0][0, 0]
             total += torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="sum").item()
             words += len(tokens) - 1
     assert found[0]["val_loss"] == pytest.approx(total / words, rel=1e-5)
 
 
-@pytest.mark.parametrize("clip_norm", [5.0, 0.31])
+@pytest.mark.parametrize("clip_norm", [5.0, 0.575])
 def test_a_step_is_adams_on_the_mean_loss_of_a_word_with_the_gradient_clipped(
     tmp_path, clip_norm, new_config, tiny_decoders, train_data
 ):
@@ -164,13 +166,13 @@ def test_a_step_is_adams_on_the_mean_loss_of_a_word_with_the_gradient_clipped(
         for grid, captions in zip(grids, train_data.captions, strict=True):
             for text in captions:
                 tokens = torch.tensor(loaded.vocabulary.encode(text, 8))
-                logits = decoder(decoder.encode(grid[None]), tokens[None, None, :-1])[0, 0]
+                logits = decoder(decoder.encode(grid[None]), tokens[None, None, :-1])[0][0, 0]
                 losses += torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none")
         adam.zero_grad()
         torch.stack(losses).mean().backward()
         norms.append(torch.nn.utils.clip_grad_norm_(decoder.parameters(), clip_norm).item())
         adam.step()
-    assert clip_norm == 5 > max(norms) or norms[0] < clip_norm < norms[3], f"clips nothing: {norms}"
+    assert clip_norm == 5 > max(norms) or norms[3] < clip_norm < norms[0], f"clips nothing: {norms}"
     ours, expected = dict(loaded.decoder.named_parameters()), dict(decoder.named_parameters())
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)
 
@@ -202,7 +204,7 @@ def test_an_interrupted_epoch_leaves_no_thread(tmp_path, new_config, train_data,
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("train.loop.masked_cross_entropy", interrupt)
+    monkeypatch.setattr("train.objective.masked_cross_entropy", interrupt)
     try:
         train(new_config(tmp_path / "run"), train_data)
     except KeyboardInterrupt:
@@ -225,134 +227,10 @@ def test_the_same_seed_gives_the_same_weights_and_another_gives_others(tmp_path,
     assert not same_bits(weights_of(tmp_path / "a"), weights_of(tmp_path / "c"))
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory, new_data, new_config):
-    """Data on disk, and a run of 5 epochs that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("world")
-    data = new_data(folder / "train.h5", 13), new_data(folder / "val.h5", 5, first_id=500, seed=1)
-    config = new_config(folder / "undisturbed", epochs=5)
-    history = fit(config, *data, False, progress=False)
-    return folder, data, history
-
-
-def assert_as_undisturbed(world, output, history):
-    folder, _, undisturbed = world
-    assert timeless(history) == timeless(undisturbed)
-    assert timeless(logged(output)) == timeless(undisturbed)
-    for which in ("best", "last"):
-        assert find_checkpoint(output, which).name == find_checkpoint(folder / "undisturbed", which).name
-        assert same_bits(weights_of(output, which), weights_of(folder / "undisturbed", which))
-
-
-def test_a_run_resumed_after_epoch_2_of_5_ends_as_an_undisturbed_one(world, tmp_path, new_config):
-    _, data, _ = world
-    train(new_config(tmp_path / "run", epochs=2), *data)
-    torch.manual_seed(12345)
-    history = train(new_config(tmp_path / "run", epochs=5), *data, resume=True)
-    assert_as_undisturbed(world, tmp_path / "run", history)
-
-
-def test_an_exception_in_an_epoch_can_be_resumed_as_if_it_had_not_been(world, tmp_path, new_config, monkeypatch):
-    _, data, _ = world
-    config = new_config(tmp_path / "run", epochs=5)
-
-    def full(*_args, **_kwargs):
-        raise OSError(28, "No space left on device")
-
-    real = torch.save
-    with monkeypatch.context() as patch:
-        patch.setattr("train.checkpoint.torch.save", lambda s, f: full() if len(s["history"]) == 4 else real(s, f))
-        with pytest.raises(OSError, match="No space"):
-            train(config, *data)
-    assert find_checkpoint(config.train.output, "last").name == "epoch-0003"
-    assert_as_undisturbed(world, config.train.output, train(config, *data, resume=True))
-
-
-KILLED_RUN = """
-import os, signal, sys
-from pathlib import Path
-import torch
-import train.checkpoint
-import train.loop
-from common.annotations import load_annotations
-from common.config import PipelineConfig
-from common.store import FeatureStore
-from train.stream import CaptionedImages, CaptionStream
-
-def die(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-def load(name):
-    captions = folder / f"{name}.json"
-    return CaptionedImages.join(FeatureStore(folder / f"{name}.h5"), load_annotations(captions).records, captions)
-
-def die_when(real, matches):
-    return lambda *args, **kwargs: die() if matches(*args) else real(*args, **kwargs)
-
-def batches_until_killed(stream, epoch):
-    for number, batch in enumerate(real_epoch(stream, epoch)):
-        if (epoch, number) == (2, 1):
-            die()
-        yield batch
-
-torch.set_num_threads(1)
-warm = torch.ones(1, requires_grad=True)
-warm.grad = torch.ones(1)
-torch.optim.Adam([warm]).step()  # its first step imports for seconds: once here, before the forks
-folder = Path(sys.argv[1])
-real_epoch = CaptionStream.epoch
-for moment in sys.argv[2:]:
-    child = os.fork()
-    if child:
-        _, status = os.waitpid(child, 0)
-        print(moment, os.waitstatus_to_exitcode(status), flush=True)
-        continue
-    if moment == "epoch":
-        CaptionStream.epoch = batches_until_killed
-    elif moment == "rename":
-        os.replace = die_when(os.replace, lambda source, target: Path(target).name == "epoch-0003")
-    elif moment == "pointers":
-        train.checkpoint.write_json = die_when(
-            train.checkpoint.write_json, lambda path, value: value.get("last") == "epoch-0003"
-        )
-    else:
-        train.loop._write_history = die_when(train.loop._write_history, lambda output, history: len(history) == 3)
-    config = PipelineConfig.model_validate_json((folder / f"{moment}.config.json").read_text())
-    train.loop.fit(config, load("train"), load("val"), False, progress=False)
-    os._exit(0)
-"""
-MOMENTS = {"epoch": 2, "rename": 2, "pointers": 2, "between": 3}  # -> the last whole checkpoint
-
-
-@pytest.fixture(scope="module")
-def killed(world, new_config):
-    """Runs in processes of their own, each killed by SIGKILL at its moment in or after epoch 3."""
-    folder, _, _ = world
-    for moment in MOMENTS:
-        config = new_config(folder / moment, epochs=5)
-        (folder / f"{moment}.config.json").write_text(config.model_dump_json())
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED_RUN, str(folder), *MOMENTS], capture_output=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
-    )  # fmt: skip
-    assert done.stdout.split() == [word for m in MOMENTS for word in (m, str(-signal.SIGKILL))], done.stderr
-    return folder
-
-
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_a_killed_process_is_resumed_to_the_same_weights_to_the_bit(world, killed, new_config, moment):
-    _, data, _ = world
-    assert find_checkpoint(killed / moment, "last").name == f"epoch-{MOMENTS[moment]:04}"
-    history = train(new_config(killed / moment, epochs=5), *data, resume=True)
-    assert_as_undisturbed(world, killed / moment, history)
-    left = [path for path in (killed / moment).rglob("*") if ".tmp" in path.name]
-    assert left == []
-
-
 def test_a_training_state_without_its_parts_is_refused_by_name(tmp_path, new_config, train_data):
     train(new_config(tmp_path / "run", epochs=1), train_data)
     torch.save({"another": "file"}, find_checkpoint(tmp_path / "run") / "training_state.pt")
-    with pytest.raises(CheckpointError, match="epoch-0001"):
+    with pytest.raises(CheckpointError, match="step-00000005"):
         train(new_config(tmp_path / "run"), train_data, resume=True)
 
 
@@ -434,15 +312,17 @@ def test_validation_features_may_come_from_other_library_versions(tmp_path, new_
 
 @pytest.fixture
 def ruined_steps(monkeypatch):
-    """Once called, every step of the optimiser leaves weights that are no numbers."""
+    """Once called, every step of the optimiser after some good ones leaves weights that are no numbers."""
 
-    def call():
-        real = torch.optim.Adam.step
+    def call(good_steps=0):
+        real, left = torch.optim.Adam.step, [good_steps]
 
         def step(optimizer, *args):
             real(optimizer, *args)
-            for parameter in optimizer.param_groups[0]["params"]:
-                parameter.data.fill_(torch.nan)
+            left[0] -= 1
+            if left[0] < 0:
+                for parameter in optimizer.param_groups[0]["params"]:
+                    parameter.data.fill_(torch.nan)
 
         monkeypatch.setattr(torch.optim.Adam, "step", step)
 
@@ -455,7 +335,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_good_check
     train(new_config(tmp_path / "run", epochs=1), train_data)
     good = weights_of(tmp_path / "run")
     ruined_steps()
-    with pytest.raises(TrainingError, match=r"loss of epoch 2 is not a number") as caught:
+    with pytest.raises(TrainingError, match=r"the loss is not a number any more \(epoch 2") as caught:
         train(new_config(tmp_path / "run", epochs=5), train_data, resume=True)
     assert caught.value.exit_status == 1
     assert same_bits(good, weights_of(tmp_path / "run"))
@@ -492,7 +372,7 @@ def test_validation_that_begins_with_a_resume_decides_the_best(tmp_path, new_con
     train(new_config(tmp_path / "run", epochs=3), train_data)
     history = train(new_config(tmp_path / "run", epochs=5), train_data, val_data, resume=True)
     by_cider = max(history[3:], key=lambda row: row["val_cider"])
-    assert find_checkpoint(tmp_path / "run", "best").name == f"epoch-{by_cider['epoch']:04}"
+    assert find_checkpoint(tmp_path / "run", "best").name == f"step-{by_cider['step']:08}"
 
 
 def test_validation_left_out_of_a_resume_leaves_the_best_by_cider(tmp_path, new_config, train_data, val_data):
@@ -500,3 +380,271 @@ def test_validation_left_out_of_a_resume_leaves_the_best_by_cider(tmp_path, new_
     best = find_checkpoint(tmp_path / "run", "best").name
     train(new_config(tmp_path / "run", epochs=5), train_data, resume=True)
     assert find_checkpoint(tmp_path / "run", "best").name == best
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_within_20_steps(tmp_path, new_config, train_data, ruined_steps):
+    ruined_steps(good_steps=5)
+    config = new_config(tmp_path / "run", batch_size=1, epochs=3, checkpoint_steps=4)
+    with pytest.raises(TrainingError, match=r"epoch 1, step (\d+)") as caught:
+        train(config, train_data)
+    assert 6 <= int(caught.value.what.rpartition("step ")[2].rstrip(")")) <= 20
+    assert load_checkpoint(tmp_path / "run", "last").path.name == "step-00000004"
+    assert all(value.isfinite().all() for value in weights_of(tmp_path / "run").values())
+
+
+def test_ruined_weights_are_noticed_before_a_checkpoint_of_them_is_written(
+    tmp_path, new_config, train_data, ruined_steps
+):
+    ruined_steps(good_steps=5)
+    with pytest.raises(TrainingError, match="step 6"):
+        train(new_config(tmp_path / "run", batch_size=1, checkpoint_steps=1), train_data)
+    assert find_checkpoint(tmp_path / "run", "last").name == "step-00000005"
+
+
+# --- stopping early ---
+
+
+def scripted(monkeypatch, ciders):
+    """Validations find these values of CIDEr, one after the other."""
+    left = iter(ciders)
+    monkeypatch.setattr("train.validate.cider", lambda *_: next(left))
+
+
+def test_without_a_rise_for_so_many_epochs_training_stops(tmp_path, monkeypatch, new_config, train_data, val_data):
+    scripted(monkeypatch, [0.1, 0.5, 0.4, 0.45, 0.9, 0.9])
+    history = train(new_config(tmp_path / "run", epochs=6, patience=2), train_data, val_data)
+    assert [row["epoch"] for row in history] == [1, 2, 3, 4]
+    assert find_checkpoint(tmp_path / "run", "best").name == "step-00000010"
+    assert find_checkpoint(tmp_path / "run", "last").name == "step-00000020"
+    before = (tmp_path / "run" / "checkpoints.json").read_bytes()
+    again = train(new_config(tmp_path / "run", epochs=6, patience=2), train_data, val_data, resume=True)
+    assert again == history, "a resume finds that patience is over"
+    assert (tmp_path / "run" / "checkpoints.json").read_bytes() == before
+
+
+def test_a_rise_gives_patience_anew(tmp_path, monkeypatch, new_config, train_data, val_data):
+    scripted(monkeypatch, [0.1, 0.05, 0.2, 0.15, 0.3])
+    assert len(train(new_config(tmp_path / "run", epochs=5, patience=2), train_data, val_data)) == 5
+
+
+def test_a_resume_may_have_more_patience(tmp_path, monkeypatch, new_config, train_data, val_data):
+    scripted(monkeypatch, [0.5, 0.4, 0.6])
+    assert len(train(new_config(tmp_path / "run", epochs=3, patience=1), train_data, val_data)) == 2
+    assert len(train(new_config(tmp_path / "run", epochs=3, patience=3), train_data, val_data, resume=True)) == 3
+
+
+def test_without_validation_patience_stops_nothing(tmp_path, new_config, train_data):
+    assert len(train(new_config(tmp_path / "run", epochs=3, patience=1), train_data)) == 3
+
+
+# --- averaged weights ---
+
+
+def test_the_average_is_kept_and_validated_and_the_weights_themselves_are_in_the_training_state(
+    tmp_path, new_config, train_data, val_data
+):
+    averaged = train(new_config(tmp_path / "ema", epochs=2, ema=0.9), train_data, val_data)
+    plain = train(new_config(tmp_path / "plain", epochs=2), train_data, val_data)
+    assert [r["train_loss"] for r in averaged] == [r["train_loss"] for r in plain], "the average changes no step"
+    assert [r["val_loss"] for r in averaged] != [r["val_loss"] for r in plain]
+    raw = load_training_state(find_checkpoint(tmp_path / "ema", "last"))["weights"]
+    assert same_bits(raw, weights_of(tmp_path / "plain"))
+    assert not same_bits(raw, weights_of(tmp_path / "ema"))
+    assert load_training_state(find_checkpoint(tmp_path / "plain", "last"))["weights"] is None
+    loaded, settings = load_checkpoint(tmp_path / "ema", "last"), new_config(tmp_path).train
+    found = validate(loaded.decoder, val_data, loaded.vocabulary, settings, torch.device("cpu"), torch.float32)
+    assert found == {name: value for name, value in averaged[-1].items() if name.startswith("val_")}
+
+
+def test_the_kept_average_is_that_of_the_weights_after_each_step(tmp_path, new_config, train_data):
+    steps = []
+    with pytest.MonkeyPatch.context() as patch:
+        real = torch.optim.Adam.step
+
+        def step(optimizer, *args):
+            real(optimizer, *args)
+            steps.append([p.detach().clone() for p in optimizer.param_groups[0]["params"]])
+
+        patch.setattr(torch.optim.Adam, "step", step)
+        config = new_config(tmp_path / "run", epochs=1, ema=0.5)
+        train(config, train_data)
+    kept = load_checkpoint(tmp_path / "run", "last")
+    torch.manual_seed(config.seed)
+    expected = [p.detach() for p in build_decoder(config.train.decoder, len(kept.vocabulary), (2, 2, 8)).parameters()]
+    for number, weights in enumerate(steps, 1):
+        decay = min(0.5, (1 + number) / (10 + number))
+        expected = [decay * a + (1 - decay) * w for a, w in zip(expected, weights, strict=True)]
+    assert len(steps) == 5
+    torch.testing.assert_close(list(kept.decoder.parameters()), expected)
+
+
+# --- going on from another decoder ---
+
+
+@pytest.fixture
+def start(tmp_path, new_config, train_data):
+    """A run to begin with, of 9 words."""
+    train(new_config(tmp_path / "start", epochs=4, seed=5, vocabulary={"max_size": 9}), train_data)
+    return tmp_path / "start"
+
+
+def test_a_run_begins_with_the_decoder_and_the_words_of_another_and_validates_them_first(
+    tmp_path, new_config, train_data, val_data, start
+):
+    config = new_config(tmp_path / "run", init_from=start, epochs=2)
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        real = train_loop.validate
+        patch.setattr("train.loop.validate", lambda decoder, *a: (seen.append(bits(decoder)), real(decoder, *a))[1])
+        history = train(config, train_data, val_data)
+    assert [row["epoch"] for row in history] == [0, 1, 2]
+    assert [row["step"] for row in history] == [0, 5, 10]
+    assert not {"train_loss", "seconds"} & history[0].keys()
+    assert same_bits(seen[0], weights_of(start)), "validated before any step"
+    assert not same_bits(seen[1], seen[0])
+    loaded = load_checkpoint(tmp_path / "run")
+    assert loaded.vocabulary.words == load_checkpoint(start).vocabulary.words
+    assert len(loaded.vocabulary) == 9
+    assert logged(tmp_path / "run") == history
+
+
+def bits(decoder):
+    return {name: value.clone() for name, value in decoder.state_dict().items()}
+
+
+def test_without_validation_there_is_no_epoch_0(tmp_path, new_config, train_data, start):
+    history = train(new_config(tmp_path / "run", init_from=start, epochs=1, learning_rate=1e-12), train_data)
+    assert [row["epoch"] for row in history] == [1]
+    torch.testing.assert_close(weights_of(tmp_path / "run"), weights_of(start), atol=1e-9, rtol=0)
+
+
+def test_a_run_that_falls_below_its_beginning_keeps_it_as_the_best_and_says_so(
+    tmp_path, monkeypatch, new_config, train_data, val_data, start, capsys
+):
+    scripted(monkeypatch, [0.8, 0.3, 0.5])
+    config = new_config(tmp_path / "run", init_from=start, epochs=2)
+    fit(config, train_data, val_data, False)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
+    assert "as it begins" in lines[0]
+    assert "CIDEr 0.300 (below the 0.800 it began with)" in lines[1]
+    assert "CIDEr 0.500 (below the 0.800 it began with)" in lines[2]
+    assert find_checkpoint(tmp_path / "run", "best").name == "step-00000000"
+    assert same_bits(weights_of(tmp_path / "run", "best"), weights_of(start))
+
+
+def test_a_run_that_rises_says_which_epoch_is_the_best(
+    tmp_path, monkeypatch, new_config, train_data, val_data, start, capsys
+):
+    scripted(monkeypatch, [0.3, 0.8, 0.5])
+    fit(new_config(tmp_path / "run", init_from=start, epochs=2), train_data, val_data, False)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
+    assert ["(best so far)" in line for line in lines] == [True, True, False]
+    assert "below" not in "".join(lines)
+    assert find_checkpoint(tmp_path / "run", "best").name == "step-00000005"
+
+
+def test_validation_that_begins_in_the_midst_of_a_run_from_another_decoder_makes_no_epoch_0(
+    tmp_path, new_config, train_data, val_data, start
+):
+    config = new_config(tmp_path / "run", init_from=start, epochs=1, checkpoint_steps=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.loop._Trainer._check_finite", stop_at_step(3))
+        with pytest.raises(KeyboardInterrupt):
+            train(config.model_copy(), train_data)
+    history = train(config, train_data, val_data, resume=True)
+    assert [row["epoch"] for row in history] == [1]
+    assert load_checkpoint(tmp_path / "run", "best").path.name == "step-00000005"
+
+
+def stop_at_step(step):
+    def check(self, run, totals, epoch):
+        if run.step >= step:
+            raise KeyboardInterrupt
+
+    return check
+
+
+def test_another_decoder_than_the_one_to_begin_with_is_refused(tmp_path, new_config, train_data, tiny_decoders, start):
+    config = new_config(tmp_path / "run", init_from=start, decoder=tiny_decoders["lstm"])
+    with pytest.raises(MismatchError, match="another decoder"):
+        train(config, train_data)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_decoder_of_other_features_is_refused(tmp_path, new_config, new_data, start):
+    other = new_data(tmp_path / "other.h5", encoder="resnet50")
+    with pytest.raises(MismatchError, match=r"inception_v3.*resnet50"):
+        train(new_config(tmp_path / "run", init_from=start), other)
+    assert not (tmp_path / "run").exists()
+
+
+def test_self_critical_training_needs_a_decoder_to_begin_with(tmp_path, new_config, train_data):
+    train(new_config(tmp_path / "run", epochs=1), train_data)
+    for output in ("run", "new"):  # and not: "holds a run already"
+        with pytest.raises(UserError, match="begins with a decoder") as caught:
+            train(new_config(tmp_path / output, objective="scst"), train_data)
+        assert "--init-from" in caught.value.hint
+    assert not (tmp_path / "new").exists()
+
+
+def test_self_critical_training_raises_the_reward(tmp_path, new_config, train_data, val_data, start):
+    config = new_config(
+        tmp_path / "run", init_from=start, objective="scst", epochs=6, learning_rate=0.005, captions_per_image=3
+    )
+    history = train(config, train_data, val_data)
+    assert history[-1]["reward"] > history[1]["reward"] + 0.3
+    for row in history[1:]:
+        assert row["baseline"] == pytest.approx(row["reward"], rel=1e-4), "the mean of the others is the mean of all"
+        assert row["advantage"] >= 0
+        assert "train_loss" not in row
+
+
+# --- what a run leaves for people to look at ---
+
+
+def test_a_run_leaves_curves_and_valid_logs(tmp_path, new_config, train_data, val_data):
+    train(new_config(tmp_path / "run", epochs=2, batch_size=1), train_data, val_data)
+    picture = (tmp_path / "run" / "curves.png").read_bytes()
+    assert picture.startswith(b"\x89PNG\r\n\x1a\n")
+    assert picture[-8:-4] == b"IEND"
+    steps = [json.loads(line) for line in (tmp_path / "run" / "steps.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in steps] == [1, 20, 25, 40], "the first of an epoch, and every 20th"
+    assert [row["epoch"] for row in steps] == [1, 1, 2, 2]
+    for row in steps:
+        assert set(row) == {"step", "epoch", "loss", "learning_rate", "gradient_norm"}
+
+
+def events_of(output):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(output / "tensorboard"))
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_tensorboard_shows_what_the_logs_say(tmp_path, new_config, train_data, val_data):
+    history = train(new_config(tmp_path / "run", epochs=2), train_data, val_data)
+    train(new_config(tmp_path / "run", epochs=3), train_data, val_data, resume=True)
+    history = logged(tmp_path / "run")
+    steps = [json.loads(line) for line in (tmp_path / "run" / "steps.jsonl").read_text().splitlines()]
+    events = events_of(tmp_path / "run")
+    assert set(events) == {f"epoch/{name}" for name in history[0].keys() - {"step", "epoch"}} | {
+        f"step/{name}" for name in steps[0].keys() - {"step", "epoch"}
+    }
+    for group, rows in (("epoch", history), ("step", steps)):
+        for tag in [tag for tag in events if tag.startswith(group)]:
+            expected = [(row["step"], row[tag.partition("/")[2]]) for row in rows]
+            assert [step for step, _ in events[tag]] == [step for step, _ in expected]
+            assert [value for _, value in events[tag]] == pytest.approx([value for _, value in expected], rel=1e-6)
+
+
+def test_the_logs_of_a_diverged_run_are_valid_json(tmp_path, new_config, train_data, val_data):
+    def refuse(name):
+        pytest.fail(f"{name} is no JSON")
+
+    history = train(new_config(tmp_path / "run", learning_rate=1e4, epochs=1), train_data, val_data)
+    assert history[0]["val_perplexity"] in (math.inf, None)
+    for name in ("metrics.jsonl", "steps.jsonl"):
+        for line in (tmp_path / "run" / name).read_text().splitlines():
+            json.loads(line, parse_constant=refuse)
+    assert logged(tmp_path / "run")[0]["val_perplexity"] is None

@@ -1,10 +1,12 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.loss import masked_cross_entropy
+from train.loss import doubly_stochastic, masked_cross_entropy, perplexity
 from train.vocabulary import PAD
 
 
@@ -51,3 +53,80 @@ def test_half_precision_logits_are_summed_in_float32():
     total, _ = masked_cross_entropy(logits.bfloat16(), targets)
     assert total.dtype == torch.float32
     assert total.item() == masked_cross_entropy(logits.bfloat16().float(), targets)[0].item()
+
+
+# --- label smoothing ---
+
+
+@given(st.integers(0, 10_000), st.floats(0.01, 0.9))
+def test_label_smoothing_spreads_its_share_over_all_words(seed, share):
+    logits, targets = example(seed)
+    total, count = masked_cross_entropy(logits, targets, share)
+    log_probs = logits.log_softmax(-1)
+    expected = 0.0
+    for place in (targets != PAD).nonzero().tolist():
+        row = log_probs[tuple(place)]
+        goal = torch.full((9,), share / 9)
+        goal[targets[tuple(place)]] += 1 - share
+        expected -= (goal * row).sum().item()
+    assert int(count) == int((targets != PAD).sum())
+    assert total.item() == pytest.approx(expected, rel=1e-4)
+    there = targets != PAD
+    torchs = F.cross_entropy(logits[there], targets[there], reduction="sum", label_smoothing=share)
+    assert total.item() == pytest.approx(torchs.item(), rel=1e-5)
+
+
+# --- the penalty on attention ---
+
+
+def looks_of(*captions):
+    """(1, K, T, P) attention."""
+    return torch.tensor([captions], dtype=torch.float32)
+
+
+def test_the_penalty_is_that_of_xu():
+    """Two cells; the looks at them sum to 0.9 + 0.7 and 0.1 + 0.3 over the first caption, and so on."""
+    looks = looks_of([[0.9, 0.1], [0.7, 0.3], [0.4, 0.6]], [[0.2, 0.8], [0.5, 0.5], [0.5, 0.5]])
+    targets = torch.tensor([[[5, 2, PAD], [7, 8, 2]]])
+    first = ((1 - 1.6) ** 2 + (1 - 0.4) ** 2) / 2
+    second = ((1 - 1.2) ** 2 + (1 - 1.8) ** 2) / 2
+    assert doubly_stochastic(looks, targets).item() == pytest.approx(2 * first + 3 * second)
+
+
+def test_looks_that_sum_to_one_at_each_cell_cost_nothing():
+    looks = looks_of([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.25, 0.25, 0.5], [0.9, 0.05, 0.05]])
+    targets = torch.tensor([[[5, 6, 2, PAD]]])
+    assert doubly_stochastic(looks, targets).item() == pytest.approx(0)
+    assert doubly_stochastic(looks, torch.tensor([[[5, 6, 7, 2]]])).item() > 0.1
+
+
+def test_a_caption_that_is_not_there_costs_nothing():
+    looks = torch.rand(2, 3, 4, 5).softmax(-1)
+    targets = torch.full((2, 3, 4), 5)
+    targets[1, 2] = PAD
+    targets[0, 1] = PAD
+    there = [(b, k) for b in range(2) for k in range(3) if (b, k) not in ((1, 2), (0, 1))]
+    apart = sum(doubly_stochastic(looks[b : b + 1, k : k + 1], targets[b : b + 1, k : k + 1]).item() for b, k in there)
+    assert doubly_stochastic(looks, targets).item() == pytest.approx(apart, rel=1e-5)
+
+
+def test_the_penalty_moves_the_looks_and_those_at_padding_not():
+    scores = torch.randn(1, 2, 4, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    targets = torch.tensor([[[5, 6, 2, PAD], [2, PAD, PAD, PAD]]])
+    doubly_stochastic(scores.softmax(-1), targets).backward()
+    assert torch.equal(scores.grad.abs().sum(-1) > 1e-7, targets != PAD)
+
+
+def test_half_precision_looks_are_summed_in_float32():
+    assert doubly_stochastic(torch.rand(2, 2, 3, 4).bfloat16(), torch.ones(2, 2, 3).long()).dtype == torch.float32
+
+
+# --- perplexity ---
+
+
+def test_perplexity_is_infinite_where_no_float_holds_it():
+    assert perplexity(0.0) == 1
+    assert perplexity(math.log(50)) == pytest.approx(50)
+    assert perplexity(708.0) < math.inf
+    assert perplexity(800.0) == perplexity(math.inf) == math.inf
+    assert math.isnan(perplexity(math.nan)) or perplexity(math.nan) == math.inf

@@ -1,6 +1,7 @@
-"""Beam search against a decoder whose transitions are a table: every answer can be worked out by brute force."""
+"""Search and sampling with decoders whose transitions are a table: every answer can be worked out by brute force."""
 
 import itertools
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -8,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.config import CaptionConfig
 from train.decoders.base import Decoder
-from train.search import beam_search
+from train.search import _draw, beam_search, sample_tokens, search_captions, without_never_written, word_log_probs
 from train.vocabulary import BOS, EOS, PAD, UNK
 
 V = 7  # PAD, BOS, EOS, UNK and three words
@@ -50,6 +52,36 @@ class TableDecoder(Decoder):
         raise NotImplementedError
 
 
+class ChainDecoder(Decoder):
+    """logits = table[last token], for captions of any length; it counts its steps."""
+
+    has_attention = False
+
+    def __init__(self, table):
+        super().__init__(blind=False)
+        self.table = table
+        self.steps = 0
+
+    def _project(self, grid):
+        return (grid,)
+
+    def initial_state(self, memory):
+        return (torch.zeros(len(memory[0]), 1),)
+
+    def step(self, tokens, state, memory):
+        self.steps += 1
+        return self.table[tokens], state, None
+
+    def forward(self, memory, tokens):
+        raise NotImplementedError
+
+
+def random_chain(seed, words=3, end=0.0):
+    table = torch.randn(4 + words, 4 + words, generator=torch.Generator().manual_seed(seed)) * 2
+    table[:, EOS] += end
+    return ChainDecoder(table)
+
+
 def random_decoder(seed, images=4, end=0.0, **options):
     """A table of random logits; `end` is added to those of EOS."""
     table = torch.randn(images, V ** (LONGEST + 1), V, generator=torch.Generator().manual_seed(seed)) * 2
@@ -61,8 +93,16 @@ def grids(*images):
     return torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 1).expand(-1, 2, 3).clone()
 
 
+def without_specials(logits):
+    """Log-probabilities of the words and EOS alone."""
+    allowed = [EOS, *range(4, logits.shape[-1])]
+    log_probs = torch.full_like(logits, -torch.inf)
+    log_probs[..., allowed] = logits[..., allowed].log_softmax(-1)
+    return log_probs
+
+
 def log_prob(decoder, image, words, ended=True):
-    log_probs = decoder.table[image].log_softmax(-1)
+    log_probs = without_specials(decoder.table[image])
     history, total = [BOS], 0.0
     for token in [*words, *([EOS] if ended else [])]:
         total += log_probs[code_of(history), token].item()
@@ -211,3 +251,385 @@ def test_search_keeps_no_gradients():
     decoder = random_decoder(2)
     decoder.table.requires_grad_()
     assert isinstance(beam_search(decoder, grids(0), 2, LONGEST)[0].log_prob, float)
+
+
+# ------------------------------------------------------------------------------------------------- blocked trigrams
+
+
+def trigrams(words):
+    return list(zip(words, words[1:], words[2:], strict=False))
+
+
+def repeats(words):
+    return len(set(trigrams(words))) < len(trigrams(words))
+
+
+def chain_log_prob(decoder, words, ended=True):
+    log_probs = without_specials(decoder.table)
+    path = [BOS, *words, *([EOS] if ended else [])]
+    return sum(log_probs[a, b].item() for a, b in itertools.pairwise(path))
+
+
+def blocked_argmax_loop(decoder, longest):
+    log_probs, words = without_specials(decoder.table), []
+    for length in range(longest + 1):
+        row = log_probs[words[-1] if words else BOS].clone()
+        for token in range(4, len(row)):
+            if repeats([*words, token]):
+                row[token] = -torch.inf
+        token = int(row.argmax())
+        if token == EOS:
+            return words, True
+        if length < longest:
+            words.append(token)
+    return words, False
+
+
+@SOME
+@given(SEEDS, st.integers(1, 3), st.sampled_from([-4.0, -1.0]))
+def test_one_blocked_beam_equals_a_loop_that_looks_for_repeated_trigrams(seed, words, end):
+    decoder = random_chain(seed, words, end)
+    wanted, ended = blocked_argmax_loop(decoder, 12)
+    for found in beam_search(decoder, grids(0, 0), 1, 12, block_trigrams=True):
+        assert found.tokens == wanted
+        assert found.log_prob == pytest.approx(chain_log_prob(decoder, wanted, ended), abs=1e-3)
+
+
+@SOME
+@given(SEEDS, st.sampled_from([0.0, 1.0]))
+def test_enough_blocked_beams_equal_brute_force_over_all_captions_without_repeats(seed, penalty):
+    decoder = random_chain(seed, words=2, end=-3.0)
+    captions = [list(c) for n in range(8) for c in itertools.product((4, 5), repeat=n) if not repeats(c)]
+    best = max(chain_log_prob(decoder, words) / max(1, len(words)) ** penalty for words in captions)
+    (found,) = beam_search(decoder, grids(0), 300, 7, penalty, block_trigrams=True)
+    assert not repeats(found.tokens)
+    assert found.log_prob == pytest.approx(chain_log_prob(decoder, found.tokens), abs=1e-3)
+    assert found.log_prob / max(1, len(found.tokens)) ** penalty == pytest.approx(best, abs=1e-3), "or one that ties"
+
+
+@SOME
+@given(SEEDS, st.integers(2, 5))
+def test_no_beam_of_any_image_repeats_a_trigram(seed, beams):
+    """Beams change places at every step, and their histories must go with them."""
+    table = random_chain(seed, end=-3.0).table
+    decoder = random_decoder(seed)
+    decoder.step = lambda tokens, state, memory: (table[tokens] + memory[0][:, None, None] * table[3], state, None)
+    for found in beam_search(decoder, grids(0, 1, 2, 3), beams, 15, block_trigrams=True):
+        assert not repeats(found.tokens)
+
+
+def lover_of_one_word():
+    """Always the only word; EOS is never likely."""
+    table = torch.zeros(5, 5)
+    table[:, EOS] = -30.0
+    return ChainDecoder(table)
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+def test_a_decoder_that_loves_to_repeat_is_stopped_by_eos_which_is_never_blocked(beams):
+    decoder = lover_of_one_word()
+    assert beam_search(decoder, grids(0), 1, 9)[0].tokens == [4] * 9
+    (found,) = beam_search(decoder, grids(0), beams, 9, 1.0, block_trigrams=True)
+    assert found.tokens == [4, 4, 4]
+    assert found.log_prob == pytest.approx(-30.0, abs=1e-3)
+
+
+def test_a_trigram_may_share_two_words_with_an_earlier_one():
+    table = torch.full((7, 7), -9.0)
+    for a, b in ((BOS, 4), (4, 5), (5, 4)):
+        table[a, b] = 9.0
+    table[5, 6] = 1.0  # after 4 5 4 5, the second 4 is blocked
+    table[6, EOS] = 9.0
+    assert beam_search(ChainDecoder(table), grids(0), 1, 9, block_trigrams=True)[0].tokens == [4, 5, 4, 5, 6]
+
+
+# --------------------------------------------------------------------------------------------- log-probabilities
+
+
+def test_word_log_probs_are_those_of_the_words_and_eos_alone():
+    logits = torch.randn(2, 3, 4, V, generator=torch.Generator().manual_seed(0))
+    before = logits.clone()
+    found = word_log_probs(logits)
+    assert torch.equal(logits, before), "the logits are the caller's"
+    assert torch.allclose(found, without_specials(logits), atol=1e-6)
+    assert torch.isneginf(found[..., [PAD, BOS, UNK]]).all()
+    assert torch.allclose(found.exp().sum(-1), torch.ones(2, 3, 4))
+
+
+def test_word_log_probs_are_float32_whatever_the_logits_are():
+    logits = torch.tensor([0.0, 0.0, 10.0, 0.0, 3.0, 0.01, -7.0])
+    found = word_log_probs(logits.bfloat16())
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, without_specials(logits.bfloat16().float()), atol=1e-6)
+    assert without_never_written(logits.bfloat16()).dtype == torch.float32
+
+
+def test_word_log_probs_give_finite_gradients_that_stay_away_from_what_is_never_written():
+    logits = torch.randn(2, 3, 4, V, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    targets = torch.tensor([4, 5, EOS, PAD]).expand(2, 3, 4)
+    picked = word_log_probs(logits).gather(-1, targets[..., None])[..., 0].masked_fill(targets == PAD, 0.0)
+    picked.sum().backward()
+    assert torch.isfinite(picked).all()
+    assert torch.isfinite(logits.grad).all()
+    probs = without_specials(logits.detach()).exp()
+    wanted = torch.nn.functional.one_hot(targets, V) - probs
+    wanted[:, :, 3] = 0
+    assert torch.allclose(logits.grad, wanted, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------ sampling
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def draw(decoder, images, samples, longest=LONGEST, seed=0, **options):
+    return sample_tokens(decoder, decoder.encode(grids(*images)), samples, longest, generator=seeded(seed), **options)
+
+
+def drawn_from(logits, temperature=1.0, top_k=None, top_p=None):
+    """The distribution to draw a token from, the plain way: a token at a time."""
+    left = dict(enumerate((without_specials(logits) / temperature).tolist()))
+    left = {token: np.exp(value) for token, value in left.items() if value > -np.inf}
+    ranked = sorted(left, key=left.get, reverse=True)[:top_k]
+    whole, kept, mass = sum(left[t] for t in ranked), [], 0.0
+    for token in ranked:
+        kept.append(token)
+        mass += left[token] / whole
+        if top_p is not None and mass >= top_p:
+            break
+    return {token: left[token] / sum(left[t] for t in kept) for token in kept}
+
+
+def distribution(decoder, image, **options):
+    """Row of `sample_tokens` without its padding -> its probability, over all that can be drawn."""
+    found, unended = {}, {(): 1.0}
+    for length in range(LONGEST + 1):
+        longer = {}
+        for words, chance in unended.items():
+            logits = decoder.table[image, code_of([BOS, *words])]
+            for token, part in drawn_from(logits, **options).items():
+                if token == EOS:
+                    found[(*words, EOS)] = chance * part
+                elif length == LONGEST:
+                    found[words] = found.get(words, 0.0) + chance * part
+                else:
+                    longer[(*words, token)] = chance * part
+        unended = longer
+    return found
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"temperature": 0.6}, {"temperature": 1.7}, {"top_k": 2}, {"top_p": 0.8},
+        {"temperature": 1.5, "top_k": 3, "top_p": 0.7},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_captions_come_as_often_as_their_probability_says(options):
+    decoder, count = random_decoder(7, end=0.5), 20_000
+    rows = draw(decoder, (0, 1), count, **options)
+    assert rows.shape == (2, count, LONGEST + 1)
+    for image in (0, 1):
+        wanted = distribution(decoder, image, **options)
+        assert sum(wanted.values()) == pytest.approx(1)
+        counts = Counter(tuple(t for t in row if t != PAD) for row in rows[image].tolist())
+        assert set(counts) <= set(wanted), "what has no probability is never drawn"
+        for words, chance in wanted.items():
+            spread = (count * chance * (1 - chance)) ** 0.5
+            assert abs(counts[words] - count * chance) < 5 * spread + 3
+
+
+@SOME
+@given(SEEDS, st.sampled_from([{"temperature": 1e-5}, {"temperature": 1e-300}, {"top_k": 1}, {"top_p": 1e-6}]))
+def test_the_narrowest_sampling_equals_greedy_search(seed, options):
+    decoder, images = random_decoder(seed), grids(0, 1, 2, 3)
+    settings = CaptionConfig(search="sample", max_length=LONGEST, **options)
+    greedy = beam_search(decoder, images, 1, LONGEST)
+    for found, wanted in zip(search_captions(decoder, images, settings), greedy, strict=True):
+        assert found.tokens == wanted.tokens
+        assert found.log_prob == pytest.approx(wanted.log_prob, abs=1e-4)
+        assert np.array_equal(found.attention, wanted.attention)
+
+
+def first_words(probabilities, **options):
+    """Which words are drawn, of these probabilities of the words from 4 on."""
+    table = torch.full((4 + len(probabilities),) * 2, -torch.inf)
+    table[:, 4:] = torch.tensor(probabilities).log()
+    return set(draw(ChainDecoder(table), (0,), 3000, 1, **options).unique().tolist())
+
+
+@pytest.mark.parametrize(
+    ("top_p", "kept"),
+    [(0.01, {6}), (0.45, {6}), (0.55, {6, 4}), (0.75, {6, 4}), (0.85, {6, 4, 7}), (0.99, {4, 5, 6, 7}),
+     (1.0, {4, 5, 6, 7})],
+)  # fmt: skip
+def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p, kept):
+    assert first_words([0.3, 0.05, 0.5, 0.15], top_p=top_p) == kept
+
+
+@pytest.mark.parametrize(("top_k", "kept"), [(1, {6}), (2, {4, 5, 6}), (3, {4, 5, 6}), (4, {4, 5, 6, 7}), (99, None)])
+def test_top_k_keeps_all_that_tie_with_the_last(top_k, kept):
+    assert first_words([0.25, 0.25, 0.4, 0.1], top_k=top_k) == (kept or {4, 5, 6, 7})
+
+
+def test_top_p_is_of_what_temperature_and_top_k_leave():
+    assert first_words([0.4, 0.3, 0.3], top_p=0.5) == {4, 5}
+    assert first_words([0.4, 0.3, 0.3], top_p=0.5, temperature=0.1) == {4}
+    assert first_words([0.5, 0.2, 0.15, 0.15], top_p=0.7, top_k=2) == {4}  # 0.5 of 0.7 is more than 0.7
+
+
+@SOME
+@given(SEEDS, st.sampled_from([-3.0, 0.0, 2.0]), st.integers(1, 6))
+def test_rows_are_words_then_eos_then_padding_and_no_longer_than_needed(seed, end, samples):
+    rows = draw(random_decoder(seed, end=end), (0, 1, 2, 3), samples, seed=seed)
+    assert rows.dtype == torch.int64
+    assert (rows != PAD).any(-1).all()
+    assert (rows[..., -1] != PAD).any(), "the last column is somebody's"
+    for row in rows.flatten(0, 1).tolist():
+        words = list(itertools.takewhile(lambda t: t in WORDS, row))
+        after = row[len(words) :]
+        assert len(words) <= LONGEST
+        if len(words) < LONGEST or after:
+            assert after in ([EOS] + [PAD] * (len(after) - 1), [PAD] * len(after))
+        if PAD in after and EOS not in after:
+            assert len(words) == LONGEST, "only a cut caption has no EOS"
+
+
+@pytest.mark.parametrize("longest", [1, 2, LONGEST])
+def test_a_caption_that_does_not_end_is_cut_and_has_no_eos(longest):
+    decoder = random_decoder(0)
+    decoder.table[..., EOS] = -torch.inf
+    rows = draw(decoder, (0, 1), 4, longest)
+    assert rows.shape == (2, 4, longest)
+    assert set(rows.unique().tolist()) <= set(WORDS)
+
+
+def test_sampling_stops_when_all_have_ended():
+    table = torch.full((5, 5), -torch.inf)
+    table[BOS, 4] = table[4, EOS] = 0.0
+    decoder = ChainDecoder(table)
+    assert draw(decoder, (0, 0), 3, 30).tolist() == [[[4, EOS]] * 3] * 2
+    assert decoder.steps == 2
+
+
+@SOME
+@given(SEEDS)
+def test_what_is_never_written_is_never_drawn(seed):
+    decoder = random_decoder(seed)
+    decoder.table[..., [PAD, BOS, UNK]] += 50
+    rows = draw(decoder, (0, 1, 2, 3), 50)
+    assert not ((rows == BOS) | (rows == UNK)).any()
+    assert (rows[..., 0] != PAD).all()
+
+
+def test_the_seed_decides():
+    decoder = random_decoder(5, end=-2.0)
+    first, again, other = (draw(decoder, (0, 1), 20, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert first.shape != other.shape or not torch.equal(first, other)
+    assert len({tuple(row) for row in first[0].tolist()}) > 5, "an image's samples are drawn apart"
+
+
+def test_an_ended_caption_leaves_the_others_alone():
+    decoder = random_decoder(5, end=-2.0)
+    before = draw(decoder, (0, 1), 20)
+    decoder.table[1, :, EOS] += 100
+    after = draw(decoder, (0, 1), 20)
+    assert (after[1, :, 0] == EOS).all()
+    assert [[t for t in row if t != PAD] for row in after[0].tolist()] == [
+        [t for t in row if t != PAD] for row in before[0].tolist()
+    ]
+
+
+def test_drawn_tokens_may_go_into_training_and_hold_no_gradients():
+    decoder = random_decoder(2)
+    decoder.table.requires_grad_()
+    real, with_gradient = decoder.step, []
+    decoder.step = lambda *given: (with_gradient.append(torch.is_grad_enabled()), real(*given))[1]
+    rows = draw(decoder, (0, 1), 3)
+    assert not any(with_gradient)
+    assert not rows.is_inference()
+    embedding = torch.nn.Embedding(V, 2)
+    embedding(rows).sum().backward()
+    assert torch.isfinite(embedding.weight.grad).all()
+
+
+@pytest.mark.parametrize(
+    ("noise", "token"), [(0, 2), (2**29 - 1, 2), (2**29, 4), (2**30 - 1, 4), (2**30, 5), (2**31 - 1, 5)]
+)
+def test_at_the_very_edges_nothing_is_drawn_that_has_no_probability(noise, token):
+    probs = torch.tensor([[[0.0, 0.0, 0.25, 0.0, 0.25, 0.5, 0.0]]])
+    assert _draw(probs, torch.tensor([[noise]])).item() == token
+    assert _draw(probs * 0.375, torch.tensor([[noise]])).item() == token, "up to a factor"
+
+
+def test_a_decoder_that_gives_nan_draws_tokens_that_exist():
+    rows = draw(ChainDecoder(torch.full((6, 6), torch.nan)), (0,), 5, 4)
+    assert ((rows >= 0) & (rows < 6)).all()
+
+
+# --------------------------------------------------------------------------------------------------- one entry point
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("block", [False, True])
+def test_beam_search_gets_all_its_settings(beams, block):
+    decoder = random_chain(3, end=-3.0)
+    settings = CaptionConfig(beam_size=beams, max_length=11, length_penalty=0.3, block_trigrams=block)
+    found = search_captions(decoder, grids(0, 0), settings)
+    assert found == beam_search(decoder, grids(0, 0), beams, 11, 0.3, block)
+    assert repeats(found[0].tokens) != block, "the settings must matter"
+
+
+SAMPLE = CaptionConfig(search="sample", max_length=LONGEST)
+
+
+def as_values(found):
+    return [(h.tokens, pytest.approx(h.log_prob, abs=1e-5), h.attention.tolist()) for h in found]
+
+
+@SOME
+@given(SEEDS, st.sampled_from([1, 2, 3]))
+def test_one_generator_for_all_batches_gives_the_same_captions_whatever_their_size(seed, size):
+    decoder, order = random_decoder(seed), (2, 0, 3, 1, 2, 0, 0)
+    together = search_captions(decoder, grids(*order), SAMPLE, seeded(seed))
+    generator, parts = seeded(seed), []
+    for start in range(0, len(order), size):
+        parts += search_captions(decoder, grids(*order[start : start + size]), SAMPLE, generator)
+    assert as_values(parts) == as_values(together)
+
+
+def test_another_seed_samples_other_captions():
+    decoder, images = random_decoder(4), grids(*[0] * 20)
+    first, again, other = (search_captions(decoder, images, SAMPLE, seeded(seed)) for seed in (1, 1, 2))
+    assert as_values(first) == as_values(again)
+    assert [h.tokens for h in first] != [h.tokens for h in other]
+    assert len({tuple(h.tokens) for h in first}) > 3, "images are drawn apart"
+
+
+@SOME
+@given(SEEDS, st.sampled_from([{}, {"temperature": 3.0}, {"top_k": 2}, {"top_p": 0.5}]), st.sampled_from([-2.0, 0.0]))
+def test_a_sampled_captions_log_prob_is_the_decoders_own_and_its_attention_of_the_words_before(seed, options, end):
+    decoder, order = random_decoder(seed, end=end), (3, 1, 0)
+    settings = SAMPLE.model_copy(update=options)
+    for image, found in zip(order, search_captions(decoder, grids(*order), settings, seeded(seed)), strict=True):
+        possible = [log_prob(decoder, image, found.tokens, ended) for ended in (True, False)]
+        if len(found.tokens) < LONGEST:
+            possible.pop()
+        assert any(found.log_prob == pytest.approx(value, abs=1e-4) for value in possible)
+        assert found.attention.dtype == np.float32
+        assert found.attention.shape == (len(found.tokens), 2)
+        for i, (history, looked_at) in enumerate(found.attention):
+            assert looked_at == image
+            assert history == code_of([BOS, *found.tokens[:i]])
+
+
+def test_sampling_from_a_decoder_without_attention_gives_none_and_makes_each_step_once():
+    decoder = lover_of_one_word()
+    (found,) = search_captions(decoder, grids(0), CaptionConfig(search="sample", max_length=6))
+    assert found.tokens == [4] * 6
+    assert found.attention is None
+    assert decoder.steps == 7

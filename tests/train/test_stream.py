@@ -1,19 +1,23 @@
-import random
+import hashlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from common.annotations import ImageRecord
 from common.errors import MismatchError, StoreError
 from common.shard import ShardWriter
 from common.store import FeatureStore
-from train.stream import CaptionedImages, CaptionStream, choose_captions, choose_views, epoch_order, pad_captions
+from train.order import EpochOrder
+from train.ranks import Ranks
+from train.stream import CaptionedImages, CaptionStream, choose_captions, choose_views, pad_captions
 from train.vocabulary import BOS, EOS, PAD, Vocabulary
 
 COUNT = 23
@@ -43,44 +47,26 @@ def stream(data, vocabulary):
     return CaptionStream(data, vocabulary, batch_size=4, per_image=2, max_length=10, seed=5)
 
 
+@pytest.fixture(scope="module")
+def two_views(tmp_path_factory):
+    """17 images with 1 to 4 captions in a store with mirrored grids, and their vocabulary."""
+    count, path = 17, tmp_path_factory.mktemp("views") / "s.h5"
+    grids = np.random.default_rng(1).normal(size=(count, 2, 2, 3)).astype("f2")
+    provenance = {"grid_shape": [2, 2, 3], "dtype": "float16", "views": ["original", "hflip"]}
+    names = [f"{i}.jpg" for i in range(count)]
+    made_by = {"index": 0, "plan": "p", "provenance": provenance}
+    with ShardWriter(path, range(count), names, (2, 2, 3), "float16", made_by, ("original", "hflip")) as writer:
+        writer.write(0, grids.copy(), {})
+        writer.write(0, -grids, {}, "hflip")
+        writer.finish()
+    records = [ImageRecord(i, names[i], captions_of(i)) for i in range(count)]
+    data = CaptionedImages.join(FeatureStore(path), records, Path("captions"))
+    return data, Vocabulary.build([text for image in data.captions for text in image], None)
+
+
 def texts_of(batch, vocabulary):
     """Per image of the batch, the captions of its rows that hold words."""
     return [[vocabulary.decode(row.tolist()) for row in image if row.any()] for image in batch.tokens]
-
-
-# --- the order of an epoch ---
-
-
-@given(st.integers(0, 300), NUMBERS, NUMBERS)
-def test_epoch_order_is_a_permutation(count, seed, epoch):
-    assert sorted(epoch_order(count, seed, epoch)) == list(range(count))
-
-
-@given(st.integers(20, 100), NUMBERS, NUMBERS, NUMBERS)
-def test_epoch_order_differs_by_epoch_and_by_seed(count, seed, a, b):
-    same = a == b
-    assert np.array_equal(epoch_order(count, seed, a), epoch_order(count, seed, b)) == same
-    assert np.array_equal(epoch_order(count, a, seed), epoch_order(count, b, seed)) == same
-
-
-@given(st.integers(1, 100), NUMBERS, NUMBERS)
-def test_epoch_order_depends_on_nothing_but_its_arguments(count, seed, epoch):
-    before = epoch_order(count, seed, epoch)
-    np.random.seed(epoch % 1000)
-    np.random.default_rng().random()
-    torch.manual_seed(epoch)
-    random.seed(epoch)
-    epoch_order(count + 1, seed, epoch + 1)
-    states = np.random.get_state()[1].copy(), torch.get_rng_state()
-    assert np.array_equal(epoch_order(count, seed, epoch), before)
-    assert np.array_equal(np.random.get_state()[1], states[0])
-    assert torch.equal(torch.get_rng_state(), states[1])
-
-
-def test_epoch_order_is_the_same_in_every_version():
-    """A resume on another machine needs the same order: these numbers must never change."""
-    assert epoch_order(10, 0, 0).tolist() == [1, 2, 9, 0, 7, 4, 3, 8, 6, 5]
-    assert epoch_order(10, 3, 7).tolist() == [9, 6, 4, 8, 0, 7, 1, 2, 3, 5]
 
 
 # --- the choice of captions ---
@@ -130,7 +116,7 @@ def test_every_image_comes_once_an_epoch_with_its_own_grid_and_its_own_captions(
             assert len(texts) == min(2, len(captions_of(image)))
             assert len(set(texts)) == len(texts)
             assert set(texts) <= set(captions_of(image))
-    assert seen == epoch_order(COUNT, 5, 3).tolist()
+    assert seen == EpochOrder(COUNT, 5, 3)[0:COUNT].tolist()
 
 
 def test_the_last_batch_is_short_and_the_length_counts_it(stream):
@@ -156,6 +142,14 @@ def test_each_row_of_tokens_is_framed_and_padded_at_its_end_only(stream):
                 assert row[0] == BOS
                 assert PAD not in row[:end]
                 assert set(row[end + 1 :]) <= {PAD}
+
+
+def test_words_are_the_places_of_what_is_to_be_predicted(stream):
+    for batch in [*stream.epoch(0), *stream.in_order()]:
+        targets = batch.tokens[..., 1:].flatten().tolist()
+        assert batch.words.dtype == torch.int64
+        assert batch.words.tolist() == [place for place, word in enumerate(targets) if word != PAD]
+        assert torch.equal(batch.to(torch.device("cpu")).words, batch.words)
 
 
 def test_captions_are_cut_to_max_length(data, vocabulary):
@@ -225,6 +219,138 @@ def test_a_read_error_reaches_the_one_who_iterates(tmp_path, new_store):
         list(CaptionStream(data, Vocabulary.build(["x"]), 4, 1, 5).epoch(0))
 
 
+# --- from the middle of an epoch ---
+
+
+def contents(batch):
+    return batch.images.tolist(), batch.grids.tolist(), batch.tokens.tolist()
+
+
+@pytest.mark.parametrize("shuffle", ["rows", "blocks"])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_an_epoch_begun_at_a_step_goes_on_as_the_whole_epoch_does(data, vocabulary, shuffle, parts):
+    stream = CaptionStream(data, vocabulary, 4, 2, 10, seed=5, shuffle=shuffle, parts=parts)
+    every = [contents(batch) for batch in stream.epoch(2)]
+    for first in range(len(stream) + 1):
+        assert [contents(batch) for batch in stream.epoch(2, first)] == every[first * parts :]
+
+
+def test_the_order_of_an_epoch_is_the_one_of_the_seed_and_the_shuffle(data, vocabulary):
+    for shuffle in ("rows", "blocks"):
+        stream = CaptionStream(data, vocabulary, 4, 2, 10, seed=8, shuffle=shuffle)
+        seen = np.concatenate([batch.images for batch in stream.epoch(6)])
+        assert seen.tolist() == EpochOrder(COUNT, 8, 6, shuffle)[0:COUNT].tolist()
+
+
+# --- split over processes and parts ---
+
+
+def split(stream, world, parts, epoch, first=0):
+    """Per step, the batches of all processes, in the order of the processes."""
+    everywhere = [
+        list(replace(stream, ranks=Ranks(rank, world, rank), parts=parts).epoch(epoch, first)) for rank in range(world)
+    ]
+    steps = len(stream) - first
+    assert all(len(batches) == steps * parts for batches in everywhere), "the same count of batches everywhere"
+    return [[b for batches in everywhere for b in batches[s * parts : (s + 1) * parts]] for s in range(steps)]
+
+
+def words_of(batch):
+    """Image -> its rows of tokens without padding, and its grid."""
+    return {
+        int(image): ([[t for t in row if t != PAD] for row in rows.tolist()], grid.tolist())
+        for image, rows, grid in zip(batch.images, batch.tokens, batch.grids, strict=True)
+    }
+
+
+@given(st.data(), st.integers(1, 30), st.integers(1, 9), st.integers(1, 5), st.integers(1, 4))
+@hypothesis_settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_processes_and_parts_split_each_steps_images_exactly(two_views, drawn, batch_size, per_image, world, parts):
+    """Each image once, with the captions and the view that one process alone would show of it."""
+    whole_data, vocabulary = two_views
+    count = drawn.draw(st.integers(1, len(whole_data)), label="count")
+    data = replace(whole_data, rows=whole_data.rows[:count], captions=whole_data.captions[:count])
+    stream = CaptionStream(data, vocabulary, batch_size, per_image, 10, seed=3)
+    alone = list(stream.epoch(4))
+    shared = split(stream, world, parts, 4)
+    assert len(alone) == len(shared) == -(-count // batch_size)
+    for step, batches in zip(alone, shared, strict=True):
+        assert [i for batch in batches for i in batch.images.tolist()] == step.images.tolist()
+        merged = {image: words for batch in batches for image, words in words_of(batch).items()}
+        assert merged == words_of(step)
+        sizes = [len(batch.images) for batch in batches]
+        assert max(sizes) - min(sizes) <= 1, "shares are alike"
+
+
+def test_a_share_without_images_is_an_empty_batch(data, vocabulary):
+    """23 images in steps of 4: the last has 3 for 2 processes of 3 parts."""
+    stream = CaptionStream(data, vocabulary, 4, 2, 10)
+    last = split(stream, 2, 3, 0)[-1]
+    assert [len(batch.images) for batch in last] == [1, 1, 1, 0, 0, 0]
+    for batch in last[3:]:
+        assert batch.images.dtype == np.int64
+        assert batch.grids.shape == (0, 4, 8)
+        assert batch.grids.dtype == torch.float16
+        assert batch.tokens.shape[:2] == (0, 2)
+        assert batch.tokens.shape[2] >= 2, "one may take the last token off"
+        assert batch.tokens.dtype == torch.int64
+        assert batch.words.tolist() == []
+
+
+def test_an_empty_batch_of_a_store_with_two_views(two_views):
+    data, vocabulary = two_views
+    stream = CaptionStream(data, vocabulary, 1, 2, 10)
+    assert [len(batch.images) for batch in split(stream, 1, 2, 0, len(data) - 1)[0]] == [1, 0]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+def test_in_order_over_processes_covers_every_image_once(data, vocabulary, world):
+    stream = CaptionStream(data, vocabulary, 4, 2, 10)
+    alone = {image: words for batch in stream.in_order() for image, words in words_of(batch).items()}
+    found = [
+        (int(image), rank)
+        for rank in range(world)
+        for batch in replace(stream, ranks=Ranks(rank, world, 0)).in_order()
+        for image in batch.images
+    ]
+    assert sorted(image for image, _ in found) == list(range(COUNT))
+    assert len({rank for _, rank in found}) == min(world, len(stream)), "each has a share, as long as there are batches"
+    shared = {}
+    for rank in range(world):
+        for batch in replace(stream, ranks=Ranks(rank, world, 0)).in_order():
+            shared |= words_of(batch)
+    assert shared == alone
+
+
+# --- the digest: what a resume must find again ---
+
+
+def test_the_digest_says_which_rows_and_captions_there_are(data):
+    digest = data.digest()
+    assert digest == replace(data, left_out={"no matter": 1}).digest()
+    assert len(digest) == 64
+    other_rows = data.rows.copy()
+    other_rows[3] += 1
+    two = [data.captions[1], data.captions[0], *data.captions[2:]]
+    turned = [captions[::-1] for captions in data.captions]
+    word = [("another caption", *data.captions[0][1:]), *data.captions[1:]]
+    moved = [data.captions[0] + data.captions[1][:1], data.captions[1][1:], *data.captions[2:]]
+    joined = [(" ".join(captions),) for captions in data.captions]
+    others = [
+        replace(data, rows=other_rows),
+        replace(data, rows=data.rows[:-1], captions=data.captions[:-1]),
+        *(replace(data, captions=captions) for captions in (two, turned, word, moved, joined)),
+    ]
+    assert len({digest, *(other.digest() for other in others)}) == 8
+
+
+def test_the_digest_is_the_same_in_every_version(data):
+    """A resume after an update must still know its data."""
+    few = replace(data, rows=np.array([0, 2], np.int64), captions=[("a cat", "Ä dog"), ("one",)])
+    written = few.rows.astype("<i8").tobytes() + b'["a cat", "\\u00c4 dog"]["one"]'
+    assert few.digest() == hashlib.sha256(written).hexdigest()
+
+
 # --- joining a store with captions ---
 
 
@@ -277,7 +403,7 @@ def test_training_sees_the_drawn_view_and_validation_the_original(tmp_path):
         writer.write(0, grids.copy(), {})
         writer.write(0, -grids, {}, "hflip")
         writer.finish()
-    records = [ImageRecord(i, names[i], ("a cat",)) for i in range(12)]
+    records = [ImageRecord(i, names[i], ("a cat",)) for i in range(2, 12)]  # so rows are other numbers than positions
     data = CaptionedImages.join(FeatureStore(tmp_path / "s.h5"), records, Path("captions"))
     stream = CaptionStream(data, Vocabulary.build(["a cat"]), 5, 1, 10, seed=3)
     for epoch in range(3):
@@ -286,4 +412,6 @@ def test_training_sees_the_drawn_view_and_validation_the_original(tmp_path):
             signs = 1 - 2 * choose_views(2, 3, epoch, rows)
             want = (grids[rows] * signs[:, None, None, None]).reshape(len(rows), 4, 3)
             np.testing.assert_array_equal(batch.grids.numpy(), want)
-    np.testing.assert_array_equal(np.concatenate([b.grids.numpy() for b in stream.in_order()]).ravel(), grids.ravel())
+    np.testing.assert_array_equal(
+        np.concatenate([b.grids.numpy() for b in stream.in_order()]).ravel(), grids[2:].ravel()
+    )

@@ -1,9 +1,9 @@
-"""GRU with additive attention over the grid's cells.
+"""Recurrent decoders with additive attention over the grid's cells; the recurrent parts are in `cells.py`.
 
-Attention: Bahdanau, Cho, Bengio 2015 (arXiv:1409.0473), score_p = v . tanh(W_1 cell_p + W_2 state). The layout,
-context and word together into a GRU, is that of TensorFlow's "Image captioning with visual attention" tutorial
-after Xu et al. 2015 (arXiv:1502.03044). Two things are ours: the grid is layer-normalised, so that any encoder's
-scale will do, and every cell gets a learned position, since attention by itself does not know where a cell is.
+The attention is Bahdanau's (arXiv:1409.0473), first used over a grid by Xu et al. 2015 (arXiv:1502.03044). Three
+things are ours: the grid is layer-normalised, so that any encoder's scale will do; every cell gets a learned
+position, since attention by itself does not know where a cell is; and the first state is made from the mean cell
+for every recurrent part, also for att2in and top-down, whose papers start from zeros.
 """
 
 from __future__ import annotations
@@ -13,14 +13,18 @@ from torch import Tensor, nn
 
 from common.config import AttentionConfig
 from train.decoders.base import Decoder, Memory, State
+from train.decoders.cells import CELLS, Cell
 from train.vocabulary import PAD
 
 
 class AttentionDecoder(Decoder):
-    """memory = (cells (B, P, E), their keys (B, P, A)); the keys W_1 cell_p are made once an image.
+    """memory = (cells (B, P, E), their keys (B, P, A), and what the recurrent part wants of the mean cell).
+
+    Output "hidden": words from the state. Output "deep" (Xu et al. 2015, equation 7): words from
+    tanh(E y + L_h h + L_z z), with y the last word, h the state and z the context; the tanh is that of their code.
 
     Args:
-        config: sizes.
+        config: sizes and layout.
         vocabulary_size: V.
         cells: P.
         channels: C.
@@ -30,55 +34,51 @@ class AttentionDecoder(Decoder):
 
     def __init__(self, config: AttentionConfig, vocabulary_size: int, cells: int, channels: int) -> None:
         super().__init__(config.blind)
-        embed, hidden, attention = config.embed_size, config.hidden_size, config.attention_size
+        embed, hidden = config.embed_size, config.hidden_size
         self.norm = nn.LayerNorm(channels)
         self.project = nn.Linear(channels, embed)
         self.position = nn.Parameter(torch.randn(cells, embed) * 0.02)
-        self.key = nn.Linear(embed, attention)
-        self.query = nn.Linear(hidden, attention, bias=False)
-        self.score = nn.Linear(attention, 1, bias=False)
-        self.initial = nn.Linear(embed, hidden)
+        self.key = nn.Linear(embed, config.attention_size, bias=False)
         self.embedding = nn.Embedding(vocabulary_size, embed, padding_idx=PAD)
-        self.gru = nn.GRUCell(2 * embed, hidden)
+        self.cell: Cell = CELLS[config.cell](config)
+        self.initial = nn.Linear(embed, self.cell.states * hidden)
         self.dropout = nn.Dropout(config.dropout)
-        self.hidden_output = nn.Linear(hidden + embed, hidden)
-        self.output = nn.Linear(hidden, vocabulary_size)
+        self.deep = nn.Linear(hidden + embed, embed) if config.output == "deep" else None
+        self.output = nn.Linear(embed if self.deep is not None else hidden, vocabulary_size)
 
     def _project(self, grid: Tensor) -> Memory:
-        cells = self.dropout(torch.relu(self.project(self.norm(grid)) + self.position))
-        return cells, self.key(cells)
+        projected = self.project(self.norm(grid))
+        cells = self.dropout(torch.relu(projected + self.position.to(projected.dtype)))
+        return cells, self.key(cells), *self.cell.image_part(cells.mean(1))
 
     def initial_state(self, memory: Memory) -> State:
-        return (torch.tanh(self.initial(memory[0].mean(1, keepdim=True))),)
+        start = torch.tanh(self.initial(memory[0].mean(1, keepdim=True)))
+        # In the weights' type: under autocast the state is summed up over the words and must not be rounded.
+        return start.to(self.initial.weight.dtype).chunk(self.cell.states, -1)
 
-    def _attend(self, hidden: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
-        """(B, K, H) states -> (B, K, E) contexts and (B, K, P) weights."""
-        cells, keys = memory
-        energy = torch.tanh(keys[:, None] + self.query(hidden)[:, :, None])
-        weights = self.score(energy).squeeze(-1).float().softmax(-1).to(cells.dtype)
-        return weights @ cells, weights
-
-    def _advance(self, words: Tensor, hidden: Tensor, memory: Memory) -> tuple[Tensor, Tensor, Tensor]:
-        context, weights = self._attend(hidden, memory)
-        inputs = torch.cat([context, words], -1)
-        after = self.gru(inputs.flatten(0, 1), hidden.flatten(0, 1)).reshape(*words.shape[:2], -1)
-        return after, context, weights
-
-    def _logits(self, hidden: Tensor, context: Tensor) -> Tensor:
-        features = self.hidden_output(self.dropout(torch.cat([hidden, context], -1)))
-        return self.output(self.dropout(torch.relu(features)))  # type: ignore[no-any-return]
+    def _logits(self, words: Tensor, hidden: Tensor, context: Tensor) -> Tensor:
+        """(..., E) words, (..., H) states, (..., E) contexts -> (..., V)."""
+        features = self.dropout(hidden)
+        if self.deep is not None:
+            features = self.dropout(torch.tanh(words + self.deep(torch.cat([features, context], -1))))
+        return self.output(features)  # type: ignore[no-any-return]
 
     def step(self, tokens: Tensor, state: State, memory: Memory) -> tuple[Tensor, State, Tensor | None]:
-        hidden, context, weights = self._advance(self.dropout(self.embedding(tokens)), state[0], memory)
-        return self._logits(hidden, context), (hidden,), weights
+        cells, keys, *image = memory
+        words = self.dropout(self.embedding(tokens[..., None]))
+        look = self.cell(self.cell.word_part(words, tuple(image))[:, :, 0], state, cells, keys)
+        return self._logits(words[:, :, 0], look.hidden, look.context), look.state, look.weights
 
-    def forward(self, memory: Memory, tokens: Tensor) -> Tensor:
-        b, k, t = tokens.shape
+    def forward(self, memory: Memory, tokens: Tensor, at: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        cells, keys, *image = memory
         words = self.dropout(self.embedding(tokens))
-        hidden = self.initial_state(memory)[0].expand(b, k, -1)
-        states, contexts = [], []
-        for i in range(t):
-            hidden, context, _ = self._advance(words[:, :, i], hidden, memory)
-            states.append(hidden)
-            contexts.append(context)
-        return self._logits(torch.stack(states, 2), torch.stack(contexts, 2))
+        state = tuple(part.expand(-1, tokens.shape[1], -1) for part in self.initial_state(memory))
+        looks = []
+        # unbind, since taking word after word by its number would cost a whole (B, K, T, G) each on the way back
+        for word in self.cell.word_part(words, tuple(image)).unbind(2):
+            looks.append(self.cell(word, state, cells, keys))
+            state = looks[-1].state
+        hidden = self._at(torch.stack([look.hidden for look in looks], 2), at)
+        context = self._at(torch.stack([look.context for look in looks], 2), at)
+        logits = self._logits(self._at(words, at), hidden, context)
+        return logits, torch.stack([look.weights for look in looks], 2)

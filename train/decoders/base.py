@@ -55,21 +55,29 @@ class Decoder(nn.Module, abc.ABC):
             memory: from `encode`.
 
         Returns:
-            logits (B, K, V); the next state; attention (B, K, P) that sums to 1 over the cells, or None for a
-            decoder without attention.
+            logits (B, K, V); the next state, whose tensors may have grown along an axis after K; attention
+            (B, K, P) float32 that sums to 1 over the cells, or None for a decoder without attention.
         """
 
     @abc.abstractmethod
-    def forward(self, memory: Memory, tokens: Tensor) -> Tensor:
-        """Teacher forcing: the logits after each of the given tokens.
+    def forward(self, memory: Memory, tokens: Tensor, at: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Teacher forcing from `initial_state` on: the logits after each of the given tokens.
 
         Args:
             memory: from `encode`.
             tokens: (B, K, T) int64.
+            at: (N,) int64, the places among the B * K * T after which logits are wanted. Captions have different
+                lengths, so about half of all places are padding, and the vocabulary is the dearest part.
 
         Returns:
-            (B, K, T, V), equal to T calls of `step` (up to rounding, and to dropout while training).
+            logits (B, K, T, V), or (N, V) with `at`; and attention (B, K, T, P) or None; equal to those of T calls
+            of `step` (up to rounding, and to dropout while training).
         """
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+    @staticmethod
+    def _at(features: Tensor, at: Tensor | None) -> Tensor:
+        """(B, K, T, ...) -> (N, ...): those of the wanted places."""
+        return features if at is None else features.flatten(0, 2).index_select(0, at)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         return super().__call__(*args, **kwargs)  # type: ignore[no-any-return]

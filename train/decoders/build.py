@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from common.config import AttentionConfig, LstmConfig
+from common.config import AnyFamily, LstmConfig, TransformerConfig
 from train.decoders.attention import AttentionDecoder
 from train.decoders.base import Decoder
 from train.decoders.lstm import LstmDecoder
+from train.decoders.transformer import TransformerDecoder
 
 
-def build_decoder(config: LstmConfig | AttentionConfig, vocabulary_size: int, grid_shape: Sequence[int]) -> Decoder:
+def build_decoder(config: AnyFamily, vocabulary_size: int, grid_shape: Sequence[int]) -> Decoder:
     """Build a decoder with fresh weights.
 
     Args:
@@ -19,7 +20,9 @@ def build_decoder(config: LstmConfig | AttentionConfig, vocabulary_size: int, gr
         vocabulary_size: V.
         grid_shape: (row, column, channel) of the grids it will see.
     """
-    channels = grid_shape[-1]
+    cells, channels = math.prod(grid_shape[:-1]), grid_shape[-1]
     if isinstance(config, LstmConfig):
         return LstmDecoder(config, vocabulary_size, channels)
-    return AttentionDecoder(config, vocabulary_size, math.prod(grid_shape[:-1]), channels)
+    if isinstance(config, TransformerConfig):
+        return TransformerDecoder(config, vocabulary_size, cells, channels)
+    return AttentionDecoder(config, vocabulary_size, cells, channels)

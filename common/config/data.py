@@ -1,0 +1,46 @@
+"""The data set: splits, captions files, where features go."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, PositiveInt, field_validator
+
+from common.config.section import Section
+
+
+class SplitConfig(Section):
+    """Where one split's images and captions are."""
+
+    images: Path = Field(description="folder with the images")
+    annotations: Path | None = Field(
+        None, description="captions file: COCO JSON, Karpathy's dataset_coco.json, or CSV image,caption"
+    )
+    limit: PositiveInt | None = Field(None, description="take a seeded random subset of this many images")
+    skip: int = Field(
+        0, ge=0, description="leave out this many images of the same random order first: disjoint subsets of one file"
+    )
+
+
+class DataConfig(Section):
+    """The data set: its splits and where their features go."""
+
+    splits: dict[str, SplitConfig] = Field({}, description="name of the split -> its images and captions")
+    features: Path = Field(Path("features"), description="folder of the feature stores, <split>.h5 each")
+    max_bad: str = Field(
+        "20%", description="stop when more than this many images or annotations are bad: a number, or a share as 5%"
+    )
+
+    @field_validator("max_bad", mode="before")
+    @classmethod
+    def _number_or_share(cls, value: Any) -> str:
+        if not re.fullmatch(r"\d+|\d+(\.\d+)?%", str(value)):
+            raise ValueError("must be a number of items like 10, or a share like 5%")
+        return str(value)
+
+
+def allowed_bad(max_bad: str, total: int) -> float:
+    """How many of `total` items may be bad under a `max_bad` setting like "10" or "5%"."""
+    return float(max_bad[:-1]) / 100 * total if max_bad.endswith("%") else float(max_bad)

@@ -1,0 +1,94 @@
+"""Every recipe that comes with Gridcap can be used."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from common.config import AttentionConfig, LstmConfig, TransformerConfig, load_config, recipe_names
+from common.config.train import NOT_OF_A_RECIPE
+from train.decoders.build import build_decoder
+
+FOLDER = Path(__file__).parents[1] / "recipes"
+NAMES = (
+    "show-and-tell", "lstm-init", "lstm-inject", "tutorial-gru", "soft-attention", "att2in", "top-down", "transformer",
+    "scst",
+)  # fmt: skip
+DECODERS = [name for name in NAMES if name != "scst"]
+
+
+@pytest.fixture
+def load(tmp_path, monkeypatch):
+    """The `train` section of a recipe, where there is no pipeline.yaml."""
+    monkeypatch.chdir(tmp_path)
+    return lambda name, **options: load_config(recipe=name, **options).train
+
+
+def text(name: str) -> str:
+    return (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def keys(name: str) -> dict:
+    return yaml.safe_load(text(name))["train"]
+
+
+def test_there_are_these():
+    assert recipe_names() == sorted(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loads_and_means_what_it_says(name, load):
+    train = load(name).model_dump(mode="json")
+    for key, value in keys(name).items():
+        given = {k: train[key][k] for k in value} if isinstance(value, dict) else train[key]
+        assert given == value
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_begins_with_its_paper(name):
+    first = text(name).splitlines()[0]
+    assert re.match(r"# [A-Z]\w+ et al\. \d{4}\b.*\(arXiv:\d{4}\.\d{4,5}\)", first)
+    assert len(text(name).splitlines()) <= 15
+    assert max(map(len, text(name).splitlines())) <= 120
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_runs_anywhere(name):
+    """A recipe says nothing of files and machines, but for the folder that its run is written to."""
+    assert keys(name).keys() & NOT_OF_A_RECIPE == ({"output"} if name in DECODERS else set())
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_builds_and_runs(name, load):
+    train = load(name)
+    assert train.output == Path("runs") / name
+    with torch.device("meta"):
+        decoder = build_decoder(train.decoder, 50, (2, 2, 16))
+        memory = decoder.encode(torch.zeros(2, 4, 16))
+        logits, _ = decoder(memory, torch.ones(2, 3, 5, dtype=torch.int64))
+    assert logits.shape == (2, 3, 5, 50)
+
+
+def test_the_decoders_are_all_different(load):
+    assert len({load(name).decoder.model_dump_json() for name in DECODERS}) == len(DECODERS)
+
+
+def test_each_is_the_decoder_of_its_paper(load):
+    decoder = {name: load(name).decoder for name in DECODERS}
+    assert all(isinstance(decoder[name], LstmConfig) for name in ("show-and-tell", "lstm-init", "lstm-inject"))
+    images = [decoder[name].image for name in ("show-and-tell", "lstm-init", "lstm-inject")]
+    assert images == ["first-input", "initial-state", "every-step"]
+    attentive = ("tutorial-gru", "soft-attention", "att2in", "top-down")
+    assert all(isinstance(decoder[name], AttentionConfig) for name in attentive)
+    assert [decoder[name].cell for name in attentive] == ["gru", "lstm", "att2in", "top-down"]
+    xu = decoder["soft-attention"]
+    assert (xu.gate, xu.output, xu.doubly_stochastic) == (True, "deep", 1.0)
+    assert isinstance(decoder["transformer"], TransformerConfig)
+
+
+def test_scst_takes_its_decoder_from_another_run(load):
+    assert keys("scst").keys() & {"decoder", "vocabulary"} == set()
+    train = load("scst", sets=["train.init_from=runs/att2in"])
+    assert (train.objective, train.init_from, train.clip_norm) == ("scst", Path("runs/att2in"), None)

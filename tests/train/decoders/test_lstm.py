@@ -1,0 +1,97 @@
+"""Where the image enters the LSTM."""
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from common.config import LstmConfig
+from train.decoders.lstm import LstmDecoder
+
+torch.set_num_threads(1)
+
+V, B, K, T, C, E, H = 11, 2, 3, 4, 8, 6, 10
+
+
+def build(**options) -> LstmDecoder:
+    torch.manual_seed(0)
+    return LstmDecoder(LstmConfig(embed_size=E, hidden_size=H, **options), V, C).eval()
+
+
+@pytest.fixture
+def grid():
+    return torch.randn(B, 5, C, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(1, V, (B, K, T), generator=torch.Generator().manual_seed(2))
+
+
+def lstm_over(decoder, inputs, h, c):
+    """The decoder's own LSTM over the rows of (T, E) inputs, one at a time, by the textbook."""
+    lstm, hidden = decoder.lstm, []
+    for x in inputs:
+        sums = x @ lstm.weight_ih_l0.T + h @ lstm.weight_hh_l0.T + lstm.bias_ih_l0 + lstm.bias_hh_l0
+        i, f, g, o = sums.chunk(4)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
+        hidden.append(h)
+    return torch.stack(hidden)
+
+
+def test_first_input_is_one_more_word_before_the_first(grid, tokens):
+    decoder = build(image="first-input")
+    memory = decoder.encode(grid)
+    logits, _ = decoder(memory, tokens)
+    zero = torch.zeros(H)
+    inputs = torch.cat([memory[0][1:2], decoder.embedding(tokens[1, 2])])
+    torch.testing.assert_close(logits[1, 2], decoder.output(lstm_over(decoder, inputs, zero, zero)[1:]))
+
+
+def test_every_step_reads_the_image_beside_each_word(grid, tokens):
+    decoder = build(image="every-step")
+    memory = decoder.encode(grid)
+    logits, _ = decoder(memory, tokens)
+    zero = torch.zeros(H)
+    inputs = torch.cat([memory[0][1].expand(T, E), decoder.embedding(tokens[1, 2])], 1)
+    torch.testing.assert_close(logits[1, 2], decoder.output(lstm_over(decoder, inputs, zero, zero)))
+
+
+@pytest.mark.parametrize("image", ["first-input", "initial-state", "every-step"])
+def test_only_every_step_needs_the_image_after_the_first_state(image, grid, tokens):
+    decoder = build(image=image)
+    memory, other = decoder.encode(grid), decoder.encode(grid + torch.arange(C))
+    (state, changed), token = (decoder.initial_state(m) for m in (memory, other)), tokens[:, :1, 0]
+    assert torch.equal(state[0], changed[0]) == (image == "every-step"), "what the state knows of the image"
+    later = [decoder.step(token, state, m)[0] for m in (memory, other)]
+    assert torch.equal(*later) == (image != "every-step")
+
+
+def test_initial_state_without_a_bottleneck(grid):
+    decoder = build(image="initial-state")
+    pooled = F.layer_norm(grid.mean(1), (C,))
+    h, c = decoder.initial_state(decoder.encode(grid))
+    sums = decoder.initial(pooled)
+    torch.testing.assert_close(h[:, 0], sums[:, :H].tanh())
+    torch.testing.assert_close(c[:, 0], sums[:, H:])
+
+
+def test_the_course_begins_with_both_parts_of_the_state_the_same(grid):
+    decoder = build(image="initial-state", image_bottleneck=3)
+    (narrow,) = memory = decoder.encode(grid)
+    assert narrow.shape == (B, 3)
+    assert (narrow > -1).all(), "an ELU's values"
+    h, c = decoder.initial_state(memory)
+    assert torch.equal(h, c)
+    torch.testing.assert_close(h[:, 0], F.elu(decoder.initial(narrow)))
+
+
+def test_the_output_bottleneck_is_an_elu_before_the_words(grid, tokens):
+    wide, narrow = build(), build(output_bottleneck=3)
+    assert (wide.output.in_features, narrow.output.in_features) == (H, 3)
+    narrow.load_state_dict({k: v for k, v in wide.state_dict().items() if not k.startswith("output")}, strict=False)
+    state = tuple(part.expand(B, K, H) for part in wide.initial_state(wide.encode(grid)))
+    _, (hidden, _), _ = wide.step(tokens[..., 0], state, wide.encode(grid))
+    logits, _ = narrow(narrow.encode(grid), tokens)
+    squeezed = F.elu(narrow.output_bottleneck[0](hidden))
+    torch.testing.assert_close(logits[:, :, 0], narrow.output(squeezed))

@@ -1,0 +1,87 @@
+"""Checkpoints that decode together: joined in order, and refused when they do not belong together."""
+
+import pytest
+import torch
+
+from common.errors import CheckpointError, MismatchError
+from train.checkpoint import load_checkpoint, save_checkpoint
+from train.decoders.build import build_decoder
+from train.ensemble import load_ensemble
+from train.search import search_captions
+from train.vocabulary import Vocabulary
+
+GRID = (2, 2, 8)
+WORDS = "a red ring"
+
+
+@pytest.fixture
+def new_run(tmp_path, new_config, tiny_decoders, provenance):
+    """Save a run with one checkpoint of a random decoder; its folder."""
+
+    def make(name, family="attention", words=WORDS, **changes):
+        config, vocabulary = new_config(tmp_path / name, decoder=tiny_decoders[family]), Vocabulary.build([words])
+        decoder = build_decoder(config.train.decoder, len(vocabulary), GRID)
+        save_checkpoint(tmp_path / name, 1, decoder, vocabulary, config, provenance(**changes), {}, 1)
+        return tmp_path / name
+
+    return make
+
+
+def test_one_checkpoint_stays_as_it_is(new_run):
+    run = new_run("a")
+    found, alone = load_ensemble([run]), load_checkpoint(run)
+    assert type(found.decoder) is type(alone.decoder)
+    assert found.path == alone.path
+    for a, b in zip(found.decoder.parameters(), alone.decoder.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_several_become_one_that_means_their_probabilities(new_run):
+    runs = [new_run("a"), new_run("b", "lstm"), new_run("c")]
+    together, alone = load_ensemble(runs), [load_checkpoint(run) for run in runs]
+    assert together.path == alone[0].path
+    assert together.config == alone[0].config
+    assert together.vocabulary.words == alone[0].vocabulary.words
+    assert not any(module.training for module in together.decoder.modules())
+    grids, tokens = torch.randn(3, 4, 8), torch.tensor([1, 4, 5]).expand(3, 2, 3)
+    with torch.no_grad():
+        logits, _ = together.decoder(together.decoder.encode(grids), tokens)
+        members = [one.decoder(one.decoder.encode(grids), tokens)[0].softmax(-1) for one in alone]
+    assert torch.allclose(logits.softmax(-1), torch.stack(members).mean(0), atol=1e-6)
+    assert len(search_captions(together.decoder, grids, together.config.caption)) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"layer": "Mixed_7b"}, "Mixed_7b"),
+        ({"weights": {"name": "mine.pth", "sha256": "1" * 64, "random": False}}, "mine.pth"),
+        ({"dtype": "uint8"}, "uint8"),
+    ],
+)
+def test_other_features_are_refused_with_both_names_and_the_difference(new_run, change, named):
+    runs = [new_run("a"), new_run("b"), new_run("c", **change)]
+    with pytest.raises(MismatchError) as caught:
+        load_ensemble(runs)
+    assert all(str(run) in caught.value.what for run in (runs[0], runs[2]))
+    assert named in caught.value.what
+
+
+def test_another_torch_version_is_not_another_feature(new_run):
+    assert load_ensemble([new_run("a"), new_run("b", versions={"torch": "0.4"})])
+
+
+@pytest.mark.parametrize(
+    ("words", "difference"),
+    [("a red ring here", "7 words there, 8 here"), ("a red cross", "word 5 is 'red' there, 'cross' here")],
+)
+def test_other_words_are_refused_with_both_names_and_the_difference(new_run, words, difference):
+    runs = [new_run("a"), new_run("b", words=words)]
+    with pytest.raises(MismatchError, match=difference) as caught:
+        load_ensemble(runs)
+    assert all(str(run) in caught.value.what for run in runs)
+
+
+def test_a_missing_member_is_named(new_run, tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere"):
+        load_ensemble([new_run("a"), tmp_path / "nowhere"])

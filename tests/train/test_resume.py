@@ -1,0 +1,405 @@
+"""A run that is stopped at any moment and resumed is the run that was never stopped, to the bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import train.loop
+from common.errors import MismatchError
+from train.checkpoint import find_checkpoint, load_training_state
+from train.loop import fit
+from train.stream import CaptionedImages
+
+ROWS, STEPS = 24, 10  # images, and steps of 2 epochs of them
+LOG_EVERY = 2  # lines of steps.jsonl come every so many steps here, so that some are behind a checkpoint
+CROSS_ENTROPY = {
+    "ema": 0.9, "accumulate": 2, "schedule": {"kind": "cosine", "warmup_steps": 2}, "optimizer": "adamw",
+    "scheduled_sampling": {"max": 0.5, "increase": 0.25, "every": 1}, "weight_decay": 0.01, "label_smoothing": 0.1,
+}  # fmt: skip
+SELF_CRITICAL = {"objective": "scst", "ema": 0.9, "scst": {"samples": 2}, "learning_rate": 0.003}
+KINDS = ["cross-entropy", "scst"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _log_often():
+    """And draw no curves, and wait for no disk: both would take half of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.loop.EVERY", LOG_EVERY)
+        patch.setattr("train.loop.draw_curves", lambda *_: None)
+        patch.setattr("os.fsync", lambda _: None)
+        yield
+
+
+class World:
+    """Data on disk, a decoder to begin with, and a run of each kind that nothing disturbed."""
+
+    def __init__(self, folder, new_data, new_config):
+        self.folder, self._new_config = folder, new_config
+        self.data = new_data(folder / "train.h5", ROWS), new_data(folder / "val.h5", 5, first_id=500, seed=1)
+        fit(new_config(folder / "start", epochs=3, seed=9), *self.data, False, progress=False)
+        self.undisturbed = {kind: fit(self.config(kind, kind), *self.data, False, progress=False) for kind in KINDS}
+
+    def config(self, kind, name, **train):
+        of_kind = CROSS_ENTROPY if kind == "cross-entropy" else SELF_CRITICAL | {"init_from": self.folder / "start"}
+        return self._new_config(self.folder / name, **of_kind | train)
+
+    def resume(self, config):
+        torch.manual_seed(12345)  # whatever was drawn before has no say
+        return fit(config, *self.data, True, progress=False)
+
+    def assert_as_undisturbed(self, kind, output, history):
+        whole = self.folder / kind
+        expected = self.undisturbed[kind]
+        assert timeless(history) == timeless(expected)
+        assert timeless(rows(output / "metrics.jsonl")) == timeless(rows(whole / "metrics.jsonl"))
+        assert rows(output / "steps.jsonl") == rows(whole / "steps.jsonl")
+        assert (output / "checkpoints.json").read_bytes() == (whole / "checkpoints.json").read_bytes()
+        kept = sorted(path.name for path in (output / "checkpoints").iterdir())
+        assert kept == sorted(path.name for path in (whole / "checkpoints").iterdir())
+        for name in kept:
+            ours, theirs = output / "checkpoints" / name, whole / "checkpoints" / name
+            assert (ours / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
+            assert_same(timeless_state(ours), timeless_state(theirs))
+        assert not [path for path in output.rglob("*") if ".tmp" in path.name], "no temporary file or folder is left"
+
+
+def rows(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def timeless(history):
+    """The rows without what a clock measured."""
+    return [{k: v for k, v in row.items() if k not in ("seconds", "waited")} for row in history]
+
+
+def timeless_state(checkpoint):
+    state = load_training_state(checkpoint)
+    return state | {"history": timeless(state["history"])}
+
+
+def assert_same(a, b, where="state"):
+    """Equal trees of plain values and tensors, to the bit."""
+    if isinstance(b, torch.Tensor):
+        assert a.dtype == b.dtype, where
+        assert torch.equal(a, b), where
+    elif isinstance(b, dict):
+        assert a.keys() == b.keys(), where
+        for key in b:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(b, list):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}.{i}")
+    else:
+        assert a == b, where
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, new_data, new_config):
+    return World(tmp_path_factory.mktemp("world"), new_data, new_config)
+
+
+def test_the_undisturbed_runs_are_worth_comparing(world):
+    """They use all that has a state or is drawn, and every step changes them."""
+    for kind in KINDS:
+        state = load_training_state(find_checkpoint(world.folder / kind, "last"))
+        assert state["step"] == STEPS
+        assert state["weights"] is not None, "the average is kept beside the weights"
+        logged = rows(world.folder / kind / "steps.jsonl")
+        assert [row["step"] for row in logged] == [1, 2, 4, 6, 8, 10]
+        assert all(row["gradient_norm"] > 0 and row["learning_rate"] > 0 for row in logged)
+    assert [row["epoch"] for row in world.undisturbed["scst"]] == [0, 1, 2]
+    assert all({"reward", "baseline", "advantage"} <= row.keys() for row in world.undisturbed["scst"][1:])
+
+
+# --- exceptions, at every step ---
+
+
+class _StopError(Exception):
+    pass
+
+
+def stop_in_step(patch, step):
+    """An exception after the weights have moved and before anything is written of it."""
+    real = train.loop._Trainer._step
+
+    def stopping(self, run, *args):
+        row = real(self, run, *args)
+        if run.step == step:
+            raise _StopError
+        return row
+
+    patch.setattr("train.loop._Trainer._step", stopping)
+
+
+def interrupted(world, config, *steps):
+    """Begin, and resume, and stop each time in a step."""
+    for number, step in enumerate(steps):
+        with pytest.MonkeyPatch.context() as patch:
+            stop_in_step(patch, step)
+            with pytest.raises(_StopError):
+                fit(config, *world.data, number > 0, progress=False)
+
+
+@pytest.mark.parametrize("step", range(1, STEPS + 1))
+@pytest.mark.parametrize("kind", KINDS)
+def test_stopped_in_any_step_a_resumed_run_ends_as_an_undisturbed_one(world, kind, step):
+    every = 1 + step % 3
+    config = world.config(kind, f"{kind}-{step}", checkpoint_steps=every)
+    interrupted(world, config, step)
+    history = world.resume(config)
+    world.assert_as_undisturbed(kind, config.train.output, history)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stopped_again_and_again_it_ends_as_an_undisturbed_one(world, kind):
+    config = world.config(kind, f"{kind}-often", checkpoint_steps=2)
+    interrupted(world, config, 1, 4, 4, 7, 10)
+    world.assert_as_undisturbed(kind, config.train.output, world.resume(config))
+
+
+def test_without_checkpoints_in_between_a_run_goes_on_from_the_epochs_end(world):
+    config = world.config("cross-entropy", "epochs-only")
+    interrupted(world, config, 9)
+    assert find_checkpoint(config.train.output, "last").name == "step-00000005"
+    world.assert_as_undisturbed("cross-entropy", config.train.output, world.resume(config))
+
+
+def test_a_full_disk_at_a_checkpoint_can_be_resumed_as_if_it_had_not_been(world):
+    config = world.config("cross-entropy", "full", checkpoint_steps=3)
+    real = torch.save
+
+    def save(state, file):
+        if state["step"] == 6:
+            raise OSError(28, "No space left on device")
+        real(state, file)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.checkpoint.torch.save", save)
+        with pytest.raises(OSError, match="No space"):
+            fit(config, *world.data, False, progress=False)
+    assert find_checkpoint(config.train.output, "last").name == "step-00000005"
+    world.assert_as_undisturbed("cross-entropy", config.train.output, world.resume(config))
+
+
+def test_a_line_of_the_step_log_that_a_kill_cut_short_is_written_again(world):
+    config = world.config("cross-entropy", "cut", checkpoint_steps=3)
+    interrupted(world, config, 8)
+    log = config.train.output / "steps.jsonl"
+    with log.open("a") as file:
+        file.write(log.read_text().splitlines()[-1][:17])
+    world.assert_as_undisturbed("cross-entropy", config.train.output, world.resume(config))
+
+
+# --- real processes, really killed ---
+
+KILLED_RUN = """
+import os, signal, sys
+from pathlib import Path
+import torch
+import train.checkpoint
+import train.log
+import train.loop
+from common.annotations import load_annotations
+from common.config import PipelineConfig
+from common.store import FeatureStore
+from train.stream import CaptionedImages
+
+def load(name):
+    captions = folder / f"{name}.json"
+    return CaptionedImages.join(FeatureStore(folder / f"{name}.h5"), load_annotations(captions).records, captions)
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def die_when(real, matches):
+    return lambda *args, **kwargs: die() if matches(*args) else real(*args, **kwargs)
+
+def prepare(moment):
+    if moment == "while batches are read ahead":
+        real = train.loop._Trainer._step
+        train.loop._Trainer._step = die_when(real, lambda self, run, *rest: run.step == 6)
+    elif moment == "between the files of a checkpoint":
+        torch.save = die_when(torch.save, lambda state, file: state["step"] == 4)
+    elif moment == "before a checkpoint gets its name":
+        os.replace = die_when(os.replace, lambda source, target: Path(target).name == "step-00000008")
+    elif moment == "between its name and the pointers":
+        train.checkpoint.write_json = die_when(
+            train.checkpoint.write_json, lambda path, value: value.get("last") == "step-00000006"
+        )
+    elif moment == "while the pointers are replaced":
+        os.replace = die_when(
+            os.replace, lambda source, target: target.name == "checkpoints.json" and "00000003" in source.read_text()
+        )
+    elif moment == "between the last checkpoint of an epoch and its log":
+        train.log.RunLog.epoch = die_when(train.log.RunLog.epoch, lambda log, history: history[-1]["epoch"] == 1)
+
+torch.set_num_threads(1)
+warm = torch.ones(1, requires_grad=True)
+warm.grad = torch.ones(1)
+torch.optim.Adam([warm]).step()  # its first step imports for seconds: once here, before the forks
+folder, train.loop.EVERY = Path(sys.argv[1]), int(sys.argv[2])
+for number, moment in enumerate(sys.argv[3:]):
+    child = os.fork()
+    if child:
+        _, status = os.waitpid(child, 0)
+        print(moment, os.waitstatus_to_exitcode(status), sep=": ", flush=True)
+        continue
+    prepare(moment)
+    config = PipelineConfig.model_validate_json((folder / f"killed-{number}.json").read_text())
+    train.loop.fit(config, load("train"), load("val"), False, progress=False)
+    os._exit(0)
+"""
+# moment -> what is trained, steps from one checkpoint to the next, the last whole checkpoint
+MOMENTS = {
+    "while batches are read ahead": ("cross-entropy", 3, 6),
+    "between the files of a checkpoint": ("cross-entropy", 2, 2),
+    "before a checkpoint gets its name": ("scst", 2, 6),
+    "between its name and the pointers": ("cross-entropy", 1, 5),
+    "while the pointers are replaced": ("scst", 3, 0),
+    "between the last checkpoint of an epoch and its log": ("cross-entropy", 2, 5),
+}
+
+
+@pytest.fixture(scope="module")
+def killed(world):
+    """Runs in processes of their own, each killed by SIGKILL at its moment."""
+    for number, (kind, every, _) in enumerate(MOMENTS.values()):
+        config = world.config(kind, f"killed-{number}", checkpoint_steps=every)
+        (world.folder / f"killed-{number}.json").write_text(config.model_dump_json())
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_RUN, str(world.folder), str(LOG_EVERY), *MOMENTS], capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
+    )  # fmt: skip
+    assert done.stdout.splitlines() == [f"{moment}: {-signal.SIGKILL}" for moment in MOMENTS], done.stderr
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.usefixtures("killed")
+def test_a_killed_process_is_resumed_to_the_same_weights_to_the_bit(world, moment):
+    kind, every, last = MOMENTS[moment]
+    config = world.config(kind, f"killed-{list(MOMENTS).index(moment)}", checkpoint_steps=every)
+    assert find_checkpoint(config.train.output, "last").name == f"step-{last:08}"
+    world.assert_as_undisturbed(kind, config.train.output, world.resume(config))
+
+
+# --- what a resume may change, and what not ---
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(world, new_config):
+    config = world.config("cross-entropy", "again")
+    world.assert_as_undisturbed(
+        "cross-entropy", config.train.output, fit(config, *world.data, False, progress=False)
+    )  # fmt: skip
+    other = new_config(world.folder / "other", seed=1, **CROSS_ENTROPY)
+    assert timeless(fit(other, *world.data, False, progress=False)) != timeless(world.undisturbed["cross-entropy"])
+    weights = [
+        find_checkpoint(world.folder / name, "last") / "model.safetensors" for name in ("cross-entropy", "other")
+    ]
+    assert weights[0].read_bytes() != weights[1].read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["constant", "step", "noam"])
+def test_epochs_may_be_raised_and_give_what_so_many_epochs_from_the_beginning_give(world, new_config, kind):
+    schedule = {"kind": kind, "warmup_steps": 3, "every": 1}
+    for name, epochs in (("raised", (1, 2)), ("at-once", (2,))):
+        for n in epochs:
+            config = new_config(world.folder / f"{name}-{kind}", epochs=n, schedule=schedule)
+            history = fit(config, *world.data, n != epochs[0], progress=False)
+        assert [row["epoch"] for row in history] == [1, 2]
+    ours, theirs = (find_checkpoint(world.folder / f"{name}-{kind}", "last") for name in ("raised", "at-once"))
+    assert (ours / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
+
+
+def test_epochs_may_not_be_raised_where_the_cosine_ends_with_them(world):
+    output = world.folder / "cross-entropy"
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    with pytest.raises(MismatchError, match=r"train\.epochs: 2 then, 3 now") as caught:
+        world.resume(world.config("cross-entropy", "cross-entropy", epochs=3))
+    assert "same settings" in caught.value.hint
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resuming_a_finished_run_changes_nothing(world, kind):
+    output = world.folder / kind
+    names = ["config.yaml", "metrics.jsonl", "steps.jsonl", "checkpoints.json"]
+
+    def contents():
+        return {path: path.read_bytes() for path in output.rglob("*") if path.name in names or "step-" in str(path)
+                if path.is_file()}  # fmt: skip
+
+    before = contents()
+    assert world.resume(world.config(kind, kind)) == world.undisturbed[kind]
+    assert contents() == before
+
+
+@pytest.mark.parametrize("change", ["a word", "an image less", "another order"])
+def test_a_changed_captions_file_is_refused_and_harms_nothing(world, change):
+    output = world.folder / "cross-entropy"
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    data = world.data[0]
+    captions, images = [list(texts) for texts in data.captions], data.rows
+    if change == "a word":
+        captions[3][0] += " there"
+    elif change == "another order":
+        captions[1].reverse()
+    else:
+        captions, images = captions[1:], images[1:]
+    other = CaptionedImages(data.store, images, [tuple(texts) for texts in captions], {})
+    with pytest.raises(MismatchError, match="begun with other images or captions") as caught:
+        fit(world.config("cross-entropy", "cross-entropy"), other, world.data[1], True, progress=False)
+    assert "same files" in caught.value.hint
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+
+
+# --- when checkpoints are written ---
+
+
+def saved_steps(world, config, resume=False):
+    """The steps at which a run writes checkpoints; and that just the best and the last are there after each."""
+    real, steps = train.loop.save_checkpoint, []
+
+    def save(run, step, *args):
+        folder = real(run, step, *args)
+        steps.append(step)
+        pointers = json.loads((run / "checkpoints.json").read_text())
+        assert pointers["last"] == folder.name == f"step-{step:08}"
+        assert {path.name for path in folder.parent.iterdir()} == set(pointers.values())
+        return folder
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.loop.save_checkpoint", save)
+        fit(config, *world.data, resume, progress=False)
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("every", "expected"),
+    [(None, [5, 10]), (1, list(range(1, 11))), (2, [2, 4, 5, 6, 8, 10]), (3, [3, 5, 6, 9, 10]), (5, [5, 10])],
+)
+def test_checkpoints_come_every_so_many_steps_and_after_each_epoch(world, every, expected):
+    config = world.config("cross-entropy", f"every-{every}", checkpoint_steps=every)
+    assert saved_steps(world, config) == expected
+
+
+def test_checkpoints_come_when_so_many_minutes_have_passed(world, monkeypatch):
+    """By a clock that nobody sets: each step takes 25 seconds of it, and a checkpoint none."""
+    now = [0.0]
+    monkeypatch.setattr("train.loop.time.monotonic", lambda: now[0])
+    real = train.loop._Trainer._step
+
+    def slow(*args):
+        now[0] += 25
+        return real(*args)
+
+    monkeypatch.setattr("train.loop._Trainer._step", slow)
+    minutes = {1.0: [3, 5, 8, 10], 0.5: [2, 4, 5, 7, 9, 10], 1000.0: [5, 10], None: [5, 10]}
+    for number, (limit, expected) in enumerate(minutes.items()):
+        config = world.config("cross-entropy", f"minutes-{number}", checkpoint_minutes=limit)
+        assert saved_steps(world, config) == expected, limit

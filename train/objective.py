@@ -1,0 +1,93 @@
+"""What training minimises: the interface, and cross-entropy under teacher forcing."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from common.config import TrainConfig
+from train.decoders.base import Decoder, Memory
+from train.loss import doubly_stochastic, masked_cross_entropy
+from train.search import word_log_probs
+from train.stream import CaptionBatch
+from train.vocabulary import PAD
+
+Terms = dict[str, Tensor]
+
+
+class Objective(Protocol):
+    """A loss of a batch.
+
+    It is a sum over words, and not a mean: the sums of all parts and processes are added up and divided by the
+    number of words once, so that the split changes nothing.
+    """
+
+    def __call__(self, decoder: Decoder, batch: CaptionBatch, epoch: int) -> tuple[Tensor, Terms]:
+        """The loss to be differentiated, and sums for the log: "words" of this batch, and of what else there is."""
+
+
+class CrossEntropy:
+    """Every word is predicted from the reference's words before it (teacher forcing), or from some of its own.
+
+    Args:
+        settings: label smoothing, scheduled sampling, the decoder's own penalty.
+    """
+
+    def __init__(self, settings: TrainConfig) -> None:
+        self._settings = settings
+        self._penalty = float(getattr(settings.decoder, "doubly_stochastic", 0.0))
+
+    def own_words(self, epoch: int) -> float:
+        """The probability that a word is the decoder's own, in an epoch from 0."""
+        sampling = self._settings.scheduled_sampling
+        return min(sampling.max, sampling.increase * (epoch // sampling.every))
+
+    def __call__(self, decoder: Decoder, batch: CaptionBatch, epoch: int) -> tuple[Tensor, Terms]:
+        """As `Objective`; the log has "loss", with label smoothing and without the penalty."""
+        memory = decoder.encode(batch.grids.float())
+        given, targets = batch.tokens[..., :-1], batch.tokens[..., 1:]
+        if probability := self.own_words(epoch):
+            logits, attention = with_own_words(decoder, memory, given, probability)
+            logits = logits.flatten(0, 2).index_select(0, batch.words)
+        else:
+            logits, attention = decoder(memory, given, batch.words)
+        there = targets.flatten().index_select(0, batch.words)
+        loss, words = masked_cross_entropy(logits, there, self._settings.label_smoothing)
+        terms = {"words": words, "loss": loss.detach()}
+        if self._penalty and attention is not None:
+            loss = loss + self._penalty * doubly_stochastic(attention, targets)
+        return loss, terms
+
+
+def with_own_words(
+    decoder: Decoder, memory: Memory, tokens: Tensor, probability: float
+) -> tuple[Tensor, Tensor | None]:
+    """Scheduled sampling (Bengio et al. 2015, arXiv:1506.03099): as the decoder's `forward`, but some of the given
+    words are replaced by words drawn from what the decoder predicted in their place.
+
+    Args:
+        tokens: (B, K, T) int64.
+        probability: of each word after the first.
+
+    Returns:
+        logits (B, K, T, V) and attention (B, K, T, P) or None.
+    """
+    b, k, length = tokens.shape
+    state = tuple(part.expand(b, k, *part.shape[2:]) for part in decoder.initial_state(memory))
+    logits, looks = [], []
+    now = tokens[..., 0]
+    for t in range(length):
+        predicted, state, attention = decoder.step(now, state, memory)
+        logits.append(predicted)
+        if attention is not None:
+            looks.append(attention)
+        if t + 1 < length:
+            given = tokens[..., t + 1]
+            # NaN of a decoder that has diverged is left for the loss to show: multinomial would fail on it.
+            chances = word_log_probs(predicted.detach()).exp().nan_to_num(1.0).flatten(0, 1)
+            drawn = torch.multinomial(chances, 1).reshape(b, k)
+            own = (torch.rand(b, k, device=tokens.device) < probability) & (given != PAD)
+            now = torch.where(own, drawn, given)
+    return torch.stack(logits, 2), torch.stack(looks, 2) if looks else None

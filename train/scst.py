@@ -1,0 +1,60 @@
+"""Self-critical training: the decoder's own captions, rewarded by what they are judged by."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (torch's own habit)
+from torch import Tensor
+
+from train.decoders.base import Decoder
+from train.objective import Terms
+from train.reward import CaptionReward
+from train.search import sample_tokens, without_never_written
+from train.stream import CaptionBatch
+from train.vocabulary import BOS, PAD
+
+
+class SelfCritical:
+    """Policy gradient with the reward of whole captions (Rennie et al. 2017, arXiv:1612.00563).
+
+    Of each image some captions are drawn, and each is compared with the mean reward of the others (leave-one-out:
+    Kool et al. 2019, "Buy 4 REINFORCE samples, get a baseline for free!"; for captions Luo 2020,
+    arXiv:2003.09971): loss = -(reward - mean reward of the others) x log-probability of its words.
+
+    The captions are drawn without dropout, and then read once more with it: teacher forcing over all words at once
+    is quicker than a second walk. Meanwhile another thread counts the rewards.
+
+    Args:
+        reward: of the training images' captions.
+        samples: captions drawn of each image.
+        max_length: of them, in words.
+    """
+
+    def __init__(self, reward: CaptionReward, samples: int, max_length: int) -> None:
+        self._reward, self._samples, self._max_length = reward, samples, max_length
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="reward")
+
+    def __call__(self, decoder: Decoder, batch: CaptionBatch, epoch: int) -> tuple[Tensor, Terms]:
+        """As `Objective`; the log has "captions" and, summed over them, their "reward", the "baseline" each was
+        compared with, and how far from it they were ("advantage", without sign)."""
+        grids = batch.grids.float()
+        decoder.eval()
+        with torch.no_grad():
+            drawn = sample_tokens(decoder, decoder.encode(grids), self._samples, self._max_length)
+        decoder.train()
+        counted = self._thread.submit(self._reward, batch.images, drawn.cpu().numpy())
+        given = torch.cat([torch.full_like(drawn[..., :1], BOS), drawn[..., :-1]], -1)
+        written = (drawn != PAD).flatten().nonzero()[:, 0]
+        logits, _ = decoder(decoder.encode(grids), given, written)
+        log_probs = -F.cross_entropy(without_never_written(logits), drawn.flatten()[written], reduction="none")
+        rewards = torch.from_numpy(counted.result()).to(grids.device)
+        baseline = (rewards.sum(1, keepdim=True) - rewards) / (self._samples - 1)
+        advantage = rewards - baseline
+        loss = -(advantage[..., None].expand(drawn.shape).flatten()[written] * log_probs).sum()
+        counts = torch.tensor([len(written), rewards.numel()], device=grids.device)
+        return loss, {
+            "words": counts[0], "captions": counts[1],
+            "reward": rewards.sum(), "baseline": baseline.sum(), "advantage": advantage.abs().sum(),
+        }  # fmt: skip

@@ -1,0 +1,55 @@
+"""Validation while training: loss on the references, CIDEr of greedy captions, signs of ill health."""
+
+from __future__ import annotations
+
+import torch
+
+from common.config import TrainConfig
+from train.decoders.base import Decoder
+from train.health import share_of_the_commonest, spread_of_attention
+from train.loss import masked_cross_entropy, perplexity
+from train.metrics import cider
+from train.ranks import ALONE, Ranks
+from train.search import beam_search
+from train.stream import CaptionedImages, CaptionStream
+from train.vocabulary import PAD, Vocabulary
+
+
+@torch.inference_mode()
+def validate(
+    decoder: Decoder, data: CaptionedImages, vocabulary: Vocabulary, settings: TrainConfig, device: torch.device,
+    precision: torch.dtype, ranks: Ranks = ALONE,
+) -> dict[str, float]:  # fmt: skip
+    """Validate a decoder; of several processes each takes its share, and all get the result.
+
+    Returns:
+        val_loss in nats a word (EOS counted, every reference), val_perplexity = exp(val_loss), val_cider,
+        val_commonest (share of the images that got the most frequent caption) and, of a decoder with attention,
+        val_attention_spread (0: one cell, 1: everywhere alike).
+    """
+    decoder.eval()
+    per_image = max(len(captions) for captions in data.captions)
+    stream = CaptionStream(data, vocabulary, settings.batch_size, per_image, settings.max_length, ranks=ranks)
+    total, spread, words = 0.0, 0.0, 0
+    captions: dict[int, str] = {}
+    for batch in stream.in_order():
+        moved = batch.to(device)
+        grids, targets = moved.grids.float(), moved.tokens[..., 1:]
+        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            logits, attention = decoder(decoder.encode(grids), moved.tokens[..., :-1], moved.words)
+            loss, count = masked_cross_entropy(logits, targets.flatten()[moved.words])
+            found = beam_search(decoder, grids, 1, settings.max_length)
+        total, words = total + loss.item(), words + int(count)
+        if attention is not None:
+            spread += spread_of_attention(attention, targets != PAD).item()
+        captions.update({int(i): vocabulary.decode(h.tokens) for i, h in zip(batch.images, found, strict=True)})
+    everywhere = ranks.gather((total, spread, words, captions))
+    total, spread, words = (sum(part[i] for part in everywhere) for i in range(3))
+    captions = dict(sorted(pair for part in everywhere for pair in part[3].items()))
+    mean = total / words
+    row = {
+        "val_loss": mean, "val_perplexity": perplexity(mean),
+        "val_cider": cider(captions, {i: data.captions[i] for i in captions}),
+        "val_commonest": share_of_the_commonest(captions.values()),
+    }  # fmt: skip
+    return row | ({"val_attention_spread": spread / words} if decoder.has_attention else {})
