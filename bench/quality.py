@@ -5,8 +5,8 @@
 Needs stores train.h5, val.h5, test.h5 and captions_train.json, captions_val.json, captions_test.json of a data set
 that is small: some thousand photographs. Every recipe is trained with several seeds, with cross-entropy and then
 self-critically; the checkpoint is chosen on val, and test is looked at once, at the end. The recipes' sizes are
-those for COCO; SMALL makes them fit a few thousand images and a CPU, alike for all. Finished runs are kept: the same
-command goes on where it was stopped.
+those for COCO; SMALL makes them fit a few thousand images and a CPU, alike for all. Scores are kept in a file: the
+same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,38 +27,45 @@ from typing import Any
 
 import click
 
-from common.files import write_json, write_text
+from common.files import write_json
 
 RECIPES = (
     "lstm-init", "show-and-tell", "lstm-inject", "tutorial-gru", "soft-attention", "att2in", "top-down", "transformer",
 )  # fmt: skip
+SELF_CRITICAL = ("lstm-inject", "att2in", "transformer")  # one of each family goes on with SCST
 SMALL = {
-    "train.max_length": 20, "train.epochs": 12, "train.batch_size": 32, "train.vocabulary.max_size": "null",
-    "train.vocabulary.min_count": 3, "train.decoder.embed_size": 256, "train.decoder.dropout": 0.5,
-    "train.optimizer": "adam", "train.learning_rate": 1e-3, "train.clip_norm": 5.0, "train.clip_value": "null",
-    "train.schedule": "{kind: cosine}", "train.label_smoothing": 0.1, "train.ema": 0.99,
+    "train.max_length": 16, "train.epochs": 8, "train.batch_size": 32, "train.vocabulary.max_size": "null",
+    "train.vocabulary.min_count": 3, "train.decoder.embed_size": 256, "train.decoder.dropout": 0.3,
+    "train.optimizer": "adam", "train.learning_rate": 2e-3, "train.clip_norm": 5.0, "train.clip_value": "null",
+    "train.schedule": "{kind: cosine, warmup_steps: 50}", "train.label_smoothing": 0.1, "train.ema": 0.99,
     "train.scheduled_sampling": "{max: 0.0}",
 }  # fmt: skip
 RECURRENT = {"train.decoder.hidden_size": 256}
-ATTENTION = {**RECURRENT, "train.decoder.attention_size": 128}
-TRANSFORMER = {"train.decoder.layers": 2, "train.decoder.feedforward_size": 512, "train.decoder.dropout": 0.3}
+ATTENTION = {**RECURRENT, "train.decoder.attention_size": 96}
+OWN: dict[str, dict[str, Any]] = {  # what the small size of each recipe's decoder is
+    "lstm-init": RECURRENT, "show-and-tell": RECURRENT, "lstm-inject": RECURRENT,
+    "tutorial-gru": ATTENTION, "soft-attention": ATTENTION,
+    "att2in": {**ATTENTION, "train.decoder.output": "deep"},  # words straight from the context: learns much sooner
+    "top-down": {**ATTENTION, "train.decoder.output": "deep"},
+    "transformer": {
+        "train.decoder.layers": 2, "train.decoder.feedforward_size": 512, "train.learning_rate": 1e-3,
+    },
+}  # fmt: skip
 SCST = {
-    "train.epochs": 6,
-    "train.learning_rate": 1e-4,
-    "train.ema": 0.99,
-    "train.clip_value": "null",
-    "train.clip_norm": 5.0,
-}
+    "train.epochs": 8, "train.learning_rate": 4e-4, "train.schedule": "{kind: cosine}", "train.ema": 0.99,
+    "train.clip_value": "null", "train.clip_norm": 5.0,
+}  # fmt: skip
 BASE = "att2in"  # the one that ingredients are taken from or added to
 INGREDIENTS: dict[str, dict[str, Any]] = {
+    "words from the state alone": {"train.decoder.output": "hidden"},
     "without label smoothing": {"train.label_smoothing": 0.0},
     "without weight averaging": {"train.ema": 0.0},
-    "with scheduled sampling to 0.25": {"train.scheduled_sampling": "{max: 0.25, increase: 0.05, every: 2}"},
+    "with scheduled sampling to 0.25": {"train.scheduled_sampling": "{max: 0.25, increase: 0.05, every: 1}"},
     "one caption an image and pass": {"train.captions_per_image": 1},
-    "dropout 0.3 instead of 0.5": {"train.decoder.dropout": 0.3},
     "constant learning rate": {"train.schedule": "{kind: constant}"},
 }
-METRICS = ("CIDEr", "BLEU-4", "METEOR", "ROUGE-L", "perplexity")
+BEAMS = (1, 3)
+RESULTS = Path("bench/results/quality.json")
 
 
 @dataclass(frozen=True)
@@ -82,24 +90,22 @@ class Trained:
         return f"{self.row.replace(' ', '-')}-{self.seed}"
 
 
-def sizes(recipe: str) -> dict[str, Any]:
-    """The small sizes of a recipe's decoder."""
-    if recipe == "transformer":
-        return TRANSFORMER
-    return RECURRENT if recipe in ("lstm-init", "show-and-tell", "lstm-inject") else ATTENTION
-
-
 def plan(recipes: Sequence[str], seeds: int, ingredients: bool) -> list[Trained]:
-    """Every run, cross-entropy before what goes on from it."""
-    runs = []
-    for seed in range(seeds):
-        for recipe in recipes:
-            first = Trained(recipe, seed, ("--recipe", recipe, *_sets(SMALL | sizes(recipe))))
-            runs += [first, Trained(f"{recipe} + SCST", seed, ("--scst", *_sets(SCST)), first)]
-        if ingredients:
-            for text, change in INGREDIENTS.items():
-                settings = SMALL | sizes(BASE) | change
-                runs.append(Trained(f"{BASE}, {text}", seed, ("--recipe", BASE, *_sets(settings))))
+    """Every run: all with cross-entropy, then what goes on from them, then the ingredients."""
+    first = [
+        Trained(recipe, seed, ("--recipe", recipe, *_sets(SMALL | OWN[recipe])))
+        for seed in range(seeds)
+        for recipe in recipes
+    ]
+    runs = first + [
+        Trained(f"{run.row} + SCST", run.seed, ("--scst", *_sets(SCST)), run)
+        for run in first
+        if run.row in SELF_CRITICAL
+    ]
+    for seed in range(seeds if ingredients else 0):
+        for text, change in INGREDIENTS.items():
+            settings = SMALL | OWN[BASE] | change
+            runs.append(Trained(f"{BASE}, {text}", seed, ("--recipe", BASE, *_sets(settings))))
     return runs
 
 
@@ -108,51 +114,77 @@ def _sets(values: dict[str, Any]) -> tuple[str, ...]:
 
 
 class Quality:
-    """Trains and evaluates runs, each in processes of its own with a thread or several.
+    """Trains and evaluates runs, each in processes of its own, and keeps their scores in a file.
 
     Args:
         features, annotations: folders of the stores and the captions files.
-        output: folder of the results.
+        output: folder of the runs.
+        results: JSON file with the scores; runs that stand in it with the same arguments are not made again.
         threads: of each process.
     """
 
-    def __init__(self, features: Path, annotations: Path, output: Path, threads: int) -> None:
-        self._features, self._annotations, self._output = features, annotations, output
+    def __init__(self, features: Path, annotations: Path, output: Path, results: Path, threads: int) -> None:
+        self._features, self._annotations, self._output, self._results = features, annotations, output, results
         self._environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         self._ended: dict[str, threading.Event] = {}
+        self._lock = threading.Lock()
+        self.scores: dict[str, dict[str, Any]] = {}
+        if results.exists():
+            self.scores = json.loads(results.read_text(encoding="utf-8"))["runs"]
+
+    def is_done(self, run: Trained) -> bool:
+        """Whether its scores are there."""
+        return self.scores.get(run.name, {}).get("arguments") == [*run.arguments]
 
     def run(self, runs: Sequence[Trained], jobs: int) -> None:
-        """Do all that is not done yet, `jobs` at a time."""
-        self._ended = {run.name: threading.Event() for run in runs}
+        """Do all that is not done yet, `jobs` at a time; a run that others go on from must be in its folder."""
+        needed = {run.source for run in runs if run.source is not None and not self.is_done(run)}
+        todo = [run for run in runs if not self.is_done(run) or (run in needed and not self._is_trained(run))]
+        self._ended = {run.name: threading.Event() for run in todo}
         with ThreadPoolExecutor(jobs) as pool:
-            for done in [pool.submit(self._one, run) for run in runs]:
+            for done in [pool.submit(self._one, run) for run in todo]:
                 done.result()
+
+    def _is_trained(self, run: Trained) -> bool:
+        return (self._output / run.name / "curves.png").exists()
 
     def _one(self, run: Trained) -> None:
         try:
             if run.source is not None and run.source.name in self._ended:  # else it was there before
                 self._ended[run.source.name].wait()
-            folder = self._output / "runs" / run.name
-            if not (folder / "curves.png").exists():
-                source = () if run.source is None else ("--init-from", str(self._output / "runs" / run.source.name))
+            folder = self._output / run.name
+            begin = time.monotonic()
+            if not self._is_trained(run):
+                source = () if run.source is None else ("--init-from", str(self._output / run.source.name))
                 resume = ("--resume",) if (folder / "config.yaml").exists() else ()
                 self._command(
                     "train_decoder", "train.cli", folder,
                     *self._data("train", ""), *self._data("val", "val-"), "--output", str(folder),
                     "--seed", str(run.seed), *run.arguments, *source, *resume,
                 )  # fmt: skip
-            for beams in (1, 3):
-                result = folder / f"test-beam-{beams}.json"
-                if not result.exists():
-                    self._command(
-                        "evaluate_decoder", "train.evaluate_cli", folder, "--checkpoint", str(folder),
-                        *self._data("test", ""), "--beam-size", str(beams), "--output", str(result),
-                    )  # fmt: skip
-            click.echo(
-                f"{run.name}: " + ", ".join(f"beam {b}: CIDEr {self.score(run, b)['CIDEr']:.3f}" for b in (1, 3))
-            )
+            seconds = time.monotonic() - begin
+            scores = {str(beams): self._evaluate(folder, beams) for beams in BEAMS}
+            with self._lock:
+                self.scores[run.name] = {
+                    "row": run.row, "seed": run.seed, "arguments": [*run.arguments], "minutes": round(seconds / 60, 1),
+                    "beam": scores,
+                }  # fmt: skip
+                machine = {"platform": platform.platform(), "processor": processor(), "cores": os.cpu_count()}
+                self._results.parent.mkdir(parents=True, exist_ok=True)
+                write_json(self._results, {"machine": machine, "runs": self.scores})
+            click.echo(f"{run.name}: " + ", ".join(f"beam {b}: CIDEr {scores[str(b)]['CIDEr']:.3f}" for b in BEAMS))
         finally:
             self._ended[run.name].set()
+
+    def _evaluate(self, folder: Path, beams: int) -> dict[str, float]:
+        result = folder / f"test-beam-{beams}.json"
+        if not result.exists():
+            self._command(
+                "evaluate_decoder", "train.evaluate_cli", folder, "--checkpoint", str(folder),
+                *self._data("test", ""), "--beam-size", str(beams), "--output", str(result),
+            )  # fmt: skip
+        found: dict[str, float] = json.loads(result.read_text(encoding="utf-8"))["metrics"]
+        return found
 
     def _data(self, split: str, prefix: str) -> tuple[str, ...]:
         return (
@@ -171,61 +203,52 @@ class Quality:
         if done.returncode:
             raise click.ClickException(f"{' '.join(arguments)}: ended with {done.returncode}, see {log}")
 
-    def score(self, run: Trained, beams: int) -> dict[str, float]:
-        """A finished run's metrics on test."""
-        path = self._output / "runs" / run.name / f"test-beam-{beams}.json"
-        found: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))["metrics"]
-        return found
 
-    def is_done(self, run: Trained) -> bool:
-        """Whether all of its results are there."""
-        return all((self._output / "runs" / run.name / f"test-beam-{b}.json").exists() for b in (1, 3))
+def processor() -> str:
+    """The processor's name, as Linux gives it."""
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return names[0].partition(":")[2].strip() if names else platform.processor()
 
 
-def table(quality: Quality, runs: Sequence[Trained]) -> tuple[str, list[dict[str, Any]]]:
-    """Mean and standard deviation over the seeds, as Markdown and as data."""
+def table(quality: Quality, runs: Sequence[Trained]) -> str:
+    """Mean and standard deviation over the seeds, as Markdown; CIDEr, BLEU, METEOR and ROUGE times 100."""
     lines = ["| recipe | seeds | CIDEr, greedy | CIDEr, beam 3 | BLEU-4, beam 3 | METEOR | ROUGE-L | perplexity |"]
     lines.append("|---|---|---|---|---|---|---|---|")
-    rows = []
     for name in dict.fromkeys(run.row for run in runs):
-        done = [run for run in runs if run.row == name and quality.is_done(run)]
-        if not done:
+        found = [quality.scores[run.name]["beam"] for run in runs if run.row == name and quality.is_done(run)]
+        if not found:
             continue
-        found = {b: [quality.score(run, b) for run in done] for b in (1, 3)}
         cells = []
         for beams, metric, scale in (
             (1, "CIDEr", 100), (3, "CIDEr", 100), (3, "BLEU-4", 100), (3, "METEOR", 100), (3, "ROUGE-L", 100),
             (3, "perplexity", 1),
         ):  # fmt: skip
-            values = [score[metric] * scale for score in found[beams] if metric in score]
+            values = [scores[str(beams)][metric] * scale for scores in found if metric in scores[str(beams)]]
             spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.1f}{spread}" if values else "")
-        lines.append(f"| {name} | {len(done)} | " + " | ".join(cells) + " |")
-        rows.append({"recipe": name, "seeds": [run.seed for run in done], "beam": found})
-    return "\n".join(lines) + "\n", rows
+        lines.append(f"| {name} | {len(found)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 @click.command()
 @click.option("--features", type=click.Path(path_type=Path, exists=True), required=True, help="Folder of the stores.")
 @click.option("--annotations", type=click.Path(path_type=Path, exists=True), required=True, help="Folder of captions.")
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder for runs and results.")
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder of the runs.")
+@click.option("--results", type=click.Path(path_type=Path), default=RESULTS, show_default=True, help="Scores, JSON.")
 @click.option("--recipe", "recipes", multiple=True, type=click.Choice(RECIPES), help="Only these  [default: all]")
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Runs of each recipe.")
-@click.option("--jobs", type=click.IntRange(1), default=os.cpu_count() or 1, help="Processes at a time, a core each.")
-@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads of each process.")
+@click.option("--jobs", type=click.IntRange(1), default=os.cpu_count() or 1, help="Runs at a time, a core each.")
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads of each run.")
 @click.option("--ingredients/--no-ingredients", default=True, show_default=True, help="The ablations too.")
 def main(
-    features: Path, annotations: Path, output: Path, recipes: tuple[str, ...], seeds: int, jobs: int, threads: int,
-    ingredients: bool,
+    features: Path, annotations: Path, output: Path, results: Path, recipes: tuple[str, ...], seeds: int, jobs: int,
+    threads: int, ingredients: bool,
 ) -> None:  # fmt: skip
     """Train and evaluate every recipe; print the table that stands in docs/recipes.md."""
     runs = plan(recipes or RECIPES, seeds, ingredients)
-    quality = Quality(features, annotations, output, threads)
-    quality.run([run for run in runs if not quality.is_done(run)], jobs)
-    text, rows = table(quality, runs)
-    write_text(output / "quality.md", text)
-    write_json(output / "quality.json", {"machine": platform.platform(), "cores": os.cpu_count(), "rows": rows})
-    click.echo(text)
+    quality = Quality(features, annotations, output, results, threads)
+    quality.run(runs, jobs)
+    click.echo(table(quality, runs))
 
 
 if __name__ == "__main__":

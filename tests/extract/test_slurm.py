@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -24,28 +23,7 @@ from common.scenes import all_scenes, render
 pytestmark = pytest.mark.slow
 
 PROGRAM = Path(sys.executable).parent / "extract-features"
-NODE = Path(__file__).parent / "slurm_one_node.sh"
 PATIENCE = 300  # seconds until a test gives up; nothing is measured
-
-
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A Slurm of our own, in the environment of this process while the module's tests run."""
-    missing = [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if shutil.which(name) is None]
-    if missing or os.geteuid() != 0:
-        why = f"a Slurm of our own needs root and apt-get install slurm-wlm munge; missing: {missing or 'root'}"
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(why)
-    folder = tmp_path_factory.mktemp("slurm")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_"))]:
-            patch.delenv(name)
-        patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        try:
-            subprocess.run([NODE, "start", folder], check=True, timeout=PATIENCE)
-            yield
-        finally:
-            subprocess.run([NODE, "stop", folder], timeout=PATIENCE)
 
 
 @pytest.fixture(scope="module")

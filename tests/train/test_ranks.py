@@ -291,14 +291,34 @@ def test_an_error_in_one_process_ends_the_command(pair, two):
     assert find_checkpoint(pair.folder / "fail", "last").name == "step-00000002", "what was done before is kept"
 
 
-@pytest.mark.slow
-def test_the_command_itself_runs_under_torchrun(pair, two):
-    section = json.loads(pair.config("command").train.model_dump_json())
+COMMAND = (sys.executable, "-c", "from train.cli import train_decoder; train_decoder()", "--epochs", "3")
+
+
+def write_pipeline(pair, name):
+    """A pipeline.yaml for the run of that name."""
+    section = json.loads(pair.config(name).train.model_dump_json())
     splits = {split: {"images": "images", "annotations": f"{split}.json"} for split in ("train", "val")}
     tree = {"data": {"features": ".", "splits": splits}, "train": section}
     (pair.folder / "pipeline.yaml").write_text(yaml.safe_dump(tree))
-    program = "from train.cli import train_decoder; train_decoder()"
-    done = torchrun("--no-python", sys.executable, "-c", program, "--epochs", 3, cwd=pair.folder)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("slurm")
+def test_two_tasks_of_a_slurm_step_learn_what_one_process_learns(pair):
+    write_pipeline(pair, "tasks")
+    environment = os.environ | {"PYTHONPATH": str(Path.cwd()), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        ["srun", "--ntasks=2", *COMMAND], capture_output=True, text=True, timeout=HANG, cwd=pair.folder, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("done: ") == 1
+    assert_close(pair.folder / "tasks", pair.folder / "one")
+
+
+@pytest.mark.slow
+def test_the_command_itself_runs_under_torchrun(pair):
+    write_pipeline(pair, "command")
+    done = torchrun("--no-python", *COMMAND, cwd=pair.folder)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count("done: ") == done.stdout.count("configuration\n") == 1
     assert len([line for line in done.stdout.splitlines() if line.startswith("epoch ")]) == 3

@@ -1,0 +1,34 @@
+"""What the tests of several packages need."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+_NODE = Path(__file__).parent / "slurm_one_node.sh"
+_PATIENCE = 300  # seconds until starting or stopping it counts as failed
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A Slurm of our own, in the environment of this process while the module's tests run."""
+    missing = [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if shutil.which(name) is None]
+    if missing or os.geteuid() != 0:
+        why = f"a Slurm of our own needs root and apt-get install slurm-wlm munge; missing: {missing or 'root'}"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(why)
+    folder = tmp_path_factory.mktemp("slurm")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_"))]:
+            patch.delenv(name)
+        patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        try:
+            subprocess.run([_NODE, "start", folder], check=True, timeout=_PATIENCE)
+            yield
+        finally:
+            subprocess.run([_NODE, "stop", folder], timeout=_PATIENCE)
