@@ -24,8 +24,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install
 	@$(RUN) demo --weights $(WEIGHTS)
 
+# Two processes, a file of tests at a time in each: many tests wait for programs that they start.
 test: install
-	$(RUN) pytest
+	$(RUN) pytest --numprocesses 2 --dist loadfile
 
 lint: install
 	$(RUN) ruff check .
