@@ -86,7 +86,7 @@ def main(
     if attention is not None and not captioner.has_attention:
         raise UserError(
             f"--attention: the decoder of {captioner.checkpoint.path} has no attention",
-            "train one with --decoder attention",
+            "train one with attention: --recipe soft-attention, top-down, transformer, ...",
         )
     if captioner.provenance["weights"]["random"]:
         click.secho(

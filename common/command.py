@@ -70,8 +70,11 @@ class PipelineCommand(click.Command):
         except (click.ClickException, click.exceptions.Exit):
             raise
         except KeyboardInterrupt as error:
-            again = "the same command with --resume" if self.name == "train-decoder" else "the same command again"
-            click.echo(f"\ninterrupted: nothing is broken; run {again} to go on", err=True)
+            again = {
+                "train-decoder": "run the same command with --resume to go on",
+                "extract-features": "run the same command again to go on",
+            }.get(str(self.name), "run the same command again")
+            click.echo(f"\ninterrupted: nothing is broken; {again}", err=True)
             ctx.exit(128 + error.number if isinstance(error, _StoppedError) else EXIT_INTERRUPTED)
         except BrokenPipeError:
             raise  # the reader of our output has gone: click ends the command quietly

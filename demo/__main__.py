@@ -104,7 +104,7 @@ def accuracies(captions: dict[int, str], scenes: dict[int, Scene]) -> dict[str, 
 
 
 def _show(output: Path, test: ShapesSplit, seconds: dict[str, float], weights: str, picture: Path) -> None:
-    results = {n: json.loads((output / n / "evaluation" / "test.json").read_text()) for n in (SEEN, BLIND)}
+    results = {n: json.loads((output / n / "evaluation" / "test.beam-3.json").read_text()) for n in (SEEN, BLIND)}
     history = [json.loads(line) for line in (output / SEEN / "metrics.jsonl").read_text().splitlines()]
     captions = {n: {e["image_id"]: e["caption"] for e in r["captions"]} for n, r in results.items()}
     shares = {n: accuracies(c, test.scenes) for n, c in captions.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from train.decoders.base import Decoder
 
@@ -27,6 +27,9 @@ class WeightAverage:
     def __init__(self, decoder: Decoder, decay: float) -> None:
         self._decay = decay
         self.decoder = copy.deepcopy(decoder).requires_grad_(False)
+        for part in self.decoder.modules():
+            if isinstance(part, nn.RNNBase):
+                part.flatten_parameters()  # a copy's weights no longer lie as cuDNN wants them
 
     @torch.no_grad()
     def update(self, decoder: Decoder, step: int) -> None:

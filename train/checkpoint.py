@@ -38,7 +38,10 @@ from train.vocabulary import Vocabulary
 
 VERSION = 2  # 1 had other decoders
 POINTERS = "checkpoints.json"
-_REFUSED = "choose another checkpoint of the run (runs/x/checkpoints/step-...), or train again"
+_REFUSED = (
+    "use another checkpoint of the run (runs/x/checkpoints/step-...): to evaluate, or to go on from in a new run by "
+    "--init-from"
+)
 
 
 @dataclass(frozen=True)
@@ -125,13 +128,15 @@ def find_checkpoint(path: Path, which: str = "best") -> Path:
         what = "no such folder" if not path.exists() else "holds no checkpoint"
         raise CheckpointError(f"{path}: {what}", "give the folder of a run made by train-decoder") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path / POINTERS}: damaged: {error}", "give one of its checkpoints/step-...") from error
+        raise CheckpointError(
+            f"{path / POINTERS}: damaged: {error}", "give one of its checkpoints/step-... to evaluate or to --init-from"
+        ) from error
     return path / "checkpoints" / str(name)
 
 
 def run_folder(path: Path) -> Path:
     """The run that a checkpoint belongs to, given either."""
-    return path.parent.parent if path.parent.name == "checkpoints" else path
+    return path.parent.parent if (path / "model.safetensors").is_file() else path
 
 
 def load_checkpoint(path: Path, which: str = "best") -> Checkpoint:

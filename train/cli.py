@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from common.command import flag, pipeline_command, reload_config, show_config
-from common.config import PipelineConfig, recipe_names
-from common.errors import ConfigError, MismatchError, UserError
+from common.config import PipelineConfig, TrainConfig, recipe_names
+from common.errors import CheckpointError, ConfigError, MismatchError, UserError
 from common.store import FeatureStore
 
 if TYPE_CHECKING:
@@ -35,30 +35,28 @@ def _recipe(values: dict[str, Any]) -> str | None:
             "--scst is a recipe itself, and --recipe gives another",
             "the decoder comes from --init-from; put `objective: scst` into a recipe of your own to change the rest",
         )
+    if values["recipe"] == "scst":
+        raise ConfigError("--recipe scst: self-critical training has a flag of its own", "say --scst")
     return "scst" if values["scst"] else values["recipe"]
 
 
-def _keys(values: dict[str, Any]) -> dict[str, Any]:
-    """Self-critical training goes beside the run it begins with, unless --output says where."""
-    context = click.get_current_context()
-    source = context.params.get("init_from")
-    sets = context.params["sets"]
-    if source is not None and (
-        context.params["decoder"] is not None or any(text.startswith("train.decoder") for text in sets)
-    ):
+def _check_keys(values: dict[str, Any]) -> dict[str, Any]:
+    """Who goes on from a decoder cannot choose another one, nor other words."""
+    parameters = click.get_current_context().params
+    fixed = ("train.decoder", "train.vocabulary", "train.max_length")
+    named = [text for text in parameters["sets"] if text.startswith(fixed)]
+    if parameters["decoder"] is not None:
+        named.append("--decoder")
+    if parameters["init_from"] is not None and named:
         raise ConfigError(
-            "--init-from brings its decoder, and the command line names another", "leave one of the two out"
+            f"--init-from brings its decoder, vocabulary and longest caption, and the command line names another: "
+            f"{named[0]}",
+            "leave one of the two out",
         )
-    placed = context.params["output"] is not None or any(text.startswith("train.output=") for text in sets)
-    if not values["scst"] or source is None or placed:
-        return {}
-    from train.checkpoint import run_folder
-
-    run = run_folder(Path(source))
-    return {"train.output": run.with_name(f"{run.name}-scst")}
+    return {}
 
 
-@pipeline_command("train-decoder", EXAMPLES, _keys, _recipe)
+@pipeline_command("train-decoder", EXAMPLES, _check_keys, _recipe)
 @flag("--features", "train.features")
 @flag("--annotations", "train.annotations")
 @flag("--val-features", "train.val_features")
@@ -95,16 +93,40 @@ def train_decoder(config: PipelineConfig, dry_run: bool, resume: bool, recipe: s
             nowhere = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
             stack.enter_context(contextlib.redirect_stderr(nowhere))
-        _train(config, dry_run, resume)
+        _train(_placed(config), recipe, dry_run, resume)
 
 
-def _train(config: PipelineConfig, dry_run: bool, resume: bool) -> None:
+def _placed(config: PipelineConfig) -> PipelineConfig:
+    """What goes on from a run goes beside it, unless the command line says where."""
+    from train.checkpoint import run_folder
+
+    parameters, source = click.get_current_context().params, config.train.init_from
+    if source is None or parameters["output"] is not None:
+        return config
+    if any(text.startswith("train.output=") for text in parameters["sets"]):
+        return config
+    run = run_folder(source)
+    run = run if run.name else run.resolve()
+    suffix = "scst" if config.train.objective == "scst" else "more"
+    return _with_train(config, output=run.with_name(f"{run.name}-{suffix}"))
+
+
+def _with_train(config: PipelineConfig, **changes: Any) -> PipelineConfig:
+    return config.model_copy(update={"train": config.train.model_copy(update=changes)})
+
+
+def _train(config: PipelineConfig, recipe: str | None, dry_run: bool, resume: bool) -> None:
     from train.inputs import captions_for, warn_if_random
 
-    if resume and (saved := config.train.output / "config.yaml").is_file():
+    if resume:
+        saved = config.train.output / "config.yaml"
+        if not saved.is_file():
+            raise CheckpointError(
+                f"{config.train.output}: holds no run to go on with", "check --output, or leave out --resume"
+            )
         config = reload_config(saved)
     elif config.train.init_from is not None:
-        config = _with_decoder_of(config, config.train.init_from)
+        config = _with_decoder_of(config, config.train.init_from, recipe)
     settings = config.train
     click.echo("configuration")
     show_config(config, "train")
@@ -118,6 +140,8 @@ def _train(config: PipelineConfig, dry_run: bool, resume: bool) -> None:
     elif settings.val_annotations is not None:
         raise UserError("--val-annotations is given without --val-features", "give both, or neither")
     else:
+        if settings.patience is not None:
+            raise UserError("--patience watches validation CIDEr, and there is no validation", "give --val-features")
         click.echo("no validation store: the last checkpoint will count as the best (give --val-features)")
     if val is not None and (shared := len(train.images() & val.images())):
         raise MismatchError(
@@ -138,13 +162,17 @@ def _train(config: PipelineConfig, dry_run: bool, resume: bool) -> None:
     click.echo(_summary(config, history))
 
 
-def _with_decoder_of(config: PipelineConfig, source: Path) -> PipelineConfig:
+def _with_decoder_of(config: PipelineConfig, source: Path, recipe: str | None) -> PipelineConfig:
     """Who goes on from a decoder trains that decoder, with its vocabulary and its longest caption."""
     from train.checkpoint import load_checkpoint
 
     then = load_checkpoint(source).config.train
-    same = {"decoder": then.decoder, "vocabulary": then.vocabulary, "max_length": then.max_length}
-    return config.model_copy(update={"train": config.train.model_copy(update=same)})
+    if recipe is not None and config.train.decoder not in (TrainConfig().decoder, then.decoder):
+        raise ConfigError(
+            f"--init-from {source} brings its decoder, and --recipe {recipe} names another",
+            "leave one of the two out; a recipe without a decoder says how to go on",
+        )
+    return _with_train(config, decoder=then.decoder, vocabulary=then.vocabulary, max_length=then.max_length)
 
 
 def _summary(config: PipelineConfig, history: list[Row]) -> str:

@@ -26,24 +26,32 @@ def draw_curves(epochs: list[Row], steps: list[Row], path: Path) -> None:
     rewarded = any("reward" in row for row in epochs)
     if rewarded:
         panels.append(
-            ("reward", lambda axis: _lines(axis, steps, {"reward": "each step"}, epochs, {"reward": "epoch"}))
+            ("reward", lambda axis: _lines(axis, steps, {"reward": "one step in 20"}, epochs, {"reward": "epoch"}))
         )
     else:
         names = {"train_loss": "training", "val_loss": "validation"}
-        panels.append(("loss, nats a word", lambda axis: _lines(axis, steps, {"loss": "each step"}, epochs, names)))
+        panels.append(
+            ("loss, nats a word", lambda axis: _lines(axis, steps, {"loss": "one step in 20"}, epochs, names))
+        )
     if any("val_cider" in row for row in epochs):
         panels.append(("validation CIDEr", lambda axis: _lines(axis, [], {}, epochs, {"val_cider": "CIDEr"})))
         panels.append(
             ("validation perplexity", lambda axis: _lines(axis, [], {}, epochs, {"val_perplexity": "perplexity"}))
         )
     panels.append(("learning rate", lambda axis: _lines(axis, steps, {"learning_rate": "rate"}, [], {})))
+    best = max((row for row in epochs if row.get("val_cider") is not None), key=lambda r: r["val_cider"], default=None)
     figure = Figure(figsize=(4.2 * len(panels), 3.4), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     for axis, (title, draw) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         draw(axis)
         axis.set_title(title)
+        if best is not None:
+            axis.axvline(best["step"], color="0.6", ls=":", lw=1)
+        if title in ("learning rate", "validation CIDEr", "reward"):
+            axis.set_ylim(bottom=0)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
+    figure.suptitle(f"{path.parent.name}: " + ("dotted: the epoch with the highest CIDEr" if best else ""), fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
@@ -54,6 +62,7 @@ def _lines(axis: Any, steps: list[Row], of_steps: dict[str, str], epochs: list[R
         for name, label in names.items():
             points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
             if points:
-                axis.plot(*zip(*points, strict=True), label=label, markersize=3, **style)
+                alone = {"marker": "o"} if len(points) == 1 else {}
+                axis.plot(*zip(*points, strict=True), label=label, markersize=3, **(style | alone))
     if len(axis.lines) > 1:
         axis.legend()

@@ -63,8 +63,13 @@ class Evaluation:
         rows = csv.writer(text, lineterminator="\n")
         rows.writerow(["image_id", "file_name", "caption", *metrics])
         for i, caption in self.captions.items():
-            rows.writerow([i, self.file_names[i], caption, *(self.scores.per_image[i].get(m, "") for m in metrics)])
+            rows.writerow([i, self.file_names[i], caption, *(_short(self.scores.per_image[i].get(m)) for m in metrics)])
         return text.getvalue()
+
+
+def _short(score: float | None) -> str:
+    """Six decimals; nothing for what was not measured."""
+    return "" if score is None else f"{score:.6f}"
 
 
 @torch.inference_mode()
@@ -166,15 +171,20 @@ def language_of(
     }
 
 
-def write_evaluation(evaluation: Evaluation, path: Path) -> list[Path]:
+def write_evaluation(evaluation: Evaluation, path: Path, made_by: Mapping[str, Any]) -> list[Path]:
     """Write everything to `path`, and beside it the scores of every image and COCO's results format.
+
+    Args:
+        evaluation: what was found.
+        path: of the JSON file.
+        made_by: checkpoints, features, search and seed, in plain values: it stands first in the file.
 
     Returns:
         The files: `path`; <stem>.scores.csv, UTF-8, a line an image; <stem>.coco-results.json,
         [{"image_id": ..., "caption": ...}], as pycocotools and the COCO server read it.
     """
     scores, results = (path.with_name(f"{path.stem}.{end}") for end in ("scores.csv", "coco-results.json"))
-    write_json(path, evaluation.as_json())
+    write_json(path, {"made_by": dict(made_by), **evaluation.as_json()})
     write_text(scores, evaluation.as_csv())
     write_json(results, [{"image_id": i, "caption": text} for i, text in evaluation.captions.items()])
     return [path, scores, results]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from common.annotations import captions_alone, load_split
 from common.command import flag, pipeline_command, show_config
 from common.config import PipelineConfig
 from common.errors import GridcapError
@@ -25,23 +25,16 @@ evaluate-decoder --checkpoint runs/mine --features features/test.h5 --search sam
 
 
 def _training_captions(config: PipelineConfig) -> tuple[list[str] | None, str]:
-    """The captions that a run was trained on, or None and why not.
+    """The captions that a run was trained on, or None and why not: those of the images in its feature store."""
+    from train.inputs import join_captions
 
-    They are read again from the run's captions file, the subset of its split included; whether a captions file of
-    its own was used only in part is not known.
-    """
-    given, split = config.train.annotations, config.data.splits.get("train")
-    if given is not None:
-        split = captions_alone(given)
-    if split is None or split.annotations is None:
-        return None, "needs the training captions, and the run's configuration does not say where they are"
-    if not split.annotations.is_file():
-        return None, f"needs the training captions, and {split.annotations} is not there"
+    path = config.train.features or config.data.features / "train.h5"
     try:
-        loaded = load_split(split, "train", config.seed, config.data.max_bad)
+        with FeatureStore(path) as store:
+            data = join_captions(store, config.train.annotations, [config], "train", "--annotations").data
     except (GridcapError, OSError) as error:
         return None, f"needs the training captions: {error}"
-    return [text for record in loaded.records for text in record.captions], ""
+    return [text for captions in data.captions for text in captions], ""
 
 
 @pipeline_command("evaluate-decoder", EXAMPLES)
@@ -54,7 +47,7 @@ def _training_captions(config: PipelineConfig) -> tuple[list[str] | None, str]:
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
-    help="JSON file for the result  [default: <first run>/evaluation/<features>.json]",
+    help="JSON file for the result  [default: <run>/evaluation/<features>.<search>.json]",
 )
 @flag("--search", "caption.search")
 @flag("--beam-size", "caption.beam_size")
@@ -80,7 +73,7 @@ def evaluate_decoder(
     Writes a JSON file with the metrics and every caption, and beside it a CSV file with the scores of every image
     and the captions in COCO's results format. Exit status: 0 done, 1 failure, 2 wrong use.
     """
-    from train.checkpoint import run_folder
+    from train.checkpoint import find_checkpoint, run_folder
     from train.ensemble import load_ensemble
     from train.evaluate import NOVEL, evaluate, write_evaluation
     from train.inputs import captions_for, warn_if_random
@@ -92,8 +85,11 @@ def evaluate_decoder(
     data = captions_for(store, annotations, [config, loaded.config], "test", "--annotations")
     warn_if_random(store)
     check_same_features(loaded.provenance, store.provenance, f"{loaded.path} was trained on", f"{features} holds")
-    output = output or run_folder(checkpoints[0]) / "evaluation" / f"{features.stem}.json"
-    what = ", ".join(str(path) for path in (loaded.path, *checkpoints[1:]))
+    folders = [find_checkpoint(path) for path in checkpoints]
+    together = f".ensemble-of-{len(folders)}" if len(folders) > 1 else ""
+    name = f"{features.stem}{together}.{_short(config)}.json"
+    output = output or run_folder(checkpoints[0]) / "evaluation" / name
+    what = ", ".join(map(str, folders))
     if dry_run:
         click.echo(f"dry run: would evaluate {what} on {len(data)} images into {output}")
         return
@@ -101,17 +97,28 @@ def evaluate_decoder(
     result = evaluate(loaded, data, config.caption, config.train.device, training, config.seed)
     if training is None:
         result.scores.left_out[NOVEL] = why
-    written = write_evaluation(result, output)
+    made_by = {
+        "checkpoints": [str(folder) for folder in folders], "features": str(features),
+        "search": config.caption.model_dump(mode="json"), "seed": config.seed,
+    }  # fmt: skip
+    written = write_evaluation(result, output, made_by)
     click.echo(f"{what} on {len(data)} images, {_search(config)}, tokens by {result.scores.tokenizer}")
     _show(result)
     click.echo(f"done: {', '.join(map(str, written))}")
+
+
+def _short(config: PipelineConfig) -> str:
+    """The search in a file's name, so that one evaluation does not take another's place."""
+    caption = config.caption
+    return f"beam-{caption.beam_size}" if caption.search == "beam" else f"sample-{config.seed}"
 
 
 def _search(config: PipelineConfig) -> str:
     """How the captions were decoded, in words."""
     caption = config.caption
     if caption.search == "beam":
-        return f"beam {caption.beam_size}"
+        blocked = ", no trigram twice" if caption.block_trigrams else ""
+        return f"beam {caption.beam_size}, length penalty {caption.length_penalty:g}{blocked}"
     limits = "".join(f", {name} {v}" for name in ("top_k", "top_p") if (v := getattr(caption, name)) is not None)
     return f"sampled at temperature {caption.temperature:g}{limits}, seed {config.seed}"
 
@@ -133,6 +140,13 @@ def _show(result: Evaluation) -> None:
     for name, text in lines.items():
         if text:
             click.echo(f"  {name:<17} {text}")
+    empty = sum(not text for text in result.captions.values())
+    counts = Counter(result.captions.values())
+    most = max(counts.values())
+    if empty:
+        click.secho(f"  WARNING: {empty} captions are empty: train longer, or raise --length-penalty", fg="yellow")
+    if most > max(1, 0.3 * counts.total()):
+        click.secho(f"  WARNING: {most} of {counts.total()} captions are one and the same", fg="yellow")
     if result.scores.left_out:
         click.echo("")
     for name, why in result.scores.left_out.items():

@@ -1,4 +1,4 @@
-"""Signs that a run goes wrong, for the screen and the log."""
+"""Signs that a run goes wrong, for the screen and metrics.jsonl."""
 
 from __future__ import annotations
 

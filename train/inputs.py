@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -13,10 +14,25 @@ from common.store import FeatureStore
 from train.stream import CaptionedImages
 
 
-def captions_for(
+@dataclass(frozen=True)
+class Joined:
+    """A store with its captions.
+
+    Attributes:
+        data: the images that have both.
+        source: where the captions are from.
+        notes: what could not be used of that file, a line each.
+    """
+
+    data: CaptionedImages
+    source: Path
+    notes: list[str]
+
+
+def join_captions(
     store: FeatureStore, annotations: Path | None, configs: list[PipelineConfig], role: str, option: str
-) -> CaptionedImages:
-    """Join a store with its captions, and say what was found.
+) -> Joined:
+    """Join a store with its captions.
 
     Args:
         store: the grids.
@@ -49,11 +65,20 @@ def captions_for(
     whole = split.model_copy(update={"limit": None, "skip": 0})  # the store already is the subset
     loaded = load_split(whole, name, config.seed, config.data.max_bad)
     source = split.annotations or split.images
-    for line in loaded.problems.lines():
-        click.echo(f"note: {source}: {line}", err=True)
-    data = CaptionedImages.join(store, loaded.records, source)
+    return Joined(CaptionedImages.join(store, loaded.records, source), source, loaded.problems.lines())
+
+
+def captions_for(
+    store: FeatureStore, annotations: Path | None, configs: list[PipelineConfig], role: str, option: str
+) -> CaptionedImages:
+    """`join_captions`, and say on the screen what was found."""
+    joined = join_captions(store, annotations, configs, role, option)
+    for line in joined.notes:
+        click.echo(f"note: {joined.source}: {line}", err=True)
+    data = joined.data
     left_out = "".join(f", {n} images {why}" for why, n in data.left_out.items())
-    click.echo(f"{store.path}: {len(data)} images, {sum(map(len, data.captions))} captions from {source}{left_out}")
+    count = sum(map(len, data.captions))
+    click.echo(f"{store.path}: {len(data)} images, {count} captions from {joined.source}{left_out}")
     return data
 
 

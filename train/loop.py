@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import time
 from collections.abc import Iterator
@@ -33,6 +32,7 @@ from train.curves import draw_curves
 from train.decoders.base import Decoder
 from train.decoders.build import build_decoder
 from train.health import warnings
+from train.interrupt import stops_held
 from train.log import EVERY, Row, RunLog, read_rows
 from train.objective import CrossEntropy, Objective
 from train.optimizer import learning_rate, make_optimizer
@@ -80,11 +80,11 @@ class Run:
         """The decoder to be validated and used."""
         return self.decoder if self.average is None else self.average.decoder
 
-    def state(self, data: str) -> dict[str, Any]:
-        """What a resume needs besides the kept weights."""
+    def state(self, made_of: dict[str, Any]) -> dict[str, Any]:
+        """What a resume needs besides the kept weights; `made_of` says what must be the same then."""
         return {
             "optimizer": self.optimizer.state_dict(), "history": self.history, "step": self.step,
-            "sums": self.sums, "data": data,
+            "sums": self.sums, "made_of": made_of,
             "weights": None if self.average is None else self.decoder.state_dict(),
         }  # fmt: skip
 
@@ -120,8 +120,12 @@ def fit(
     ranks = find_ranks()
     settings = config.train
     name = settings.device
-    if name in ("auto", "cuda") and torch.cuda.is_available():  # a Slurm task may be shown just its own GPU, number 0
-        name = f"cuda:{ranks.local % torch.cuda.device_count()}"
+    if name in ("auto", "cuda") and (gpus := torch.cuda.device_count()):
+        if 1 < gpus <= ranks.local:
+            raise UserError(
+                f"process {ranks.local + 1} of this machine finds {gpus} GPUs", "start as many processes as GPUs"
+            )
+        name = f"cuda:{ranks.local % gpus}"  # a Slurm task may be shown just its own GPU, number 0
     device = choose_device(name)
     if settings.batch_size < ranks.world * settings.accumulate:
         raise UserError(
@@ -163,8 +167,14 @@ class _Trainer:
         settings, output = self.settings, self.output
         if resume and (output / "config.yaml").exists() and not (output / POINTERS).exists():
             resume = False  # stopped before its first checkpoint: there is nothing to lose in beginning again
+            self._say(f"{output} has no checkpoint yet: beginning again")
         run = self._resume() if resume else self._begin()
-        self.ranks.gather(None)  # nobody writes before all have looked at what is there
+        # Nobody writes before all have looked at what is there.
+        if len(set(self.ranks.gather((run.step, tuple(run.vocabulary.words), self.data)))) > 1:
+            raise UserError(
+                "the processes begin with different checkpoints, vocabularies or captions",
+                "let all of them see the same folders and files",
+            )
         if self.ranks.first:
             for folder in (output, output / "checkpoints"):
                 remove_leftovers(folder)
@@ -174,6 +184,7 @@ class _Trainer:
             self.config.seed, settings.shuffle, self.ranks, settings.accumulate, self.device.type == "cuda",
         )  # fmt: skip
         objective = self._objective(run.vocabulary)
+        self._announce(run, len(stream), resume)
         log = RunLog(output, run.history, run.step) if self.ranks.first else None
         try:
             if settings.init_from is not None and self.val is not None and run.step == 0 and not run.history:
@@ -184,9 +195,29 @@ class _Trainer:
         finally:
             if log is not None:
                 log.close()
-        if self.ranks.first and run.history:
-            draw_curves(run.history, read_rows(output / "steps.jsonl"), output / "curves.png")
         return run.history
+
+    def _say(self, text: str) -> None:
+        if self.progress:
+            tqdm.write(text)
+
+    def _announce(self, run: Run, steps: int, resumed: bool) -> None:
+        """What will be trained on what, and where it goes on."""
+        settings, size = self.settings, sum(p.numel() for p in run.decoder.parameters())
+        self._say(
+            f"{settings.decoder.family}, {size / 1e6:.1f} million weights, {len(run.vocabulary)} words, on "
+            f"{self.device} in {str(self.precision).removeprefix('torch.')}, {steps} steps an epoch -> {self.output}"
+        )
+        total = settings.epochs * steps
+        if resumed and _epochs_done(run.history) >= settings.epochs:
+            self._say(f"nothing to do: all {settings.epochs} epochs are done (--epochs gives it more)")
+        elif resumed:
+            self._say(f"resuming after step {run.step} of {total}")
+        if settings.schedule.warmup_steps >= total:
+            self._say(
+                f"WARNING: the warm-up takes {settings.schedule.warmup_steps} steps and this run has {total}: the "
+                "learning rate never reaches its top (--set train.schedule.warmup_steps=...)"
+            )
 
     def _objective(self, vocabulary: Vocabulary) -> Objective:
         settings = self.settings
@@ -252,12 +283,7 @@ class _Trainer:
             )
         file = loaded.path / "training_state.pt"
         state = load_training_state(loaded.path)
-        if isinstance(state, dict) and state.get("data", self.data) != self.data:
-            raise MismatchError(
-                f"{self.output}: was begun with other images or captions than {self.train.store.path} and its captions "
-                "file hold now",
-                "resume with the same files, or choose another --output",
-            )
+        self._check_made_of(state.get("made_of") if isinstance(state, dict) else None)
         try:
             run = self._run_of(loaded, list(state["history"]), state["step"], dict(state["sums"]), state["weights"])
             run.optimizer.load_state_dict(state["optimizer"])
@@ -268,6 +294,35 @@ class _Trainer:
                 "train again into another --output; the weights themselves can still be evaluated",
             ) from error
 
+    def _made_of(self) -> dict[str, Any]:
+        """What a run's configuration does not say and must be the same when it goes on."""
+        return {
+            "data": self.data, "validation": None if self.val is None else self.val.digest(),
+            "precision": str(self.precision),
+        }  # fmt: skip
+
+    def _check_made_of(self, then: Any) -> None:
+        now = self._made_of()
+        if not isinstance(then, dict):
+            return  # the state lacks other things too, and is refused for it
+        if then.get("data", now["data"]) != now["data"]:
+            raise MismatchError(
+                f"{self.output}: was begun with other images or captions than {self.train.store.path} and its captions "
+                "file hold now",
+                "resume with the same files, or choose another --output",
+            )
+        if None not in (then.get("validation"), now["validation"]) and then["validation"] != now["validation"]:
+            raise MismatchError(
+                f"{self.output}: its epochs were validated on other images or captions than these",
+                "resume with the same validation files, or choose another --output",
+            )
+        if then.get("precision", now["precision"]) != now["precision"]:
+            raise MismatchError(
+                f"{self.output}: was begun in {then['precision'].removeprefix('torch.')}, and this machine takes "
+                f"{now['precision'].removeprefix('torch.')}",
+                f"say --precision {then['precision'].removeprefix('torch.')}, or choose another --output",
+            )
+
     # --- one epoch
 
     def _epoch(self, run: Run, stream: CaptionStream, epoch: int, objective: Objective, log: RunLog | None) -> Row:
@@ -276,7 +331,9 @@ class _Trainer:
         totals = {name: torch.tensor(value, dtype=torch.float64) for name, value in run.sums.items()}
         saved = time.monotonic()
         label = f"epoch {epoch + 1}/{self.settings.epochs}"
-        with tqdm(
+        # Several processes are stopped at once, without waiting for each other: each is sent its own signal.
+        holding = stops_held() if self.ranks.world == 1 else contextlib.nullcontext(lambda: None)
+        with holding as stopping, tqdm(
             total=len(stream.data), initial=first * stream.batch_size, unit="image", desc=label,
             disable=not self.progress, leave=False,
         ) as bar:  # fmt: skip
@@ -290,11 +347,14 @@ class _Trainer:
                     if log is not None:
                         log.step({"step": run.step, "epoch": epoch + 1, **row()})
                     self._check_finite(run, totals, epoch)
-                if number + 1 < len(stream) and self._checkpoint_is_due(run.step, saved):
+                stop = stopping()
+                if number + 1 < len(stream) and (stop or self._checkpoint_is_due(run.step, saved)):
                     run.sums = watch.sums() | {name: value.item() for name, value in totals.items()}
                     self._check_finite(run, totals, epoch)
                     self._save(run)
                     saved = time.monotonic()
+                if stop:
+                    stop()
         self._check_finite(run, totals, epoch)
         run.sums = {}
         return {"epoch": epoch + 1, "step": run.step, **_means(totals), **watch.result()}
@@ -348,8 +408,9 @@ class _Trainer:
         }  # fmt: skip
 
     def _check_finite(self, run: Run, totals: dict[str, Tensor], epoch: int) -> None:
-        good = all(math.isfinite(value.item()) for value in totals.values())
-        if not (good and all(bool(p.isfinite().all()) for p in run.decoder.parameters())):
+        good = [value.isfinite().to(self.device) for value in totals.values()]
+        good += [parameter.isfinite().all() for parameter in run.decoder.parameters()]
+        if not torch.stack(good).all():
             raise TrainingError(
                 f"{self.output}: the loss is not a number any more (epoch {epoch + 1}, step {run.step})",
                 "train again with a smaller --learning-rate into another --output",
@@ -359,14 +420,26 @@ class _Trainer:
 
     def _end_epoch(self, run: Run, log: RunLog | None, row: Row) -> None:
         if self.val is not None:
-            row |= validate(run.kept, self.val, run.vocabulary, self.settings, self.device, self.precision, self.ranks)
+            row |= validate(
+                run.kept,
+                self.val,
+                run.vocabulary,
+                self.settings,
+                self.device,
+                self.precision,
+                self.ranks,
+                self.progress,
+            )
         run.history.append(row)
+        if found := warnings(run.history):
+            row["warnings"] = found
         self._save(run)
         if log is not None:
             log.epoch(run.history)
+            draw_curves(run.history, read_rows(self.output / "steps.jsonl"), self.output / "curves.png")
         if self.progress:
             tqdm.write(_line(run.history, self.settings.epochs))
-            for text in warnings(run.history):
+            for text in row.get("warnings", ()):
                 tqdm.write(f"  WARNING: {text}")
 
     def _save(self, run: Run) -> None:
@@ -376,7 +449,7 @@ class _Trainer:
                 best = run.step
             save_checkpoint(
                 self.output, run.step, run.kept, run.vocabulary, self.config, self.train.store.provenance,
-                run.state(self.data), best,
+                run.state(self._made_of()), best,
             )  # fmt: skip
 
     def _checkpoint_is_due(self, step: int, saved: float) -> bool:
@@ -424,10 +497,14 @@ def _reproducible(device: torch.device) -> Iterator[None]:
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
+    memory: Any = torch.utils.deterministic
+    fills = memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
+    memory.fill_uninitialized_memory = False  # NaN into all new memory, against bugs that we test
     try:
         yield
     finally:
+        memory.fill_uninitialized_memory = fills
         torch.use_deterministic_algorithms(before, warn_only=only_warn)
 
 
@@ -470,7 +547,7 @@ def _line(history: list[Row], epochs: int) -> str:
         text += f"  reward {row['reward']:.3f}, baseline {row['baseline']:.3f}, advantage {row['advantage']:.3f}"
     if "val_cider" in row:
         text += f"  validation: loss {row['val_loss']:.3f}, perplexity {row['val_perplexity']:.2f}"
-        text += f", CIDEr {row['val_cider']:.3f}"
+        text += f", greedy CIDEr {row['val_cider']:.3f}"
         if history[0]["epoch"] == 0 and row["epoch"] and row["val_cider"] < history[0]["val_cider"]:
             text += f" (below the {history[0]['val_cider']:.3f} it began with)"
         elif best_row(history) is row:

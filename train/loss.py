@@ -10,24 +10,39 @@ from torch import Tensor
 from train.vocabulary import PAD
 
 
-def masked_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+def masked_cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy summed over the words that are there; padding counts for nothing.
 
     Args:
         logits: (..., V) float.
         targets: (...) int64, PAD where there is no word.
-        label_smoothing: share of the target that is spread over all V words (Szegedy et al. 2016,
-            arXiv:1512.00567, section 7).
 
     Returns:
-        The sum in nats, and the number of words it was summed over; without smoothing exp(sum / number) is the
-        perplexity.
+        The sum in nats, and the number of words it was summed over; exp(sum / number) is the perplexity.
     """
-    loss = F.cross_entropy(
-        logits.flatten(0, -2).float(), targets.flatten(), ignore_index=PAD, reduction="sum",
-        label_smoothing=label_smoothing,
-    )  # fmt: skip
+    loss = F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=PAD, reduction="sum")
     return loss, (targets != PAD).sum()
+
+
+def smoothed_cross_entropy(logits: Tensor, targets: Tensor, smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy with smoothed labels (Szegedy et al. 2016, arXiv:1512.00567, section 7), summed as above.
+
+    Args:
+        logits: (N, V) float.
+        targets: (N,) int64, PAD where there is no word.
+        smoothing: share of the target that is spread over all V words.
+
+    Returns:
+        The sum to be minimised; the sum without smoothing, detached, to be compared with validation; and the
+        number of words.
+    """
+    if not smoothing:
+        loss, words = masked_cross_entropy(logits, targets)
+        return loss, loss.detach(), words
+    log_probs, there = logits.float().log_softmax(-1), targets != PAD
+    plain = F.nll_loss(log_probs, targets, ignore_index=PAD, reduction="sum")
+    spread = -(log_probs.mean(-1) * there).sum()
+    return (1 - smoothing) * plain + smoothing * spread, plain.detach(), there.sum()
 
 
 def doubly_stochastic(attention: Tensor, targets: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from common.config import TrainConfig
 from train.decoders.base import Decoder, Memory
-from train.loss import doubly_stochastic, masked_cross_entropy
+from train.loss import doubly_stochastic, smoothed_cross_entropy
 from train.search import word_log_probs
 from train.stream import CaptionBatch
 from train.vocabulary import PAD
@@ -45,7 +45,7 @@ class CrossEntropy:
         return min(sampling.max, sampling.increase * (epoch // sampling.every))
 
     def __call__(self, decoder: Decoder, batch: CaptionBatch, epoch: int) -> tuple[Tensor, Terms]:
-        """As `Objective`; the log has "loss", with label smoothing and without the penalty."""
+        """As `Objective`; the log has "loss", the cross-entropy without label smoothing and penalty."""
         memory = decoder.encode(batch.grids.float())
         given, targets = batch.tokens[..., :-1], batch.tokens[..., 1:]
         if probability := self.own_words(epoch):
@@ -54,8 +54,8 @@ class CrossEntropy:
         else:
             logits, attention = decoder(memory, given, batch.words)
         there = targets.flatten().index_select(0, batch.words)
-        loss, words = masked_cross_entropy(logits, there, self._settings.label_smoothing)
-        terms = {"words": words, "loss": loss.detach()}
+        loss, plain, words = smoothed_cross_entropy(logits, there, self._settings.label_smoothing)
+        terms = {"words": words, "loss": plain}
         if self._penalty and attention is not None:
             loss = loss + self._penalty * doubly_stochastic(attention, targets)
         return loss, terms
@@ -85,9 +85,9 @@ def with_own_words(
             looks.append(attention)
         if t + 1 < length:
             given = tokens[..., t + 1]
-            # NaN of a decoder that has diverged is left for the loss to show: multinomial would fail on it.
-            chances = word_log_probs(predicted.detach()).exp().nan_to_num(1.0).flatten(0, 1)
-            drawn = torch.multinomial(chances, 1).reshape(b, k)
+            # A draw, as torch.multinomial makes it, without its checks, for which it waits for the device.
+            chances = word_log_probs(predicted.detach()).exp()
+            drawn = (chances / torch.empty_like(chances).exponential_()).argmax(-1)
             own = (torch.rand(b, k, device=tokens.device) < probability) & (given != PAD)
             now = torch.where(own, drawn, given)
     return torch.stack(logits, 2), torch.stack(looks, 2) if looks else None

@@ -98,7 +98,7 @@ def joined(ranks: Ranks, device: torch.device) -> Iterator[None]:
     """Connect the processes for the time of the block.
 
     torchrun says where the first one listens (MASTER_ADDR, MASTER_PORT). Under srun it is the step's first
-    machine, and a port made from the job's number.
+    machine, and a port made from the numbers of job and step.
 
     Raises:
         UserError: they do not find each other.
@@ -106,14 +106,16 @@ def joined(ranks: Ranks, device: torch.device) -> Iterator[None]:
     if ranks.world == 1:
         yield
         return
+    given = "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ
     address = os.environ.get("MASTER_ADDR") or _first_machine()
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where objects are gathered
-    port = os.environ.get("MASTER_PORT") or str(20_000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20_000)
+    job, step = (int(os.environ.get(name, 0)) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    port = os.environ.get("MASTER_PORT") or str(20_000 + (job * 101 + step) % 12_000)  # below those given to anybody
     try:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            init_method=f"tcp://{address}:{port}" if "MASTER_PORT" not in os.environ else "env://",
+            init_method="env://" if given else f"tcp://{address}:{port}",
             rank=ranks.rank, world_size=ranks.world,
             device_id=device if device.type == "cuda" else None,
         )  # fmt: skip
@@ -132,5 +134,11 @@ def _first_machine() -> str:
     nodes = os.environ.get("SLURM_STEP_NODELIST")
     if nodes is None:
         return "localhost"
-    shown = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    try:
+        shown = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(
+            f"scontrol cannot say which machine of {nodes} is the first: {error}",
+            "set MASTER_ADDR to it, and MASTER_PORT to a free port",
+        ) from error
     return shown.stdout.split()[0]

@@ -34,7 +34,6 @@ class SelfCritical:
 
     def __init__(self, reward: CaptionReward, samples: int, max_length: int) -> None:
         self._reward, self._samples, self._max_length = reward, samples, max_length
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="reward")
 
     def __call__(self, decoder: Decoder, batch: CaptionBatch, epoch: int) -> tuple[Tensor, Terms]:
         """As `Objective`; the log has "captions" and, summed over them, their "reward", the "baseline" each was
@@ -43,13 +42,15 @@ class SelfCritical:
         decoder.eval()
         with torch.no_grad():
             drawn = sample_tokens(decoder, decoder.encode(grids), self._samples, self._max_length)
+        torch.clear_autocast_cache()  # before torch 2.10 the weights cast without gradient would be used again
         decoder.train()
-        counted = self._thread.submit(self._reward, batch.images, drawn.cpu().numpy())
-        given = torch.cat([torch.full_like(drawn[..., :1], BOS), drawn[..., :-1]], -1)
-        written = (drawn != PAD).flatten().nonzero()[:, 0]
-        logits, _ = decoder(decoder.encode(grids), given, written)
-        log_probs = -F.cross_entropy(without_never_written(logits), drawn.flatten()[written], reduction="none")
-        rewards = torch.from_numpy(counted.result()).to(grids.device)
+        with ThreadPoolExecutor(1, thread_name_prefix="reward") as thread:
+            counted = thread.submit(self._reward, batch.images, drawn.cpu().numpy())
+            given = torch.cat([torch.full_like(drawn[..., :1], BOS), drawn[..., :-1]], -1)
+            written = (drawn != PAD).flatten().nonzero()[:, 0]
+            logits, _ = decoder(decoder.encode(grids), given, written)
+            log_probs = -F.cross_entropy(without_never_written(logits), drawn.flatten()[written], reduction="none")
+            rewards = torch.from_numpy(counted.result()).to(grids.device)
         baseline = (rewards.sum(1, keepdim=True) - rewards) / (self._samples - 1)
         advantage = rewards - baseline
         loss = -(advantage[..., None].expand(drawn.shape).flatten()[written] * log_probs).sum()

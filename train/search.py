@@ -49,8 +49,10 @@ class _Finished:
 
 def without_never_written(logits: Tensor) -> Tensor:
     """The logits in float32, with -inf for PAD, BOS and UNK: (..., V) to (..., V), a copy, with gradient."""
-    never = torch.tensor(_NEVER, device=logits.device)
-    return logits.float().index_fill(-1, never, -torch.inf)
+    left = logits.float().clone()
+    for token in _NEVER:
+        left[..., token] = -torch.inf
+    return left
 
 
 def word_log_probs(logits: Tensor) -> Tensor:
@@ -150,9 +152,8 @@ def beam_search(
         state = _select(state, chosen)
         if block_trigrams:
             written = torch.cat([_select((written,), chosen)[0], tokens[..., None]], -1)
-        steps.append(
-            (tokens.cpu(), chosen.cpu(), None if attention is None else _select((attention,), chosen)[0].cpu())
-        )
+        steps.append((tokens, chosen, None if attention is None else _select((attention,), chosen)[0]))
+    steps = [(words.cpu(), parents.cpu(), None if look is None else look.cpu()) for words, parents, look in steps]
     final = scores.tolist()
     cells = None if attention is None else attention.shape[-1]
     return [_trace(steps, ended[i], final[i], i, cells) for i in range(b)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from tqdm import tqdm
 
 from common.config import TrainConfig
 from train.decoders.base import Decoder
@@ -18,7 +19,7 @@ from train.vocabulary import PAD, Vocabulary
 @torch.inference_mode()
 def validate(
     decoder: Decoder, data: CaptionedImages, vocabulary: Vocabulary, settings: TrainConfig, device: torch.device,
-    precision: torch.dtype, ranks: Ranks = ALONE,
+    precision: torch.dtype, ranks: Ranks = ALONE, progress: bool = False,
 ) -> dict[str, float]:  # fmt: skip
     """Validate a decoder; of several processes each takes its share, and all get the result.
 
@@ -29,10 +30,14 @@ def validate(
     """
     decoder.eval()
     per_image = max(len(captions) for captions in data.captions)
-    stream = CaptionStream(data, vocabulary, settings.batch_size, per_image, settings.max_length, ranks=ranks)
+    size = max(1, settings.batch_size // (ranks.world * settings.accumulate))  # what fits in training fits here
+    stream = CaptionStream(data, vocabulary, size, per_image, settings.max_length, ranks=ranks)
     total, spread, words = 0.0, 0.0, 0
     captions: dict[int, str] = {}
-    for batch in stream.in_order():
+    batches = tqdm(
+        stream.in_order(), total=-(-len(stream) // ranks.world), desc="validation", disable=not progress, leave=False
+    )
+    for batch in batches:
         moved = batch.to(device)
         grids, targets = moved.grids.float(), moved.tokens[..., 1:]
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):

@@ -43,7 +43,9 @@ class AttentionConfig(AnyDecoderConfig):
     attention_size: PositiveInt = Field(256, description="size of the space in which state and cells are compared")
     cell: AttentionCell = Field("gru", description="the recurrent part, and where the context enters it")
     gate: bool = Field(False, description="weigh the context by a scalar made from the state (Xu 2015)")
-    output: AttentionOutput = Field("deep", description="words from the state, or from state, context and last word")
+    output: AttentionOutput = Field(
+        "deep", description="what words are made from: hidden, the state; deep, state, context and last word"
+    )
     doubly_stochastic: NonNegativeFloat = Field(
         0.0, description="weight of the penalty that makes the looks at each cell sum to 1 over a caption (Xu 2015)"
     )

@@ -100,19 +100,25 @@ def _lay_recipe(tree: dict[str, Any], recipe: str) -> None:
     """Put a recipe's `train` section over the file's, which keeps only what no recipe is about."""
     source = next((file for file in _recipes() if file.name == f"{recipe}.yaml"), Path(recipe))
     if isinstance(source, Path) and not source.exists():
-        close = difflib.get_close_matches(recipe, recipe_names(), n=1, cutoff=0.5)
+        names = [name for name in recipe_names() if name != "scst"]
+        close = difflib.get_close_matches(recipe, names, n=1, cutoff=0.5)
+        if Path(f"{recipe}.yaml").exists():
+            close = [f"{recipe}.yaml"]
         raise ConfigError(
             f"--recipe {recipe}: no such recipe, and no such file",
-            f"did you mean {close[0]}?" if close else f"recipes: {', '.join(recipe_names())}, or a YAML file",
+            f"did you mean {close[0]}?" if close else f"recipes: {', '.join(names)}, or a YAML file",
         )
     laid = _read_yaml(source)
     if others := [str(key) for key in laid if key != "train"]:
-        raise ConfigError(f"{source}: {others[0]}: a recipe holds train and nothing else", "move it to pipeline.yaml")
+        keys = "put the keys under `train:`" if "train" not in laid else "move it to pipeline.yaml"
+        raise ConfigError(f"{source}: {others[0]}: a recipe holds train and nothing else", keys)
     if not isinstance(laid.get("train"), dict):
         raise ConfigError(f"{source}: a recipe holds a section train, with keys", "see pipeline.yaml for what it takes")
     _validated({"train": dict(laid["train"])}, Path(str(source)), set())
     before = tree.get("train")
     kept = {key: before[key] for key in NOT_OF_A_RECIPE if key in before} if isinstance(before, dict) else {}
+    if laid["train"].get("objective") != "scst":
+        kept["output"] = f"runs/{Path(recipe).stem}"
     tree["train"] = kept | laid["train"]
 
 
@@ -175,12 +181,11 @@ def _explain(
         hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
         return ConfigError(f"{source}: {key}: unknown key", hint)
     message = first["msg"].removeprefix("Value error, ")
-    shown = first["input"] if not isinstance(first["input"], dict) else first.get("ctx", {}).get("tag", "a section")
+    shown = first["input"] if not isinstance(first["input"], dict) else first.get("ctx", {}).get("tag")
+    given = "" if shown is None else f" (given: {shown!r})"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     where = f"{key}: " if key else ""
-    return ConfigError(
-        f"{source}: {where}{message} (given: {shown!r}){more}", "see pipeline.yaml for what each key takes"
-    )
+    return ConfigError(f"{source}: {where}{message}{given}{more}", "see pipeline.yaml for what each key takes")
 
 
 def _keys_at(parts: list[str], tree: Mapping[str, Any]) -> list[str]:

@@ -199,7 +199,11 @@ def test_bad_photos_are_left_out_of_the_picture(fake: Any, scenes: Any, checkpoi
 def test_a_decoder_without_attention_cannot_be_drawn(fake: Any, scenes: Any, checkpoint: Any) -> None:
     result = run("--checkpoint", checkpoint("lstm"), scenes(1), "--attention", "look.png")
     assert result.exit_code == 2
-    assert re.search(r"^error: .*has no attention\n  what to do: .*--decoder attention$", result.stderr, re.M)
+    assert re.search(
+        r"^error: .*has no attention\n  what to do: .*--recipe soft-attention, top-down, transformer.*$",
+        result.stderr,
+        re.M,
+    )
     assert not Path("look.png").exists()
 
 

@@ -98,7 +98,7 @@ def test_the_demo_meets_its_bars(tmp_path: Path) -> None:
 
     captions, references = {}, {}
     for name in ("decoder", "blind"):
-        entries = json.loads((output / name / "evaluation" / "test.json").read_text())["captions"]
+        entries = json.loads((output / name / "evaluation" / "test.beam-3.json").read_text())["captions"]
         captions[name] = {e["image_id"]: e["caption"] for e in entries}
         references[name] = {e["image_id"]: e["references"] for e in entries}
     loaded = load_annotations(output / "shapes" / "captions_test.json", "test")

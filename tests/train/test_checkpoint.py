@@ -298,6 +298,10 @@ def test_an_older_version_is_refused_and_says_so(save, run):
 def test_the_run_of_a_checkpoint_is_found_given_either(save, run):
     save(1)
     assert run_folder(find_checkpoint(run)) == run_folder(run) == run
+    moved = run.parent / "checkpoints" / "mine"  # a folder of runs may have that name
+    moved.parent.mkdir()
+    run.rename(moved)
+    assert run_folder(find_checkpoint(moved)) == run_folder(moved) == moved
 
 
 def test_a_checkpoint_of_a_step_that_is_there_already_takes_its_place(save, run):

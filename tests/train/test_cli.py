@@ -159,7 +159,7 @@ def test_resume_with_another_learning_rate_is_refused_naming_it(project):
 
 def test_resume_on_nothing_is_a_users_error_and_writes_nothing(project):
     output = invoke(train_decoder, "--output", "runs/nothing", "--resume", status=2)
-    assert "runs/nothing: no such folder" in output
+    assert "runs/nothing: holds no run to go on with" in output
     assert not (project / "runs" / "nothing").exists()
 
 
@@ -263,7 +263,7 @@ def test_a_recipe_may_be_a_file(project):
     recipe = {"train": {"decoder": {"family": "lstm", "hidden_size": 20, "embed_size": 10}, "epochs": 1}}
     (project / "mine.yaml").write_text(yaml.safe_dump(recipe))
     invoke(train_decoder, "--recipe", "mine.yaml")
-    found = settings_of(project / "runs" / "a")
+    found = settings_of(project / "runs" / "mine")
     assert (found.decoder.family, found.decoder.hidden_size, found.epochs) == ("lstm", 20, 1)
     assert found.batch_size == 32, "nothing of the file's recipe is mixed into it"
 

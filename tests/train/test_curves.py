@@ -41,7 +41,11 @@ def draw(figures, path, epochs, steps):
         panels = figures[-1].axes
         assert picture.width > 400 * len(panels)
     return {
-        axis.get_title(): {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axis.lines}
+        axis.get_title(): {
+            line.get_label(): list(zip(*line.get_data(), strict=True))
+            for line in axis.lines
+            if len(line.get_xdata()) != 2 or line.get_linestyle() != ":"  # what marks the best epoch
+        }
         for axis in panels
     }
 
@@ -50,7 +54,7 @@ def test_cross_entropy(tmp_path, figures):
     panels = draw(figures, tmp_path / "curves.png", VALIDATED, STEPS)
     assert list(panels) == ["loss, nats a word", "validation CIDEr", "validation perplexity", "learning rate"]
     assert panels["loss, nats a word"] == {
-        "each step": [(row["step"], row["loss"]) for row in STEPS],
+        "one step in 20": [(row["step"], row["loss"]) for row in STEPS],
         "training": [(50, 4), (100, 3)],
         "validation": [(50, 4.0), (100, 3.5)],
     }
@@ -66,7 +70,7 @@ def test_self_critical_training_shows_the_reward_and_how_it_began(tmp_path, figu
     panels = draw(figures, tmp_path / "curves.png", [begin, *plain], steps)
     assert list(panels) == ["reward", "validation CIDEr", "validation perplexity", "learning rate"]
     assert panels["reward"] == {
-        "each step": [(row["step"], 0.9) for row in STEPS],
+        "one step in 20": [(row["step"], 0.9) for row in STEPS],
         "epoch": [(50, 0.9), (100, 0.9)],
     }
     assert list(panels["validation CIDEr"].values()) == [[(0, 0.2), (50, 0.2), (100, 0.4)]]
@@ -75,7 +79,7 @@ def test_self_critical_training_shows_the_reward_and_how_it_began(tmp_path, figu
 def test_without_validation(tmp_path, figures):
     panels = draw(figures, tmp_path / "curves.png", EPOCHS, STEPS)
     assert list(panels) == ["loss, nats a word", "learning rate"]
-    assert set(panels["loss, nats a word"]) == {"each step", "training"}
+    assert set(panels["loss, nats a word"]) == {"one step in 20", "training"}
 
 
 def test_only_what_has_several_lines_has_a_legend(tmp_path, figures):
@@ -105,5 +109,5 @@ def test_from_the_files_of_a_run_over_an_older_picture(tmp_path, figures):
     (tmp_path / "curves.png").write_bytes(b"an older picture")
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     panels = draw(figures, tmp_path / "curves.png", rows, read_rows(tmp_path / "steps.jsonl"))
-    assert len(panels["loss, nats a word"]["each step"]) == len(STEPS)
+    assert len(panels["loss, nats a word"]["one step in 20"]) == len(STEPS)
     assert [path.name for path in tmp_path.glob("*.png*")] == ["curves.png"], "no temporary file is left"

@@ -90,9 +90,10 @@ def test_features_of_another_provenance_are_refused_with_the_difference(run, tmp
 
 def test_written_files_hold_metrics_captions_and_cocos_results(run, evaluation, tmp_path):
     path = tmp_path / "new" / "test.json"
-    written = write_evaluation(evaluation, path)
+    written = write_evaluation(evaluation, path, {"seed": 0})
     tree = json.loads(path.read_text())
-    assert set(tree) == {"metrics", "language", "tokenizer", "left_out", "captions"}
+    assert tree["made_by"] == {"seed": 0}
+    assert set(tree) == {"made_by", "metrics", "language", "tokenizer", "left_out", "captions"}
     assert tree["metrics"] == evaluation.scores.values
     assert next(iter(tree["metrics"])) == "perplexity"
     assert tree["language"] == evaluation.language
@@ -109,7 +110,7 @@ def test_written_files_hold_metrics_captions_and_cocos_results(run, evaluation, 
 
 
 def test_the_table_of_images_holds_every_caption_and_every_score(evaluation, tmp_path):
-    _, table, _ = write_evaluation(evaluation, tmp_path / "test.json")
+    _, table, _ = write_evaluation(evaluation, tmp_path / "test.json", {"seed": 0})
     with table.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     metrics = ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr", "CIDEr-D"]
@@ -118,7 +119,9 @@ def test_the_table_of_images_holds_every_caption_and_every_score(evaluation, tmp
     for row in rows:
         image = int(row["image_id"])
         assert (row["file_name"], row["caption"]) == (f"{image}.jpg", evaluation.captions[image])
-        assert {name: float(row[name]) for name in metrics} == evaluation.scores.per_image[image]
+        assert {name: float(row[name]) for name in metrics} == pytest.approx(
+            evaluation.scores.per_image[image], abs=1e-6
+        )
 
 
 def test_the_table_survives_commas_quotes_and_any_letters():
@@ -126,7 +129,7 @@ def test_the_table_survives_commas_quotes_and_any_letters():
     names, captions = {1: 'a, "b".jpg', 2: "ñ.jpg"}, {1: "x, y", 2: "犬"}
     text = Evaluation(captions, names, {1: ("r",), 2: ("r",)}, scores, {}).as_csv()
     assert list(csv.reader(text.splitlines())) == [
-        ["image_id", "file_name", "caption", "A"], ["1", 'a, "b".jpg', "x, y", "0.5"], ["2", "ñ.jpg", "犬", ""],
+        ["image_id", "file_name", "caption", "A"], ["1", 'a, "b".jpg', "x, y", "0.500000"], ["2", "ñ.jpg", "犬", ""],
     ]  # fmt: skip
 
 
@@ -135,7 +138,7 @@ def test_cocos_own_tools_load_the_results(run, evaluation, tmp_path, coco_file):
 
     records = [ImageRecord(i, name, evaluation.references[i]) for i, name in evaluation.file_names.items()]
     truth = COCO(str(coco_file(tmp_path / "truth.json", records)))
-    *_, results = write_evaluation(evaluation, tmp_path / "test.json")
+    *_, results = write_evaluation(evaluation, tmp_path / "test.json", {"seed": 0})
     loaded = truth.loadRes(str(results))
     assert {loaded.anns[a]["image_id"]: loaded.anns[a]["caption"] for a in loaded.anns} == evaluation.captions
     assert sorted(loaded.getImgIds()) == list(evaluation.captions)
@@ -174,7 +177,7 @@ def test_a_perplexity_beyond_any_float_is_still_written_as_valid_json(run, tmp_p
     with torch.no_grad():
         checkpoint.decoder.output.weight *= 1e4
     found = evaluate(checkpoint, data, SEARCH, "cpu", progress=False)
-    write_evaluation(found, tmp_path / "e.json")
+    write_evaluation(found, tmp_path / "e.json", {"seed": 0})
 
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
@@ -191,7 +194,7 @@ def template(tmp_path_factory, new_data, new_config):
     folder = tmp_path_factory.mktemp("command")
     train = new_data(folder / "train.h5")
     for name, seed in (("a", 0), ("b", 1)):
-        config = new_config(folder / name, seed=seed, annotations=folder / "train.json")
+        config = new_config(folder / name, seed=seed, features=folder / "train.h5", annotations=folder / "train.json")
         fit(config, train, None, False, progress=False)
     new_data(folder / "test.h5", 7, first_id=700, seed=2, split="test")
     return folder
@@ -256,7 +259,7 @@ def test_training_captions_that_are_gone_cost_one_row(invoke, template, tmp_path
         output = invoke("--checkpoint", template / "a")
     finally:
         (template / "moved.json").rename(template / "train.json")
-    assert f"novel captions    left out: needs the training captions, and {template / 'train.json'} is not" in output
+    assert f"novel captions    left out: needs the training captions: {template / 'train.json'}: " in output
     assert "novel_captions" not in json.loads((tmp_path / "e.json").read_text())["language"]
 
 

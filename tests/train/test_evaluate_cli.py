@@ -29,8 +29,12 @@ def test_evaluation_prints_the_scores_and_writes_them_with_every_caption(project
     output = invoke(evaluate_decoder, "--checkpoint", "runs/done", "--features", "features/test.h5")
     assert "7 images, 13 captions from test.json" in output
     written = project / "runs" / "done" / "evaluation"
-    assert {p.name for p in written.iterdir()} == {"test.json", "test.scores.csv", "test.coco-results.json"}
-    tree = json.loads((written / "test.json").read_text())
+    assert {p.name for p in written.iterdir()} == {
+        "test.beam-2.json",
+        "test.beam-2.scores.csv",
+        "test.beam-2.coco-results.json",
+    }
+    tree = json.loads((written / "test.beam-2.json").read_text())
     assert set(tree["metrics"]) == {
         "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr", "CIDEr-D", "perplexity",
     }  # fmt: skip
@@ -39,7 +43,7 @@ def test_evaluation_prints_the_scores_and_writes_them_with_every_caption(project
     for name, why in tree["left_out"].items():
         assert f"{name:<17} left out: {why}" in output
     assert [c["image_id"] for c in tree["captions"]] == list(range(700, 707))
-    results = json.loads((written / "test.coco-results.json").read_text())
+    results = json.loads((written / "test.beam-2.coco-results.json").read_text())
     assert all(set(entry) == {"image_id", "caption"} for entry in results)
     assert results == [{k: c[k] for k in ("image_id", "caption")} for c in tree["captions"]]
 
@@ -58,7 +62,7 @@ def test_a_single_checkpoint_is_evaluated_into_its_run(project):
     folder = load_checkpoint(project / "runs/done").path
     before = files(folder)
     invoke(evaluate_decoder, "--checkpoint", folder, "--features", "features/test.h5")
-    assert (project / "runs" / "done" / "evaluation" / "test.json").is_file()
+    assert (project / "runs" / "done" / "evaluation" / "test.beam-2.json").is_file()
     assert files(folder) == before, "a checkpoint's folder holds the checkpoint and nothing else"
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F  # noqa: N812
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.loss import doubly_stochastic, masked_cross_entropy, perplexity
+from train.loss import doubly_stochastic, masked_cross_entropy, perplexity, smoothed_cross_entropy
 from train.vocabulary import PAD
 
 
@@ -61,7 +61,7 @@ def test_half_precision_logits_are_summed_in_float32():
 @given(st.integers(0, 10_000), st.floats(0.01, 0.9))
 def test_label_smoothing_spreads_its_share_over_all_words(seed, share):
     logits, targets = example(seed)
-    total, count = masked_cross_entropy(logits, targets, share)
+    total, plain, count = smoothed_cross_entropy(logits.flatten(0, -2), targets.flatten(), share)
     log_probs = logits.log_softmax(-1)
     expected = 0.0
     for place in (targets != PAD).nonzero().tolist():
@@ -74,6 +74,8 @@ def test_label_smoothing_spreads_its_share_over_all_words(seed, share):
     there = targets != PAD
     torchs = F.cross_entropy(logits[there], targets[there], reduction="sum", label_smoothing=share)
     assert total.item() == pytest.approx(torchs.item(), rel=1e-5)
+    assert plain.item() == pytest.approx(masked_cross_entropy(logits, targets)[0].item(), rel=1e-5)
+    assert not plain.requires_grad
 
 
 # --- the penalty on attention ---

@@ -17,7 +17,7 @@ from train.checkpoint import find_checkpoint, load_checkpoint
 from train.loop import fit
 from train.ranks import ALONE, Ranks, find_ranks
 
-TIMELESS = ("seconds", "waited")
+NOT_COMPARED = ("seconds", "waited", "warnings")
 HANG = 400  # seconds after which a command counts as one that never ends
 
 
@@ -144,10 +144,11 @@ for name, port in zip(sys.argv[2::2], sys.argv[3::2]):
 """
 SCST = {"objective": "scst", "scst": {"samples": 2}, "learning_rate": 0.003}
 PARTS = {"one part": {"accumulate": 1}, "two parts": {"accumulate": 2, "ema": 0.9}}
+DROPOUT = {"scheduled_sampling": {"max": 0.5, "increase": 0.5, "every": 1}}
 
 
 def timeless(history):
-    return [{k: v for k, v in row.items() if k not in TIMELESS} for row in history]
+    return [{k: v for k, v in row.items() if k not in NOT_COMPARED} for row in history]
 
 
 def assert_close(ours, theirs):
@@ -169,13 +170,13 @@ class Pair:
 
     def __init__(self, folder, new_data, new_config, tiny_decoders):
         self.folder, self._new_config = folder, new_config
-        self._decoder = tiny_decoders["attention"].model_copy(update={"dropout": 0.0})
+        self.decoder = tiny_decoders["attention"].model_copy(update={"dropout": 0.0})
         self.data = new_data(folder / "train.h5", 13), new_data(folder / "val.h5", 9, first_id=500, seed=1, split="val")
         fit(self.config("one", epochs=3), *self.data, False, progress=False)
         fit(self.config("one averaged", epochs=3, ema=0.9), *self.data, False, progress=False)
 
     def config(self, name, **train):
-        values = {"decoder": self._decoder, "batch_size": 6, "epochs": 3, "captions_per_image": 3}
+        values = {"decoder": self.decoder, "batch_size": 6, "epochs": 3, "captions_per_image": 3}
         return self._new_config(self.folder / name, **values | train)
 
     def write(self, name, config):
@@ -213,6 +214,7 @@ def two(pair):
     for name, values in PARTS.items():
         pair.write(name, pair.config(name, **values))
     pair.write("scst", pair.config("scst", init_from=pair.folder / "one", **SCST))
+    pair.write("dropout", pair.config("dropout", decoder=pair.decoder.model_copy(update={"dropout": 0.3}), **DROPOUT))
     config = pair.config("resume", checkpoint_steps=2)
     with pytest.MonkeyPatch.context() as patch:  # stops in the middle of the second epoch
         real = train.loop._Trainer._step
@@ -227,7 +229,7 @@ def two(pair):
             fit(config, *pair.data, False, progress=False)
     assert find_checkpoint(config.train.output, "last").name == "step-00000004"
     pair.write("resume", config)
-    names = [*PARTS, "scst", "resume"]
+    names = [*PARTS, "scst", "dropout", "resume"]
     (pair.folder / "worker.py").write_text(WORKER)
     ports = free_ports(len(names))
     arguments = [value for named in zip(names, ports, strict=True) for value in named]
@@ -244,7 +246,7 @@ def test_two_processes_learn_what_one_learns(pair, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*PARTS, "scst", "resume"])
+@pytest.mark.parametrize("name", [*PARTS, "scst", "dropout", "resume"])
 @pytest.mark.usefixtures("two")
 def test_both_processes_have_the_same_weights_and_the_same_history_after_each_epoch(pair, name):
     first, second = (pair.result(name, rank) for rank in (0, 1))
@@ -277,7 +279,7 @@ def test_validation_of_two_processes_is_that_of_one_to_the_last_caption(pair):
 def test_only_the_first_process_writes_and_prints(pair, two):
     assert not list(pair.folder.glob("*-of-another-process"))
     lines = [line for line in two.stdout.splitlines() if line.startswith("epoch ")]
-    assert len(lines) == 3 * len(PARTS) + 4 + 2, two.stdout  # scst with its epoch 0; 2 epochs are resumed
+    assert len(lines) == 3 * len(PARTS) + 4 + 3 + 2, two.stdout  # scst with its epoch 0; 2 epochs are resumed
     steps = [json.loads(line)["step"] for line in (pair.folder / "one part" / "steps.jsonl").read_text().splitlines()]
     assert steps == [1, 4, 7]
 

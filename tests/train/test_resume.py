@@ -1,5 +1,6 @@
 """A run that is stopped at any moment and resumed is the run that was never stopped, to the bit."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import train.loop
+from common.config import TransformerConfig
 from common.errors import MismatchError
 from train.checkpoint import find_checkpoint, load_training_state
 from train.loop import fit
@@ -154,6 +156,40 @@ def test_stopped_in_any_step_a_resumed_run_ends_as_an_undisturbed_one(world, kin
     interrupted(world, config, step)
     history = world.resume(config)
     world.assert_as_undisturbed(kind, config.train.output, history)
+
+
+@pytest.mark.parametrize("family", ["lstm", "transformer"])
+def test_the_other_families_resume_as_well(world, family, tiny_decoders):
+    """With what they alone have: fused LSTMs, whose weights a copy holds elsewhere, and layers with dropout."""
+    transformer = TransformerConfig(embed_size=8, layers=2, heads=2, feedforward_size=16, dropout=0.1)
+    decoder = {**tiny_decoders, "transformer": transformer}[family]
+    config, whole = (world.config("cross-entropy", f"{family}-{n}", decoder=decoder, checkpoint_steps=2) for n in "ab")
+    fit(whole, *world.data, False, progress=False)
+    interrupted(world, config, 3, 8)
+    world.resume(config)
+    ours, theirs = (find_checkpoint(c.train.output, "last") for c in (config, whole))
+    assert (ours / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
+    assert_same(timeless_state(ours), timeless_state(theirs))
+
+
+def test_other_validation_captions_are_refused_on_a_resume(world):
+    config = world.config("cross-entropy", "revalidated", checkpoint_steps=2)
+    interrupted(world, config, 7)
+    train, val = world.data
+    other = dataclasses.replace(val, captions=[("another caption",)] * len(val))
+    with pytest.raises(MismatchError, match="validated on other images or captions"):
+        fit(config, train, other, True, progress=False)
+
+
+def test_another_precision_is_refused_on_a_resume(world, monkeypatch):
+    """ "auto" means bfloat16 on one machine and float32 on another."""
+    config = world.config("cross-entropy", "precise", precision="auto", checkpoint_steps=2)
+    monkeypatch.setattr("train.loop.choose_precision", lambda *_: torch.float32)
+    interrupted(world, config, 3)
+    monkeypatch.setattr("train.loop.choose_precision", lambda *_: torch.bfloat16)
+    with pytest.raises(MismatchError, match=r"begun in float32.*takes bfloat16") as caught:
+        world.resume(config)
+    assert "--precision float32" in caught.value.hint
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -251,3 +251,23 @@ def test_the_reward_rises():
         means.append((terms["reward"] / terms["captions"]).item())
     assert np.mean(means[:5]) < 0.4
     assert np.mean(means[-5:]) > 0.7
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_in_bfloat16_every_weight_gets_a_gradient(family):
+    """Older torch keeps what autocast made of the weights while captions were drawn, without a gradient."""
+    torch.manual_seed(0)
+    decoder = build_decoder(DECODERS[family].model_copy(update={"dropout": 0.0}), WORDS, (2, 2, 8))
+    grids = torch.randn(3, 4, 8)
+    batch = CaptionBatch(np.arange(3), grids, torch.full((3, 2, 5), 5), torch.arange(24))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = SelfCritical(Reward(by_chance), 5, 6)(decoder, batch, 0)
+    loss.backward()
+    without = [name for name, p in decoder.named_parameters() if p.grad is None or not p.grad.any()]
+    assert without == []
+
+
+def test_no_thread_is_left():
+    before = set(threading.enumerate())
+    SelfCritical(Reward(by_chance), 2, 3)(Table(), new_batch(), 0)
+    assert set(threading.enumerate()) == before
