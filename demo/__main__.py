@@ -21,7 +21,7 @@ from common.scenes import COLOURS, PLACES, SHAPES, SIZES, Scene, parse
 from demo.shapes import ShapesSplit, write_shapes
 
 IMAGES = {"train": 960, "val": 60, "test": 160}
-EPOCHS = 6
+EPOCHS = 8
 SEEN = "decoder"
 BLIND = "blind"
 CHANCE = {"size": 1 / len(SIZES), "colour": 1 / len(COLOURS), "shape": 1 / len(SHAPES), "place": 1 / len(PLACES)}
@@ -73,8 +73,11 @@ def _pipeline(output: Path, shapes: dict[str, ShapesSplit], weights: str) -> str
         },
         "extract": {"weights": weights, "shard_size": 256},
         "train": {
-            "output": str(output / SEEN), "epochs": EPOCHS, "captions_per_image": 3,
-            "decoder": {"family": "attention", "embed_size": 192, "hidden_size": 256, "attention_size": 96},
+            "output": str(output / SEEN), "epochs": EPOCHS, "captions_per_image": 3, "ema": 0.98,
+            "decoder": {
+                "family": "attention", "cell": "att2in", "output": "hidden",
+                "embed_size": 192, "hidden_size": 256, "attention_size": 96,
+            },
         },
     }  # fmt: skip
     PipelineConfig.model_validate(tree)
