@@ -18,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -153,7 +152,6 @@ class Quality:
             if run.source is not None and run.source.name in self._ended:  # else it was there before
                 self._ended[run.source.name].wait()
             folder = self._output / run.name
-            begin = time.monotonic()
             if not self._is_trained(run):
                 source = () if run.source is None else ("--init-from", str(self._output / run.source.name))
                 resume = ("--resume",) if (folder / "config.yaml").exists() else ()
@@ -162,11 +160,10 @@ class Quality:
                     *self._data("train", ""), *self._data("val", "val-"), "--output", str(folder),
                     "--seed", str(run.seed), *run.arguments, *source, *resume,
                 )  # fmt: skip
-            seconds = time.monotonic() - begin
             scores = {str(beams): self._evaluate(folder, beams) for beams in BEAMS}
             with self._lock:
                 self.scores[run.name] = {
-                    "row": run.row, "seed": run.seed, "arguments": [*run.arguments], "minutes": round(seconds / 60, 1),
+                    "row": run.row, "seed": run.seed, "arguments": [*run.arguments],
                     "beam": scores,
                 }  # fmt: skip
                 machine = {"platform": platform.platform(), "processor": processor(), "cores": os.cpu_count()}
