@@ -24,9 +24,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install
 	@$(RUN) demo --weights $(WEIGHTS)
 
-# Two processes, a file of tests at a time in each: many tests wait for programs that they start.
+# Two processes, a file of tests at a time in each, in their order: many tests wait for programs that they start, and
+# the demo, which is the longest, does not come last.
 test: install
-	$(RUN) pytest --numprocesses 2 --dist loadfile
+	$(RUN) pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(RUN) ruff check .

@@ -202,11 +202,14 @@ def test_a_time_limit_too_short_for_a_single_shard_is_said_and_ends_the_matter(
 ) -> None:
     output = tmp_path / "scenes.h5"
     with cleared(), waiting_for(images, output, 1, "--time", "1", "--shard-size", "16") as waiting:
-        until(lambda: "plan: 16 images" in logs(output), "the start of the worker")
-        worker = Worker(current_job(), 0)
-        worker.send_signal(signal.SIGSTOP)  # so that it does not finish before the warning comes
-        until(lambda: "warned by Slurm" in logs(output), "the warning")
-        worker.send_signal(signal.SIGCONT)
+        until(
+            lambda: "plan: 16 images" in logs(output) or "warned by Slurm" in logs(output), "the worker or the warning"
+        )
+        with contextlib.suppress(ValueError, ProcessLookupError):  # on a busy machine the warning may come first
+            worker = Worker(current_job(), 0)
+            worker.send_signal(signal.SIGSTOP)  # so that it does not finish before the warning comes
+            until(lambda: "warned by Slurm" in logs(output), "the warning")
+            worker.send_signal(signal.SIGCONT)
         said, errors = waiting.communicate(timeout=PATIENCE)
         assert waiting.returncode == 1, said + errors
         assert "1 of 1 shards are missing: task 0 FAILED" in errors
