@@ -40,7 +40,7 @@ def _recipe(values: dict[str, Any]) -> str | None:
     return "scst" if values["scst"] else values["recipe"]
 
 
-def _check_keys(values: dict[str, Any]) -> dict[str, Any]:
+def _check_beginning_of_another() -> None:
     """Who goes on from a decoder cannot choose another one, nor other words."""
     parameters = click.get_current_context().params
     fixed = ("train.decoder", "train.vocabulary", "train.max_length")
@@ -53,10 +53,9 @@ def _check_keys(values: dict[str, Any]) -> dict[str, Any]:
             f"{named[0]}",
             "leave one of the two out",
         )
-    return {}
 
 
-@pipeline_command("train-decoder", EXAMPLES, _check_keys, _recipe)
+@pipeline_command("train-decoder", EXAMPLES, own_recipe=_recipe)
 @flag("--features", "train.features")
 @flag("--annotations", "train.annotations")
 @flag("--val-features", "train.val_features")
@@ -88,6 +87,7 @@ def train_decoder(config: PipelineConfig, dry_run: bool, resume: bool, recipe: s
     """
     from train.ranks import find_ranks
 
+    _check_beginning_of_another()
     with contextlib.ExitStack() as stack:
         if not find_ranks().first:  # the first of several processes speaks for all, but for errors, which end the block
             nowhere = stack.enter_context(open(os.devnull, "w"))
@@ -176,7 +176,7 @@ def _with_decoder_of(config: PipelineConfig, source: Path, recipe: str | None) -
 
 
 def _summary(config: PipelineConfig, history: list[Row]) -> str:
-    from train.loop import best_row
+    from train.history import best_row
 
     settings, best, last = config.train, best_row(history), history[-1]
     lines = [f"done: {settings.output}: {last['epoch']} epochs, best is epoch {best['epoch']}"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -32,11 +31,13 @@ from train.curves import draw_curves
 from train.decoders.base import Decoder
 from train.decoders.build import build_decoder
 from train.health import warnings
+from train.history import best_row, epochs_done, last_line
 from train.interrupt import stops_held
 from train.log import EVERY, Row, RunLog, read_rows
 from train.objective import CrossEntropy, Objective
 from train.optimizer import learning_rate, make_optimizer
 from train.ranks import Ranks, find_ranks, joined
+from train.reproducible import reproducible, step_seed
 from train.reward import CaptionReward
 from train.scst import SelfCritical
 from train.stream import CaptionedImages, CaptionStream
@@ -133,7 +134,7 @@ def fit(
             f"and {settings.accumulate} parts each",
             "choose a larger --batch-size, which counts the images of a step over all processes",
         )
-    with joined(ranks, device), _reproducible(device):
+    with joined(ranks, device), reproducible(device):
         return _Trainer(config, train, val, ranks, device, progress and ranks.first).run(resume)
 
 
@@ -157,7 +158,11 @@ class _Trainer:
         self.train, self.val, self.ranks, self.device, self.progress = train, val, ranks, device, progress
         self.precision = choose_precision(self.settings.precision, device)
         self.output = self.settings.output
-        self.data = train.digest()
+        # What a run's configuration does not say and must be the same when it goes on.
+        self.made_of: dict[str, Any] = {
+            "data": train.digest(), "validation": None if val is None else val.digest(),
+            "precision": str(self.precision),
+        }  # fmt: skip
         if val is not None:
             check_same_features(
                 train.store.provenance, val.store.provenance, f"{train.store.path} holds", str(val.store.path)
@@ -170,7 +175,7 @@ class _Trainer:
             self._say(f"{output} has no checkpoint yet: beginning again")
         run = self._resume() if resume else self._begin()
         # Nobody writes before all have looked at what is there.
-        if len(set(self.ranks.gather((run.step, tuple(run.vocabulary.words), self.data)))) > 1:
+        if len(set(self.ranks.gather((run.step, tuple(run.vocabulary.words), self.made_of["data"])))) > 1:
             raise UserError(
                 "the processes begin with different checkpoints, vocabularies or captions",
                 "let all of them see the same folders and files",
@@ -189,7 +194,7 @@ class _Trainer:
         try:
             if settings.init_from is not None and self.val is not None and run.step == 0 and not run.history:
                 self._end_epoch(run, log, {"epoch": 0, "step": 0})
-            while (epoch := _epochs_done(run.history)) < settings.epochs and not self._patience_is_over(run.history):
+            while (epoch := epochs_done(run.history)) < settings.epochs and not self._patience_is_over(run.history):
                 row = self._epoch(run, stream, epoch, objective, log)
                 self._end_epoch(run, log, row)
         finally:
@@ -209,7 +214,7 @@ class _Trainer:
             f"{self.device} in {str(self.precision).removeprefix('torch.')}, {steps} steps an epoch -> {self.output}"
         )
         total = settings.epochs * steps
-        if resumed and _epochs_done(run.history) >= settings.epochs:
+        if resumed and epochs_done(run.history) >= settings.epochs:
             self._say(f"nothing to do: all {settings.epochs} epochs are done (--epochs gives it more)")
         elif resumed:
             self._say(f"resuming after step {run.step} of {total}")
@@ -243,19 +248,15 @@ class _Trainer:
                     f"{loaded.path}: holds another decoder than the one in train.decoder",
                     "give the decoder of the run in init_from",
                 )
-            return self._run_of(loaded, [], 0, {})
+            return self._run_of(loaded)
         captions = [caption for image in self.train.captions for caption in image]
         vocabulary = Vocabulary.build(captions, settings.vocabulary.max_size, settings.vocabulary.min_count)
         torch.manual_seed(self.config.seed)
         decoder = build_decoder(settings.decoder, len(vocabulary), store.grid_shape)
-        return self._run_of(
-            Checkpoint(self.output, decoder, vocabulary, self.config, store.provenance), [], 0, {}
-        )  # fmt: skip
+        return self._run_of(Checkpoint(self.output, decoder, vocabulary, self.config, store.provenance))
 
-    def _run_of(
-        self, loaded: Checkpoint, history: list[Row], step: int, sums: dict[str, float],
-        weights: dict[str, Tensor] | None = None,
-    ) -> Run:  # fmt: skip
+    def _run_of(self, loaded: Checkpoint, weights: dict[str, Tensor] | None = None) -> Run:
+        """A run at its beginning, with a checkpoint's decoder; `weights` are the trained ones beside an average."""
         decoder = loaded.decoder.to(self.device)
         average = None
         if self.settings.ema:
@@ -263,7 +264,7 @@ class _Trainer:
             if weights is not None:
                 decoder.load_state_dict(weights)
         optimizer = make_optimizer(self.settings, decoder.parameters())
-        return Run(decoder, average, optimizer, loaded.vocabulary, history, step, sums)
+        return Run(decoder, average, optimizer, loaded.vocabulary)
 
     def _resume(self) -> Run:
         loaded = load_checkpoint(find_checkpoint(self.output, "last"))
@@ -285,7 +286,8 @@ class _Trainer:
         state = load_training_state(loaded.path)
         self._check_made_of(state.get("made_of") if isinstance(state, dict) else None)
         try:
-            run = self._run_of(loaded, list(state["history"]), state["step"], dict(state["sums"]), state["weights"])
+            run = self._run_of(loaded, state["weights"])
+            run.history, run.step, run.sums = list(state["history"]), state["step"], dict(state["sums"])
             run.optimizer.load_state_dict(state["optimizer"])
             return run
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -294,15 +296,8 @@ class _Trainer:
                 "train again into another --output; the weights themselves can still be evaluated",
             ) from error
 
-    def _made_of(self) -> dict[str, Any]:
-        """What a run's configuration does not say and must be the same when it goes on."""
-        return {
-            "data": self.data, "validation": None if self.val is None else self.val.digest(),
-            "precision": str(self.precision),
-        }  # fmt: skip
-
     def _check_made_of(self, then: Any) -> None:
-        now = self._made_of()
+        now = self.made_of
         if not isinstance(then, dict):
             return  # the state lacks other things too, and is refused for it
         if then.get("data", now["data"]) != now["data"]:
@@ -348,7 +343,7 @@ class _Trainer:
                         log.step({"step": run.step, "epoch": epoch + 1, **row()})
                     self._check_finite(run, totals, epoch)
                 stop = stopping()
-                if number + 1 < len(stream) and (stop or self._checkpoint_is_due(run.step, saved)):
+                if stop or (number + 1 < len(stream) and self._checkpoint_is_due(run.step, saved)):
                     run.sums = watch.sums() | {name: value.item() for name, value in totals.items()}
                     self._check_finite(run, totals, epoch)
                     self._save(run)
@@ -365,7 +360,7 @@ class _Trainer:
         """One step of the optimiser; gives a function that makes the row for the log, which waits for the device."""
         settings, device = self.settings, self.device
         run.decoder.train()
-        torch.manual_seed(_step_seed(self.config.seed, run.step, self.ranks.rank))
+        torch.manual_seed(step_seed(self.config.seed, run.step, self.ranks.rank))
         run.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
         for part in parts:
@@ -438,7 +433,7 @@ class _Trainer:
             log.epoch(run.history)
             draw_curves(run.history, read_rows(self.output / "steps.jsonl"), self.output / "curves.png")
         if self.progress:
-            tqdm.write(_line(run.history, self.settings.epochs))
+            tqdm.write(last_line(run.history, self.settings.epochs))
             for text in row.get("warnings", ()):
                 tqdm.write(f"  WARNING: {text}")
 
@@ -449,7 +444,7 @@ class _Trainer:
                 best = run.step
             save_checkpoint(
                 self.output, run.step, run.kept, run.vocabulary, self.config, self.train.store.provenance,
-                run.state(self._made_of()), best,
+                run.state(self.made_of), best,
             )  # fmt: skip
 
     def _checkpoint_is_due(self, step: int, saved: float) -> bool:
@@ -486,45 +481,6 @@ class _Watch:
         return {"seconds": seconds, "waited": self._waited / seconds}
 
 
-@contextlib.contextmanager
-def _reproducible(device: torch.device) -> Iterator[None]:
-    """On a GPU, sums in the same order every time, where torch has such a way; a CPU has no other."""
-    if device.type != "cuda":
-        yield
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before, only_warn = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    memory: Any = torch.utils.deterministic
-    fills = memory.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    memory.fill_uninitialized_memory = False  # NaN into all new memory, against bugs that we test
-    try:
-        yield
-    finally:
-        memory.fill_uninitialized_memory = fills
-        torch.use_deterministic_algorithms(before, warn_only=only_warn)
-
-
-def _step_seed(seed: int, step: int, rank: int) -> int:
-    """Of the random numbers of a step: dropout, drawn words. So a resume needs no random state."""
-    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xD1342543DE82EF95 + rank * 0x2545F4914F6CDD1D) % 2**64
-    return (mixed ^ (mixed >> 29)) % 2**63
-
-
-def _epochs_done(history: list[Row]) -> int:
-    return int(history[-1]["epoch"]) if history else 0
-
-
-def best_row(history: list[Row]) -> Row:
-    """The epoch with the highest validation CIDEr, of equals the one with the lowest validation loss; without any
-    validation the last."""
-    validated = [row for row in history if "val_cider" in row]
-    return max(validated, key=lambda row: (row["val_cider"], -row["val_loss"])) if validated else history[-1]
-
-
 def _means(sums: dict[str, Tensor]) -> dict[str, float]:
     """Sums over words and captions -> means: train_loss, or reward, baseline and advantage."""
     found = {}
@@ -534,22 +490,3 @@ def _means(sums: dict[str, Tensor]) -> dict[str, float]:
         if name in sums:
             found[name] = (sums[name] / sums["captions"]).item()
     return found
-
-
-def _line(history: list[Row], epochs: int) -> str:
-    row = history[-1]
-    text = f"epoch {row['epoch']:3d}/{epochs}"
-    if row["epoch"] == 0:
-        text += "  as it begins"
-    if "train_loss" in row:
-        text += f"  loss {row['train_loss']:.3f}"
-    if "reward" in row:
-        text += f"  reward {row['reward']:.3f}, baseline {row['baseline']:.3f}, advantage {row['advantage']:.3f}"
-    if "val_cider" in row:
-        text += f"  validation: loss {row['val_loss']:.3f}, perplexity {row['val_perplexity']:.2f}"
-        text += f", greedy CIDEr {row['val_cider']:.3f}"
-        if history[0]["epoch"] == 0 and row["epoch"] and row["val_cider"] < history[0]["val_cider"]:
-            text += f" (below the {history[0]['val_cider']:.3f} it began with)"
-        elif best_row(history) is row:
-            text += " (best so far)"
-    return f"{text}  {row['seconds']:.1f} s" if "seconds" in row else text

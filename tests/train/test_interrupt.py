@@ -58,13 +58,14 @@ def test_what_is_ignored_stays_ignored(handlers):
         assert pending() is None
 
 
+@pytest.mark.parametrize("step", [6, 4], ids=["in an epoch", "in its last step"])
 def test_a_stopped_run_keeps_the_step_in_hand_and_ends_as_an_undisturbed_one(
-    tmp_path, new_config, train_data, handlers, monkeypatch
+    tmp_path, new_config, train_data, handlers, monkeypatch, step
 ):
     real = train.loop._Trainer._step
 
     def interrupted(self, run, *args):
-        if run.step == 6:
+        if run.step == step:
             signal.raise_signal(signal.SIGTERM)
         return real(self, run, *args)
 
@@ -72,7 +73,7 @@ def test_a_stopped_run_keeps_the_step_in_hand_and_ends_as_an_undisturbed_one(
         patch.setattr("train.loop._Trainer._step", interrupted)
         with pytest.raises(_StopError):
             fit(new_config(tmp_path / "run"), train_data, None, False, progress=False)
-    assert find_checkpoint(tmp_path / "run", "last").name == "step-00000007", "the step in which the signal came"
+    assert find_checkpoint(tmp_path / "run", "last").name == f"step-{step + 1:08}", "the step in which the signal came"
     fit(new_config(tmp_path / "run"), train_data, None, True, progress=False)
     fit(new_config(tmp_path / "whole"), train_data, None, False, progress=False)
     ours, theirs = (find_checkpoint(tmp_path / name, "last") / "model.safetensors" for name in ("run", "whole"))
