@@ -242,3 +242,24 @@ def project(project_template, tmp_path, monkeypatch):
     shutil.copytree(project_template, tmp_path / "project")
     monkeypatch.chdir(tmp_path / "project")
     return tmp_path / "project"
+
+
+@pytest.fixture(scope="session")
+def invoke():
+    """Run a command here and give what it printed; a refusal must be one without a traceback, with what to do."""
+
+    def run(command, *arguments, status=0):
+        done = CliRunner().invoke(command, [str(a) for a in arguments])
+        assert done.exit_code == status, done.output
+        if status:
+            assert "Traceback" not in done.output
+            assert "what to do:" in done.output or "Usage:" in done.output
+        return done.output
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def files():
+    """The bytes of every file in a folder."""
+    return lambda folder: {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -14,19 +14,6 @@ from train.cli import train_decoder
 pytestmark = pytest.mark.usefixtures("no_java")
 
 
-def invoke(command, *arguments, status=0):
-    done = CliRunner().invoke(command, [str(a) for a in arguments])
-    assert done.exit_code == status, done.output
-    if status:
-        assert "Traceback" not in done.output
-        assert "what to do:" in done.output or "Usage:" in done.output
-    return done.output
-
-
-def files(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def logged(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
@@ -45,7 +32,7 @@ def test_training_writes_the_run_and_says_what_it_did(project):
     assert "done: runs/done: 2 epochs, best is epoch" in output
 
 
-def test_captions_are_found_by_the_stores_split_whatever_its_file_is_called(project):
+def test_captions_are_found_by_the_stores_split_whatever_its_file_is_called(project, invoke):
     shutil.move("features/val.h5", "features/renamed.h5")
     output = invoke(
         train_decoder, "--val-features", "features/renamed.h5", "--epochs", 1, "--set", "train.learning_rate=0.02"
@@ -54,7 +41,7 @@ def test_captions_are_found_by_the_stores_split_whatever_its_file_is_called(proj
     assert "learning_rate: 0.02" in output
 
 
-def test_captions_can_be_given_without_any_configuration(project):
+def test_captions_can_be_given_without_any_configuration(project, invoke):
     (project / "pipeline.yaml").unlink()
     output = invoke(
         train_decoder, "--features", "features/train.h5", "--annotations", "train.json", "--val-features",
@@ -65,7 +52,7 @@ def test_captions_can_be_given_without_any_configuration(project):
     assert load_checkpoint(project / "runs/flags").config.train.decoder.family == "lstm"
 
 
-def test_without_a_validation_store_training_says_so_and_works(project):
+def test_without_a_validation_store_training_says_so_and_works(project, invoke):
     (project / "features" / "val.h5").unlink()
     shutil.rmtree(project / "features" / "val")
     output = invoke(train_decoder, "--epochs", 1)
@@ -74,7 +61,7 @@ def test_without_a_validation_store_training_says_so_and_works(project):
     assert "CIDEr" not in output.splitlines()[-1]
 
 
-def test_a_dry_run_of_training_prints_and_writes_nothing(project):
+def test_a_dry_run_of_training_prints_and_writes_nothing(project, invoke, files):
     before = files(project)
     output = invoke(train_decoder, "--dry-run", "--epochs", 7)
     assert "epochs: 7" in output
@@ -83,7 +70,7 @@ def test_a_dry_run_of_training_prints_and_writes_nothing(project):
     assert not (project / "runs" / "a").exists()
 
 
-def test_problems_of_the_captions_file_and_images_left_out_are_told(project):
+def test_problems_of_the_captions_file_and_images_left_out_are_told(project, invoke):
     tree = json.loads((project / "train.json").read_text())
     tree["images"].append({"id": 9999, "file_name": "9999.jpg"})
     tree["annotations"].append({"id": 800, "image_id": 9999, "caption": "a cat"})
@@ -94,7 +81,7 @@ def test_problems_of_the_captions_file_and_images_left_out_are_told(project):
     assert "1 images not in the feature store" in output
 
 
-def test_too_many_problems_are_refused_also_in_a_captions_file_given_by_its_flag(project):
+def test_too_many_problems_are_refused_also_in_a_captions_file_given_by_its_flag(project, invoke):
     tree = json.loads((project / "train.json").read_text())
     for annotation in tree["annotations"][::2]:
         annotation["caption"] = ""
@@ -105,7 +92,7 @@ def test_too_many_problems_are_refused_also_in_a_captions_file_given_by_its_flag
         assert "more than 20%" in output
 
 
-def test_missing_captions_are_a_users_error_that_names_the_flag(project, new_data):
+def test_missing_captions_are_a_users_error_that_names_the_flag(project, new_data, invoke):
     (project / "pipeline.yaml").unlink()
     new_data(project / "odd.h5", 6, split="odd")
     output = invoke(train_decoder, "--features", "odd.h5", status=2)
@@ -129,60 +116,60 @@ def test_missing_captions_are_a_users_error_that_names_the_flag(project, new_dat
         (["--device", "cuda:99"], "cuda:99"),
     ],
 )
-def test_wrong_use_of_training_is_a_users_error_and_writes_nothing(project, arguments, said):
+def test_wrong_use_of_training_is_a_users_error_and_writes_nothing(project, arguments, said, invoke):
     assert said in invoke(train_decoder, *arguments, status=2)
     assert not (project / "runs" / "a").exists()
 
 
-def test_validation_captions_without_validation_features_are_refused(project):
+def test_validation_captions_without_validation_features_are_refused(project, invoke):
     (project / "features" / "val.h5").unlink()
     assert "--val-features" in invoke(train_decoder, "--val-annotations", "val.json", status=2)
 
 
-def test_a_second_run_into_the_same_output_points_to_resume(project):
+def test_a_second_run_into_the_same_output_points_to_resume(project, invoke):
     output = invoke(train_decoder, "--output", "runs/done", status=2)
     assert "holds a run already" in output
     assert "--resume" in output
 
 
-def test_resume_goes_on_with_the_runs_own_settings(project):
+def test_resume_goes_on_with_the_runs_own_settings(project, invoke):
     (project / "pipeline.yaml").unlink()
     output = invoke(train_decoder, "--output", "runs/done", "--resume", "--epochs", 3)
     assert "hidden_size: 24" in output
     assert [row["epoch"] for row in logged(project / "runs/done")] == [1, 2, 3]
 
 
-def test_resume_with_another_learning_rate_is_refused_naming_it(project):
+def test_resume_with_another_learning_rate_is_refused_naming_it(project, invoke):
     output = invoke(train_decoder, "--output", "runs/done", "--resume", "--learning-rate", 0.5, status=2)
     assert "train.learning_rate: 0.01 then, 0.5 now" in output
 
 
-def test_resume_on_nothing_is_a_users_error_and_writes_nothing(project):
+def test_resume_on_nothing_is_a_users_error_and_writes_nothing(project, invoke):
     output = invoke(train_decoder, "--output", "runs/nothing", "--resume", status=2)
     assert "runs/nothing: holds no run to go on with" in output
     assert not (project / "runs" / "nothing").exists()
 
 
-def test_validation_may_begin_with_a_resume(project):
+def test_validation_may_begin_with_a_resume(project, invoke):
     invoke(train_decoder, "--output", "runs/b", "--set", "data.features=elsewhere", "--features", "features/train.h5")
     output = invoke(train_decoder, "--output", "runs/b", "--resume", "--epochs", 3, "--val-features", "features/val.h5")
     assert "best is epoch 3, validation CIDEr" in output
 
 
-def test_a_run_stopped_before_its_first_checkpoint_begins_again_with_resume(project):
+def test_a_run_stopped_before_its_first_checkpoint_begins_again_with_resume(project, invoke):
     folder = project / "runs" / "early"
     folder.mkdir(parents=True)
     shutil.copy(project / "runs/done/config.yaml", folder)
     assert "done: runs/early: 2 epochs" in invoke(train_decoder, "--output", "runs/early", "--resume")
 
 
-def test_images_of_the_training_store_may_not_validate(project):
+def test_images_of_the_training_store_may_not_validate(project, invoke):
     output = invoke(train_decoder, "--output", "runs/x", "--val-features", "features/train.h5", status=2)
     assert "18 images are both in features/train.h5 and in features/train.h5" in output
     assert not (project / "runs" / "x").exists()
 
 
-def test_the_store_is_the_subset_whatever_seed_the_training_has(project):
+def test_the_store_is_the_subset_whatever_seed_the_training_has(project, invoke):
     """Extraction cut the subset with its seed; cutting again with another would leave a part of it out."""
     tree = yaml.safe_load((project / "pipeline.yaml").read_text())
     tree["data"]["splits"]["val"]["limit"] = 3
@@ -191,7 +178,7 @@ def test_the_store_is_the_subset_whatever_seed_the_training_has(project):
     assert "features/val.h5: 6 images" in output
 
 
-def test_karpathys_training_split_is_validated_on_karpathys_validation_split(project, new_data):
+def test_karpathys_training_split_is_validated_on_karpathys_validation_split(project, new_data, invoke):
     for split, first in (("karpathy-train", 100), ("karpathy-val", 500)):
         new_data(project / "features" / f"{split}.h5", 6, first_id=first, split=split)
     output = invoke(
@@ -201,7 +188,7 @@ def test_karpathys_training_split_is_validated_on_karpathys_validation_split(pro
     assert "features/karpathy-val.h5: 6 images" in output
 
 
-def test_features_from_random_weights_are_warned_of(project, new_data):
+def test_features_from_random_weights_are_warned_of(project, new_data, invoke):
     new_data(project / "random.h5", 6, weights={"name": "random:0", "sha256": "ab" * 32, "random": True})
     output = invoke(
         train_decoder, "--features", "random.h5", "--annotations", "random.json", "--output", "runs/random",
@@ -212,7 +199,7 @@ def test_features_from_random_weights_are_warned_of(project, new_data):
     assert "random encoder weights" not in (project / "train-output.txt").read_text()
 
 
-def test_help_names_the_flags_their_keys_and_examples():
+def test_help_names_the_flags_their_keys_and_examples(invoke):
     output = invoke(train_decoder, "--help")
     assert "--features" in output
     assert "--device" in output
@@ -221,7 +208,7 @@ def test_help_names_the_flags_their_keys_and_examples():
     assert train_decoder.name in output
 
 
-def test_help_shows_examples_and_the_recipes():
+def test_help_shows_examples_and_the_recipes(invoke):
     output = invoke(train_decoder, "--help")
     examples = output.partition("Examples:")[2]
     for expected in ("--recipe top-down", "--init-from runs/mine --scst", "--resume", "show-and-tell, soft-attention"):
@@ -239,7 +226,7 @@ def settings_of(run):
     return load_checkpoint(run).config.train
 
 
-def test_a_recipe_is_laid_over_the_file_but_not_over_where_things_are(project):
+def test_a_recipe_is_laid_over_the_file_but_not_over_where_things_are(project, invoke):
     """The file's decoder, batch size and rate go; its device and precision stay."""
     recipe = load_config(None, {}, [], "show-and-tell").train
     invoke(train_decoder, "--recipe", "show-and-tell", *SMALL)
@@ -249,7 +236,7 @@ def test_a_recipe_is_laid_over_the_file_but_not_over_where_things_are(project):
     assert (found.device, found.precision) == ("cpu", "float32")
 
 
-def test_flags_go_over_a_recipe(project):
+def test_flags_go_over_a_recipe(project, invoke):
     output = invoke(
         train_decoder, "--recipe", "show-and-tell", "--batch-size", 7, "--learning-rate", 0.25, "--output", "runs/r",
         "--set", "train.captions_per_image=3", *SMALL, "--dry-run",
@@ -259,7 +246,7 @@ def test_flags_go_over_a_recipe(project):
     assert "would train lstm for 1 epochs into runs/r" in output
 
 
-def test_a_recipe_may_be_a_file(project):
+def test_a_recipe_may_be_a_file(project, invoke):
     recipe = {"train": {"decoder": {"family": "lstm", "hidden_size": 20, "embed_size": 10}, "epochs": 1}}
     (project / "mine.yaml").write_text(yaml.safe_dump(recipe))
     invoke(train_decoder, "--recipe", "mine.yaml")
@@ -277,12 +264,12 @@ def test_a_recipe_may_be_a_file(project):
         ("pipeline.yaml", "a recipe holds train and nothing else"),
     ],
 )
-def test_an_unknown_recipe_is_refused_with_what_there_is(project, recipe, said):
+def test_an_unknown_recipe_is_refused_with_what_there_is(project, recipe, said, invoke):
     assert said in invoke(train_decoder, "--recipe", recipe, status=2)
     assert not (project / "runs" / "a").exists()
 
 
-def test_a_run_of_a_recipe_is_resumed_with_or_without_naming_it_again(project):
+def test_a_run_of_a_recipe_is_resumed_with_or_without_naming_it_again(project, invoke):
     run = load_config(None, {}, [], "show-and-tell").train.output
     invoke(train_decoder, "--recipe", "show-and-tell", *SMALL)
     for epochs, again in ((2, ["--output", run]), (3, ["--recipe", "show-and-tell"])):
@@ -293,7 +280,7 @@ def test_a_run_of_a_recipe_is_resumed_with_or_without_naming_it_again(project):
 # --- going on from another run ---
 
 
-def test_a_run_from_another_takes_its_decoder_its_words_and_its_longest_caption(project):
+def test_a_run_from_another_takes_its_decoder_its_words_and_its_longest_caption(project, invoke):
     invoke(
         train_decoder, "--output", "runs/small", "--set", "train.decoder.hidden_size=10", "--epochs", 1, "--set",
         "train.vocabulary.max_size=9", "--set", "train.max_length=5",
@@ -309,7 +296,7 @@ def test_a_run_from_another_takes_its_decoder_its_words_and_its_longest_caption(
 
 
 @pytest.mark.parametrize("of_the_run", [True, False])
-def test_self_critical_training_goes_beside_the_run_it_begins_with(project, of_the_run):
+def test_self_critical_training_goes_beside_the_run_it_begins_with(project, of_the_run, invoke, files):
     source = "runs/done" if of_the_run else load_checkpoint(project / "runs/done").path.relative_to(project)
     before = files(project / "runs" / "done")
     output = invoke(train_decoder, "--init-from", source, "--scst", "--epochs", 1)
@@ -323,20 +310,20 @@ def test_self_critical_training_goes_beside_the_run_it_begins_with(project, of_t
     assert "reward" in rows[1]
 
 
-def test_self_critical_training_goes_where_it_is_told(project):
+def test_self_critical_training_goes_where_it_is_told(project, invoke):
     invoke(train_decoder, "--init-from", "runs/done", "--scst", "--epochs", 1, "--output", "runs/told")
     assert settings_of(project / "runs" / "told").objective == "scst"
     assert not (project / "runs" / "done-scst").exists()
 
 
-def test_self_critical_training_is_resumed_by_the_same_command(project):
+def test_self_critical_training_is_resumed_by_the_same_command(project, invoke):
     command = ["--init-from", "runs/done", "--scst"]
     invoke(train_decoder, *command, "--epochs", 1)
     invoke(train_decoder, *command, "--epochs", 2, "--resume")
     assert [row["epoch"] for row in logged(project / "runs" / "done-scst")] == [0, 1, 2]
 
 
-def test_no_epoch_better_than_the_beginning_is_said(project, monkeypatch):
+def test_no_epoch_better_than_the_beginning_is_said(project, monkeypatch, invoke):
     ciders = iter([0.9, 0.1])
     monkeypatch.setattr("train.validate.cider", lambda *_: next(ciders))
     output = invoke(train_decoder, "--init-from", "runs/done", "--scst", "--epochs", 1)
@@ -354,7 +341,7 @@ def test_no_epoch_better_than_the_beginning_is_said(project, monkeypatch):
         (["--init-from", "features"], "features: holds no checkpoint"),
     ],
 )
-def test_what_cannot_be_gone_on_from_is_refused_and_nothing_is_written(project, arguments, said):
+def test_what_cannot_be_gone_on_from_is_refused_and_nothing_is_written(project, arguments, said, invoke, files):
     before = files(project)
     assert said in invoke(train_decoder, *arguments, status=2)
     assert files(project) == before
@@ -363,7 +350,7 @@ def test_what_cannot_be_gone_on_from_is_refused_and_nothing_is_written(project, 
 # --- how a run ends ---
 
 
-def test_early_stopping_is_said(project, monkeypatch):
+def test_early_stopping_is_said(project, monkeypatch, invoke):
     ciders = iter([0.5, 0.4])
     monkeypatch.setattr("train.validate.cider", lambda *_: next(ciders))
     output = invoke(train_decoder, "--epochs", 9, "--patience", 1)
@@ -371,7 +358,7 @@ def test_early_stopping_is_said(project, monkeypatch):
     assert "curves: runs/a/curves.png" in output
 
 
-def test_ctrl_c_says_how_to_go_on_and_that_works(project, monkeypatch):
+def test_ctrl_c_says_how_to_go_on_and_that_works(project, monkeypatch, invoke):
     real = train.loop._Trainer._step
 
     def interrupt(self, run, *args):
@@ -389,6 +376,6 @@ def test_ctrl_c_says_how_to_go_on_and_that_works(project, monkeypatch):
     assert [row["step"] for row in logged(project / "runs/a")] == [3, 6]
 
 
-def test_a_batch_of_fewer_images_than_parts_is_a_users_error(project):
+def test_a_batch_of_fewer_images_than_parts_is_a_users_error(project, invoke):
     assert "--batch-size 2" in invoke(train_decoder, "--batch-size", 2, "--accumulate", 3, status=2)
     assert not (project / "runs" / "a").exists()

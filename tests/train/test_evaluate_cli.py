@@ -4,7 +4,6 @@ import json
 
 import pytest
 import yaml
-from click.testing import CliRunner
 
 from train.checkpoint import load_checkpoint
 from train.evaluate_cli import evaluate_decoder
@@ -12,20 +11,7 @@ from train.evaluate_cli import evaluate_decoder
 pytestmark = pytest.mark.usefixtures("no_java")
 
 
-def invoke(command, *arguments, status=0):
-    done = CliRunner().invoke(command, [str(a) for a in arguments])
-    assert done.exit_code == status, done.output
-    if status:
-        assert "Traceback" not in done.output
-        assert "what to do:" in done.output or "Usage:" in done.output
-    return done.output
-
-
-def files(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def test_evaluation_prints_the_scores_and_writes_them_with_every_caption(project):
+def test_evaluation_prints_the_scores_and_writes_them_with_every_caption(project, invoke):
     output = invoke(evaluate_decoder, "--checkpoint", "runs/done", "--features", "features/test.h5")
     assert "7 images, 13 captions from test.json" in output
     written = project / "runs" / "done" / "evaluation"
@@ -48,7 +34,7 @@ def test_evaluation_prints_the_scores_and_writes_them_with_every_caption(project
     assert results == [{k: c[k] for k in ("image_id", "caption")} for c in tree["captions"]]
 
 
-def test_evaluation_goes_where_it_is_told(project):
+def test_evaluation_goes_where_it_is_told(project, invoke):
     output = invoke(
         evaluate_decoder, "--checkpoint", "runs/done", "--features", "features/test.h5", "--output", "out/e.json",
         "--beam-size", 1,
@@ -58,7 +44,7 @@ def test_evaluation_goes_where_it_is_told(project):
     assert not (project / "runs" / "done" / "evaluation").exists()
 
 
-def test_a_single_checkpoint_is_evaluated_into_its_run(project):
+def test_a_single_checkpoint_is_evaluated_into_its_run(project, invoke, files):
     folder = load_checkpoint(project / "runs/done").path
     before = files(folder)
     invoke(evaluate_decoder, "--checkpoint", folder, "--features", "features/test.h5")
@@ -66,13 +52,13 @@ def test_a_single_checkpoint_is_evaluated_into_its_run(project):
     assert files(folder) == before, "a checkpoint's folder holds the checkpoint and nothing else"
 
 
-def test_captions_for_evaluation_are_found_in_the_runs_configuration(project):
+def test_captions_for_evaluation_are_found_in_the_runs_configuration(project, invoke):
     (project / "pipeline.yaml").unlink()
     output = invoke(evaluate_decoder, "--checkpoint", "runs/done", "--features", "features/test.h5", "--dry-run")
     assert "7 images, 13 captions from test.json" in output
 
 
-def test_the_stores_own_split_in_the_runs_configuration_goes_before_another_split(project):
+def test_the_stores_own_split_in_the_runs_configuration_goes_before_another_split(project, invoke):
     tree = {
         **yaml.safe_load((project / "pipeline.yaml").read_text()),
         "data": {"splits": {"test": {"images": "images", "annotations": "test.json"}}},
@@ -82,14 +68,14 @@ def test_the_stores_own_split_in_the_runs_configuration_goes_before_another_spli
     assert "6 images, 12 captions from val.json" in output
 
 
-def test_a_dry_run_of_evaluation_writes_nothing(project):
+def test_a_dry_run_of_evaluation_writes_nothing(project, invoke, files):
     before = files(project)
     output = invoke(evaluate_decoder, "--checkpoint", "runs/done", "--features", "features/test.h5", "--dry-run")
     assert "dry run: would evaluate runs/done/checkpoints/step-" in output
     assert files(project) == before
 
 
-def test_missing_captions_for_evaluation_are_a_users_error(project, new_data):
+def test_missing_captions_for_evaluation_are_a_users_error(project, new_data, invoke):
     (project / "pipeline.yaml").unlink()
     new_data(project / "odd.h5", 6, split="odd")
     run = project / "runs" / "done"
@@ -108,19 +94,19 @@ def test_missing_captions_for_evaluation_are_a_users_error(project, new_data):
         ("train.json", "train.json"),
     ],
 )
-def test_a_wrong_checkpoint_path_is_a_users_error(project, checkpoint, said):
+def test_a_wrong_checkpoint_path_is_a_users_error(project, checkpoint, said, invoke):
     output = invoke(evaluate_decoder, "--checkpoint", checkpoint, "--features", "features/test.h5", status=2)
     assert said in output
 
 
-def test_a_damaged_checkpoint_is_a_users_error(project):
+def test_a_damaged_checkpoint_is_a_users_error(project, invoke):
     weights = load_checkpoint(project / "runs/done").path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-5])
     output = invoke(evaluate_decoder, "--checkpoint", "runs/done", "--features", "features/test.h5", status=2)
     assert "damaged checkpoint" in output
 
 
-def test_mismatched_features_are_refused_with_the_difference(project, new_data):
+def test_mismatched_features_are_refused_with_the_difference(project, new_data, invoke):
     new_data(project / "other.h5", 6, encoder="resnet50", layer="layer4")
     arguments = ["--checkpoint", "runs/done", "--features", "other.h5", "--annotations", "other.json"]
     output = invoke(evaluate_decoder, *arguments, status=2)
@@ -129,18 +115,18 @@ def test_mismatched_features_are_refused_with_the_difference(project, new_data):
     assert not (project / "runs" / "done" / "evaluation").exists()
 
 
-def test_a_dry_run_of_evaluation_refuses_mismatched_features_too(project, new_data):
+def test_a_dry_run_of_evaluation_refuses_mismatched_features_too(project, new_data, invoke):
     new_data(project / "other.h5", 6, encoder="resnet50")
     arguments = ["--checkpoint", "runs/done", "--features", "other.h5", "--annotations", "other.json", "--dry-run"]
     assert "resnet50" in invoke(evaluate_decoder, *arguments, status=2)
 
 
-def test_evaluation_needs_a_checkpoint_and_features(project):
+def test_evaluation_needs_a_checkpoint_and_features(project, invoke):
     assert "--checkpoint" in invoke(evaluate_decoder, "--features", "features/test.h5", status=2)
     assert "--features" in invoke(evaluate_decoder, "--checkpoint", "runs/done", status=2)
 
 
-def test_features_from_random_weights_are_warned_of_and_real_ones_not(project, new_data):
+def test_features_from_random_weights_are_warned_of_and_real_ones_not(project, new_data, invoke):
     random = {"name": "random:0", "sha256": "ab" * 32, "random": True}
     new_data(project / "random.h5", 6, weights=random)
     arguments = ["--checkpoint", "runs/done", "--features", "random.h5", "--annotations", "random.json", "--dry-run"]
@@ -149,7 +135,7 @@ def test_features_from_random_weights_are_warned_of_and_real_ones_not(project, n
     assert "WARNING" not in real
 
 
-def test_help_names_the_flags_their_keys_and_examples():
+def test_help_names_the_flags_their_keys_and_examples(invoke):
     output = invoke(evaluate_decoder, "--help")
     for expected in ("--features", "--device", "train.device", "Examples:", evaluate_decoder.name):
         assert expected in output
