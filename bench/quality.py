@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import yaml
 
 from common.files import write_json
 
@@ -51,8 +52,8 @@ OWN: dict[str, dict[str, Any]] = {  # what the small size of each recipe's decod
     },
 }  # fmt: skip
 SCST = {
-    "train.epochs": 8, "train.learning_rate": 4e-4, "train.schedule": "{kind: cosine}", "train.ema": 0.99,
-    "train.clip_value": "null", "train.clip_norm": 5.0,
+    "train.epochs": 6, "train.learning_rate": 4e-4, "train.schedule": "{kind: cosine}", "train.ema": 0.99,
+    "train.clip_value": "null", "train.clip_norm": 5.0, "train.scst.temperature": 0.5,
 }  # fmt: skip
 BASE = "att2in"  # the one that ingredients are taken from or added to
 INGREDIENTS: dict[str, dict[str, Any]] = {
@@ -145,7 +146,12 @@ class Quality:
                 done.result()
 
     def _is_trained(self, run: Trained) -> bool:
-        return (self._output / run.name / "curves.png").exists()
+        folder = self._output / run.name
+        if not (folder / "metrics.jsonl").exists():
+            return False
+        epochs = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["train"]["epochs"]
+        rows = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return bool(rows) and json.loads(rows[-1])["epoch"] == epochs
 
     def _one(self, run: Trained) -> None:
         try:

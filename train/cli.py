@@ -186,5 +186,9 @@ def _summary(config: PipelineConfig, history: list[Row]) -> str:
         lines[0] += f", validation CIDEr {best['val_cider']:.3f}, perplexity {best['val_perplexity']:.2f}"
         if history[0]["epoch"] == 0 and best["epoch"] == 0 and last["epoch"]:
             lines.append(f"no epoch was better than the decoder it began with, {settings.init_from}; that one is kept")
+            lines.append(
+                f"what may help: --set train.scst.temperature={settings.scst.temperature / 2:g}, "
+                f"or --learning-rate {settings.learning_rate / 4:g}"
+            )
     lines.append(f"curves: {settings.output / 'curves.png'}")
     return "\n".join(lines)

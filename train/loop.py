@@ -229,7 +229,7 @@ class _Trainer:
         if settings.objective == "cross-entropy":
             return CrossEntropy(settings)
         reward = CaptionReward.build(self.train, vocabulary, settings.scst.bleu_weight)
-        return SelfCritical(reward, settings.scst.samples, settings.max_length)
+        return SelfCritical(reward, settings.scst.samples, settings.max_length, settings.scst.temperature)
 
     # --- beginning and going on
 

@@ -51,6 +51,9 @@ class ScstConfig(Section):
     """Self-critical training, with objective scst (Rennie et al. 2017)."""
 
     samples: int = Field(5, ge=2, description="captions drawn of each image; each is judged against the others")
+    temperature: PositiveFloat = Field(
+        1.0, description="captions are drawn from softmax(logits / this); less is nearer to greedy search"
+    )
     bleu_weight: NonNegativeFloat = Field(0.0, description="weight of BLEU-4 beside CIDEr-D in the reward")
 
 

@@ -412,6 +412,7 @@ def test_an_option_of_another_family_in_the_file_is_refused() -> None:
         ("train: {ema: 1}", "train.ema"),
         ("train: {patience: 0}", "train.patience"),
         ("train: {scst: {samples: 1}}", "train.scst.samples"),
+        ("train: {scst: {temperature: 0}}", "train.scst.temperature"),
         ("train: {scst: {bleu_weight: -1}}", "train.scst.bleu_weight"),
         ("train: {checkpoint_steps: 0}", "train.checkpoint_steps"),
         ("train: {checkpoint_minutes: 0}", "train.checkpoint_minutes"),

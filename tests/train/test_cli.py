@@ -310,6 +310,13 @@ def test_self_critical_training_goes_beside_the_run_it_begins_with(project, of_t
     assert "reward" in rows[1]
 
 
+def test_self_critical_captions_are_drawn_with_the_temperature_that_is_set(project, invoke):
+    cold = ("--set", "train.scst.temperature=1e-4")
+    invoke(train_decoder, "--init-from", "runs/done", "--scst", "--epochs", 1, *cold)
+    row = logged(project / "runs" / "done-scst")[1]
+    assert row["advantage"] < 0.01, "all captions of an image are the greedy one"
+
+
 def test_self_critical_training_goes_where_it_is_told(project, invoke):
     invoke(train_decoder, "--init-from", "runs/done", "--scst", "--epochs", 1, "--output", "runs/told")
     assert settings_of(project / "runs" / "told").objective == "scst"
@@ -329,6 +336,7 @@ def test_no_epoch_better_than_the_beginning_is_said(project, monkeypatch, invoke
     output = invoke(train_decoder, "--init-from", "runs/done", "--scst", "--epochs", 1)
     assert "best is epoch 0, validation CIDEr 0.900" in output
     assert "no epoch was better than the decoder it began with, runs/done; that one is kept" in output
+    assert "what may help: --set train.scst.temperature=0.5, or --learning-rate 1.25e-05" in output
 
 
 @pytest.mark.parametrize(

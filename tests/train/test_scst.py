@@ -71,8 +71,9 @@ def by_chance(images, tokens):
     return np.random.default_rng(7).normal(size=tokens.shape[:2])
 
 
-def log_prob_of(table, image, caption):
+def log_prob_of(table, image, caption, temperature=1.0):
     """By hand: the words that may be written, one after the other."""
+    table = table / temperature
     may = [word for word in range(WORDS) if word not in (PAD, BOS, UNK)]
     total, before = torch.zeros(()), BOS
     for word in caption:
@@ -88,11 +89,11 @@ def written(row):
 # --- the gradient ---
 
 
-@pytest.mark.parametrize("samples", [2, 5])
-def test_the_gradient_is_reward_less_the_mean_of_the_others_times_that_of_the_log_probability(samples):
+@pytest.mark.parametrize(("samples", "temperature"), [(2, 1.0), (5, 1.0), (5, 0.4)])
+def test_the_gradient_is_reward_less_the_mean_of_the_others_times_that_of_the_log_probability(samples, temperature):
     torch.manual_seed(0)
     decoder, reward = Table(), Reward(by_chance)
-    loss, terms = SelfCritical(reward, samples, 4)(decoder, new_batch(), 0)
+    loss, terms = SelfCritical(reward, samples, 4, temperature)(decoder, new_batch(), 0)
     loss.backward()
     ((_, tokens),) = reward.calls
     rewards = by_chance(None, tokens).astype(np.float32)
@@ -103,7 +104,7 @@ def test_the_gradient_is_reward_less_the_mean_of_the_others_times_that_of_the_lo
             others = np.mean([rewards[image, other] for other in range(samples) if other != k])
             baselines.append(others)
             caption = written(tokens[image, k])
-            expected = expected - (rewards[image, k] - others) * log_prob_of(table, image, caption)
+            expected = expected - (rewards[image, k] - others) * log_prob_of(table, image, caption, temperature)
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-5)
     torch.testing.assert_close(decoder.table.grad, table.grad, rtol=1e-4, atol=1e-5)
@@ -114,6 +115,18 @@ def test_the_gradient_is_reward_less_the_mean_of_the_others_times_that_of_the_lo
     assert int(terms["captions"]) == 3 * samples
     assert int(terms["words"]) == (tokens != PAD).sum(), "EOS counted"
     assert not any(value.requires_grad for value in terms.values())
+
+
+def test_captions_are_drawn_with_the_temperature():
+    """So cold that the draw is the greedy caption, but for words whose logits all but tie."""
+    torch.manual_seed(0)
+    decoder, reward = Table(), Reward(by_chance)
+    SelfCritical(reward, 5, 4, 0.001)(decoder, new_batch(), 0)
+    ((_, tokens),) = reward.calls
+    assert (tokens == tokens[:, :1]).all()
+    with torch.no_grad():
+        decoder.table[:, :, [PAD, BOS, UNK]] = -torch.inf
+    assert (torch.from_numpy(tokens[:, 0, 0]) == decoder.table[:, BOS].argmax(-1)).all()
 
 
 def test_only_what_was_fed_gets_a_gradient_and_what_is_never_written_none():
