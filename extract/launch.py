@@ -13,10 +13,10 @@ from typing import Any
 import click
 import torch
 import torchvision
-from tqdm import tqdm
 
 from common.config import PipelineConfig
 from common.errors import EXIT_REJECTS, GridcapError, UserError
+from common.progress import progress_bar
 from extract import submit
 from extract.cluster import LocalWorkers, Share
 from extract.plan import Plan
@@ -88,7 +88,7 @@ def _count(job: Job, plan: Plan, shards: range) -> int:
 
 def _run_workers(workers: LocalWorkers, job: Job, plan: Plan, mine: range) -> list[int]:
     try:
-        with tqdm(total=len(mine), unit="shard", desc=plan.split, disable=None) as bar:
+        with progress_bar(total=len(mine), unit="shard", desc=plan.split, disable=None) as bar:
             while workers.running():
                 bar.update(_count(job, plan, mine) - bar.n)
                 time.sleep(1)

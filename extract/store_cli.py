@@ -7,12 +7,12 @@ from collections import Counter
 from pathlib import Path
 
 import click
-from tqdm import tqdm
 
 from common.annotations import captions_alone, load_split
 from common.command import flag, pipeline_command, show_config
 from common.config import PipelineConfig
 from common.errors import EXIT_FAILURE, UserError
+from common.progress import progress_bar
 
 IMPORT_EXAMPLES = """
 import-features tutorial_npy/ --annotations captions_train.json --output features/train.h5
@@ -63,7 +63,7 @@ def import_features(
         for line in loaded.problems.lines():
             click.echo(f"note: {annotations}: {line}", err=True)
         records = loaded.records
-    with tqdm(unit="file", desc="open", leave=False) as bar:
+    with progress_bar(unit="file", desc="open", leave=False) as bar:
         opened = importers.open_source(source, bar.update)
     pairs = importers.match_keys(opened, records)
     missing = len(records) - len(pairs) if records is not None else 0
@@ -72,7 +72,7 @@ def import_features(
     if dry_run:
         click.echo("dry run: nothing was written")
         return
-    with tqdm(total=len(pairs), unit="image", desc=name) as bar:
+    with progress_bar(total=len(pairs), unit="image", desc=name) as bar:
         count = importers.import_features(
             opened, source.name, pairs, output, name, config.extract.dtype, config.extract.shard_size, bar.update
         )
@@ -104,7 +104,7 @@ def verify_features(
         plan = verify.plan_of(features)
         click.echo(f"dry run: would check {features}: {plan.images} rows in {plan.shards} shards")
         return
-    with tqdm(unit="row", desc="verify", leave=False) as bar:
+    with progress_bar(unit="row", desc="verify", leave=False) as bar:
         report = verify.verify_store(features, wanted, bar.update)
     problems = Counter(problem.check for problem in report.problems)
     click.echo(f"{'check':<32}{'checked':>10}{'problems':>10}")

@@ -15,10 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from common.errors import EXIT_FAILURE, GridcapError, UserError
 from common.files import write_text
+from common.progress import progress_bar
 from extract.plan import Plan
 
 GRACE = 60
@@ -205,7 +204,7 @@ def follow(number: str, output: Path, store: Path, plan: Plan) -> None:
     looks = 0
     all_ended = False
     there = len(plan.shards_there(store))
-    with tqdm(total=plan.shards, initial=there, unit="shard", desc=f"job {number}", disable=None) as bar:
+    with progress_bar(total=plan.shards, initial=there, unit="shard", desc=f"job {number}", disable=None) as bar:
         while True:
             asked = _tasks(number) if looks % _ASK == 0 else None
             there = len(plan.shards_there(store))

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from common.config import PipelineConfig, allowed_bad
 from common.device import choose_device
 from common.errors import ExtractionError, MismatchError
+from common.progress import progress_bar
 from common.shard import ORIGINAL, ShardReader, ShardWriter, UnstorableError, returned_type
 from extract.cluster import Share
 from extract.encoder import GridEncoder, PendingGrids, WeightsIdentity
@@ -132,7 +133,7 @@ class Worker:
         store = _ShardStore(self._job.folder, plan)
         readers = ThreadPoolExecutor(self._config.extract.readers, "read")
         writer = ThreadPoolExecutor(1, "write")
-        bar = tqdm(
+        bar = progress_bar(
             total=self._rows, initial=self._rows - todo, unit="image", desc=plan.split, disable=not self._progress
         )
         begin = time.perf_counter()
@@ -169,7 +170,7 @@ class Worker:
         rejected = self._summary.rejects.total()
         with (
             ThreadPoolExecutor(self._config.extract.readers, "read") as pool,
-            tqdm(total=rejected, unit="image", desc="retry", disable=not self._progress) as bar,
+            progress_bar(total=rejected, unit="image", desc="retry", disable=not self._progress) as bar,
         ):
             for shard in shards:
                 with ShardReader(self._job.folder / self._plan.shard_name(shard)) as reader:

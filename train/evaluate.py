@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from common.config import CaptionConfig
 from common.device import choose_device
 from common.files import write_json, write_text
+from common.progress import progress_bar
 from common.store import check_same_features
 from train.checkpoint import Checkpoint
 from train.loss import masked_cross_entropy, perplexity
@@ -108,7 +108,7 @@ def evaluate(
     references: dict[int, tuple[str, ...]] = {}
     names: dict[int, str] = {}
     total, words = 0.0, 0
-    with tqdm(total=len(data), unit="image", desc="captions", disable=not progress, leave=False) as bar:
+    with progress_bar(total=len(data), unit="image", desc="captions", disable=not progress, leave=False) as bar:
         for batch in stream.in_order():
             moved = batch.to(device)
             grids = moved.grids.float()

@@ -17,6 +17,7 @@ from common.config import PipelineConfig, TrainConfig
 from common.device import choose_device, choose_precision
 from common.errors import CheckpointError, MismatchError, TrainingError, UserError
 from common.files import remove_leftovers, write_text
+from common.progress import progress_bar
 from common.store import check_same_features
 from train.averaging import WeightAverage
 from train.checkpoint import (
@@ -328,7 +329,7 @@ class _Trainer:
         label = f"epoch {epoch + 1}/{self.settings.epochs}"
         # Several processes are stopped at once, without waiting for each other: each is sent its own signal.
         holding = stops_held() if self.ranks.world == 1 else contextlib.nullcontext(lambda: None)
-        with holding as stopping, tqdm(
+        with holding as stopping, progress_bar(
             total=len(stream.data), initial=first * stream.batch_size, unit="image", desc=label,
             disable=not self.progress, leave=False,
         ) as bar:  # fmt: skip

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from tqdm import tqdm
 
 from common.config import TrainConfig
+from common.progress import progress_bar
 from train.decoders.base import Decoder
 from train.health import share_of_the_commonest, spread_of_attention
 from train.loss import masked_cross_entropy, perplexity
@@ -34,7 +34,7 @@ def validate(
     stream = CaptionStream(data, vocabulary, size, per_image, settings.max_length, ranks=ranks)
     total, spread, words = 0.0, 0.0, 0
     captions: dict[int, str] = {}
-    batches = tqdm(
+    batches = progress_bar(
         stream.in_order(), total=-(-len(stream) // ranks.world), desc="validation", disable=not progress, leave=False
     )
     for batch in batches:
