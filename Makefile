@@ -1,4 +1,5 @@
-# make demo · make test · make lint · make install
+# make demo · make test · make bench · make lint · make install
+# make bench QUICK=1   the same measurements, once each and smaller: two or three minutes.
 # WEIGHTS=imagenet make demo   uses torchvision's ImageNet weights (downloaded once) instead of random ones.
 
 PYTHON ?= python3
@@ -6,7 +7,7 @@ WEIGHTS ?= random
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 
-.PHONY: install demo test lint
+.PHONY: install demo test bench lint
 
 install: $(VENV)/.installed
 
@@ -28,6 +29,9 @@ demo: install
 # the demo, which is the longest, does not come last.
 test: install
 	$(RUN) pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+bench: install
+	@$(RUN) bench $(if $(QUICK),--quick)
 
 lint: install
 	$(RUN) ruff check .

@@ -27,6 +27,7 @@ from typing import Any
 import click
 import yaml
 
+from bench.measure import processor
 from common.files import write_json
 
 RECIPES = (
@@ -205,12 +206,6 @@ class Quality:
             )
         if done.returncode:
             raise click.ClickException(f"{' '.join(arguments)}: ended with {done.returncode}, see {log}")
-
-
-def processor() -> str:
-    """The processor's name, as Linux gives it."""
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return names[0].partition(":")[2].strip() if names else platform.processor()
 
 
 def table(quality: Quality, runs: Sequence[Trained]) -> str:

@@ -1,0 +1,108 @@
+"""Time and memory against the number of images: of extraction, its CNN left out, and of an epoch of training.
+
+The CNN's own memory depends on the batch alone, and it would take hours. What stands in for it returns grids of
+the real shape and size, faster than the rest can read and write, so that the queues are as full as they get.
+"""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.inputs import make_captions, make_photos, make_store
+from bench.measure import Row, fresh
+
+
+def measure(work: Path, quick: bool) -> list[Row]:
+    """Seconds and MiB at 1 x, 4 x and 16 x as many rows: the note says how straight and how flat."""
+    rows = []
+    for what, one in (("extraction", 64 if quick else 256), ("an epoch", 64 if quick else 256)):
+        found = []
+        for times in (1, 4, 16):
+            folder = work / f"{what}-{times}"
+            folder.mkdir()
+            function = "bench.growth:extraction" if what == "extraction" else "bench.growth:epoch"
+            found.append(fresh(function, folder, one * times))
+            shutil.rmtree(folder)
+        seconds, memory = [f[0] for f in found], [f[1] for f in found]
+        rows.append(
+            Row(
+                "growth", f"{what}: seconds of 16 x the rows, over 16 x those of 1 x", "share",
+                [seconds[2] / (16 * seconds[0])], wanted={"at most": 1.1},
+                note=f"{one}, {4 * one}, {16 * one} rows: " + ", ".join(f"{s:.1f} s" for s in seconds),
+            )
+        )  # fmt: skip
+        rows.append(
+            Row(
+                "growth", f"{what}: memory of 16 x the rows, over that of 1 x", "share", [memory[2] / memory[0]],
+                wanted={"at most": 1.1}, note=", ".join(f"{m:.0f} MiB" for m in memory),
+            )
+        )  # fmt: skip
+    return rows
+
+
+class StandIn:
+    """Grids of the real shape, of nothing."""
+
+    side = 299
+    grid_shape = (8, 8, 2048)
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def submit(self, images: np.ndarray) -> Any:
+        """The same grid for every image of a batch."""
+        from extract.encoder import PendingGrids
+
+        return PendingGrids(lambda: np.full((len(images), *self.grid_shape), images.mean() / 255, np.float16))
+
+
+def extraction(folder: str, images: int) -> tuple[float, float]:
+    """Seconds and MiB of reading and writing so many images."""
+    from common.allocator import keep_large_buffers
+
+    keep_large_buffers()
+    import extract.worker
+    from common.annotations import FolderImages
+    from common.config import load_config
+    from extract.run import extract_features, prepare
+
+    photos = make_photos(Path(folder) / "photos", images)
+    setattr(extract.worker, "GridEncoder", StandIn)  # noqa: B010 (mypy would not have it otherwise)
+    config = load_config(None, {"extract.weights": "random", "extract.device": "cpu"})
+    job = prepare(config, "growth", FolderImages(photos), photos, Path(folder) / "growth.h5")
+    begin = time.perf_counter()
+    extract_features(config, job, progress=False)
+    return time.perf_counter() - begin, _memory()
+
+
+def epoch(folder: str, images: int) -> tuple[float, float]:
+    """Seconds and MiB of an epoch over so many images, of a small decoder."""
+    store = make_store(Path(folder) / "train.h5", images)
+    captions = make_captions(Path(folder) / "captions.json", images)
+    seconds, memory = fresh("bench.growth:one_epoch", store, captions, Path(folder) / "run")
+    return seconds, memory
+
+
+def one_epoch(store: str, captions: str, run: str) -> tuple[float, float]:
+    """The same, of a store that is there."""
+    import json
+
+    from train.cli import train_decoder
+
+    train_decoder(
+        ["--features", store, "--annotations", captions, "--output", run, "--epochs", "1",
+         "--set", "train.decoder={family: lstm, embed_size: 64, hidden_size: 64}"],
+        standalone_mode=False,
+    )  # fmt: skip
+    row = json.loads((Path(run) / "metrics.jsonl").read_text().splitlines()[-1])
+    return float(row["seconds"]), _memory()
+
+
+def _memory() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -1,0 +1,70 @@
+"""What the benchmarks work on: photographs, stores and captions of the real sizes, of nothing in particular."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from common.shard import ShardWriter
+
+DIFFERENT = 50  # photographs; the rest are links to them
+GRID = (8, 8, 2048)
+WORDS = [f"word{i}" for i in range(5000)]
+_PROVENANCE = {
+    "encoder": "inception_v3", "layer": "Mixed_7c", "weights": {"name": "none", "sha256": "", "random": True},
+    "preprocessing": {}, "precision": "float32", "versions": {}, "views": ["original"],
+}  # fmt: skip
+
+
+def make_photos(folder: Path, count: int) -> Path:
+    """`count` JPEG files of 640 x 480 and about 150 kB each, as COCO's are: smooth shapes with some grain."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        path = folder / f"{i:06}.jpg"
+        if i < DIFFERENT:
+            shapes = Image.fromarray(rng.integers(0, 256, (48, 64, 3), np.uint8)).resize(
+                (640, 480), Image.Resampling.BICUBIC
+            )
+            grain = rng.normal(0, 9, (480, 640, 1))
+            pixels = (np.asarray(shapes) + grain).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(path, quality=92)
+        else:
+            path.hardlink_to(folder / f"{i % DIFFERENT:06}.jpg")
+    return folder
+
+
+def make_grids(rows: int, seed: int = 0) -> np.ndarray:
+    """(rows, 8, 8, 2048) float16, half of it zero, as a ReLU leaves it."""
+    values = np.random.default_rng(seed).standard_normal((rows, *GRID), np.float32)
+    return np.maximum(values, 0).astype(np.float16)
+
+
+def make_store(path: Path, rows: int, dtype: str = "float16", split: str = "train") -> Path:
+    """A store in one file."""
+    names = [f"{i:06}.jpg" for i in range(rows)]
+    provenance = {**_PROVENANCE, "grid_shape": list(GRID), "dtype": dtype}
+    attributes = {"index": 0, "plan": "bench", "split": split, "provenance": provenance}
+    with ShardWriter(path, range(rows), names, GRID, dtype, attributes) as writer:
+        for start in range(0, rows, 64):
+            writer.write(start, make_grids(min(64, rows - start), start), {})
+        writer.finish()
+    return path
+
+
+def make_captions(path: Path, images: int, words: int = 11, per_image: int = 5) -> Path:
+    """A COCO captions file for such a store, of words from a vocabulary of 5000."""
+    rng = np.random.default_rng(1)
+    drawn = (len(WORDS) * rng.random((images * per_image, words)) ** 3).astype(int)
+    tree = {
+        "images": [{"id": i, "file_name": f"{i:06}.jpg"} for i in range(images)],
+        "annotations": [
+            {"id": i, "image_id": i // per_image, "caption": " ".join(WORDS[word] for word in row)}
+            for i, row in enumerate(drawn.tolist())
+        ],
+    }
+    path.write_text(json.dumps(tree), encoding="utf-8")
+    return path

@@ -1,0 +1,174 @@
+"""The step of training at the sizes of COCO, and what the trainer waits for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from bench.inputs import GRID, WORDS, make_captions, make_store
+from bench.measure import Row, fresh, rounds
+
+B, K, T, V, H = 13, 5, 20, len(WORDS), 512
+STEPS = {"tutorial-gru": 390.0, "att2in": 330.0, "lstm-init": 700.0}  # captions a second wanted of each
+RECIPES = (
+    "show-and-tell", "lstm-init", "lstm-inject", "tutorial-gru", "soft-attention", "att2in", "top-down", "transformer",
+)  # fmt: skip
+
+
+def measure(work: Path, quick: bool) -> list[Row]:
+    """Captions a second of a step, and the share of an epoch that the trainer waits for batches."""
+    found = []
+    for recipe, wanted in STEPS.items():
+        values = rounds(
+            1 if quick else 3,
+            {
+                "baseline": partial(fresh, "bench.training:naive", recipe),
+                "ours": partial(fresh, "bench.training:ours", recipe),
+                "limit": partial(fresh, "bench.training:limit", recipe),
+            },
+        )
+        found.append(
+            Row(
+                "training", f"a step of {recipe}", "captions/s", values["ours"], values["baseline"], values["limit"],
+                "float32, word by word, the grid projected anew at each",
+                "the step's operations at the rate of a large matrix product",
+                {"value": wanted, "of limit": 0.5},
+                f"{B} images x {K} captions of {T} words, {V} words, hidden {H}, 8 x 8 x 2048",
+            )
+        )  # fmt: skip
+    store = make_store(work / "train.h5", 104)
+    captions = make_captions(work / "captions.json", 104)
+    for recipe in RECIPES[-1:] if quick else RECIPES:
+        share = fresh("bench.training:waiting", recipe, store, captions, work / f"run-{recipe}")
+        found.append(
+            Row(
+                "training", f"{recipe} waits for batches", "share", [share], wanted={"at most": 0.02},
+                note="of the time of an epoch, its first steps included",
+            )
+        )  # fmt: skip
+    return found
+
+
+def _settings(recipe: str) -> Any:
+    from common.config import load_config
+
+    return load_config(None, {"train.decoder.hidden_size": H}, recipe=recipe).train
+
+
+def _tensors(device: Any) -> tuple[Any, Any]:
+    import torch
+
+    from train.vocabulary import BOS, EOS
+
+    torch.manual_seed(0)
+    tokens = torch.randint(4, V, (B, K, T + 1))
+    tokens[..., 0], tokens[..., -1] = BOS, EOS
+    grids = torch.relu(torch.randn(B, GRID[0] * GRID[1], GRID[2])).half()
+    return grids.to(device), tokens.to(device)
+
+
+def _captions_a_second(step: Callable[[], object], device: Any, seconds: float = 4.0) -> float:
+    import torch
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    for _ in range(2):
+        step()
+    wait()
+    count, begin = 0, time.perf_counter()
+    while time.perf_counter() - begin < seconds:
+        step()
+        wait()
+        count += 1
+    return count * B * K / (time.perf_counter() - begin)
+
+
+def _step_of_ours(recipe: str) -> tuple[Callable[[], object], Any]:
+    """A step as `train.loop` takes it, without reading and logging."""
+    import numpy as np
+    import torch
+    from torch import nn
+
+    from common.device import choose_device, choose_precision
+    from train.decoders.build import build_decoder
+    from train.objective import CrossEntropy
+    from train.optimizer import make_optimizer
+    from train.stream import CaptionBatch
+
+    settings, device = _settings(recipe), choose_device("auto")
+    precision = choose_precision("auto", device)
+    decoder = build_decoder(settings.decoder, V, GRID).to(device).train()
+    objective, optimizer = CrossEntropy(settings), make_optimizer(settings, decoder.parameters())
+    grids, tokens = _tensors(device)
+    batch = CaptionBatch(np.arange(B), grids, tokens, torch.arange(B * K * T, device=device))
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            loss, terms = objective(decoder, batch, 0)
+        torch.autograd.backward(loss / terms["words"])
+        nn.utils.clip_grad_norm_(decoder.parameters(), 5.0)
+        optimizer.step()
+
+    return step, device
+
+
+def ours(recipe: str) -> float:
+    """Captions a second."""
+    from common.allocator import keep_large_buffers
+
+    keep_large_buffers()
+    return _captions_a_second(*_step_of_ours(recipe))
+
+
+def naive(recipe: str) -> float:
+    """Captions a second of the same sizes, as tutorials train them."""
+    import torch
+
+    from bench.naive import NaiveAttention, NaiveInit, naive_step
+    from common.device import choose_device
+
+    decoder, device = _settings(recipe).decoder, choose_device("auto")
+    if recipe == "lstm-init":
+        model: Any = NaiveInit(decoder.embed_size, H, decoder.image_bottleneck, V, GRID[2])
+    else:
+        cell = "gru" if decoder.cell == "gru" else "lstm"
+        model = NaiveAttention(cell, decoder.embed_size, H, decoder.attention_size, V, GRID[2])
+    model.to(device)
+    optimizer = torch.optim.Adam(model.parameters())
+    grids, tokens = _tensors(device)
+    return _captions_a_second(lambda: naive_step(model, optimizer, grids.float(), tokens), device)
+
+
+def limit(recipe: str) -> float:
+    """Captions a second if all operations of a step went at the rate of a large matrix product."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from bench.device import matrix_rate
+    from common.allocator import keep_large_buffers
+
+    keep_large_buffers()
+    step, device = _step_of_ours(recipe)
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return matrix_rate(device) / float(counter.get_total_flops()) * B * K
+
+
+def waiting(recipe: str, store: str, captions: str, run: str) -> float:
+    """The share of an epoch of the real trainer in which it waits for a batch."""
+    import json
+    import subprocess
+    import sys
+
+    command = "from train.cli import train_decoder; train_decoder()"
+    subprocess.run(
+        [sys.executable, "-c", command, "--recipe", recipe, "--features", store, "--annotations", captions,
+         "--output", run, "--epochs", "1", "--batch-size", str(B)],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return float(json.loads((Path(run) / "metrics.jsonl").read_text().splitlines()[-1])["waited"])

@@ -1,0 +1,61 @@
+import json
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from bench.measure import Row, as_tree
+from bench.plot import MARKS, between_marks, cell, main, table
+
+WHERE = {
+    "processor": "A Processor", "cores": 2, "memory (GiB)": 24, "arithmetic": ["avx2"], "gpu": None, "threads": 2,
+    "system": "Linux", "python": "3.11.2", "versions": {"torch": "2.15.0"},
+}  # fmt: skip
+ROWS = [
+    Row(
+        "reading", "rows", "rows/s", [1000.0, 1200.0, 1100.0], [100.0, 100.0, 110.0], [2000.0] * 3, "h5py", "preadv",
+        {"of baseline": 5, "of limit": 0.8},
+    ),
+    Row("starting", "help", "s", [0.5], note="start to end"),
+]  # fmt: skip
+
+
+def test_a_line_a_row_with_ratios_and_what_was_missed():
+    _, _, first, second = table(ROWS).splitlines()
+    assert first == (
+        "| rows | 1100 ± 100 rows/s | 100 ± 5 | 10 | 2000 ± 0 | 0.55 | 5 x the baseline; 0.8 of the limit: **missed** |"
+    )
+    assert second == "| help | 0.5 s |  |  |  |  |  |"
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [([], ""), ([0.01234], "0.0123"), ([1.0, 3.0], "2 ± 1"), ([99_999.4], "99999")],
+)
+def test_a_cell(values, text):
+    assert cell(values) == text
+
+
+def test_only_what_stands_between_the_marks_is_replaced():
+    page = f"# Speed\n\nwords\n\n{MARKS[0]}\nold\n{MARKS[1]}\n\nmore words\n"
+    once = between_marks(page, "new")
+    assert once == page.replace("old", "new")
+    assert between_marks(once, "new") == once
+    with pytest.raises(ValueError, match="no <!-- bench"):
+        between_marks("# Speed\n", "new")
+
+
+def test_the_page_gets_table_machine_and_picture(tmp_path):
+    (tmp_path / "r.json").write_text(json.dumps(as_tree(WHERE, ROWS)))
+    page = tmp_path / "speed.md"
+    page.write_text(f"{MARKS[0]}\n{MARKS[1]}\n")
+    done = CliRunner().invoke(main, [str(tmp_path / "r.json"), "--page", str(page)])
+    assert done.exit_code == 0, done.output
+    text = page.read_text()
+    assert "A Processor, 2 cores" in text
+    assert "| rows | 1100" in text
+    assert "* rows: baseline: h5py; limit: preadv." in text
+    assert "* help: start to end." in text
+    assert "![ratios](speed.png)" in text
+    with Image.open(tmp_path / "speed.png") as picture:
+        assert picture.width > 800
