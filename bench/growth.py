@@ -89,18 +89,21 @@ def epoch(folder: str, images: int) -> tuple[float, float]:
     return seconds, memory
 
 
-def one_epoch(store: str, captions: str, run: str) -> tuple[float, float]:
+def one_epoch(store_file: str, captions: str, run: str) -> tuple[float, float]:
     """The same, of a store that is there."""
-    import json
+    from common.allocator import keep_large_buffers
 
-    from train.cli import train_decoder
+    keep_large_buffers()
+    from common.config import load_config
+    from common.store import FeatureStore
+    from train.inputs import join_captions
+    from train.loop import fit
 
-    train_decoder(
-        ["--features", store, "--annotations", captions, "--output", run, "--epochs", "1",
-         "--set", "train.decoder={family: lstm, embed_size: 64, hidden_size: 64}"],
-        standalone_mode=False,
-    )  # fmt: skip
-    row = json.loads((Path(run) / "metrics.jsonl").read_text().splitlines()[-1])
+    decoder = {"family": "lstm", "embed_size": 64, "hidden_size": 64}
+    config = load_config(None, {"train.decoder": decoder, "train.output": run, "train.epochs": 1})
+    with FeatureStore(Path(store_file)) as store:
+        data = join_captions(store, Path(captions), [config], "train", "--annotations").data
+        (row,) = fit(config, data, None, resume=False, progress=False)
     return float(row["seconds"]), _memory()
 
 

@@ -12,11 +12,11 @@ import torch
 from common.config import CaptionConfig
 from common.device import choose_device
 from common.errors import ExtractionError, WeightsError
+from common.image import decoder_name, load_square, load_view
 from common.quantise import as_stored
 from common.shard import returned_type
 from common.store import check_same_features
 from extract.encoder import ENCODERS, GridEncoder, describe_features, identify_weights, imagenet_name
-from extract.image import decoder_name, load_rgb, load_square
 from train.checkpoint import Checkpoint
 from train.ensemble import load_ensemble
 from train.search import search_captions
@@ -133,11 +133,7 @@ class Captioner:
 
         The whole image when it was stretched, else the square that was cut or padded. Raises BadImageError.
         """
-        if self._geometry != "stretch":
-            return self.square(image)
-        picture = load_rgb(image)
-        picture.thumbnail((longest, longest))
-        return np.asarray(picture)
+        return load_view(image, self._encoder.side, self._geometry, longest)
 
     def caption_squares(
         self, squares: np.ndarray, search: CaptionConfig, generator: torch.Generator | None = None

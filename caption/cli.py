@@ -14,6 +14,7 @@ from common.command import flag, pipeline_command, show_config
 from common.config import CaptionConfig, PipelineConfig
 from common.errors import EXIT_REJECTS, UserError
 from common.files import write_json
+from common.report import LONGEST, ReportImage, check_is_html, describe_encoder, write_report
 
 if TYPE_CHECKING:
     from caption.captioner import Caption, Captioner
@@ -22,6 +23,7 @@ EXAMPLES = """
 caption-images --checkpoint runs/mine photo.jpg
 caption-images --checkpoint runs/mine holiday/ --output captions.json
 caption-images --checkpoint runs/mine photo.jpg --attention looked.png --beam-size 5
+caption-images --checkpoint runs/mine holiday/ --report report.html        (a page: hover a word to see the look)
 caption-images --checkpoint runs/a --checkpoint runs/b photo.jpg --block-trigrams
 caption-images --checkpoint runs/mine photo.jpg --search sample --top-p 0.9 --seed 1
 """
@@ -42,6 +44,11 @@ _MOST_PANELS = 40  # images in one attention picture
     help="Draw where the decoder looked, word by word: .png, .pdf or .svg.",
 )
 @click.option(
+    "--report",
+    type=click.Path(path_type=Path),
+    help="Write a page with the images, their captions, and where the decoder looked: .html, in one file.",
+)
+@click.option(
     "--weights", type=click.Path(path_type=Path),
     help="The encoder's weights file, when the features came from a local one; else found by the checkpoint.",
 )  # fmt: skip
@@ -58,7 +65,7 @@ _MOST_PANELS = 40  # images in one attention picture
 @flag("--device", "extract.device")
 def main(
     config: PipelineConfig, dry_run: bool, images: tuple[Path, ...], checkpoints: tuple[Path, ...],
-    output: Path | None, attention: Path | None, weights: Path | None,
+    output: Path | None, attention: Path | None, report: Path | None, weights: Path | None,
 ) -> None:  # fmt: skip
     """Caption photographs: files, or folders of them.
 
@@ -72,6 +79,8 @@ def main(
         raise UserError(
             f"--attention: {len(paths)} images are too many for one picture", f"give at most {_MOST_PANELS}"
         )
+    if report is not None:
+        check_is_html(report)
     from caption.captioner import Captioner
     from train.checkpoint import find_checkpoint
 
@@ -104,6 +113,8 @@ def main(
         click.echo(f"captions: {output}", err=True)
     if attention is not None and found:
         _draw(captioner, found, attention)
+    if report is not None and found:
+        _report(captioner, found, config.caption, report)
     if bad:
         sys.exit(EXIT_REJECTS)
 
@@ -127,7 +138,7 @@ def _caption_all(
     """Caption in batches; print each caption as it comes."""
     import torch
 
-    from extract.image import BadImageError
+    from common.image import BadImageError
 
     generator = torch.Generator().manual_seed(seed)
     found: dict[Path, Caption] = {}
@@ -155,3 +166,17 @@ def _draw(captioner: Captioner, found: dict[Path, Caption], path: Path) -> None:
     titles = [f"{image.name}: {caption.text}" for image, caption in found.items()]
     draw_attention(views, list(found.values()), titles, path)
     click.echo(f"attention: {path}", err=True)
+
+
+def _report(captioner: Captioner, found: dict[Path, Caption], search: CaptionConfig, path: Path) -> None:
+    facts = {
+        "checkpoint": str(captioner.checkpoint.path),
+        "encoder": describe_encoder(captioner.provenance),
+        "search": f"beam {search.beam_size}" if search.search == "beam" else "sampled",
+    }
+    shown = (
+        ReportImage(str(image), captioner.view(image, LONGEST), caption.text, caption.words, caption.attention)
+        for image, caption in found.items()
+    )
+    write_report(path, f"{len(found)} captions", facts, {}, shown)
+    click.echo(f"report: {path}", err=True)

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from common.files import replacing
+from common.image import BadImageError, load_rgb
 from common.quantise import as_stored
 from common.store import FeatureStore
-from extract.image import BadImageError, load_rgb
 
 SAMPLE = 256
 _SEED = 0x1A5B

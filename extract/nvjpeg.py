@@ -23,7 +23,7 @@ from torch.nn import functional
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from common.errors import UserError, first_line
-from extract.image import LETTERBOX_GREY, MAX_PIXELS, BadImageError, load_square
+from common.image import LETTERBOX_GREY, MAX_PIXELS, BadImageError, load_square
 
 _PIXELS_AT_ONCE = 2 * MAX_PIXELS  # decoded together: half a GiB of GPU memory
 _ORIENTATION = 0x0112
@@ -58,7 +58,7 @@ def _probe(device: torch.device) -> None:
 def load_squares(
     paths: Sequence[Path], side: int, geometry: str, device: torch.device
 ) -> tuple[np.ndarray, dict[int, str]]:
-    """Decode a batch of images and make them square, as `extract.image.load_square` does with each.
+    """Decode a batch of images and make them square, as `common.image.load_square` does with each.
 
     Args:
         paths: JPEG files, or what `load_square` takes.
@@ -162,7 +162,7 @@ def _upright(image: Tensor, orientation: int) -> Tensor:
 
 
 def _square(image: Tensor, side: int, geometry: str) -> Tensor:
-    """uint8 (3, H, W) -> uint8 (3, side, side), as `extract.image` does with Pillow."""
+    """uint8 (3, H, W) -> uint8 (3, side, side), as `common.image` does with Pillow."""
     height, width = image.shape[1:]
     if geometry == "crop":
         short = min(height, width)

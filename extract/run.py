@@ -17,11 +17,11 @@ from common.config import PipelineConfig
 from common.device import choose_compile, choose_device
 from common.errors import ExtractionError, MismatchError, StoreError, UserError
 from common.files import TEMPORARY_SUFFIX, remove_leftovers, write_text
+from common.image import decoder_name
 from common.shard import ShardReader, check_format, open_hdf5, read_header, stored_bytes
 from common.store import INDEX_FORMAT, FeatureStore
 from extract.cluster import WHOLE, Share
 from extract.encoder import describe_features, identify_weights
-from extract.image import decoder_name
 from extract.image_list import Image, ImageList
 from extract.nvjpeg import nvjpeg_name
 from extract.plan import FILE, Plan, read_plan, settle_plan, store_folder, write_planned_index

@@ -23,11 +23,11 @@ from tqdm import tqdm
 from common.config import PipelineConfig, allowed_bad
 from common.device import choose_device
 from common.errors import ExtractionError, MismatchError
+from common.image import BadImageError, load_square
 from common.progress import progress_bar
 from common.shard import ORIGINAL, ShardReader, ShardWriter, UnstorableError, returned_type
 from extract.cluster import Share
 from extract.encoder import GridEncoder, PendingGrids, WeightsIdentity
-from extract.image import BadImageError, load_square
 from extract.image_list import Image
 from extract.nvjpeg import load_squares
 from extract.plan import Plan, shard_writer

@@ -84,9 +84,11 @@ def test_every_package_is_installed_with_its_files() -> None:
     assert {"common.config", "train.decoders", "recipes"} <= found
     inside = {path.parent for name in ALLOWED for path in (ROOT / name).rglob("*.py")}
     assert {".".join(folder.relative_to(ROOT).parts) for folder in inside} == found, "a folder with code is a package"
-    data = {path.relative_to(ROOT) for name in ALLOWED for path in (ROOT / name).rglob("*.yaml")}
-    assert {path.parent for path in data} == {Path("recipes")}
-    assert settings["package-data"] == {"recipes": ["*.yaml"]}
+    files = {path.relative_to(ROOT) for name in ALLOWED for path in (ROOT / name).rglob("*") if path.is_file()}
+    data = {path for path in files if path.suffix not in (".py", ".pyc")}
+    assert {path for path in data if path.suffix != ".yaml"} == {Path("common/report.html")}
+    assert {path.parent for path in data if path.suffix == ".yaml"} == {Path("recipes")}
+    assert settings["package-data"] == {"common": ["report.html"], "recipes": ["*.yaml"]}
 
 
 def test_recipes_hold_no_code() -> None:
@@ -112,7 +114,7 @@ def test_recipes_hold_no_code() -> None:
         ("common.config", "from train.loop import fit", ["train.loop", "train.loop.fit"]),
         ("common", "import extract", ["extract"]),
         ("common", "from demo.shapes import x", ["demo.shapes", "demo.shapes.x"]),
-        ("caption", "import extract.image, train.search, common.files", []),
+        ("caption", "import extract.encoder, train.search, common.files", []),
         ("caption", "from extract import cli", ["extract.cli"]),
         ("caption", "from train.cli import main", ["train.cli", "train.cli.main"]),
         ("demo", "import extract.cli", ["extract.cli"]),

@@ -6,10 +6,11 @@ import csv
 import io
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from common.config import CaptionConfig
@@ -37,6 +38,8 @@ class Evaluation:
         references: image id -> captions.
         scores: metrics; the first value is the perplexity of the references under teacher forcing.
         language: what the captions are like, by name; see `language_of`.
+        looks: image id -> the words of its caption and where the decoder looked at each, (words, P) float32 or None;
+            empty if they were not to be kept.
     """
 
     captions: dict[int, str]
@@ -44,6 +47,7 @@ class Evaluation:
     references: dict[int, tuple[str, ...]]
     scores: Scores
     language: dict[str, float]
+    looks: dict[int, tuple[list[str], np.ndarray | None]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """Everything but the scores of single images, for a file."""
@@ -81,6 +85,7 @@ def evaluate(
     training_captions: Collection[str] | None = None,
     seed: int = 0,
     progress: bool = True,
+    keep_looks: bool = False,
 ) -> Evaluation:
     """Caption every image and score the captions against all references.
 
@@ -92,6 +97,7 @@ def evaluate(
         training_captions: those the decoder was trained on; None leaves out the share of novel captions.
         seed: of captions that are drawn by chance.
         progress: show a progress bar.
+        keep_looks: give the attention of every word too.
 
     Raises:
         MismatchError: the decoder was trained on other features.
@@ -107,6 +113,7 @@ def evaluate(
     captions: dict[int, str] = {}
     references: dict[int, tuple[str, ...]] = {}
     names: dict[int, str] = {}
+    looks: dict[int, tuple[list[str], np.ndarray | None]] = {}
     total, words = 0.0, 0
     with progress_bar(total=len(data), unit="image", desc="captions", disable=not progress, leave=False) as bar:
         for batch in stream.in_order():
@@ -122,13 +129,15 @@ def evaluate(
                 captions[image_id] = vocabulary.decode(hypothesis.tokens)
                 references[image_id] = data.captions[position]
                 names[image_id] = data.store.file_names[row]
+                if keep_looks:
+                    looks[image_id] = [vocabulary.words[token] for token in hypothesis.tokens], hypothesis.attention
             bar.update(len(batch.images))
     scores = score_captions(captions, references)
     scores.values = {"perplexity": perplexity(total / words), **scores.values}
     language = language_of(captions, references, len(vocabulary) - len(SPECIALS), training_captions)
     if NOVEL not in language:
         scores.left_out[NOVEL] = "needs the captions that the decoder was trained on"
-    return Evaluation(captions, names, references, scores, language)
+    return Evaluation(captions, names, references, scores, language, looks)
 
 
 def language_of(

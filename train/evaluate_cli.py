@@ -10,7 +10,8 @@ import click
 
 from common.command import flag, pipeline_command, show_config
 from common.config import PipelineConfig
-from common.errors import GridcapError
+from common.errors import GridcapError, UserError
+from common.report import check_is_html
 from common.store import FeatureStore, check_same_features
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 EXAMPLES = """
 evaluate-decoder --checkpoint runs/mine --features features/test.h5
 evaluate-decoder --checkpoint runs/mine --features test.h5 --annotations captions_test.json --beam-size 5
+evaluate-decoder --checkpoint runs/mine --features features/test.h5 --report report.html      (a page to look at)
 evaluate-decoder --checkpoint runs/a --checkpoint runs/b --features features/test.h5     (both decode together)
 evaluate-decoder --checkpoint runs/mine --features features/test.h5 --search sample --top-p 0.9 --seed 1
 """
@@ -49,6 +51,16 @@ def _training_captions(config: PipelineConfig) -> tuple[list[str] | None, str]:
     type=click.Path(path_type=Path),
     help="JSON file for the result  [default: <run>/evaluation/<features>.<search>.json]",
 )
+@click.option(
+    "--report",
+    type=click.Path(path_type=Path),
+    help="Write a page with the images, their captions and scores, and where the decoder looked: .html, in one file.",
+)
+@click.option(
+    "--images",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Image folder, for the report  [default: that of the store's split]",
+)
 @flag("--search", "caption.search")
 @flag("--beam-size", "caption.beam_size")
 @flag("--length-penalty", "caption.length_penalty")
@@ -67,17 +79,25 @@ def evaluate_decoder(
     features: Path,
     annotations: Path | None,
     output: Path | None,
+    report: Path | None,
+    images: Path | None,
 ) -> None:
     """Caption a feature store and score the captions with the field's metrics.
 
     Writes a JSON file with the metrics and every caption, and beside it a CSV file with the scores of every image
-    and the captions in COCO's results format. Exit status: 0 done, 1 failure, 2 wrong use.
+    and the captions in COCO's results format; with --report a page that shows it all. Exit status: 0 done,
+    1 failure, 2 wrong use.
     """
     from train.checkpoint import find_checkpoint, run_folder
     from train.ensemble import load_ensemble
     from train.evaluate import NOVEL, evaluate, write_evaluation
     from train.inputs import captions_for, warn_if_random
+    from train.report import find_images, report_evaluation
 
+    if report is not None:
+        check_is_html(report)
+    if images is not None and report is None:
+        raise UserError("--images is for --report", "give --report report.html too, or leave --images out")
     click.echo("configuration")
     show_config(config, "caption")
     loaded = load_ensemble(checkpoints)
@@ -85,16 +105,20 @@ def evaluate_decoder(
     data = captions_for(store, annotations, [config, loaded.config], "test", "--annotations")
     warn_if_random(store)
     check_same_features(loaded.provenance, store.provenance, f"{loaded.path} was trained on", f"{features} holds")
+    photos = None if report is None else find_images(store, images, [config, loaded.config])
     folders = [find_checkpoint(path) for path in checkpoints]
     together = f".ensemble-of-{len(folders)}" if len(folders) > 1 else ""
     name = f"{features.stem}{together}.{_short(config)}.json"
     output = output or run_folder(checkpoints[0]) / "evaluation" / name
     what = ", ".join(map(str, folders))
     if dry_run:
-        click.echo(f"dry run: would evaluate {what} on {len(data)} images into {output}")
+        also = "" if report is None else f" and {report}"
+        click.echo(f"dry run: would evaluate {what} on {len(data)} images into {output}{also}")
         return
     training, why = _training_captions(loaded.config)
-    result = evaluate(loaded, data, config.caption, config.train.device, training, config.seed)
+    result = evaluate(
+        loaded, data, config.caption, config.train.device, training, config.seed, keep_looks=report is not None
+    )
     if training is None:
         result.scores.left_out[NOVEL] = why
     made_by = {
@@ -104,6 +128,14 @@ def evaluate_decoder(
     written = write_evaluation(result, output, made_by)
     click.echo(f"{what} on {len(data)} images, {_search(config)}, tokens by {result.scores.tokenizer}")
     _show(result)
+    if report is not None and photos is not None:
+        facts = {
+            "checkpoint": what, "features": f"{features}: {len(data)} images", "search": _search(config),
+            "tokens": result.scores.tokenizer,
+        }  # fmt: skip
+        curves = run_folder(checkpoints[0]) / "curves.png"
+        report_evaluation(report, result, loaded, store, photos, facts, curves, config.seed)
+        written.append(report)
     click.echo(f"done: {', '.join(map(str, written))}")
 
 

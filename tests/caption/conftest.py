@@ -14,8 +14,8 @@ from PIL import Image
 import caption.captioner as captioner_module
 from common.allocator import keep_large_buffers
 from common.config import PipelineConfig, load_config
+from common.image import decoder_name
 from extract.encoder import describe_features, identify_weights
-from extract.image import decoder_name
 from train.checkpoint import save_checkpoint
 from train.decoders.base import Decoder
 from train.decoders.build import build_decoder

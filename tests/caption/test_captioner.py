@@ -16,9 +16,9 @@ import extract.encoder as encoder_module
 from caption.captioner import Caption, Captioner
 from common.config import CaptionConfig
 from common.errors import CheckpointError, MismatchError, WeightsError
+from common.image import BadImageError, load_square
 from common.quantise import as_stored
 from extract.encoder import GridEncoder, identify_weights
-from extract.image import BadImageError, load_square
 from train.checkpoint import load_checkpoint
 from train.ensemble import load_ensemble
 from train.search import beam_search, search_captions

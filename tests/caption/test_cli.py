@@ -264,3 +264,24 @@ def test_a_dry_run_captions_nothing(fake: Any, scenes: Any, checkpoint: Any, tmp
     assert result.exit_code == 0, result.output
     assert "would caption 3 images" in result.stdout
     assert set(tmp_path.rglob("*")) == before
+
+
+# --- the report
+
+
+def test_the_report_shows_every_photo_with_its_caption_and_looks(
+    fake: Any, scenes: Any, checkpoint: Any, tmp_path: Path
+) -> None:
+    result = run("--checkpoint", checkpoint(), scenes(3), "--report", tmp_path / "r.html")
+    assert result.exit_code == 0, result.output
+    (data,) = re.findall(r'id="data">(.*?)</script>', (tmp_path / "r.html").read_text(encoding="utf-8"), re.S)
+    images = json.loads(data)
+    assert {image["name"]: image["caption"] for image in images} == lines(result)
+    assert all(image["grid"] == [8, 8] and image["jpeg"] for image in images)
+    assert "RANDOM weights" in (tmp_path / "r.html").read_text(encoding="utf-8")
+
+
+def test_a_report_must_be_html(fake: Any, scenes: Any, checkpoint: Any) -> None:
+    result = run("--checkpoint", checkpoint(), scenes(1), "--report", "r.pdf")
+    assert result.exit_code == 2
+    assert "must end in .html" in result.output

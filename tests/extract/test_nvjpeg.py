@@ -14,8 +14,8 @@ from PIL import Image
 
 import extract.nvjpeg as nvjpeg
 from common.errors import UserError
+from common.image import BadImageError, load_square
 from common.scenes import all_scenes, render
-from extract.image import BadImageError, load_square
 from extract.nvjpeg import load_squares, nvjpeg_name
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from extract.image import LETTERBOX_GREY, BadImageError, decoder_name, load_rgb, load_square
+from common.image import LETTERBOX_GREY, BadImageError, decoder_name, load_rgb, load_square
 
 RED, GREEN, BLUE, YELLOW = (220, 30, 30), (20, 160, 60), (30, 50, 210), (240, 220, 20)
 WHITE = (255, 255, 255)

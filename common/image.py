@@ -39,6 +39,27 @@ def load_square(path: Path, side: int, geometry: str) -> np.ndarray:
     return np.asarray(_square(load_rgb(path), side, geometry))
 
 
+def load_view(path: Path, side: int, geometry: str, longest: int) -> np.ndarray:
+    """What `load_square` covers of an image, for showing: the whole image in its own proportions when it was
+    stretched, else the square that was cut or padded.
+
+    Args:
+        path, side, geometry: as for `load_square`.
+        longest: the result's longer side in pixels, at most.
+
+    Returns:
+        uint8 (H, W, 3), RGB.
+
+    Raises:
+        BadImageError: as for `load_square`.
+    """
+    picture = load_rgb(path)
+    if geometry != "stretch":
+        picture = _square(picture, side, geometry)
+    picture.thumbnail((longest, longest))
+    return np.asarray(picture)
+
+
 def load_rgb(path: Path) -> Image.Image:
     """Decode an image: EXIF rotation applied, transparency over white, 16-bit grey scaled to 8 bits, the first
     frame of an animation.

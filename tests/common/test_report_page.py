@@ -1,0 +1,219 @@
+"""The report in a real browser: hover, tap, keyboard, search, sort, a phone's width, the dark."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common.report import ReportImage, write_report
+
+ARGUMENTS = (
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+CAPTIONS = ["a red dog runs", "two dogs in the snow", "a man on a red bike", "a <b>bold</b> cat"]
+SCORES = [0.5, 1.5, 0.1, 0.9]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("needs a browser: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """Four images; the look of word i is in cell i of a 4 x 4 grid."""
+    path = tmp_path_factory.mktemp("report") / "r.html"
+    images = []
+    for number, (caption, score) in enumerate(zip(CAPTIONS, SCORES, strict=True)):
+        words = caption.split()
+        attention = np.zeros((len(words), 16), np.float32)
+        attention[range(len(words)), range(len(words))] = 1
+        picture = np.asarray(Image.new("RGB", (320, 240), (40 * number, 90, 200)))
+        references = [f"reference {number}", "zebra" if number == 2 else "horse"]
+        images.append(
+            ReportImage(
+                f"{9 - number}.jpg", picture, caption, words, attention.reshape(-1, 4, 4), references, {"CIDEr": score}
+            )
+        )
+    write_report(path, "A run", {"decoder": "attention"}, {"CIDEr": 0.75}, images)
+    return path
+
+
+@pytest.fixture
+def page(browser, report):
+    """A page of a context with some options; what went wrong or was asked outside fails the test."""
+    contexts, problems = [], []
+
+    def make(width=1200, height=900, **options):
+        context = browser.new_context(viewport={"width": width, "height": height}, **options)
+        contexts.append(context)
+        opened = context.new_page()
+        opened.on("pageerror", lambda error: problems.append(str(error)))
+        opened.on("console", lambda said: problems.append(said.text) if said.type == "error" else None)
+        opened.on(
+            "request", lambda asked: None if asked.url.startswith(("file:", "data:")) else problems.append(asked.url)
+        )
+        opened.goto(report.as_uri())
+        return opened
+
+    yield make
+    for context in contexts:
+        context.close()
+    assert problems == []
+
+
+def captions(opened):
+    return [" ".join(text.split()) for text in opened.locator(".caption").all_inner_texts()]
+
+
+def brightest(opened, card):
+    """Row and column of the 4 x 4 grid where the picture's overlay is brightest, or None where there is none."""
+    return opened.locator("article").nth(card).evaluate(
+        """(article) => {
+          if (!article.querySelector(".photo").classList.contains("looking")) return null;
+          const canvas = article.querySelector("canvas"), context = canvas.getContext("2d");
+          const pixels = context.getImageData(0, 0, canvas.width, canvas.height).data;
+          let best = 0;
+          for (let i = 0; i < pixels.length; i += 4) if (pixels[i + 1] > pixels[best + 1]) best = i;
+          const at = best / 4;
+          const [row, column] = [Math.floor(at / canvas.width), at % canvas.width];
+          return [Math.floor((4 * row) / canvas.height), Math.floor((4 * column) / canvas.width)];
+        }"""
+    )  # fmt: skip
+
+
+def word(opened, card, number):
+    return opened.locator("article").nth(card).locator(".word").nth(number)
+
+
+def test_everything_is_shown(page):
+    opened = page()
+    assert opened.title() == "A run"
+    assert "0.750" in opened.locator("table").inner_text()
+    assert captions(opened) == CAPTIONS
+    assert opened.locator("article").nth(1).get_by_text("CIDEr 1.50").is_visible()
+    assert opened.locator("#count").inner_text() == "4 of 4 images"
+    image = opened.locator("article img").first
+    assert image.get_attribute("alt") == f"9.jpg: {CAPTIONS[0]}"
+    assert image.evaluate("(image) => image.decode().then(() => image.naturalWidth)") == 320
+
+
+def test_hovering_a_word_shows_where_the_decoder_looked(page):
+    opened = page()
+    assert brightest(opened, 1) is None
+    for number in (0, 3, 4):
+        word(opened, 1, number).hover()
+        assert brightest(opened, 1) == [number // 4, number % 4]
+    assert opened.locator("article").nth(1).get_by_text("100 % of the look in one cell").is_visible()
+    opened.mouse.move(0, 0)
+    assert brightest(opened, 1) is None
+
+
+def test_a_tap_holds_the_look_until_the_next(page):
+    opened = page(width=375, height=740, has_touch=True, is_mobile=True)
+    word(opened, 0, 2).tap()
+    assert brightest(opened, 0) == [0, 2]
+    assert word(opened, 0, 2).get_attribute("aria-pressed") == "true"
+    word(opened, 0, 2).tap()
+    assert brightest(opened, 0) is None
+
+
+def test_the_same_by_keyboard(page):
+    opened = page()
+    opened.locator("#show").focus()
+    opened.keyboard.press("Tab")  # one stop a caption
+    assert brightest(opened, 0) == [0, 0]
+    opened.keyboard.press("ArrowRight")
+    opened.keyboard.press("ArrowRight")
+    assert brightest(opened, 0) == [0, 2]
+    opened.keyboard.press("End")
+    assert brightest(opened, 0) == [0, 3]
+    opened.keyboard.press("Escape")
+    assert brightest(opened, 0) is None
+    opened.keyboard.press("ArrowLeft")
+    opened.keyboard.press("Tab")  # the references
+    assert brightest(opened, 0) is None
+    opened.keyboard.press("Tab")
+    assert brightest(opened, 1) == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [("best", [1, 3, 0, 2]), ("worst", [2, 0, 3, 1]), ("name", [3, 2, 1, 0]), ("order", [0, 1, 2, 3])],
+)
+def test_sorting(page, order, expected):
+    opened = page()
+    opened.select_option("#sort", "best")
+    opened.select_option("#sort", order)
+    assert captions(opened) == [CAPTIONS[i] for i in expected]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [("RED", [0, 2]), ("zebra", [2]), ("8.jpg", [1]), ("<b>", [3]), ("nothing like it", []), ("", [0, 1, 2, 3])],
+)
+def test_searching_captions_references_and_names(page, wanted, expected):
+    opened = page()
+    opened.fill("#search", "something")
+    opened.fill("#search", wanted)
+    opened.get_by_text(f"{len(expected)} of 4 images").wait_for()
+    assert captions(opened) == [CAPTIONS[i] for i in expected]
+
+
+def test_the_best_the_worst_and_some_by_chance(page):
+    opened = page()
+    opened.select_option("#show", "worst")
+    assert captions(opened) == [CAPTIONS[i] for i in (2, 0, 3, 1)]
+    opened.select_option("#show", "random")
+    assert sorted(captions(opened)) == sorted(CAPTIONS)
+
+
+def test_a_phone_needs_no_sideways_scrolling(page):
+    opened = page(width=320, height=640, is_mobile=True, has_touch=True)
+    assert opened.evaluate("document.documentElement.scrollWidth") <= 320
+
+
+CONTRAST = """() => {
+  const numbers = (text) => text.match(/[\\d.]+/g).map(Number);
+  const light = (text) => {
+    const linear = (v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    const [r, g, b] = numbers(text).map((v) => linear(v / 255));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const behind = (element) => {
+    for (let at = element; at; at = at.parentElement) {
+      const colour = getComputedStyle(at).backgroundColor;
+      if ((numbers(colour)[3] ?? 1) > 0.5) return colour;
+    }
+    return "rgb(255, 255, 255)";
+  };
+  const found = [];
+  const all = "h1, dt, dd, th, td, label, input, select, output, .hint, .word, .name, summary, li, mark";
+  for (const element of document.querySelectorAll(all)) {
+    const [a, b] = [light(getComputedStyle(element).color), light(behind(element))];
+    found.push([element.tagName, (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05)]);
+  }
+  return found;
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_all_text_stands_out_as_wcag_aa_wants_it(page, scheme):
+    opened = page(color_scheme=scheme)
+    opened.fill("#search", "dog")
+    opened.locator("mark").first.wait_for()
+    word(opened, 0, 1).click()
+    found = opened.evaluate(CONTRAST)
+    assert len(found) > 20
+    assert [(tag, round(ratio, 2)) for tag, ratio in found if ratio < 4.5] == []
