@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,8 +35,28 @@ def draw_attention(
     Raises:
         ValueError: a caption has no attention.
     """
-    blocks = [math.ceil((1 + len(c.words)) / _COLUMNS) for c in captions]
-    width = min(_COLUMNS, 1 + max(len(c.words) for c in captions))
+    figure = _figure(images, captions, titles)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format=path.suffix.removeprefix(".").lower() or "png", facecolor="white")
+
+
+def attention_png(image: np.ndarray, caption: Caption) -> bytes:
+    """The block of one image, without a title, as a PNG file's bytes."""
+    buffer = io.BytesIO()
+    _figure([image], [caption], [""]).savefig(buffer, format="png", facecolor="white")
+    return buffer.getvalue()
+
+
+def png(image: np.ndarray) -> bytes:
+    """An image (H, W, 3) uint8 as a PNG file's bytes."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def _figure(images: Sequence[np.ndarray], captions: Sequence[Caption], titles: Sequence[str]) -> Figure:
+    blocks = [math.ceil((1 + len(c.tokens)) / _COLUMNS) for c in captions]
+    width = min(_COLUMNS, 1 + max(len(c.tokens) for c in captions))
     heights = [n * (_PANEL + 0.28) + 0.42 for n in blocks]
     figure = Figure(figsize=(max(6.0, width * _PANEL), sum(heights)), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
@@ -49,12 +70,11 @@ def draw_attention(
             axis.set_axis_off()
         axes[0].imshow(image)
         grey = np.asarray(Image.fromarray(image).convert("L"))
-        for axis, word, weights in zip(axes[1:], caption.words, caption.attention, strict=False):
+        for axis, word, weights in zip(axes[1:], caption.tokens, caption.attention, strict=False):
             axis.imshow(grey, cmap="gray", vmin=0, vmax=255)
             axis.imshow(enlarge(weights, *image.shape[:2]), cmap="inferno", alpha=0.6, vmin=0, vmax=1)
             axis.set_title(word, fontsize=10, pad=2, parse_math=False)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format=path.suffix.removeprefix(".").lower() or "png", facecolor="white")
+    return figure
 
 
 def enlarge(weights: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import html
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -28,16 +31,33 @@ class Caption:
 
     Attributes:
         text: the sentence.
-        words: its words.
+        tokens: its words.
         log_prob: natural logarithm of its probability, as for `train.search.Hypothesis`.
         attention: (words, rows, columns) float32, where the decoder looked as it wrote each word; each sums to
             1 over the grid. None for a decoder without attention.
+        image: uint8 (H, W, 3), what the grid covers of the photograph, for showing; None if it was not kept.
     """
 
     text: str
-    words: list[str]
+    tokens: list[str]
     log_prob: float
     attention: np.ndarray | None
+    image: np.ndarray | None = field(default=None, repr=False, compare=False)
+
+    def _repr_html_(self) -> str:
+        """For a notebook: the image, where the decoder looked at each word, and the caption."""
+        said = f"{html.escape(self.text)} <small>(log-probability {self.log_prob:.2f})</small>"
+        if self.image is None:
+            return f"<p>{said}</p>"
+        from caption.attention import attention_png, png
+
+        whole = png(self.image) if self.attention is None else attention_png(self.image, self)
+        data = base64.b64encode(whole).decode()
+        alt = html.escape(self.text, quote=True)
+        return (
+            f'<figure><img alt="{alt}" src="data:image/png;base64,{data}" style="max-width: 100%">'
+            f"<figcaption>{said}</figcaption></figure>"
+        )
 
 
 class Captioner:
@@ -104,6 +124,38 @@ class Captioner:
     def has_attention(self) -> bool:
         """Whether the decoder says where it looked."""
         return self.checkpoint.decoder.has_attention
+
+    @overload
+    def __call__(self, images: str | Path, **options: Any) -> Caption: ...
+    @overload
+    def __call__(self, images: Sequence[str | Path], **options: Any) -> list[Caption]: ...
+    def __call__(self, images: str | Path | Sequence[str | Path], **options: Any) -> Caption | list[Caption]:
+        """Caption a photograph, or many, with the pictures kept for a notebook.
+
+            captioner = Captioner.load("runs/x")
+            captioner("photo.jpg").text
+            captioner(["a.jpg", "b.jpg"], beam_size=5)
+
+        Args:
+            images: a file, or several, which are captioned in batches.
+            options: of `common.config.CaptionConfig`: beam_size, max_length, search="sample", temperature, ...
+
+        Returns:
+            A caption, or a list of them.
+
+        Raises:
+            BadImageError: a file cannot be used.
+            pydantic.ValidationError: no such option, or no such value of it.
+        """
+        search = CaptionConfig(**options)
+        if isinstance(images, str | Path):
+            return self([images], **options)[0]
+        paths, found = [Path(image) for image in images], []
+        for start in range(0, len(paths), search.batch_size):
+            some = paths[start : start + search.batch_size]
+            captions = self.caption(some, search)
+            found += [replace(one, image=self.view(path)) for one, path in zip(captions, some, strict=True)]
+        return found
 
     def caption(
         self, images: Sequence[Path], search: CaptionConfig, generator: torch.Generator | None = None

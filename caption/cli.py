@@ -175,7 +175,7 @@ def _report(captioner: Captioner, found: dict[Path, Caption], search: CaptionCon
         "search": f"beam {search.beam_size}" if search.search == "beam" else "sampled",
     }
     shown = (
-        ReportImage(str(image), captioner.view(image, LONGEST), caption.text, caption.words, caption.attention)
+        ReportImage(str(image), captioner.view(image, LONGEST), caption.text, caption.tokens, caption.attention)
         for image, caption in found.items()
     )
     write_report(path, f"{len(found)} captions", facts, {}, shown)

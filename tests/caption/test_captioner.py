@@ -41,7 +41,7 @@ def by_hand(encoder: Any, run: Path, photo: Path, search: CaptionConfig, geometr
 
 def assert_same(found: Caption, wanted: Caption) -> None:
     assert found.text == wanted.text
-    assert found.words == wanted.words
+    assert found.tokens == wanted.tokens
     assert found.log_prob == pytest.approx(wanted.log_prob, abs=1e-3)
     if wanted.attention is None:
         assert found.attention is None
@@ -70,7 +70,7 @@ def test_the_length_penalty_reaches_the_search(fake: Any, scenes: Any, checkpoin
         captions = captioner.caption(photos, search)
         for photo, caption in zip(photos, captions, strict=True):
             assert_same(caption, by_hand(fake("", None, "", "", "float16"), run, photo, search))
-        words.append(sum(len(c.words) for c in captions))
+        words.append(sum(len(c.tokens) for c in captions))
     assert words[0] < words[1], "a penalty favours longer captions"
 
 
@@ -110,7 +110,7 @@ def test_blocked_trigrams_reach_the_search(fake: Any, scenes: Any, checkpoint: A
     captioner, repeated = Captioner.load(run, device="cpu"), []
     for block in (False, True):
         search = CaptionConfig(beam_size=1, max_length=30, block_trigrams=block)
-        words = [c.words for c in captioner.caption(photos, search)]
+        words = [c.tokens for c in captioner.caption(photos, search)]
         trigrams = [list(zip(w, w[1:], w[2:], strict=False)) for w in words]
         repeated.append(any(len(set(t)) < len(t) for t in trigrams))
     assert repeated == [True, False]
@@ -128,7 +128,7 @@ def test_sampled_captions_depend_on_the_generator_and_not_on_the_batch(fake: Any
         assert_same(a, b)
     other = captioner.caption(photos, SAMPLE, torch.Generator().manual_seed(4))
     assert [c.text for c in other] != [c.text for c in first]
-    assert all(c.attention is not None and c.attention.shape == (len(c.words), 8, 8) for c in first)
+    assert all(c.attention is not None and c.attention.shape == (len(c.tokens), 8, 8) for c in first)
 
 
 def test_several_checkpoints_decode_together(fake: Any, scenes: Any, checkpoint: Any) -> None:
@@ -148,7 +148,7 @@ def test_attention_sums_to_one_over_the_grid_for_every_word(fake: Any, scenes: A
     captions = Captioner.load(checkpoint(end_bias=-5), device="cpu").caption(sorted(scenes(2).iterdir()), SEARCH)
     for caption in captions:
         assert caption.attention is not None
-        assert caption.attention.shape == (len(caption.words), 8, 8)
+        assert caption.attention.shape == (len(caption.tokens), 8, 8)
         np.testing.assert_allclose(caption.attention.sum((1, 2)), 1, atol=1e-5)
 
 
@@ -157,7 +157,7 @@ def test_a_caption_without_words_still_has_its_attention_if_the_decoder_has_one(
 ) -> None:
     """None means a decoder without attention; a decoder that ends at once has looked nowhere."""
     (caption,) = Captioner.load(checkpoint(end_bias=1e4), device="cpu").caption(list(scenes(1).iterdir()), SEARCH)
-    assert caption.words == []
+    assert caption.tokens == []
     assert caption.text == ""
     assert caption.attention is not None
     assert caption.attention.shape == (0, 8, 8)
