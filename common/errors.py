@@ -64,6 +64,10 @@ class ExtractionError(GridcapError):
     """Extraction stopped: too many bad images, or a value that the stored type cannot hold."""
 
 
+class DownloadError(GridcapError):
+    """A download broke off, or brought something else than it should."""
+
+
 class TrainingError(GridcapError):
     """Training stopped: the loss is not a number."""
 

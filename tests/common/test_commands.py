@@ -13,8 +13,8 @@ from click.testing import CliRunner
 from common.commands import main
 
 COMMANDS = [
-    "extract-features", "import-features", "inspect-features", "verify-features", "train-decoder", "evaluate-decoder",
-    "caption-images",
+    "download-coco", "extract-features", "import-features", "inspect-features", "verify-features", "train-decoder",
+    "evaluate-decoder", "caption-images",
 ]  # fmt: skip
 
 
