@@ -11,6 +11,7 @@ from typing import Any, overload
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from common.config import CaptionConfig
 from common.device import choose_device
@@ -22,7 +23,7 @@ from common.store import check_same_features
 from extract.encoder import ENCODERS, GridEncoder, describe_features, identify_weights, imagenet_name
 from train.checkpoint import Checkpoint
 from train.ensemble import load_ensemble
-from train.search import search_captions
+from train.search import Hypothesis, beam_alternatives, search_captions
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,35 @@ class Captioner:
         self, squares: np.ndarray, search: CaptionConfig, generator: torch.Generator | None = None
     ) -> list[Caption]:
         """As `caption`, from uint8 (B, side, side, 3)."""
+        return [
+            self._caption(found) for found in search_captions(self._decoder, self._grids(squares), search, generator)
+        ]
+
+    def alternatives(self, image: Path, search: CaptionConfig, seed: int = 0) -> list[Caption]:
+        """The captions that the beam ended with, the best first; or as many drawn ones as `beam_size` says.
+
+        Args:
+            image: a file.
+            search: beam search or sampling, and its options.
+            seed: for sampling; captions that are drawn twice are given once, the likeliest first.
+
+        Raises:
+            BadImageError: the file cannot be used.
+        """
+        grids = self._grids(np.stack([self.square(image)]))
+        if search.search == "beam":
+            (found,) = beam_alternatives(
+                self._decoder, grids, search.beam_size, search.max_length, search.length_penalty, search.block_trigrams
+            )
+        else:
+            generator = torch.Generator().manual_seed(seed)
+            drawn = search_captions(self._decoder, grids.expand(search.beam_size, -1, -1), search, generator)
+            found = sorted({tuple(one.tokens): one for one in drawn}.values(), key=lambda one: -one.log_prob)
+        view = self.view(image)
+        return [replace(self._caption(one), image=view) for one in found]
+
+    def _grids(self, squares: np.ndarray) -> Tensor:
+        """uint8 (B, side, side, 3) -> (B, P, C), as the decoder was trained to see them."""
         encoded = self._encoder.encode(squares)
         if not np.isfinite(encoded).all():
             raise ExtractionError(
@@ -199,15 +229,13 @@ class Captioner:
             )
         grids = torch.from_numpy(as_stored(encoded, self._stored))
         rows, columns, channels = self._encoder.grid_shape
-        grids = grids.to(self._device).float().reshape(len(grids), rows * columns, channels)
-        found = search_captions(self._decoder, grids, search, generator)
-        vocabulary = self.checkpoint.vocabulary
-        return [
-            Caption(
-                vocabulary.decode(h.tokens),
-                [vocabulary.words[token] for token in h.tokens],
-                h.log_prob,
-                None if h.attention is None else h.attention.reshape(-1, rows, columns),
-            )
-            for h in found
-        ]
+        return grids.to(self._device).float().reshape(len(grids), rows * columns, channels)
+
+    def _caption(self, found: Hypothesis) -> Caption:
+        vocabulary, (rows, columns, _) = self.checkpoint.vocabulary, self._encoder.grid_shape
+        return Caption(
+            vocabulary.decode(found.tokens),
+            [vocabulary.words[token] for token in found.tokens],
+            found.log_prob,
+            None if found.attention is None else found.attention.reshape(-1, rows, columns),
+        )

@@ -63,6 +63,15 @@ def describe_encoder(provenance: Mapping[str, Any]) -> str:
     return f"{provenance['encoder']}, weights {weights.get('name', 'unknown')}{loud}"
 
 
+def render_image(image: ReportImage) -> str:
+    """The report of one image without heading and search, as HTML: to be shown inside another page."""
+    before, _, after = _TEMPLATE.read_text(encoding="utf-8").partition("{{images}}")
+    before = re.sub(r"\{\{(\w+)\}\}", lambda place: html.escape(image.name) if place[1] == "title" else "", before)
+    line = io.StringIO()
+    _write_image(line, 0, image)
+    return before.replace("<body>", '<body class="bare">') + line.getvalue() + after
+
+
 def write_report(
     path: Path, title: str, facts: Mapping[str, str], metrics: Mapping[str, float], images: Iterable[ReportImage],
     curves: Path | None = None,

@@ -39,12 +39,14 @@ class Hypothesis:
 
 @dataclass
 class _Finished:
-    """Ended hypotheses of one image: (score, log-probability, step, beam), the best kept."""
+    """Ended hypotheses of one image: (score, log-probability, step, beam)."""
 
     entries: list[tuple[float, float, int, int]]
 
-    def best(self) -> tuple[float, float, int, int]:
-        return max(self.entries)
+    def ranked(self, unended: list[float], steps: int) -> list[tuple[float, float, int, int]]:
+        """The best first; if none ended, the best of the others: their log-probabilities after so many steps."""
+        beam = int(np.argmax(unended))
+        return sorted(self.entries, reverse=True) or [(0.0, unended[beam], steps, beam)]
 
 
 def without_never_written(logits: Tensor) -> Tensor:
@@ -99,11 +101,20 @@ def search_captions(
     return [Hypothesis(*parts) for parts in zip(captions, drawn.log_probs[:, 0].tolist(), looks, strict=True)]
 
 
-@torch.inference_mode()
 def beam_search(
     decoder: Decoder, grids: Tensor, beam_size: int, max_length: int, length_penalty: float = 0.0,
     block_trigrams: bool = False,
 ) -> list[Hypothesis]:  # fmt: skip
+    """The best hypothesis of each image; else as `beam_alternatives`."""
+    found = beam_alternatives(decoder, grids, beam_size, max_length, length_penalty, block_trigrams, 1)
+    return [best for (best,) in found]
+
+
+@torch.inference_mode()
+def beam_alternatives(
+    decoder: Decoder, grids: Tensor, beam_size: int, max_length: int, length_penalty: float = 0.0,
+    block_trigrams: bool = False, count: int | None = None,
+) -> list[list[Hypothesis]]:  # fmt: skip
     """Decode captions for a batch of images together.
 
     Beams of all images advance in one batch. A step takes the best 2K of K x 2K candidates, never sorting the
@@ -119,9 +130,10 @@ def beam_search(
             arXiv:1609.08144, without its constants).
         block_trigrams: never write a trigram that the caption already has (Paulus et al. 2017, arXiv:1705.04304,
             section 2.5). EOS is never blocked.
+        count: of hypotheses to give of each image; None gives all that ended, at most K.
 
     Returns:
-        The best hypothesis of each image.
+        The hypotheses of each image, the best first, at least one.
     """
     b, k = len(grids), beam_size
     memory = decoder.encode(grids)
@@ -156,7 +168,9 @@ def beam_search(
     steps = [(words.cpu(), parents.cpu(), None if look is None else look.cpu()) for words, parents, look in steps]
     final = scores.tolist()
     cells = None if attention is None else attention.shape[-1]
-    return [_trace(steps, ended[i], final[i], i, cells) for i in range(b)]
+    return [
+        [_trace(steps, entry, i, cells) for entry in ended[i].ranked(final[i], len(steps))[:count]] for i in range(b)
+    ]
 
 
 def _block_trigrams(log_probs: Tensor, written: Tensor) -> Tensor:
@@ -198,17 +212,12 @@ def _select(state: State, beams: Tensor) -> State:
 
 def _trace(
     steps: list[tuple[Tensor, Tensor, Tensor | None]],
-    ended: _Finished,
-    scores: list[float],
+    entry: tuple[float, float, int, int],
     image: int,
     cells: int | None,
 ) -> Hypothesis:
-    """Follow the back-pointers of an image's best hypothesis."""
-    if ended.entries:
-        _, log_prob, length, beam = ended.best()
-    else:
-        beam = int(np.argmax(scores))
-        log_prob, length = scores[beam], len(steps)
+    """Follow the back-pointers of one of an image's hypotheses."""
+    _, log_prob, length, beam = entry
     tokens: list[int] = []
     looks: list[np.ndarray] = []
     for words, parents, attention in reversed(steps[:length]):

@@ -294,6 +294,22 @@ def test_a_folder_without_a_checkpoint_is_named(fake: Any, tmp_path: Path) -> No
         Captioner.load(tmp_path / "nothing_here", device="cpu")
 
 
+@pytest.mark.parametrize("search", ["beam", "sample"])
+def test_alternatives_differ_and_the_best_comes_first(fake: Any, scenes: Any, checkpoint: Any, search: str) -> None:
+    photo = sorted(scenes(1).iterdir())[0]
+    captioner = Captioner.load(checkpoint(end_bias=2.0), device="cpu")
+    settings = CaptionConfig(search=search, beam_size=4, max_length=9)  # type: ignore[arg-type]
+    found = captioner.alternatives(photo, settings)
+    assert 2 <= len(found) <= 4
+    assert len({c.text for c in found}) == len(found)
+    if search == "beam":
+        assert found[0].text == captioner.caption([photo], settings)[0].text
+    else:
+        assert [c.log_prob for c in found] == sorted((c.log_prob for c in found), reverse=True)
+        assert [c.text for c in captioner.alternatives(photo, settings, seed=1)] != [c.text for c in found]
+    assert all(c.image is not None and c.attention is not None for c in found)
+
+
 def test_captions_are_plain_values() -> None:
     caption = Caption("a ring", ["a", "ring"], -1.0, None)
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -14,7 +14,7 @@ from common.commands import main
 
 COMMANDS = [
     "download-coco", "extract-features", "import-features", "inspect-features", "verify-features", "train-decoder",
-    "evaluate-decoder", "caption-images",
+    "evaluate-decoder", "caption-images", "caption-web",
 ]  # fmt: skip
 
 

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 
 from common.config import CaptionConfig
 from train.decoders.base import Decoder
-from train.search import _draw, beam_search, sample_tokens, search_captions, without_never_written, word_log_probs
+from train.search import (
+    _draw,
+    beam_alternatives,
+    beam_search,
+    sample_tokens,
+    search_captions,
+    without_never_written,
+    word_log_probs,
+)
 from train.vocabulary import BOS, EOS, PAD, UNK
 
 V = 7  # PAD, BOS, EOS, UNK and three words
@@ -148,6 +156,17 @@ def test_enough_beams_equal_brute_force_over_all_captions(seed, penalty, end):
     for image, hypothesis in enumerate(found):
         assert hypothesis.tokens == best_of_all(decoder, image, penalty)
         assert hypothesis.log_prob == pytest.approx(log_prob(decoder, image, hypothesis.tokens), abs=1e-4)
+
+
+@SOME
+@given(SEEDS, st.sampled_from([0.0, 1.0]))
+def test_alternatives_are_the_best_of_all_captions_in_their_order(seed, penalty):
+    decoder = random_decoder(seed, images=2)
+    captions = [list(c) for n in range(LONGEST + 1) for c in itertools.product(WORDS, repeat=n)]
+    for image, found in enumerate(beam_alternatives(decoder, grids(0, 1), EVERYTHING, LONGEST, penalty, count=5)):
+        scores = {tuple(w): log_prob(decoder, image, w) / max(1, len(w)) ** penalty for w in captions}
+        best = sorted(scores, key=scores.__getitem__, reverse=True)[:5]
+        assert [scores[tuple(h.tokens)] for h in found] == pytest.approx([scores[words] for words in best], abs=1e-4)
 
 
 def test_length_penalty_favours_longer_captions():

@@ -1,0 +1,201 @@
+"""The page in a real browser: upload, caption, alternatives, looks, bad files; and that it asks for nothing outside."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from caption.captioner import Captioner
+from caption.web_cli import main
+from common.config import CaptionConfig
+
+gradio = pytest.importorskip("gradio") if not os.environ.get("CI") else __import__("gradio")
+ARGUMENTS = (
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+SEARCH = CaptionConfig(beam_size=3, max_length=9)
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
+@pytest.fixture
+def captioner(fake: Any, checkpoint: Any) -> Captioner:
+    return Captioner.load(checkpoint(end_bias=2.0), device="cpu")
+
+
+@pytest.fixture
+def served(captioner: Captioner) -> Iterator[Callable[..., str]]:
+    """Serve the page for some captioners; its address."""
+    from caption.web import make_page, serve
+
+    pages = []
+
+    def start(*captioners: Captioner) -> str:
+        some = captioners or (captioner,)
+        page = make_page(some, [f"run {i}" for i in range(len(some))], SEARCH)
+        pages.append(page)
+        return serve(page, "127.0.0.1", free_port())
+
+    yield start
+    for page in pages:
+        page.close()
+
+
+@pytest.fixture
+def browse(served: Callable[..., str]) -> Iterator[Callable[..., Any]]:
+    """Open the page in a browser; what it asks outside, and errors in its scripts, fail the test."""
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("needs a browser: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    problems: list[str] = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
+
+        def start(*captioners: Captioner, **options: Any) -> Any:
+            address = served(*captioners)
+            opened = browser.new_context(**options).new_page()
+            opened.set_default_timeout(60_000)
+            opened.on("pageerror", lambda error: problems.append(str(error)))
+            opened.on(
+                "request",
+                lambda asked: (
+                    None if asked.url.startswith((address, "data:", "blob:", "about:")) else problems.append(asked.url)
+                ),
+            )
+            opened.goto(address)
+            opened.wait_for_selector("#photo")
+            return opened
+
+        yield start
+        browser.close()
+    assert problems == []
+
+
+def upload(opened: Any, photo: Path) -> None:
+    opened.set_input_files("#photo input[type=file]", photo)
+
+
+def alternatives(opened: Any, column: int = 0) -> list[str]:
+    table = opened.locator("table.alternatives").nth(column)
+    table.wait_for()
+    return [row.locator("td").first.inner_text() for row in table.locator("tbody tr").all()]
+
+
+def test_a_photograph_gets_its_caption_the_others_and_the_looks(
+    browse: Callable[..., Any], captioner: Captioner, scenes: Any
+) -> None:
+    photo = sorted(scenes(1).iterdir())[0]
+    opened = browse()
+    upload(opened, photo)
+    wanted = captioner.alternatives(photo, SEARCH)
+    assert len(wanted) > 1
+    assert alternatives(opened) == [caption.text for caption in wanted]
+    shown = opened.frame_locator("iframe").first
+    assert " ".join(shown.locator(".caption").inner_text().split()) == wanted[0].text
+    shown.locator(".word").first.hover()
+    shown.get_by_text("of the look in one cell").wait_for()
+
+
+def test_several_checkpoints_stand_side_by_side(
+    browse: Callable[..., Any], captioner: Captioner, checkpoint: Any, scenes: Any
+) -> None:
+    other = Captioner.load(checkpoint("lstm", seed=5, name="other"), device="cpu")
+    photo = sorted(scenes(1).iterdir())[0]
+    opened = browse(captioner, other)
+    upload(opened, photo)
+    for column, one in enumerate((captioner, other)):
+        assert alternatives(opened, column)[0] == one.alternatives(photo, SEARCH)[0].text
+    assert opened.get_by_text("run 0").is_visible()
+    assert opened.get_by_text("run 1").is_visible()
+
+
+def test_captions_can_be_drawn_by_chance(browse: Callable[..., Any], captioner: Captioner, scenes: Any) -> None:
+    photo = sorted(scenes(1).iterdir())[0]
+    opened = browse()
+    upload(opened, photo)
+    before = alternatives(opened)
+    opened.get_by_text("Settings").click()
+    opened.get_by_text("drawn by chance").click()
+    wanted = [c.text for c in captioner.alternatives(photo, SEARCH.model_copy(update={"search": "sample"}))]
+    assert wanted != before
+    opened.locator("table.alternatives").get_by_text(wanted[0]).first.wait_for()
+    assert alternatives(opened) == wanted
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [(b"not an image", "not an image"), (b"", "empty file"), ("cut", "truncated"), ("huge", "pixels")],
+)
+def test_a_bad_file_gets_a_sentence(
+    browse: Callable[..., Any], scenes: Any, tmp_path: Path, data: Any, said: str, capfd: Any
+) -> None:
+    path = tmp_path / "bad.jpg"
+    if data == "cut":
+        whole = sorted(scenes(1).iterdir())[0].read_bytes()
+        data = whole[: len(whole) // 2]
+    elif data == "huge":
+        Image.fromarray(np.zeros((10_000, 5_001), np.uint8)).save(path)
+    if isinstance(data, bytes):
+        path.write_bytes(data)
+    opened = browse()
+    upload(opened, path)
+    opened.locator(".toast-body").get_by_text(said).wait_for()
+    assert "cannot be captioned" in opened.locator(".toast-body").first.inner_text()
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def test_a_phone_needs_no_sideways_scrolling(browse: Callable[..., Any], scenes: Any) -> None:
+    opened = browse(viewport={"width": 375, "height": 740}, is_mobile=True, has_touch=True)
+    upload(opened, sorted(scenes(1).iterdir())[0])
+    alternatives(opened)
+    assert opened.evaluate("document.documentElement.scrollWidth") <= 375
+
+
+def test_nothing_is_written_beside_the_code() -> None:
+    assert not list(Path(__file__).parents[2].joinpath("caption").glob("*.pyi")), "as Gradio does for subclasses"
+
+
+# --- the command
+
+
+def run(*arguments: object, status: int) -> str:
+    done = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert done.exit_code == status, done.output
+    assert "Traceback" not in done.output
+    return done.output
+
+
+def test_it_listens_on_this_machine_alone_unless_told_otherwise(checkpoint: Any) -> None:
+    assert "http://127.0.0.1:7860" in run("--checkpoint", checkpoint(), "--dry-run", status=0)
+    assert "http://0.0.0.0:80" in run(
+        "--checkpoint", checkpoint(), "--dry-run", "--host", "0.0.0.0", "--port", 80, status=0
+    )
+
+
+def test_a_taken_port_is_a_users_error(fake: Any, checkpoint: Any) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert "choose another --port" in run("--checkpoint", checkpoint(), "--port", port, status=2)
+
+
+def test_without_gradio_it_says_what_to_install(fake: Any, checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("caption.web_cli.importlib.util.find_spec", lambda name: None)
+    assert "pip install 'gridcap[web]'" in run("--checkpoint", checkpoint(), status=2)
