@@ -92,8 +92,7 @@ def _go_on(remote: Remote, part: Path, there: int, progress: Callable[[int], obj
         resumed = answer.status == http.client.PARTIAL_CONTENT
         said = answer.headers.get("Content-Range" if resumed else "Content-Length", "")
         whole = said.rpartition("/")[2]  # "bytes 5-9/10", or "10"
-        if whole.isdigit() and int(whole) != remote.size:
-            part.unlink(missing_ok=True)
+        if whole.isdigit() and int(whole) != remote.size:  # what has come may be of the right one, so it stays
             raise DownloadError(
                 f"{remote.url}: has {whole} bytes there, and should have {remote.size}",
                 "it is another file: check --mirror, or try again later",
@@ -108,9 +107,7 @@ def _go_on(remote: Remote, part: Path, there: int, progress: Callable[[int], obj
 
 def _of_the_network(error: Exception) -> bool:
     """Whether trying again may help: a full disk stays full."""
-    return isinstance(
-        error, urllib.error.URLError | ConnectionError | TimeoutError | http.client.HTTPException
-    )  # fmt: skip
+    return isinstance(error, urllib.error.URLError | ConnectionError | TimeoutError | http.client.HTTPException)
 
 
 def _explained(remote: Remote, part: Path, error: Exception) -> Exception:
