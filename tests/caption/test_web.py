@@ -125,6 +125,32 @@ def test_several_checkpoints_stand_side_by_side(
     assert opened.get_by_text("run 1").is_visible()
 
 
+def test_users_at_the_same_time_are_served_one_after_the_other(
+    browse: Callable[..., Any], captioner: Captioner, scenes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, inside, most = Captioner.alternatives, [0], [0]
+
+    def counted(self: Captioner, *arguments: Any) -> Any:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        try:
+            return real(self, *arguments)
+        finally:
+            inside[0] -= 1
+
+    monkeypatch.setattr(Captioner, "alternatives", counted)
+    photos = sorted(scenes(2).iterdir())
+    first = browse()
+    second = first.context.browser.new_context().new_page()
+    second.goto(first.url)
+    second.wait_for_selector("#photo")
+    for opened, photo in zip((first, second), photos, strict=True):
+        upload(opened, photo)
+    for opened, photo in zip((first, second), photos, strict=True):
+        assert alternatives(opened)[0] == real(captioner, photo, SEARCH)[0].text
+    assert most == [1]
+
+
 def test_captions_can_be_drawn_by_chance(browse: Callable[..., Any], captioner: Captioner, scenes: Any) -> None:
     photo = sorted(scenes(1).iterdir())[0]
     opened = browse()
