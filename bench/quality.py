@@ -33,7 +33,6 @@ from common.files import write_json
 RECIPES = (
     "lstm-init", "show-and-tell", "lstm-inject", "tutorial-gru", "soft-attention", "att2in", "top-down", "transformer",
 )  # fmt: skip
-SELF_CRITICAL = ("lstm-inject", "att2in")  # one without and one with attention go on with SCST
 SMALL = {
     "train.max_length": 16, "train.epochs": 8, "train.batch_size": 32, "train.vocabulary.max_size": "null",
     "train.vocabulary.min_count": 3, "train.decoder.embed_size": 256, "train.decoder.dropout": 0.3,
@@ -52,6 +51,14 @@ OWN: dict[str, dict[str, Any]] = {  # what the small size of each recipe's decod
         "train.decoder.layers": 2, "train.decoder.feedforward_size": 512, "train.learning_rate": 1e-3,
     },
 }  # fmt: skip
+LONGER = {
+    "train.epochs": 12, "train.batch_size": 10, "train.learning_rate": 7e-4, "train.ema": 0.995,
+    "train.decoder.embed_size": 512, "train.decoder.hidden_size": 512, "train.decoder.dropout": 0.5,
+}  # fmt: skip
+LARGER: dict[str, dict[str, Any]] = {  # one without and one with attention: five times the steps, four times the size
+    "lstm-inject": LONGER,
+    "att2in": {**LONGER, "train.decoder.attention_size": 256},
+}
 SCST = {
     "train.epochs": 6, "train.learning_rate": 4e-4, "train.schedule": "{kind: cosine}", "train.ema": 0.99,
     "train.clip_value": "null", "train.clip_norm": 5.0, "train.scst.temperature": 0.5,
@@ -104,15 +111,21 @@ class Trained:
 
 def plan(recipes: Sequence[str], seeds: int, ingredients: bool) -> list[Trained]:
     """Every run: all with cross-entropy, then what goes on from them, then the ingredients."""
-    first = [
+    small = [
         Trained(recipe, seed, ("--recipe", recipe, *_sets(SMALL | OWN[recipe])))
         for seed in range(seeds)
         for recipe in recipes
     ]
-    runs = first + [
+    larger = [
+        Trained(f"{recipe}, larger", seed, ("--recipe", recipe, *_sets(SMALL | OWN[recipe] | LARGER[recipe])))
+        for seed in range(seeds)
+        for recipe in recipes
+        if recipe in LARGER
+    ]
+    runs = small + larger
+    runs += [
         Trained(f"{run.row} + SCST", run.seed, ("--scst", *_sets(SCST)), run)
-        for run in first
-        if run.row in SELF_CRITICAL
+        for run in (*(run for run in small if run.row in LARGER), *larger)
     ]
     if BASE in recipes:
         runs.append(Trained(f"{BASE}, as published", 0, PUBLISHED))
