@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import re
 import tempfile
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from bench.measure import Row, as_tree, machine
+from bench.measure import Row, as_tree, machine, read_rows
 from bench.plot import table
 from common.files import write_json
 
@@ -53,8 +52,7 @@ def kept(output: Path, parts: tuple[str, ...]) -> list[Row]:
     """The rows of an earlier run that this one does not measure again."""
     if not parts or not output.exists():
         return []
-    tree = json.loads(output.read_text(encoding="utf-8"))
-    return [Row(**row) for row in tree["rows"] if row["part"] not in parts]
+    return [row for row in read_rows(output)[1] if row.part not in parts]
 
 
 if __name__ == "__main__":

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
+
+from bench.measure import rate
 
 
 def has_gpu() -> bool:
@@ -11,6 +14,20 @@ def has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def device_rate(items: int, work: Callable[[], object], device: Any, seconds: float) -> float:
+    """`measure.rate` after a warm-up, of work that a GPU may still be at when the call returns."""
+    import torch
+
+    def whole() -> None:
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    for _ in range(3):
+        whole()
+    return rate(items, whole, seconds)
 
 
 def matrix_rate(device: Any, seconds: float = 1.5) -> float:

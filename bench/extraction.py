@@ -110,6 +110,7 @@ def limit() -> float:
     keep_large_buffers()
     import torch
 
+    from bench.device import device_rate
     from common.device import choose_device, choose_precision
 
     device = choose_device("auto")
@@ -120,40 +121,24 @@ def limit() -> float:
         images = images.to(memory_format=torch.channels_last)
         layer = layer.to(memory_format=torch.channels_last)
         operations = 2 * 32 * side * side * channels * filters * 9
-        best = max(best, _rate(layer, images, operations))
+        with torch.inference_mode():
+            best = max(best, device_rate(operations, partial(layer, images), device, 1.0))
     return best / (GFLOP_AN_IMAGE * 1e9)
-
-
-def _rate(layer, images, operations: int) -> float:  # type: ignore[no-untyped-def]
-    import torch
-
-    def wait() -> None:
-        if images.is_cuda:
-            torch.cuda.synchronize()
-
-    with torch.inference_mode():
-        for _ in range(3):
-            layer(images)
-        wait()
-        begin, count = time.perf_counter(), 0
-        while time.perf_counter() - begin < 1:
-            layer(images)
-            wait()
-            count += 1
-    return count * operations / (time.perf_counter() - begin)
 
 
 def forward(batch: int, compiled: bool) -> float:
     """Images a second that the encoder makes of images that lie on the GPU already."""
     import torch
 
+    from bench.device import device_rate
     from extract.encoder import GridEncoder, identify_weights
 
     encoder = GridEncoder(
         "inception_v3", identify_weights("inception_v3", "random"), "auto", "auto", "float16", compiled, batch
     )
     images = torch.randint(256, (batch, encoder.side, encoder.side, 3), dtype=torch.uint8, device=encoder.device)
-    return _rate(encoder._forward, images, batch)
+    with torch.inference_mode():
+        return device_rate(batch, partial(encoder._forward, images), encoder.device, 1.0)
 
 
 def decoding(photos: str) -> float:

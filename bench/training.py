@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bench.device import device_rate, matrix_rate
 from bench.inputs import GRID, WORDS, make_captions, make_store
 from bench.measure import Row, fresh, rounds
 
@@ -70,22 +70,8 @@ def _tensors(device: Any) -> tuple[Any, Any]:
     return grids.to(device), tokens.to(device)
 
 
-def _captions_a_second(step: Callable[[], object], device: Any, seconds: float = 4.0) -> float:
-    import torch
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    for _ in range(2):
-        step()
-    wait()
-    count, begin = 0, time.perf_counter()
-    while time.perf_counter() - begin < seconds:
-        step()
-        wait()
-        count += 1
-    return count * B * K / (time.perf_counter() - begin)
+def _captions_a_second(step: Callable[[], object], device: Any) -> float:
+    return device_rate(B * K, step, device, 4.0)
 
 
 def _step_of_ours(recipe: str) -> tuple[Callable[[], object], Any]:
@@ -149,7 +135,6 @@ def limit(recipe: str) -> float:
     """Captions a second if all operations of a step went at the rate of a large matrix product."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    from bench.device import matrix_rate
     from common.allocator import keep_large_buffers
 
     keep_large_buffers()

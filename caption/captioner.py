@@ -148,9 +148,9 @@ class Captioner:
             BadImageError: a file cannot be used.
             pydantic.ValidationError: no such option, or no such value of it.
         """
-        search = CaptionConfig(**options)
         if isinstance(images, str | Path):
             return self([images], **options)[0]
+        search = CaptionConfig(**options)
         paths, found = [Path(image) for image in images], []
         for start in range(0, len(paths), search.batch_size):
             some = paths[start : start + search.batch_size]

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import click
 import numpy as np
 
+from caption.options import warn_if_random, weights_option
 from common.annotations import list_images
 from common.command import flag, pipeline_command, show_config
 from common.config import CaptionConfig, PipelineConfig
 from common.errors import EXIT_REJECTS, UserError
 from common.files import write_json
-from common.report import LONGEST, ReportImage, check_is_html, describe_encoder, write_report
 
 if TYPE_CHECKING:
     from caption.captioner import Caption, Captioner
@@ -48,10 +48,7 @@ _MOST_PANELS = 40  # images in one attention picture
     type=click.Path(path_type=Path),
     help="Write a page with the images, their captions, and where the decoder looked: .html, in one file.",
 )
-@click.option(
-    "--weights", type=click.Path(path_type=Path),
-    help="The encoder's weights file, when the features came from a local one; else found by the checkpoint.",
-)  # fmt: skip
+@weights_option
 @flag("--search", "caption.search")
 @flag("--beam-size", "caption.beam_size")
 @flag("--max-length", "caption.max_length")
@@ -79,6 +76,8 @@ def main(
         raise UserError(
             f"--attention: {len(paths)} images are too many for one picture", f"give at most {_MOST_PANELS}"
         )
+    from common.report import check_is_html
+
     if report is not None:
         check_is_html(report)
     from caption.captioner import Captioner
@@ -97,11 +96,7 @@ def main(
             f"--attention: the decoder of {captioner.checkpoint.path} has no attention",
             "train one with attention: --recipe soft-attention, top-down, transformer, ...",
         )
-    if captioner.provenance["weights"]["random"]:
-        click.secho(
-            "WARNING: this decoder was trained on random encoder weights: its captions mean nothing for photographs.",
-            fg="yellow", err=True,
-        )  # fmt: skip
+    warn_if_random([captioner])
     if captioner.foreign_pixels:
         click.echo(
             "note: the decoder was trained on images decoded by nvJPEG, and these go through Pillow: their pixels "
@@ -169,6 +164,8 @@ def _draw(captioner: Captioner, found: dict[Path, Caption], path: Path) -> None:
 
 
 def _report(captioner: Captioner, found: dict[Path, Caption], search: CaptionConfig, path: Path) -> None:
+    from common.report import LONGEST, ReportImage, describe_encoder, write_report
+
     facts = {
         "checkpoint": str(captioner.checkpoint.path),
         "encoder": describe_encoder(captioner.provenance),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from caption.options import warn_if_random, weights_option
 from common.command import flag, pipeline_command, show_config
 from common.config import PipelineConfig
 from common.errors import UserError
@@ -25,10 +26,7 @@ caption-web --checkpoint runs/mine --host 0.0.0.0 --port 8000         (for every
 )  # fmt: skip
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is everywhere.")
 @click.option("--port", type=click.IntRange(1, 65535), default=7860, show_default=True, help="Port to listen on.")
-@click.option(
-    "--weights", type=click.Path(path_type=Path),
-    help="The encoder's weights file, when the features came from a local one; else found by the checkpoint.",
-)  # fmt: skip
+@weights_option
 @flag("--search", "caption.search")
 @flag("--beam-size", "caption.beam_size")
 @flag("--length-penalty", "caption.length_penalty")
@@ -54,11 +52,7 @@ def main(
     from caption.captioner import Captioner
 
     captioners = [Captioner.load(path, device=config.extract.device, weights=weights) for path in checkpoints]
-    if any(captioner.provenance["weights"]["random"] for captioner in captioners):
-        click.secho(
-            "WARNING: trained on random encoder weights: the captions mean nothing for photographs.",
-            fg="yellow", err=True,
-        )  # fmt: skip
+    warn_if_random(captioners)
     from caption.web import make_page, serve
 
     page = make_page(captioners, [str(path) for path in checkpoints], config.caption)

@@ -65,8 +65,7 @@ def describe_encoder(provenance: Mapping[str, Any]) -> str:
 
 def render_image(image: ReportImage) -> str:
     """The report of one image without heading and search, as HTML: to be shown inside another page."""
-    before, _, after = _TEMPLATE.read_text(encoding="utf-8").partition("{{images}}")
-    before = re.sub(r"\{\{(\w+)\}\}", lambda place: html.escape(image.name) if place[1] == "title" else "", before)
+    before, after = _page({"title": html.escape(image.name)})
     line = io.StringIO()
     _write_image(line, 0, image)
     return before.replace("<body>", '<body class="bare">') + line.getvalue() + after
@@ -86,19 +85,24 @@ def write_report(
         images: in the order of the data set.
         curves: a PNG file of the training curves, shown if it is there.
     """
-    before, _, after = _TEMPLATE.read_text(encoding="utf-8").partition("{{images}}")
     head = {
         "title": html.escape(title),
         "facts": "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in facts.items()),
         "metrics": "".join(f"<tr><th scope=row>{html.escape(k)}</th><td>{v:.3f}</td></tr>" for k, v in metrics.items()),
         "curves": _curves(curves),
     }
-    before = re.sub(r"\{\{(\w+)\}\}", lambda place: head[place[1]], before)
+    before, after = _page(head)
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write(before)
         for number, image in enumerate(images):
             _write_image(file, number, image)
         file.write(after)
+
+
+def _page(head: Mapping[str, str]) -> tuple[str, str]:
+    """The template before and after the images; places that `head` does not name stay empty."""
+    before, _, after = _TEMPLATE.read_text(encoding="utf-8").partition("{{images}}")
+    return re.sub(r"\{\{(\w+)\}\}", lambda place: head.get(place[1], ""), before), after
 
 
 def _curves(path: Path | None) -> str:

@@ -56,16 +56,14 @@ class Archive:
 
     def is_there(self, to: Path) -> bool:
         """Whether all its files are unpacked."""
-        return all(self._count(to, start) for start in self.wanted) and self._found(to) >= self.files
+        counts = [self._count(to, start) for start in self.wanted]
+        return all(counts) and sum(counts) >= self.files
 
     def _count(self, to: Path, start: str) -> int:
         path = to / self.folder / start
         if start.endswith("/"):
             return sum(entry.name.endswith(".jpg") for entry in os.scandir(path)) if path.is_dir() else 0
         return int(path.is_file())
-
-    def _found(self, to: Path) -> int:
-        return sum(self._count(to, start) for start in self.wanted)
 
 
 IMAGES = {

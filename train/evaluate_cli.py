@@ -11,7 +11,6 @@ import click
 from common.command import flag, pipeline_command, show_config
 from common.config import PipelineConfig
 from common.errors import GridcapError, UserError
-from common.report import check_is_html
 from common.store import FeatureStore, check_same_features
 
 if TYPE_CHECKING:
@@ -88,6 +87,7 @@ def evaluate_decoder(
     and the captions in COCO's results format; with --report a page that shows it all. Exit status: 0 done,
     1 failure, 2 wrong use.
     """
+    from common.report import check_is_html
     from train.checkpoint import find_checkpoint, run_folder
     from train.ensemble import load_ensemble
     from train.evaluate import NOVEL, evaluate, write_evaluation

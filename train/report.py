@@ -46,7 +46,7 @@ def find_images(store: FeatureStore, images: Path | None, configs: Sequence[Pipe
 def report_evaluation(
     path: Path, result: Evaluation, checkpoint: Checkpoint, store: FeatureStore, images: Path,
     facts: Mapping[str, str], curves: Path, seed: int,
-) -> int:  # fmt: skip
+) -> None:  # fmt: skip
     """Write the report.
 
     Args:
@@ -58,9 +58,6 @@ def report_evaluation(
         facts: shown at the head, before those of the decoder.
         curves: picture of the training, if there is one.
         seed: of which images are shown, if there are too many.
-
-    Returns:
-        How many images are in it.
     """
     shown = choose(result, seed)
     said = {**facts, "decoder": _decoder(checkpoint), "encoder": describe_encoder(store.provenance)}
@@ -70,7 +67,6 @@ def report_evaluation(
         )
     title = f"{checkpoint.path.parent.parent.name} on {store.split or store.path.stem}"
     write_report(path, title, said, result.scores.values, _images(result, store, images, shown), curves)
-    return len(shown)
 
 
 def choose(result: Evaluation, seed: int) -> list[int]:

@@ -45,8 +45,10 @@ class _Finished:
 
     def ranked(self, unended: list[float], steps: int) -> list[tuple[float, float, int, int]]:
         """The best first; if none ended, the best of the others: their log-probabilities after so many steps."""
+        if self.entries:
+            return sorted(self.entries, reverse=True)
         beam = int(np.argmax(unended))
-        return sorted(self.entries, reverse=True) or [(0.0, unended[beam], steps, beam)]
+        return [(0.0, unended[beam], steps, beam)]
 
 
 def without_never_written(logits: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,10 +18,6 @@ from caption.web_cli import main
 from common.config import CaptionConfig
 
 gradio = pytest.importorskip("gradio") if not os.environ.get("CI") else __import__("gradio")
-ARGUMENTS = (
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-)  # fmt: skip
 SEARCH = CaptionConfig(beam_size=3, max_length=9)
 
 
@@ -56,34 +51,30 @@ def served(captioner: Captioner) -> Iterator[Callable[..., str]]:
 
 
 @pytest.fixture
-def browse(served: Callable[..., str]) -> Iterator[Callable[..., Any]]:
+def browse(browser: Any, served: Callable[..., str]) -> Iterator[Callable[..., Any]]:
     """Open the page in a browser; what it asks outside, and errors in its scripts, fail the test."""
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("needs a browser: apt-get install chromium")
-    from playwright.sync_api import sync_playwright
-
+    contexts: list[Any] = []
     problems: list[str] = []
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
 
-        def start(*captioners: Captioner, **options: Any) -> Any:
-            address = served(*captioners)
-            opened = browser.new_context(**options).new_page()
-            opened.set_default_timeout(60_000)
-            opened.on("pageerror", lambda error: problems.append(str(error)))
-            opened.on(
-                "request",
-                lambda asked: (
-                    None if asked.url.startswith((address, "data:", "blob:", "about:")) else problems.append(asked.url)
-                ),
-            )
-            opened.goto(address)
-            opened.wait_for_selector("#photo")
-            return opened
+    def start(*captioners: Captioner, **options: Any) -> Any:
+        address = served(*captioners)
+        contexts.append(browser.new_context(**options))
+        opened = contexts[-1].new_page()
+        opened.set_default_timeout(60_000)
+        opened.on("pageerror", lambda error: problems.append(str(error)))
+        opened.on(
+            "request",
+            lambda asked: (
+                None if asked.url.startswith((address, "data:", "blob:", "about:")) else problems.append(asked.url)
+            ),
+        )
+        opened.goto(address)
+        opened.wait_for_selector("#photo")
+        return opened
 
-        yield start
-        browser.close()
+    yield start
+    for context in contexts:
+        context.close()
     assert problems == []
 
 

@@ -1,33 +1,13 @@
 """The report in a real browser: hover, tap, keyboard, search, sort, a phone's width, the dark."""
 
-import os
-import shutil
-
 import numpy as np
 import pytest
 from PIL import Image
 
 from common.report import ReportImage, write_report
 
-ARGUMENTS = (
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-)  # fmt: skip
 CAPTIONS = ["a red dog runs", "two dogs in the snow", "a man on a red bike", "a <b>bold</b> cat"]
 SCORES = [0.5, 1.5, 0.1, 0.9]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("needs a browser: apt-get install chromium")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
-        yield started
-        started.close()
 
 
 @pytest.fixture(scope="module")
