@@ -42,7 +42,7 @@ class Caption:
     text: str
     tokens: list[str]
     log_prob: float
-    attention: np.ndarray | None
+    attention: np.ndarray | None = field(repr=False)
     image: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     def _repr_html_(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -101,6 +102,36 @@ def test_a_photograph_gets_its_caption_the_others_and_the_looks(
     assert " ".join(shown.locator(".caption").inner_text().split()) == wanted[0].text
     shown.locator(".word").first.hover()
     shown.get_by_text("of the look in one cell").wait_for()
+
+
+_FILE = """async (data) => {
+    const blob = await (await fetch("data:image/png;base64," + data)).blob();
+    return new File([blob], "photo.png", { type: "image/png" });
+}"""
+
+
+@pytest.mark.parametrize("way", ["dropped", "pasted"])
+def test_a_photograph_can_be_dropped_and_pasted(
+    browse: Callable[..., Any], captioner: Captioner, scenes: Any, tmp_path: Path, way: str
+) -> None:
+    photo = tmp_path / "photo.png"
+    Image.open(sorted(scenes(1).iterdir())[0]).save(photo)
+    data = base64.b64encode(photo.read_bytes()).decode()
+    opened = browse(permissions=["clipboard-read", "clipboard-write"])
+    if way == "dropped":
+        place = opened.locator("#photo button").first
+        carried = opened.evaluate_handle(
+            f"async (data) => {{ const it = new DataTransfer(); it.items.add(await ({_FILE})(data)); return it; }}",
+            data,
+        )
+        place.dispatch_event("drop", {"dataTransfer": carried})
+    else:
+        opened.evaluate(
+            f"async (data) => navigator.clipboard.write([new ClipboardItem({{'image/png': await ({_FILE})(data)}})])",
+            data,
+        )
+        opened.locator("#photo").get_by_label("clipboard").click()
+    assert alternatives(opened) == [caption.text for caption in captioner.alternatives(photo, SEARCH)]
 
 
 def test_several_checkpoints_stand_side_by_side(
