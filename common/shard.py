@@ -27,7 +27,7 @@ import functools
 import json
 import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -391,17 +391,24 @@ class ShardReader:
             except _DAMAGE as error:
                 raise StoreError(f"{self.path}: not a sound shard: {error}", _REMAKE) from error
 
-    def read_row(self, row: int, out: np.ndarray, view: str = ORIGINAL) -> None:
+    def read_row(self, row: int, out: np.ndarray, view: str = ORIGINAL, check: bool = False) -> None:
         """Read one row into `out`, a contiguous (*grid) array of `dtype`.
 
+        Args:
+            check: compare its bytes with their checksum.
+
         Raises:
-            StoreError: the file ends before the row does.
+            StoreError: the file ends before the row does, or the row is not what was written.
         """
         if self.stored == np.uint8:
-            levels, scale = self.stored_parts(row, view)
-            dequantise(levels, scale, out)
+            parts = self.stored_parts(row, view)
         else:
             self._read(dataset_of("features", view), row, out)
+            parts = [out]
+        if check and _crc32(parts) != self.checksums[view][row]:
+            raise StoreError(f"{self.path}: row {row} is damaged: its bytes are not those that were written", _VERIFY)
+        if self.stored == np.uint8:
+            dequantise(parts[0], parts[1], out)
 
     def row_crc32(self, row: int, view: str = ORIGINAL) -> int:
         """The CRC-32 of a row's bytes as they are on the disk.
@@ -409,10 +416,7 @@ class ShardReader:
         Raises:
             StoreError: the file ends before the row does.
         """
-        crc = 0
-        for part in self.stored_parts(row, view):
-            crc = zlib.crc32(part.data, crc)
-        return crc
+        return _crc32(self.stored_parts(row, view))
 
     def stored_parts(self, row: int, view: str = ORIGINAL) -> list[np.ndarray]:
         """A row as it is in the file: the grid; or for uint8 the levels, and the scales of its channels."""
@@ -463,7 +467,15 @@ class ShardReader:
         return {**self.__dict__, "_foreign": None}
 
 
+_VERIFY = "verify-features --repair removes what is damaged, and extract-features makes just that again"
 _REMAKE = "delete this file and run extract-features again: it makes just the missing shards"
+
+
+def _crc32(parts: Iterable[np.ndarray]) -> int:
+    crc = 0
+    for part in parts:
+        crc = zlib.crc32(part.data, crc)
+    return crc
 
 
 def open_hdf5(path: Path) -> h5py.File:

@@ -336,21 +336,23 @@ class FeatureStore:
         return grid
 
     def rows(
-        self, rows: Iterable[int], out: np.ndarray | None = None, views: Sequence[int] | np.ndarray | None = None
-    ) -> np.ndarray:
+        self, rows: Iterable[int], out: np.ndarray | None = None, views: Sequence[int] | np.ndarray | None = None,
+        check: bool = False,
+    ) -> np.ndarray:  # fmt: skip
         """Grids of any rows in any order.
 
         Args:
             rows: row numbers from 0.
             out: a contiguous (m, *grid_shape) array of `dtype` to fill; None makes one.
             views: for each row, which of the store's `views`, by number; None: the original of all.
+            check: compare every row with its checksum (a tenth of a millisecond for 8 x 8 x 2048 in float16).
 
         Returns:
             (m, *grid_shape) of `dtype`.
 
         Raises:
             IndexError: a row or a view outside of the store.
-            StoreError: a shard is gone, or was cut short since it was opened.
+            StoreError: a shard is gone, or was cut short since it was opened; or a checked row is damaged.
         """
         wanted = np.asarray(list(rows), np.int64)
         if wanted.size and not (wanted.min() >= 0 and wanted.max() < len(self)):
@@ -367,7 +369,7 @@ class FeatureStore:
             def read(part: range) -> None:
                 for i in part:
                     row = int(wanted[i] - self._starts[shards[i]])
-                    readers[shards[i]].read_row(row, out[i], chosen[i])
+                    readers[shards[i]].read_row(row, out[i], chosen[i], check)
 
             if len(wanted) < 2 * self._threads:
                 read(range(len(wanted)))

@@ -11,6 +11,7 @@ runs/x/checkpoints/step-00001234/
     vocabulary.json                  words
     provenance.json                  which features it was trained on
     training_state.pt                what a resume needs besides
+    sha256.json                      of each of these files
 """
 
 from __future__ import annotations
@@ -31,13 +32,14 @@ from safetensors.torch import load_file, save_file
 
 from common.config import PipelineConfig
 from common.errors import CheckpointError, first_line
-from common.files import fsync_path, temporary_sibling, write_json
+from common.files import fsync_path, sha256_of, temporary_sibling, write_json
 from train.decoders.base import Decoder
 from train.decoders.build import build_decoder
 from train.vocabulary import Vocabulary
 
-VERSION = 2  # 1 had other decoders
+VERSION = 3  # 2 had no checksums, 1 had other decoders
 POINTERS = "checkpoints.json"
+_CHECKSUMS = "sha256.json"
 _REFUSED = (
     "use another checkpoint of the run (runs/x/checkpoints/step-...): to evaluate, or to go on from in a new run by "
     "--init-from"
@@ -89,6 +91,7 @@ def save_checkpoint(
         vocabulary.save(temporary / "vocabulary.json")
         write_json(temporary / "provenance.json", provenance)
         torch.save(state, temporary / "training_state.pt")
+        write_json(temporary / _CHECKSUMS, {file.name: sha256_of(file) for file in sorted(temporary.iterdir())})
         for file in temporary.iterdir():
             fsync_path(file)
         fsync_path(temporary)
@@ -156,10 +159,11 @@ def load_checkpoint(path: Path, which: str = "best") -> Checkpoint:
             raise CheckpointError(f"{folder}: made by a newer gridcap (version {saved['version']})", "update gridcap")
         if saved["version"] < VERSION:
             raise CheckpointError(
-                f"{folder}: made by an older gridcap (version {saved['version']}), which had other decoders",
+                f"{folder}: made by an older gridcap (version {saved['version']})",
                 "train again, or use the gridcap it was made with",
             )
         config = PipelineConfig.model_validate(saved["pipeline"])
+    _compare(folder, "config.json", "model.safetensors", "vocabulary.json", "provenance.json")
     with _damage_of(folder / "provenance.json"):
         provenance = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
         grid_shape = [int(size) for size in provenance["grid_shape"]]
@@ -168,6 +172,17 @@ def load_checkpoint(path: Path, which: str = "best") -> Checkpoint:
         decoder = build_decoder(config.train.decoder, len(vocabulary), grid_shape)
         decoder.load_state_dict(load_file(folder / "model.safetensors"))
     return Checkpoint(folder, decoder.eval(), vocabulary, config, provenance)
+
+
+def _compare(folder: Path, *names: str) -> None:
+    """Refuse files that are not what was written: a flipped bit in a weight is a number like any other."""
+    with _damage_of(folder / _CHECKSUMS):
+        written = json.loads((folder / _CHECKSUMS).read_text(encoding="utf-8"))
+        expected = {name: str(written[name]) for name in names}
+    for name in names:
+        with _damage_of(folder / name):
+            if sha256_of(folder / name) != expected[name]:
+                raise ValueError("its bytes are not those that were written")
 
 
 @contextlib.contextmanager
@@ -186,6 +201,7 @@ def load_training_state(checkpoint: Path) -> dict[str, Any]:
         CheckpointError: missing or damaged.
     """
     file = checkpoint / "training_state.pt"
+    _compare(checkpoint, file.name)
     try:
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         return state

@@ -263,7 +263,7 @@ def test_a_local_file_whose_name_begins_with_imagenet_is_not_taken_for_torchvisi
     [("layer", "Mixed_7b"), ("grid_shape", [7, 7, 2048]), ("decoder", "opencv"), ("resize", "nearest")],
 )
 def test_features_that_this_encoder_does_not_make_are_refused(
-    fake: Any, checkpoint: Any, provenance_of: Any, key: str, value: Any
+    fake: Any, checkpoint: Any, provenance_of: Any, sign: Any, key: str, value: Any
 ) -> None:
     made = provenance_of()
     if key in made:
@@ -273,6 +273,7 @@ def test_features_that_this_encoder_does_not_make_are_refused(
     run = checkpoint()
     file = next(run.glob("checkpoints/*/provenance.json"))
     file.write_text(json.dumps(made))
+    sign(file.parent)
     with pytest.raises((MismatchError, CheckpointError)):
         Captioner.load(run, device="cpu")
 

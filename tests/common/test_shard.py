@@ -221,6 +221,28 @@ def test_damaged_rows_finds_the_row_of_a_flipped_bit(
         assert reader.damaged_rows() == [row]
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32", "uint8"])
+def test_a_checked_read_refuses_a_damaged_row_and_no_other(tmp_path: Path, make_grids: MakeGrids, dtype: str) -> None:
+    path = tmp_path / "s.h5"
+    grids = make_grids(3).astype(np.float32 if dtype == "uint8" else dtype)
+    attributes = {"index": 0, "plan": "p", "provenance": {"dtype": dtype}}
+    with ShardWriter(path, range(3), ["a", "b", "c"], grids.shape[1:], dtype, attributes) as writer:
+        writer.write(0, np.abs(grids), {})
+        writer.finish()
+    with ShardReader(path) as reader:
+        out, before = np.empty(grids.shape[1:], reader.dtype), np.empty(grids.shape[1:], reader.dtype)
+        reader.read_row(1, before, check=True)
+    flip_byte_of_row(path, 1)
+    with ShardReader(path) as reader:
+        for row in (0, 2):
+            reader.read_row(row, out, check=True)
+        reader.read_row(1, out)
+        assert not np.array_equal(out, before), "unchecked, it is given as it is"
+        with pytest.raises(StoreError, match=r"s\.h5: row 1 is damaged") as caught:
+            reader.read_row(1, out, check=True)
+        assert "--repair" in str(caught.value.hint)
+
+
 @pytest.mark.parametrize("kept", [0, 1, 100, 4096, -1])
 def test_a_truncated_shard_is_refused_with_its_name(
     tmp_path: Path, make_grids: MakeGrids, write_shard: WriteShard, kept: int

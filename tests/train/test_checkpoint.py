@@ -3,6 +3,7 @@ import os
 import pickle
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -79,8 +80,8 @@ def test_a_checkpoint_can_be_given_itself_or_by_its_run(save, run):
 def test_the_folder_holds_no_pickled_code(save, run):
     save(1)
     folder = find_checkpoint(run)
-    assert {f.name for f in folder.iterdir()} == {"model.safetensors", "training_state.pt", *JSON_FILES}
-    for name in JSON_FILES:
+    assert {f.name for f in folder.iterdir()} == {"model.safetensors", "training_state.pt", "sha256.json", *JSON_FILES}
+    for name in ("sha256.json", *JSON_FILES):
         assert isinstance(json.loads((folder / name).read_text()), dict)
     assert torch.load(folder / "training_state.pt", weights_only=True)["history"] == [{"epoch": 1}]
 
@@ -102,7 +103,7 @@ def _hostile_files(folder, marker):
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("layout", ["zip", "legacy", "bare"])
-def test_a_hostile_training_state_is_refused_without_running(save, run, tmp_path, layout):
+def test_a_hostile_training_state_is_refused_without_running(save, run, sign, tmp_path, layout):
     save(1)
     marker = tmp_path / "it ran"
     _hostile_files(tmp_path, marker)
@@ -111,25 +112,28 @@ def test_a_hostile_training_state_is_refused_without_running(save, run, tmp_path
     marker.rmdir()
     folder = find_checkpoint(run)
     shutil.copy(tmp_path / layout, folder / "training_state.pt")
+    sign(folder)
     with pytest.raises(CheckpointError, match=r"training_state\.pt"):
         load_training_state(folder)
     assert not marker.exists()
 
 
-def test_a_pickle_in_place_of_the_weights_is_refused_without_running(save, run, tmp_path):
+def test_a_pickle_in_place_of_the_weights_is_refused_without_running(save, run, sign, tmp_path):
     save(1)
     _hostile_files(tmp_path, tmp_path / "it ran")
     shutil.copy(tmp_path / "zip", find_checkpoint(run) / "model.safetensors")
+    sign(find_checkpoint(run))
     with pytest.raises(CheckpointError, match="step-00000001"):
         load_checkpoint(run)
     assert not (tmp_path / "it ran").exists()
 
 
-def test_the_refusal_does_not_advise_to_load_it_unsafely(save, run, tmp_path):
+def test_the_refusal_does_not_advise_to_load_it_unsafely(save, run, sign, tmp_path):
     save(1)
     _hostile_files(tmp_path, tmp_path / "it ran")
     folder = find_checkpoint(run)
     shutil.copy(tmp_path / "zip", folder / "training_state.pt")
+    sign(folder)
     with pytest.raises(CheckpointError) as caught:
         load_training_state(folder)
     assert "weights_only" not in caught.value.what
@@ -217,10 +221,13 @@ HARMLESS = {(name, "one byte short") for name in JSON_FILES}  # the line's end
 FATAL = [(n, d) for n in ("model.safetensors", *JSON_FILES) for d in DAMAGES if (n, d) not in HARMLESS]
 
 
+@pytest.mark.parametrize("signed", [False, True], ids=["", "signed"])
 @pytest.mark.parametrize(("name", "damage"), FATAL)
-def test_a_damaged_file_is_refused_and_the_checkpoint_named(save, run, name, damage):
+def test_a_damaged_file_is_refused_and_the_checkpoint_named(save, run, sign, name, damage, signed):
     save(1)
     DAMAGES[damage](find_checkpoint(run) / name)
+    if signed:
+        sign(find_checkpoint(run))
     with pytest.raises(CheckpointError, match="step-00000001") as caught:
         load_checkpoint(run)
     assert caught.value.exit_status == 2
@@ -234,6 +241,33 @@ def test_the_damaged_file_itself_is_named(save, run, name, damage):
     with pytest.raises(CheckpointError) as caught:
         load_checkpoint(run)
     assert name in caught.value.what
+
+
+def load_all(folder):
+    load_checkpoint(folder)
+    load_training_state(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "training_state.pt", "sha256.json", *JSON_FILES])
+def test_a_single_flipped_bit_is_found_wherever_it_is(save, run, name):
+    save(1)
+    folder = find_checkpoint(run)
+    whole = (folder / name).read_bytes()
+    for place in np.random.default_rng(0).integers(0, 8 * len(whole), 12).tolist():
+        content = bytearray(whole)
+        content[place // 8] ^= 1 << place % 8
+        (folder / name).write_bytes(content)
+        with pytest.raises(CheckpointError, match="step-00000001"):
+            load_all(folder)
+
+
+@pytest.mark.parametrize("name", ["sha256.json", "training_state.pt"])
+def test_a_checkpoint_without_its_checksums_is_refused(save, run, name):
+    save(1)
+    folder = find_checkpoint(run)
+    (folder / "sha256.json").unlink()
+    with pytest.raises(CheckpointError, match=r"sha256\.json: damaged checkpoint"):
+        load_training_state(folder) if name == "training_state.pt" else load_checkpoint(run)
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "cut in half", "one byte short", "other bytes"])
@@ -267,9 +301,10 @@ def test_no_folder_and_a_folder_without_checkpoint_are_told_apart(tmp_path):
         load_checkpoint(tmp_path)
 
 
-def test_weights_of_another_vocabulary_are_refused(save, run):
+def test_weights_of_another_vocabulary_are_refused(save, run, sign):
     save(1)
     Vocabulary.build(["other words than before, and more"]).save(find_checkpoint(run) / "vocabulary.json")
+    sign(find_checkpoint(run))
     with pytest.raises(CheckpointError, match="step-00000001"):
         load_checkpoint(run)
 
@@ -288,9 +323,9 @@ def test_an_older_version_is_refused_and_says_so(save, run):
     save(1)
     file = find_checkpoint(run) / "config.json"
     tree = json.loads(file.read_text())
-    assert tree["version"] == 2
-    file.write_text(json.dumps({**tree, "version": 1}))
-    with pytest.raises(CheckpointError, match=r"step-00000001: made by an older gridcap \(version 1\)") as caught:
+    assert tree["version"] == 3
+    file.write_text(json.dumps({**tree, "version": 2}))
+    with pytest.raises(CheckpointError, match=r"step-00000001: made by an older gridcap \(version 2\)") as caught:
         load_checkpoint(run)
     assert "train again" in caught.value.hint
 

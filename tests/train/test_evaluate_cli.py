@@ -75,12 +75,14 @@ def test_a_dry_run_of_evaluation_writes_nothing(project, invoke, files):
     assert files(project) == before
 
 
-def test_missing_captions_for_evaluation_are_a_users_error(project, new_data, invoke):
+def test_missing_captions_for_evaluation_are_a_users_error(project, new_data, invoke, sign):
     (project / "pipeline.yaml").unlink()
     new_data(project / "odd.h5", 6, split="odd")
     run = project / "runs" / "done"
     for file in [run / "config.yaml", *run.rglob("config.json")]:
         file.write_text(file.read_text().replace("test", "other"))
+    for checkpoint in (run / "checkpoints").iterdir():
+        sign(checkpoint)
     output = invoke(evaluate_decoder, "--checkpoint", "runs/done", "--features", "odd.h5", status=2)
     assert "no captions known for its split 'odd'" in output
     assert "--annotations" in output

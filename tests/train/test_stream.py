@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -62,6 +63,20 @@ def two_views(tmp_path_factory):
     records = [ImageRecord(i, names[i], captions_of(i)) for i in range(count)]
     data = CaptionedImages.join(FeatureStore(path), records, Path("captions"))
     return data, Vocabulary.build([text for image in data.captions for text in image], None)
+
+
+def test_a_flipped_bit_in_a_grid_trains_nothing(tmp_path, new_data, vocabulary):
+    data = new_data(tmp_path / "flipped.h5", 12)
+    shard = data.store.shard_paths[1]
+    with h5py.File(shard) as file:
+        place = file["features"].id.get_offset() + 2 * file["features"][0].nbytes + 5
+    content = bytearray(shard.read_bytes())
+    content[place] ^= 0x10
+    with open(shard, "r+b") as file:  # the same file, as a failing disk would have it
+        file.write(content)
+    stream = CaptionStream(data, vocabulary, batch_size=4, per_image=2, max_length=10)
+    with pytest.raises(StoreError, match=f"{shard.name}: row 2 is damaged"):
+        list(stream.epoch(0))
 
 
 def texts_of(batch, vocabulary):
