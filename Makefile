@@ -1,4 +1,4 @@
-# make demo · make test · make bench · make lint · make install
+# make demo · make test · make bench · make torture · make lint · make install
 # make bench QUICK=1   the same measurements, once each and smaller: two or three minutes.
 # WEIGHTS=imagenet make demo   uses torchvision's ImageNet weights (downloaded once) instead of random ones.
 
@@ -7,7 +7,7 @@ WEIGHTS ?= random
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 
-.PHONY: install demo test bench lint
+.PHONY: install demo test bench torture lint
 
 install: $(VENV)/.installed
 
@@ -32,6 +32,10 @@ test: install
 
 bench: install
 	@$(RUN) bench $(if $(QUICK),--quick)
+
+# Stopped, the same command goes on where it was. QUICK=1: a tenth of the cases, or less.
+torture: install
+	@$(RUN) torture $(if $(QUICK),--quick)
 
 lint: install
 	$(RUN) ruff check .

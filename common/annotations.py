@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from common.errors import AnnotationError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 _EXAMPLES_KEPT = 3
+_NO_ID = "image without a whole-number id (of 64 bits)"
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Problems:
         self.counts[kind] = self.counts.get(kind, 0) + 1
         kept = self.examples.setdefault(kind, [])
         if len(kept) < _EXAMPLES_KEPT:
-            kept.append(str(example)[:80])
+            kept.append(_shown(example))
 
     def lines(self) -> list[str]:
         """A line a kind: "3 x empty caption (annotation 17, annotation 90, ...)"."""
@@ -118,8 +119,10 @@ def load_annotations(path: Path, part: str = "train") -> AnnotationSet:
         return _read_csv(text, path)
     try:
         data = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        where = f"line {error.lineno}, column {error.colno}: {error.msg}" if isinstance(error, ValueError) else error
+    except (ValueError, RecursionError) as error:  # nested too deep; a number of thousands of digits
+        where = str(error)
+        if isinstance(error, json.JSONDecodeError):
+            where = f"line {error.lineno}, column {error.colno}: {error.msg}"
         raise AnnotationError(f"{path}: not valid JSON: {where}", "download or write the file again") from error
     if not isinstance(data, dict) or not isinstance(data.get("images"), list):
         raise AnnotationError(
@@ -256,13 +259,26 @@ def _collect(images: Iterable[tuple[int, str]], captions: dict[int, list[str]], 
 def _checked_name(name: object, path: Path) -> str:
     """A file name that stays inside the image folder."""
     if not isinstance(name, str) or not name or "\0" in name or not _is_utf8(name):
-        raise AnnotationError(f"{path}: an image has no usable file name: {name!r}", "mend that entry")
+        raise AnnotationError(f"{path}: an image has no usable file name: {_shown(name)!r}", "mend that entry")
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts:
         raise AnnotationError(
-            f"{path}: the file name {name!r} leaves the image folder", "use names relative to the image folder"
+            f"{path}: the file name {_shown(name)!r} leaves the image folder", "use names relative to the image folder"
         )
     return name
+
+
+def _shown(value: object) -> str:
+    """The beginning of what stands in a file, for a message."""
+    try:
+        return str(value)[:80]
+    except (RecursionError, ValueError):  # nested too deep; a number of thousands of digits
+        return "something that is too large to show"
+
+
+def _is_id(value: object) -> TypeGuard[int]:
+    """Whether it can be an image id: a store keeps 64 bits."""
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
 
 
 def _is_utf8(name: str) -> bool:
@@ -286,8 +302,8 @@ def _read_coco(data: dict[str, Any], path: Path) -> AnnotationSet:
     problems = Problems()
     images: list[tuple[int, str]] = []
     for entry in data["images"]:
-        if not isinstance(entry, dict) or not isinstance(entry.get("id"), int):
-            problems.add("image without a whole-number id", entry)
+        if not isinstance(entry, dict) or not _is_id(entry.get("id")):
+            problems.add(_NO_ID, entry)
         elif not isinstance(entry.get("file_name"), str) or not entry["file_name"]:
             problems.add("image without a file name", entry["id"])
         else:
@@ -301,7 +317,7 @@ def _read_coco(data: dict[str, Any], path: Path) -> AnnotationSet:
     for number, entry in enumerate(annotations):
         if not isinstance(entry, dict) or "caption" not in entry:
             problems.add("annotation without a caption", entry)
-        elif not isinstance(entry.get("image_id"), int) or entry["image_id"] not in known:
+        elif not _is_id(entry.get("image_id")) or entry["image_id"] not in known:
             problems.add("annotation for an unknown image", entry.get("image_id"))
         elif not isinstance(entry.get("id", 0), int):
             problems.add("annotation whose id is no whole number", entry["id"])
@@ -311,7 +327,7 @@ def _read_coco(data: dict[str, Any], path: Path) -> AnnotationSet:
             if "id" in entry:
                 seen.add(entry["id"])
             good.append({"id": f"number {number}", **entry})
-    if annotations and not good and "caption" not in str(annotations[0]):
+    if annotations and not good and not any(isinstance(entry, dict) and "caption" in entry for entry in annotations):
         raise AnnotationError(
             f"{path}: its annotations have no captions",
             "give captions_*.json, not instances_*.json or person_keypoints_*",
@@ -335,7 +351,7 @@ def _read_karpathy(data: dict[str, Any], path: Path, part: str) -> AnnotationSet
         raise AnnotationError(
             f"{path}: Karpathy's file has no part {part!r}", "use --split karpathy-train, karpathy-val or karpathy-test"
         )
-    wanted = {"train", "restval"} if part == "train" else {part}
+    wanted = ("train", "restval") if part == "train" else (part,)
     problems = Problems()
     images: list[tuple[int, str]] = []
     captions: dict[int, list[str]] = {}
@@ -349,8 +365,8 @@ def _read_karpathy(data: dict[str, Any], path: Path, part: str) -> AnnotationSet
         if folder := entry.get("filepath"):
             name = _checked_name(f"{folder}/{name}", path)
         image_id = entry.get("cocoid", entry.get("imgid"))
-        if not isinstance(image_id, int):
-            problems.add("image without a whole-number id", name)
+        if not _is_id(image_id):
+            problems.add(_NO_ID, name)
             continue
         images.append((image_id, name))
         texts = [s.get("raw") if isinstance(s, dict) else None for s in entry["sentences"]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import importlib
 import re
 import shlex
@@ -17,6 +19,7 @@ import yaml
 from click.testing import CliRunner
 from torchvision import models
 
+import extract.encoder as encoder_module
 from demo.shapes import write_shapes
 from extract.encoder import ENCODERS, EncoderSpec
 
@@ -91,6 +94,13 @@ def run(line: str) -> str:
     done = CliRunner().invoke(command, [*arguments, *SHORTER.get(program, [])], prog_name=program)
     assert done.exit_code == 0, f"{line}\n{done.output}\n{done.exception!r}"
     return done.output
+
+
+@pytest.fixture(autouse=True)
+def _one_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random weights take seconds to make: once for all commands."""
+    built = functools.cache(encoder_module._build_trunk)
+    monkeypatch.setattr(encoder_module, "_build_trunk", lambda *arguments: copy.deepcopy(built(*arguments)))
 
 
 @pytest.fixture(autouse=True)

@@ -121,6 +121,8 @@ def test_an_image_without_captions_is_kept(load_coco: Callable[..., AnnotationSe
         ({"id": "10", "file_name": "x.jpg"}, None, "without a whole-number id"),
         ({"id": 1.5, "file_name": "x.jpg"}, None, "without a whole-number id"),
         ("x.jpg", None, "without a whole-number id"),
+        ({"id": True, "file_name": "x.jpg"}, None, "without a whole-number id"),
+        ({"id": 2**63, "file_name": "x.jpg"}, None, "without a whole-number id"),
     ],
 )
 def test_a_bad_coco_entry_is_counted_by_kind_and_the_rest_is_kept(
@@ -232,6 +234,20 @@ def test_karpathy_files_without_cocoid_use_imgid(load_karpathy: Callable[..., An
     assert load_karpathy("val", entry).records == [ImageRecord(7, "f.jpg", ("a dog",))]
 
 
+def test_a_split_that_is_no_text_is_no_part_that_was_asked_for(load_karpathy: Callable[..., AnnotationSet]) -> None:
+    odd = [karpathy_entry(9, "train", "x") | {"split": split} for split in ({}, [], None, 1)]
+    assert load_karpathy("train", *PARTS, *odd).records == load_karpathy("train", *PARTS).records
+
+
+def test_an_entry_too_deep_to_show_is_counted_all_the_same() -> None:
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    problems = Problems()
+    problems.add("image without sentences", deep)
+    assert problems.lines() == ["1 x image without sentences (something that is too large to show)"]
+
+
 @pytest.mark.parametrize("part", ["restval", "karpathy-", "mine", ""])
 def test_a_part_that_karpathy_does_not_have_is_refused_with_those_it_has(
     load_karpathy: Callable[..., AnnotationSet], part: str
@@ -248,6 +264,7 @@ def test_a_part_that_karpathy_does_not_have_is_refused_with_those_it_has(
         ("no entry", "without sentences"),
         (karpathy_entry(9, "train", "x") | {"cocoid": None}, "without a whole-number id"),
         (karpathy_entry(1, "train", "the id of another"), "duplicate image id"),
+        (karpathy_entry(2**63, "train", "x"), "without a whole-number id"),
     ],
 )
 def test_a_bad_karpathy_entry_is_counted_and_the_rest_is_kept(
@@ -419,6 +436,7 @@ def test_a_file_name_that_is_not_utf8_is_refused_or_counted(tmp_path: Path) -> N
         (b'{"images": [', "not valid JSON: line 1"),
         (b"", "not valid JSON"),
         (b"[" * 100_000, "not valid JSON"),
+        (b'{"images": [' + b"1" * 5000 + b"]}", "not valid JSON"),
         (b'{"images": "caf\xe9"}', "not UTF-8"),
         (b"\xff\xd8\xff\xe0 a JPEG", "not UTF-8"),
         (b"[1, 2]", "no list of images"),

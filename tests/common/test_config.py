@@ -522,6 +522,7 @@ def test_a_key_that_stands_twice_is_refused_with_its_name_and_line(text: str) ->
         (b"seed:\t1\n\tepochs: 2\n", "not valid YAML"),
         (b"seed: !!python/object:os.system {}\n", "not valid YAML"),
         (b"seed: 1\0", "not valid YAML"),
+        (b"[" * 100_000, "not valid YAML"),
         (b"\xff\xfe\x00", "not a UTF-8 text file"),
         (b"- seed\n", "must hold sections"),
         (b"just words\n", "must hold sections"),

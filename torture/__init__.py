@@ -1,0 +1,1 @@
+"""What Gridcap survives: kills, flipped bits, broken images and captions. Run by `make torture`."""

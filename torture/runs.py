@@ -1,0 +1,47 @@
+"""A tiny decoder's run, by the real training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from common.annotations import FolderImages
+from common.config import load_config
+from common.store import FeatureStore
+from torture.stores import extract_all, write_photos
+from train.inputs import join_captions
+from train.loop import fit
+
+_WORDS = ("red", "green", "blue", "grey", "small", "large", "ring", "cross")
+
+
+def prepare(folder: Path) -> None:
+    """A store, its captions, and a run that nothing disturbs."""
+    photos = write_photos(folder / "photos")
+    extract_all(photos, folder / "train.h5")
+    records = list(FolderImages(photos))
+    captions = [
+        {"id": 3 * n + k, "image_id": r.image_id, "caption": f"a {_WORDS[n % 8]} {_WORDS[(n + k) % 8]} thing"}
+        for n, r in enumerate(records)
+        for k in range(3)
+    ]
+    images = [{"id": r.image_id, "file_name": r.file_name} for r in records]
+    (folder / "captions.json").write_text(json.dumps({"images": images, "annotations": captions}))
+    train(folder, folder / "calm", resume=False)
+
+
+def train(folder: Path, output: Path, resume: bool) -> list[dict[str, Any]]:
+    """Train, or go on with, the run in `output`."""
+    decoder = {"family": "attention", "embed_size": 8, "hidden_size": 12, "attention_size": 6, "dropout": 0.2}
+    config = load_config(
+        None,
+        {
+            "train.decoder": decoder, "train.output": output, "train.epochs": 3, "train.batch_size": 4,
+            "train.captions_per_image": 2, "train.max_length": 8, "train.ema": 0.9, "train.checkpoint_steps": 2,
+            "train.precision": "float32", "train.device": "cpu", "train.learning_rate": 0.01,
+        },
+    )  # fmt: skip
+    with FeatureStore(folder / "train.h5") as store:
+        data = join_captions(store, folder / "captions.json", [config], "train", "--annotations").data
+        return fit(config, data, None, resume=resume, progress=False)
