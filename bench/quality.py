@@ -59,7 +59,6 @@ LARGER: dict[str, dict[str, Any]] = {  # one without and one with attention: fiv
     "lstm-inject": LONGER,
     "att2in": {**LONGER, "train.decoder.attention_size": 256},
 }
-CONSENSUS = {"train.consensus": 1.0}
 SCST = {
     "train.epochs": 6, "train.learning_rate": 4e-4, "train.schedule": "{kind: cosine}", "train.ema": 0.99,
     "train.clip_value": "null", "train.clip_norm": 5.0, "train.scst.temperature": 0.5,
@@ -123,14 +122,10 @@ def plan(recipes: Sequence[str], seeds: int, ingredients: bool) -> list[Trained]
         for recipe in recipes
         if recipe in LARGER
     ]
-    consensus = [
-        Trained(f"{run.row}, consensus", run.seed, (*run.arguments, *_sets(CONSENSUS)))
-        for run in (*(run for run in small if run.row in LARGER), *larger)
-    ]
-    runs = small + larger + consensus
+    runs = small + larger
     runs += [
         Trained(f"{run.row} + SCST", run.seed, ("--scst", *_sets(SCST)), run)
-        for run in (*(run for run in small if run.row in LARGER), *larger, *consensus[-len(larger) :])
+        for run in (*(run for run in small if run.row in LARGER), *larger)
     ]
     if BASE in recipes:
         runs.append(Trained(f"{BASE}, as published", 0, PUBLISHED))

@@ -15,6 +15,7 @@ LETTERBOX_GREY = 128
 MAX_PIXELS = 89_478_485  # Pillow's own limit, where it only warns: a quarter of a GiB of RGB
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # the limit is checked below
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # on odd metadata, in the middle of a bar
 
 
 class BadImageError(Exception):

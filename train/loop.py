@@ -28,7 +28,6 @@ from train.checkpoint import (
     load_training_state,
     save_checkpoint,
 )
-from train.consensus import Consensus
 from train.curves import draw_curves
 from train.decoders.base import Decoder
 from train.decoders.build import build_decoder
@@ -189,7 +188,6 @@ class _Trainer:
         stream = CaptionStream(
             self.train, run.vocabulary, settings.batch_size, settings.captions_per_image, settings.max_length,
             self.config.seed, settings.shuffle, self.ranks, settings.accumulate, self.device.type == "cuda",
-            self._consensus(),
         )  # fmt: skip
         objective = self._objective(run.vocabulary)
         self._announce(run, len(stream), resume)
@@ -233,11 +231,6 @@ class _Trainer:
             return CrossEntropy(settings)
         reward = CaptionReward.build(self.train, vocabulary, settings.scst.bleu_weight)
         return SelfCritical(reward, settings.scst.samples, settings.max_length, settings.scst.temperature)
-
-    def _consensus(self) -> Consensus | None:
-        settings = self.settings
-        wanted = settings.consensus > 0 and settings.objective == "cross-entropy"
-        return Consensus(self.train, settings.consensus) if wanted else None
 
     # --- beginning and going on
 

@@ -24,28 +24,25 @@ def masked_cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tenso
     return loss, (targets != PAD).sum()
 
 
-def smoothed_cross_entropy(
-    logits: Tensor, targets: Tensor, smoothing: float, weights: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def smoothed_cross_entropy(logits: Tensor, targets: Tensor, smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy with smoothed labels (Szegedy et al. 2016, arXiv:1512.00567, section 7), summed as above.
 
     Args:
         logits: (N, V) float.
         targets: (N,) int64, PAD where there is no word.
         smoothing: share of the target that is spread over all V words.
-        weights: (N,) float, of the words in the sum to be minimised; None: 1 each.
 
     Returns:
-        The sum to be minimised; the sum without smoothing and weights, detached, to be compared with validation; and
-        the number of words.
+        The sum to be minimised; the sum without smoothing, detached, to be compared with validation; and the
+        number of words.
     """
-    if not smoothing and weights is None:
+    if not smoothing:
         loss, words = masked_cross_entropy(logits, targets)
         return loss, loss.detach(), words
     log_probs, there = logits.float().log_softmax(-1), targets != PAD
-    plain = F.nll_loss(log_probs, targets, ignore_index=PAD, reduction="none")
-    loss = (1 - smoothing) * plain - smoothing * log_probs.mean(-1) * there
-    return (loss if weights is None else loss * weights).sum(), plain.sum().detach(), there.sum()
+    plain = F.nll_loss(log_probs, targets, ignore_index=PAD, reduction="sum")
+    spread = -(log_probs.mean(-1) * there).sum()
+    return (1 - smoothing) * plain + smoothing * spread, plain.detach(), there.sum()
 
 
 def doubly_stochastic(attention: Tensor, targets: Tensor) -> Tensor:

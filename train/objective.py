@@ -45,7 +45,7 @@ class CrossEntropy:
         return min(sampling.max, sampling.increase * (epoch // sampling.every))
 
     def __call__(self, decoder: Decoder, batch: CaptionBatch, epoch: int) -> tuple[Tensor, Terms]:
-        """As `Objective`; the log has "loss", the cross-entropy without label smoothing, weights and penalty."""
+        """As `Objective`; the log has "loss", the cross-entropy without label smoothing and penalty."""
         memory = decoder.encode(batch.grids.float())
         given, targets = batch.tokens[..., :-1], batch.tokens[..., 1:]
         if probability := self.own_words(epoch):
@@ -54,10 +54,7 @@ class CrossEntropy:
         else:
             logits, attention = decoder(memory, given, batch.words)
         there = targets.flatten().index_select(0, batch.words)
-        weights = None
-        if batch.weights is not None:
-            weights = batch.weights[..., None].expand(targets.shape).flatten().index_select(0, batch.words)
-        loss, plain, words = smoothed_cross_entropy(logits, there, self._settings.label_smoothing, weights)
+        loss, plain, words = smoothed_cross_entropy(logits, there, self._settings.label_smoothing)
         terms = {"words": words, "loss": plain}
         if self._penalty and attention is not None:
             loss = loss + self._penalty * doubly_stochastic(attention, targets)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -107,26 +107,21 @@ class CaptionBatch:
         grids: (B, P, C) in the stored type; P cells, row by row.
         tokens: (B, K, T) int64, BOS ... EOS, then PAD; an image with fewer captions has rows of PAD only.
         words: (N,) int64, the places of the words to be predicted among the B * K * (T - 1) that follow a token.
-        weights: (B, K) float32, how much each caption counts; None: all alike.
     """
 
     images: np.ndarray
     grids: Tensor
     tokens: Tensor
     words: Tensor
-    weights: Tensor | None = None
 
     def to(self, device: torch.device) -> CaptionBatch:
         """The batch on another device."""
-        return self._with(lambda part: part.to(device, non_blocking=True))
+        moved = (part.to(device, non_blocking=True) for part in (self.grids, self.tokens, self.words))
+        return CaptionBatch(self.images, *moved)
 
     def pinned(self) -> CaptionBatch:
         """The batch in page-locked memory, from which a GPU reads while it computes."""
-        return self._with(Tensor.pin_memory)
-
-    def _with(self, change: Callable[[Tensor], Tensor]) -> CaptionBatch:
-        weights = None if self.weights is None else change(self.weights)
-        return CaptionBatch(self.images, change(self.grids), change(self.tokens), change(self.words), weights)
+        return CaptionBatch(self.images, self.grids.pin_memory(), self.tokens.pin_memory(), self.words.pin_memory())
 
 
 def choose_captions(available: int, wanted: int, seed: int, epoch: int, row: int) -> list[int]:
@@ -177,7 +172,6 @@ class CaptionStream:
         ranks: which process this is of how many.
         parts: into how many batches a process takes its images of a step.
         pin: put batches into page-locked memory, from which a GPU reads while it computes.
-        weigh: gives the weights of an epoch's captions, as `Consensus`; None: all count alike.
     """
 
     data: CaptionedImages
@@ -190,7 +184,6 @@ class CaptionStream:
     ranks: Ranks = ALONE
     parts: int = 1
     pin: bool = False
-    weigh: Callable[[np.ndarray, Sequence[Sequence[int]]], list[np.ndarray]] | None = None
 
     def __len__(self) -> int:
         """Steps in an epoch."""
@@ -235,7 +228,7 @@ class CaptionStream:
         drawn = epoch is not None and len(store.views) > 1
         views = choose_views(len(store.views), self.seed, epoch or 0, rows) if drawn else None
         grids = torch.from_numpy(store.rows(rows, views=views, check=True)).flatten(1, 2)
-        encoded, shown = [], []
+        encoded = []
         for image, row in zip(images, rows, strict=True):
             captions = self.data.captions[image]
             if epoch is None:
@@ -243,12 +236,6 @@ class CaptionStream:
             else:
                 chosen = choose_captions(len(captions), self.per_image, self.seed, epoch, int(row))
             encoded.append([self.vocabulary.encode(captions[i], self.max_length) for i in chosen])
-            shown.append(chosen)
         tokens = pad_captions(encoded, self.per_image)
-        weights = None
-        if self.weigh is not None and epoch is not None:
-            weights = torch.zeros(len(images), self.per_image)
-            for row, found in zip(weights, self.weigh(images, shown), strict=True):
-                row[: len(found)] = torch.from_numpy(found)
-        batch = CaptionBatch(images, grids, tokens, (tokens[..., 1:] != PAD).flatten().nonzero()[:, 0], weights)
+        batch = CaptionBatch(images, grids, tokens, (tokens[..., 1:] != PAD).flatten().nonzero()[:, 0])
         return batch.pinned() if self.pin else batch

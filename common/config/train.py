@@ -96,9 +96,6 @@ class TrainConfig(Section):
     clip_norm: PositiveFloat | None = Field(5.0, description="gradients are scaled down to at most this norm")
     clip_value: PositiveFloat | None = Field(None, description="each entry of a gradient is cut to at most this")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all words")
-    consensus: float = Field(
-        0.0, ge=0, le=1, description="share of a caption's weight that goes by what the image's other captions say"
-    )
     scheduled_sampling: ScheduledSamplingConfig = ScheduledSamplingConfig()
     ema: float = Field(0.0, ge=0, lt=1, description="decay of the running average of the weights that is kept; 0: none")
     patience: PositiveInt | None = Field(

@@ -22,7 +22,6 @@ LOG_EVERY = 2  # lines of steps.jsonl come every so many steps here, so that som
 CROSS_ENTROPY = {
     "ema": 0.9, "accumulate": 2, "schedule": {"kind": "cosine", "warmup_steps": 2}, "optimizer": "adamw",
     "scheduled_sampling": {"max": 0.5, "increase": 0.25, "every": 1}, "weight_decay": 0.01, "label_smoothing": 0.1,
-    "consensus": 0.5,
 }  # fmt: skip
 SELF_CRITICAL = {"objective": "scst", "ema": 0.9, "scst": {"samples": 2}, "learning_rate": 0.003}
 KINDS = ["cross-entropy", "scst"]
