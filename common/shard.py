@@ -37,6 +37,7 @@ import numpy as np
 
 from common.errors import StoreError
 from common.files import fsync_path, sha256_of, temporary_sibling
+from common.hdf5 import check_own_data, open_hdf5
 from common.header import HEADER_BYTES, VERSION, KnownFile, opening, other_version, pack_header, unpack_header
 from common.quantise import LARGEST, dequantise, quantise
 
@@ -478,33 +479,11 @@ def _crc32(parts: Iterable[np.ndarray]) -> int:
     return crc
 
 
-def open_hdf5(path: Path) -> h5py.File:
-    """Open a file for reading.
-
-    Raises:
-        StoreError: missing, unreadable or not HDF5.
-    """
-    try:
-        return h5py.File(path, "r", locking=False)
-    except FileNotFoundError as error:
-        raise StoreError(f"{path}: no such file", "check the path, or make it with extract-features") from error
-    except IsADirectoryError as error:
-        hint = "choose another name" if path.suffix == ".h5" else f"give the index file beside it, {path}.h5"
-        raise StoreError(f"{path}: is a folder", hint) from error
-    except PermissionError as error:
-        raise StoreError(f"{path}: no permission to read it", "check the permissions") from error
-    except OSError as error:
-        raise StoreError(
-            f"{path}: not a readable HDF5 file",
-            "give a file made by extract-features; if it was, it is damaged: delete it and run that command again",
-        ) from error
-
-
 def check_format(file: h5py.File, path: Path, *formats: str) -> str:
     """The file's format, if it is one of `formats` in a version we read.
 
     Raises:
-        StoreError: another format, or a newer version.
+        StoreError: another format, or a newer version; or numbers that lie in other files.
     """
     found = file.attrs.get("format")
     if not isinstance(found, str) or found not in formats:
@@ -514,6 +493,8 @@ def check_format(file: h5py.File, path: Path, *formats: str) -> str:
     version = file.attrs.get("version")
     if not isinstance(version, (int, np.integer)) or version != VERSION:
         raise other_version(path, version)
+    # The index shows all shards as one array to plain h5py; our own reader goes to the shards.
+    check_own_data(file, path, () if found == SHARD_FORMAT else ("features", "scale"))
     return str(found)
 
 

@@ -35,6 +35,7 @@ import numpy as np
 
 from common.errors import MismatchError, StoreError
 from common.files import replacing, sha256_of
+from common.hdf5 import open_hdf5
 from common.header import HEADER_BYTES, VERSION, KnownFile, pack_header, unpack_header
 from common.shard import (
     ORIGINAL,
@@ -44,7 +45,6 @@ from common.shard import (
     check_format,
     dataset_of,
     decode_texts,
-    open_hdf5,
     read_header,
     returned_type,
     text_array,

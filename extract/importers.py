@@ -31,6 +31,7 @@ import numpy as np
 from common.annotations import ImageRecord, id_from_name
 from common.errors import StoreError, UserError
 from common.files import sha256_of
+from common.hdf5 import check_own_data
 from common.shard import ORIGINAL, UnstorableError
 from extract.image_list import ImageList
 from extract.plan import FILE, Plan, settle_plan, shard_writer, store_folder, write_planned_index
@@ -113,6 +114,7 @@ def _open_folder(folder: Path, on_file: Callable[[int], object]) -> Source:
 
 def _open_hdf5(path: Path) -> Source:
     file = h5py.File(path, "r", locking=False)
+    check_own_data(file, path)
     if isinstance(file.get("features"), h5py.Dataset):
         with file:
             names = {name: file[name] for name in ("features", "file_name", "image_id", "scale") if name in file}

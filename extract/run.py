@@ -17,8 +17,9 @@ from common.config import PipelineConfig
 from common.device import choose_compile, choose_device
 from common.errors import ExtractionError, MismatchError, StoreError, UserError
 from common.files import TEMPORARY_SUFFIX, remove_leftovers, write_text
+from common.hdf5 import open_hdf5
 from common.image import decoder_name
-from common.shard import ShardReader, check_format, open_hdf5, read_header, stored_bytes
+from common.shard import ShardReader, check_format, read_header, stored_bytes
 from common.store import INDEX_FORMAT, FeatureStore
 from extract.cluster import WHOLE, Share
 from extract.encoder import describe_features, identify_weights

@@ -12,8 +12,9 @@ import numpy as np
 
 from common.errors import StoreError
 from common.files import sha256_of
+from common.hdf5 import open_hdf5
 from common.header import HEADER_BYTES
-from common.shard import ShardReader, check_format, decode_texts, open_hdf5, read_header
+from common.shard import ShardReader, check_format, decode_texts, read_header
 from common.store import INDEX_FORMAT, index_hash
 from extract.plan import Plan, read_plan, store_folder
 

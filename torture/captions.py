@@ -67,7 +67,7 @@ def change(tree: Any, rng: np.random.Generator) -> Any:
     elif kind == 1 and isinstance(owner, list):
         owner.insert(key, owner[key])
     elif kind == 2 and isinstance(owner, dict):
-        owner[str(_junk(rng))[:50]] = _junk(rng)
+        owner[("", "id", "\x00", "x" * 100_000, "caption")[int(rng.integers(5))]] = _junk(rng)
     else:
         owner[key] = _junk(rng)
     return tree

@@ -23,6 +23,7 @@ class Part:
         prepare: makes in a folder what the cases need, once.
         run: one case of a prepared folder, by its random numbers; gives the outcome in a few words.
             Raises FailedError if the fault was not survived; any other exception is a failure too.
+        missing: says what this machine lacks for it; nothing if it can be run.
     """
 
     fault: str
@@ -30,6 +31,7 @@ class Part:
     quick: int
     prepare: Callable[[Path], object]
     run: Callable[[Path, np.random.Generator], str]
+    missing: Callable[[], str] = lambda: ""
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 import time
-import traceback
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from extract.cluster import WHOLE, Share
 from extract.verify import verify_store
-from torture import runs
-from torture.case import FailedError, Part, contents, require
+from torture import children, runs
+from torture.case import Part, contents, require
 from torture.stores import extract_all, write_photos
 from train.checkpoint import find_checkpoint, load_checkpoint
-
-_ENDED_WELL, _ENDED_BADLY = 0, 70
 
 
 def _prepare_extraction(folder: Path) -> None:
     photos = write_photos(folder / "photos")
     begin = time.monotonic()
-    _in_children([lambda: _extract(photos, folder / "calm" / "s.h5", WHOLE)], [None])
+    children.run([lambda: _extract(photos, folder / "calm" / "s.h5", WHOLE)], [None])
     (folder / "seconds").write_text(str(time.monotonic() - begin))
 
 
@@ -40,12 +34,12 @@ def _run_extraction(folder: Path, rng: np.random.Generator) -> str:
     workers = 3 if rng.random() < 0.4 else 1
     jobs = [(lambda i=i: _extract(photos, output, Share(i, workers))) for i in range(workers)]
     moments = [float(rng.uniform(0, 1.2 * seconds)) if i == 0 or rng.random() < 0.5 else None for i in range(workers)]
-    _in_children(jobs, moments)
+    children.run(jobs, moments)
     if output.exists():
         problems = verify_store(output).problems
         require(not problems, f"an index stands beside what is not whole: {problems[:1]}")
     if rng.random() < 0.1 or output.exists():
-        _in_children([lambda: _extract(photos, output, WHOLE)], [None])
+        children.run([lambda: _extract(photos, output, WHOLE)], [None])
         found, expected = contents(folder / "rough"), contents(folder / "calm")
         require(found.keys() == expected.keys(), f"other files: {sorted(found.keys() ^ expected.keys())}")
         require(found == expected, "other bytes")
@@ -56,7 +50,7 @@ def _run_extraction(folder: Path, rng: np.random.Generator) -> str:
 
 def _prepare_training(folder: Path) -> None:
     begin = time.monotonic()
-    _in_children([lambda: runs.prepare(folder)], [None])
+    children.run([lambda: runs.prepare(folder)], [None])
     (folder / "seconds").write_text(str(time.monotonic() - begin))
 
 
@@ -67,11 +61,11 @@ def _run_training(folder: Path, rng: np.random.Generator) -> str:
         runs.train(folder, rough, resume=(rough / "config.yaml").exists())
 
     moment = float(rng.uniform(0, float((folder / "seconds").read_text())))
-    _in_children([job], [moment])
+    children.run([job], [moment])
     if (rough / "checkpoints.json").exists():
         load_checkpoint(rough, "last")
     if rng.random() < 0.2:
-        _in_children([job], [None])
+        children.run([job], [None])
         ours, theirs = find_checkpoint(rough, "last"), find_checkpoint(calm, "last")
         require(ours.name == theirs.name, f"{ours.name} in place of {theirs.name}")
         same = (ours / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
@@ -81,34 +75,6 @@ def _run_training(folder: Path, rng: np.random.Generator) -> str:
         shutil.rmtree(rough)
         return "killed, resumed to its end, the same weights"
     return "killed, to go on"
-
-
-def _in_children(jobs: Sequence[Callable[[], object]], kills: Sequence[float | None]) -> None:
-    """Run each job in a forked process, and kill it after so many seconds unless it is None.
-
-    Forked, since a process of its own spends its first seconds on loading torch, and a kill there shows nothing.
-
-    Raises:
-        FailedError: a job ended badly without having been killed.
-    """
-    begin, children = time.monotonic(), {}
-    for job, moment in zip(jobs, kills, strict=True):
-        if (child := os.fork()) == 0:
-            try:
-                job()
-                os._exit(_ENDED_WELL)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(_ENDED_BADLY)
-        children[child] = moment
-    for child, moment in sorted(children.items(), key=lambda item: (item[1] is None, item[1])):
-        if moment is not None:
-            time.sleep(max(0.0, begin + moment - time.monotonic()))
-            os.kill(child, signal.SIGKILL)
-    for child, moment in children.items():
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        if status != _ENDED_WELL and not (moment is not None and status == -signal.SIGKILL):
-            raise FailedError(f"a process ended with {status}")
 
 
 EXTRACTION = Part("extraction killed, one process or some of three", 200, 15, _prepare_extraction, _run_extraction)

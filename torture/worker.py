@@ -15,9 +15,11 @@ from torture.case import FailedError, Part
 PARTS = {  # name -> where its Part stands
     "kill-extraction": "torture.kill:EXTRACTION",
     "kill-training": "torture.kill:TRAINING",
+    "disk": "torture.disk:PART",
     "bits": "torture.bits:PART",
     "images": "torture.images:PART",
     "captions": "torture.captions:PART",
+    "soak": "torture.soak:PART",
 }
 _PREPARED = "prepared"
 

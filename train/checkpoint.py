@@ -17,6 +17,7 @@ runs/x/checkpoints/step-00001234/
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import pickle
@@ -28,7 +29,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from common.config import PipelineConfig
 from common.errors import CheckpointError, first_line
@@ -84,13 +85,15 @@ def save_checkpoint(
     temporary = temporary_sibling(final)
     temporary.mkdir(parents=True)
     try:
-        save_file(
-            {k: v.detach().cpu().contiguous() for k, v in decoder.state_dict().items()}, temporary / "model.safetensors"
-        )
+        # As bytes, which we write: torch and safetensors say of a full disk that something of theirs failed.
+        weights = {k: v.detach().cpu().contiguous() for k, v in decoder.state_dict().items()}
+        (temporary / "model.safetensors").write_bytes(save(weights))
         write_json(temporary / "config.json", {"format": "gridcap-checkpoint", "version": VERSION, **_plain(config)})
         vocabulary.save(temporary / "vocabulary.json")
         write_json(temporary / "provenance.json", provenance)
-        torch.save(state, temporary / "training_state.pt")
+        content = io.BytesIO()
+        torch.save(state, content)
+        (temporary / "training_state.pt").write_bytes(content.getbuffer())
         write_json(temporary / _CHECKSUMS, {file.name: sha256_of(file) for file in sorted(temporary.iterdir())})
         for file in temporary.iterdir():
             fsync_path(file)

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import pickle
@@ -170,7 +171,7 @@ def _kill_when(real, matches):
 
 
 KILLS = {
-    "writing the weights": ("save_file", lambda tensors, path: True),
+    "writing the weights": ("save", lambda tensors: True),
     "writing the provenance": ("write_json", lambda path, value: path.name == "provenance.json"),
     "writing the training state": ("torch.save", lambda state, path: True),
     "flushing": ("fsync_path", lambda path: path.name == "vocabulary.json"),
@@ -198,9 +199,25 @@ def test_killed_at_any_moment_the_previous_checkpoint_still_loads(save, run, mom
     assert folders(run) == ["step-00000002"]
 
 
+def test_a_full_disk_is_an_os_error_of_the_file_that_did_not_fit(save, run):
+    """Which the commands turn into a sentence; torch's own writer raises a RuntimeError of many lines."""
+    save(1)
+
+    def full(self, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pathlib.Path.write_bytes", full)
+        with pytest.raises(OSError, match="No space left") as caught:
+            save(2)
+    assert caught.value.errno == errno.ENOSPC
+    assert folders(run) == ["step-00000001"]
+    assert not [p for p in run.rglob("*") if ".tmp" in p.name], "no temporary file or folder is left"
+
+
 def test_a_kill_during_the_very_first_save_leaves_no_checkpoint_to_be_found(save, run):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.checkpoint.save_file", _kill_when(None, lambda *args: True))
+        patch.setattr("train.checkpoint.save", _kill_when(None, lambda *args: True))
         with pytest.raises(_Killed):
             save(1)
     with pytest.raises(CheckpointError, match="holds no checkpoint"):

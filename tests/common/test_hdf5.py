@@ -1,0 +1,94 @@
+"""A file that would have other files read is refused, by every reader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from common.errors import StoreError
+from common.hdf5 import check_own_data
+from common.shard import ShardReader
+from common.store import FeatureStore
+from extract.importers import open_source
+
+OUTSIDE = "lie in other files|is a link to another place"
+
+
+def _external_link(file: h5py.File, name: str, other: Path) -> None:
+    file[name] = h5py.ExternalLink(other, "secret")
+
+
+def _soft_link(file: h5py.File, name: str, other: Path) -> None:
+    file[name] = h5py.SoftLink("/somewhere")
+
+
+def _virtual(file: h5py.File, name: str, other: Path) -> None:
+    layout = h5py.VirtualLayout((4, 2, 2, 3), "<f2")
+    layout[:] = h5py.VirtualSource(other, "secret", (4, 2, 2, 3))
+    file.create_virtual_dataset(name, layout)
+
+
+def _external_storage(file: h5py.File, name: str, other: Path) -> None:
+    file.create_dataset(name, (4, 2, 2, 3), "<f2", external=[(str(other), 0, h5py.h5f.UNLIMITED)])
+
+
+WAYS = [_external_link, _soft_link, _virtual, _external_storage]
+
+
+@pytest.fixture
+def secret(tmp_path: Path) -> Path:
+    with h5py.File(tmp_path / "secret.h5", "w") as file:
+        file["secret"] = np.ones((4, 2, 2, 3), "<f2")
+    return tmp_path / "secret.h5"
+
+
+@pytest.mark.parametrize("lead_outside", WAYS)
+@pytest.mark.parametrize("name", ["features", "image_id", "crc32"])
+def test_a_shard_whose_numbers_lie_elsewhere_is_refused(
+    tmp_path: Path, make_grids: Any, write_shard: Any, secret: Path, lead_outside: Callable[..., None], name: str
+) -> None:
+    path = tmp_path / "s.h5"
+    write_shard(path, make_grids(4))
+    with h5py.File(path, "r+") as file:
+        del file[name]
+        lead_outside(file, name, secret)
+    for read in (ShardReader, FeatureStore):
+        with pytest.raises(StoreError, match=OUTSIDE) as caught:
+            read(path)
+        assert str(path) in caught.value.what
+
+
+@pytest.mark.parametrize("lead_outside", WAYS)
+def test_an_index_whose_columns_lie_elsewhere_is_refused(
+    tmp_path: Path, write_store: Any, secret: Path, lead_outside: Callable[..., None]
+) -> None:
+    path, _ = write_store(tmp_path / "train.h5")
+    with h5py.File(path, "r+") as file:
+        del file["image_id"]
+        lead_outside(file, "image_id", secret)
+    with pytest.raises(StoreError, match=OUTSIDE):
+        FeatureStore(path)
+
+
+@pytest.mark.parametrize("lead_outside", WAYS)
+@pytest.mark.parametrize("name", ["features", "42"])
+def test_features_of_other_origin_that_lie_elsewhere_are_not_imported(
+    tmp_path: Path, secret: Path, lead_outside: Callable[..., None], name: str
+) -> None:
+    path = tmp_path / "mine.h5"
+    with h5py.File(path, "w") as file:
+        lead_outside(file, name, secret)
+    with pytest.raises(StoreError, match=OUTSIDE):
+        open_source(path)
+
+
+def test_a_file_of_its_own_numbers_is_fine(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "own.h5", "w") as file:
+        file["a"] = np.ones(3)
+        file.create_dataset("b", data=np.ones(300), chunks=(100,), compression="gzip")
+        check_own_data(file, tmp_path / "own.h5")
