@@ -1,0 +1,56 @@
+"""The notebook runs from the first cell to the last, and stands there with what it gives."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOK = ROOT / "examples" / "captioning.ipynb"
+SMALLER = {  # what is replaced in the cell that begins so: fewer scenes, fewer epochs
+    r'SCENES = \{"train": \d+, "val": \d+, "test": \d+\}': 'SCENES = {"train": 24, "val": 6, "test": 8}',
+    r"EPOCHS = \d+": "EPOCHS = 2",
+}
+
+
+@pytest.fixture
+def notebook() -> Any:
+    return nbformat.read(NOTEBOOK, as_version=4)
+
+
+def text_of(notebook: Any) -> str:
+    """Everything that its cells gave."""
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    texts = [output.text if output.output_type == "stream" else "".join(output.data.values()) for output in outputs]
+    return "\n".join(texts)
+
+
+def test_it_has_twelve_cells_and_stands_there_with_its_results(notebook: Any) -> None:
+    assert len(notebook.cells) == 12
+    assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
+    text = text_of(notebook)
+    assert "CIDEr" in text
+    assert "<th>predicted</th><th>actual</th>" in text
+    assert not re.search(r"Traceback|(?<![\w.])/(home|root|tmp|work|usr)/", text)
+    assert NOTEBOOK.stat().st_size < 2_000_000
+
+
+@pytest.mark.slow
+def test_it_runs(notebook: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    for pattern, text in SMALLER.items():
+        first.source, count = re.subn(pattern, text, first.source)
+        assert count == 1, pattern
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # the scenes are the demo's, which is not installed
+    NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    text = text_of(notebook)
+    assert "24 images" in text
+    assert "2 epochs, best is epoch" in text
+    assert "<figure>" in text, "the caption with its picture"
+    report = (tmp_path / "captioning_output" / "report.html").read_text(encoding="utf-8")
+    assert "<html" in report
