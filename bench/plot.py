@@ -83,7 +83,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     from matplotlib import pyplot
 
     panels = [("of baseline", "times the baseline"), ("of limit", "share of the limit")]
-    chosen = [[row for row in rows if name in row.found()] for name, _ in panels]
+    rates = [row for row in rows if row.unit != "s"]  # of which more is better
+    chosen = [[row for row in rates if name in row.found()] for name, _ in panels]
     height = 1.2 + 0.32 * max(map(len, chosen), default=1)
     figure, axes = pyplot.subplots(1, 2, figsize=(12, height), layout="constrained")
     for axis, (name, title), some in zip(axes, panels, chosen, strict=True):
