@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
 
-from common.errors import StoreError
+from common.errors import StoreError, first_line
 
 
 def open_hdf5(path: Path) -> h5py.File:
@@ -31,6 +33,15 @@ def open_hdf5(path: Path) -> h5py.File:
         ) from error
 
 
+@contextlib.contextmanager
+def damage_of(path: Path) -> Iterator[None]:
+    """Turn what damage in a file leads HDF5 to raise into an error that names the file."""
+    try:
+        yield
+    except (KeyError, ValueError, OSError, RuntimeError, TypeError, AttributeError, MemoryError) as error:
+        raise StoreError(f"{path}: not a sound HDF5 file: {first_line(error)}", _REMAKE) from error
+
+
 def check_own_data(file: h5py.File, path: Path, virtual: tuple[str, ...] = ()) -> None:
     """Refuse a file that would have other files read: by a soft or external link, external storage, or a virtual
     dataset.
@@ -39,14 +50,16 @@ def check_own_data(file: h5py.File, path: Path, virtual: tuple[str, ...] = ()) -
         virtual: how the names of datasets begin that may be virtual, since nobody here reads them.
 
     Raises:
-        StoreError: it has one.
+        StoreError: it has one, or cannot be read.
     """
-    for name in file:
-        if not isinstance(file.get(name, getlink=True), h5py.HardLink):
-            raise StoreError(f"{path}: {name} is a link to another place", _COPY)
-        item = file[name]
-        if isinstance(item, h5py.Dataset) and (item.external or (item.is_virtual and not name.startswith(virtual))):
-            raise StoreError(f"{path}: the numbers of {name} lie in other files", _COPY)
+    with damage_of(path):
+        for name in file:
+            if not isinstance(file.get(name, getlink=True), h5py.HardLink):
+                raise StoreError(f"{path}: {name} is a link to another place", _COPY)
+            item = file[name]
+            if isinstance(item, h5py.Dataset) and (item.external or (item.is_virtual and not name.startswith(virtual))):
+                raise StoreError(f"{path}: the numbers of {name} lie in other files", _COPY)
 
 
+_REMAKE = "delete this file and make it again; verify-features --repair does so for a store of extract-features"
 _COPY = "give a file that holds its own numbers (h5copy makes one)"

@@ -37,7 +37,7 @@ import numpy as np
 
 from common.errors import StoreError
 from common.files import fsync_path, sha256_of, temporary_sibling
-from common.hdf5 import check_own_data, open_hdf5
+from common.hdf5 import check_own_data, damage_of, open_hdf5
 from common.header import HEADER_BYTES, VERSION, KnownFile, opening, other_version, pack_header, unpack_header
 from common.quantise import LARGEST, dequantise, quantise
 
@@ -485,12 +485,12 @@ def check_format(file: h5py.File, path: Path, *formats: str) -> str:
     Raises:
         StoreError: another format, or a newer version; or numbers that lie in other files.
     """
-    found = file.attrs.get("format")
+    with damage_of(path):
+        found, version = file.attrs.get("format"), file.attrs.get("version")
     if not isinstance(found, str) or found not in formats:
         raise StoreError(
             f"{path}: an HDF5 file, but no gridcap features (format {found!r})", "give a file made by extract-features"
         )
-    version = file.attrs.get("version")
     if not isinstance(version, (int, np.integer)) or version != VERSION:
         raise other_version(path, version)
     # The index shows all shards as one array to plain h5py; our own reader goes to the shards.

@@ -35,7 +35,7 @@ import numpy as np
 
 from common.errors import MismatchError, StoreError
 from common.files import replacing, sha256_of
-from common.hdf5 import open_hdf5
+from common.hdf5 import damage_of, open_hdf5
 from common.header import HEADER_BYTES, VERSION, KnownFile, pack_header, unpack_header
 from common.shard import (
     ORIGINAL,
@@ -208,7 +208,8 @@ class _Names(Sequence[str]):
         text = bytearray(self._length)
         if not self._file.read_into(memoryview(text), self._offset + row * self._length):
             raise StoreError(f"{self._file.path}: ends inside its file names", _REMAKE)
-        return text.rstrip(b"\0").decode()
+        with damage_of(self._file.path):
+            return text.rstrip(b"\0").decode()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)

@@ -17,7 +17,7 @@ from common.config import PipelineConfig
 from common.device import choose_compile, choose_device
 from common.errors import ExtractionError, MismatchError, StoreError, UserError
 from common.files import TEMPORARY_SUFFIX, remove_leftovers, write_text
-from common.hdf5 import open_hdf5
+from common.hdf5 import damage_of, open_hdf5
 from common.image import decoder_name
 from common.shard import ShardReader, check_format, read_header, stored_bytes
 from common.store import INDEX_FORMAT, FeatureStore
@@ -213,7 +213,8 @@ def _indexed_plan(job: Job, plan: Plan) -> str | None:
         return None
     with open_hdf5(job.output) as index:
         check_format(index, job.output, INDEX_FORMAT)
-        digest = str(index.attrs.get("plan"))
+        with damage_of(job.output):
+            digest = str(index.attrs.get("plan"))
     if digest not in plan.digests:
         raise MismatchError(
             f"{job.output}: is not the store that {job.folder} plans",

@@ -12,7 +12,7 @@ import numpy as np
 
 from common.errors import StoreError
 from common.files import sha256_of
-from common.hdf5 import open_hdf5
+from common.hdf5 import damage_of, open_hdf5
 from common.header import HEADER_BYTES
 from common.shard import ShardReader, check_format, decode_texts, read_header
 from common.store import INDEX_FORMAT, index_hash
@@ -147,7 +147,9 @@ def _read_index(path: Path, plan: Plan, report: Report) -> _Index | None:
     folder = store_folder(path)
     with open_hdf5(path) as file:
         check_format(file, path, INDEX_FORMAT)
-        if (digest := file.attrs.get("plan")) not in plan.digests:
+        with damage_of(path):
+            digest = file.attrs.get("plan")
+        if digest not in plan.digests:
             report.note("belongs to the plan", 1, "", f"{path}: the index belongs to another plan")
             return None
         report.note("belongs to the plan", 1, "", None)

@@ -102,6 +102,9 @@ def save_checkpoint(
             shutil.rmtree(final)
         os.replace(temporary, final)
         fsync_path(final.parent)
+    except OSError as error:
+        error.filename = error.filename or str(final)  # a full disk does not say what did not fit
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     keep = {"last": final.name, "best": f"step-{best_step:08}"}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from common.errors import StoreError
-from common.hdf5 import check_own_data
+from common.hdf5 import check_own_data, damage_of
 from common.shard import ShardReader
 from common.store import FeatureStore
 from extract.importers import open_source
@@ -85,6 +85,28 @@ def test_features_of_other_origin_that_lie_elsewhere_are_not_imported(
         lead_outside(file, name, secret)
     with pytest.raises(StoreError, match=OUTSIDE):
         open_source(path)
+
+
+def test_a_file_name_that_is_no_text_any_more_is_an_error_that_names_the_index(
+    tmp_path: Path, write_store: Any
+) -> None:
+    path, _ = write_store(tmp_path / "train.h5")
+    with h5py.File(path) as file:
+        place = file["file_name"].id.get_offset()
+    content = bytearray(path.read_bytes())
+    content[place] = 0xAE
+    path.write_bytes(content)
+    with FeatureStore(path) as store, pytest.raises(StoreError, match=r"train\.h5: not a sound HDF5 file: 'utf-8'"):
+        list(store.file_names)
+
+
+def test_what_hdf5_raises_of_a_damaged_object_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    with (
+        pytest.raises(StoreError, match=r"mine\.h5: not a sound HDF5 file: .bad heap") as caught,
+        damage_of(tmp_path / "mine.h5"),
+    ):
+        raise KeyError("bad heap")
+    assert caught.value.hint
 
 
 def test_a_file_of_its_own_numbers_is_fine(tmp_path: Path) -> None:
