@@ -47,7 +47,7 @@ def blocks(page: str, *languages: str) -> list[str]:
 
 def commands(block: str) -> list[str]:
     """The lines of a block, long ones joined, without comments and those of ELSEWHERE."""
-    joined = re.sub(r"\\\n\s*", "", block)
+    joined = re.sub(r"\\\n\s*", "", block).replace(" && ", "\n")
     lines = [shlex.join(shlex.split(line, comments=True)) for line in joined.splitlines()]
     return [line for line in lines if line and not f"{line} ".startswith(tuple(ELSEWHERE))]
 
