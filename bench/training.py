@@ -141,8 +141,11 @@ def limit(recipe: str) -> float:
     keep_large_buffers()
     step, device = _step_of_ours(recipe)
     # torch.nn.LSTM as one operation of oneDNN or cuDNN is not counted, its matrix products are.
-    one_by_one = torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False)
-    with one_by_one[0], one_by_one[1], FlopCounterMode(display=False) as counter:
+    with (
+        torch.backends.mkldnn.flags(enabled=False),
+        torch.backends.cudnn.flags(enabled=False),
+        FlopCounterMode(display=False) as counter,
+    ):
         step()
     return matrix_rate(device) / float(counter.get_total_flops()) * B * K
 

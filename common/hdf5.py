@@ -10,6 +10,10 @@ import h5py
 
 from common.errors import StoreError, first_line
 
+# What h5py, numpy and json raise over damaged bytes, depending on which are damaged.
+_DAMAGE = (KeyError, ValueError, OSError, RuntimeError, TypeError, AttributeError, MemoryError, OverflowError)
+_REMAKE = "delete this file and make it again; verify-features --repair does so for a store of extract-features"
+
 
 def open_hdf5(path: Path) -> h5py.File:
     """Open a file for reading.
@@ -34,12 +38,12 @@ def open_hdf5(path: Path) -> h5py.File:
 
 
 @contextlib.contextmanager
-def damage_of(path: Path) -> Iterator[None]:
-    """Turn what damage in a file leads HDF5 to raise into an error that names the file."""
+def damage_of(path: Path, what: str = "HDF5 file", hint: str = _REMAKE) -> Iterator[None]:
+    """Turn what damage in a file leads HDF5 and its readers to raise into an error that names the file."""
     try:
         yield
-    except (KeyError, ValueError, OSError, RuntimeError, TypeError, AttributeError, MemoryError) as error:
-        raise StoreError(f"{path}: not a sound HDF5 file: {first_line(error)}", _REMAKE) from error
+    except _DAMAGE as error:
+        raise StoreError(f"{path}: not a sound {what}: {first_line(error)}", hint) from error
 
 
 def check_own_data(file: h5py.File, path: Path, virtual: tuple[str, ...] = ()) -> None:
@@ -61,5 +65,4 @@ def check_own_data(file: h5py.File, path: Path, virtual: tuple[str, ...] = ()) -
                 raise StoreError(f"{path}: the numbers of {name} lie in other files", _COPY)
 
 
-_REMAKE = "delete this file and make it again; verify-features --repair does so for a store of extract-features"
 _COPY = "give a file that holds its own numbers (h5copy makes one)"

@@ -45,8 +45,6 @@ SHARD_FORMAT = "gridcap-shard"
 ALIGNMENT = 4096
 ORIGINAL = "original"  # the view that every store has
 _NO_RESERVATION = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}  # file systems that cannot set space aside
-# What h5py, numpy and json raise over damaged bytes, depending on which are damaged.
-_DAMAGE = (KeyError, ValueError, OSError, RuntimeError, TypeError, AttributeError, MemoryError, OverflowError)
 
 
 class UnstorableError(ValueError):
@@ -313,7 +311,7 @@ class ShardReader:
         self.path = path
         with open_hdf5(path) as file:
             self._file = KnownFile(path)
-            try:
+            with damage_of(path, "shard", _REMAKE):
                 check_format(file, path, SHARD_FORMAT)
                 features = file["features"]
                 self.shape: tuple[int, ...] = features.shape
@@ -334,8 +332,6 @@ class ShardReader:
                 if len(file["reject_row"]) != len(file["reject_why"]):
                     raise ValueError("its reject table has columns of different lengths")
                 json.loads(file.attrs["provenance"])
-            except _DAMAGE as error:
-                raise StoreError(f"{path}: not a sound shard: {error}", _REMAKE) from error
         rows = self.shape[0]
         if lengths != {rows}:
             raise StoreError(f"{path}: its arrays have different lengths", _REMAKE)
@@ -386,11 +382,8 @@ class ShardReader:
     @contextlib.contextmanager
     def _sound(self) -> Iterator[h5py.File]:
         """The file, opened for a moment; what damage leads the libraries to raise becomes a StoreError."""
-        with open_hdf5(self.path) as file:
-            try:
-                yield file
-            except _DAMAGE as error:
-                raise StoreError(f"{self.path}: not a sound shard: {error}", _REMAKE) from error
+        with open_hdf5(self.path) as file, damage_of(self.path, "shard", _REMAKE):
+            yield file
 
     def read_row(self, row: int, out: np.ndarray, view: str = ORIGINAL, check: bool = False) -> None:
         """Read one row into `out`, a contiguous (*grid) array of `dtype`.

@@ -252,7 +252,7 @@ class FeatureStore:
             )
         with open_hdf5(path) as file:
             single = check_format(file, path, INDEX_FORMAT, SHARD_FORMAT) == SHARD_FORMAT
-            try:
+            with damage_of(path, "index", _REMAKE):
                 self.split = str(file.attrs.get("split", ""))
                 self.provenance: dict[str, Any] = json.loads(file.attrs["provenance"])
                 self.grid_shape: tuple[int, ...] = tuple(self.provenance["grid_shape"])
@@ -268,8 +268,6 @@ class FeatureStore:
                 if not single:
                     names, sizes = decode_texts(file["shard_name"]), file["shard_rows"][:].tolist()
                     hashes = decode_texts(file["shard_sha256"])
-            except (KeyError, ValueError, OSError, TypeError, RuntimeError) as error:
-                raise StoreError(f"{path}: not a sound index: {error}", _REMAKE) from error
         self.shard_paths = [self._inside(name) for name in names]
         self._starts = np.cumsum([0, *sizes])
         if not len(self.image_ids) == len(self.valid) == len(self.file_names) == self._starts[-1]:

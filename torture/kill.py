@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import shutil
-import time
 from pathlib import Path
 
 import numpy as np
 
-from extract.cluster import WHOLE, Share
+from extract.cluster import Share
 from extract.verify import verify_store
 from torture import children, runs
 from torture.case import Part, contents, require
 from torture.stores import extract_all, write_photos
-from train.checkpoint import find_checkpoint, load_checkpoint
+from train.checkpoint import load_checkpoint
 
 
 def _prepare_extraction(folder: Path) -> None:
     photos = write_photos(folder / "photos")
-    begin = time.monotonic()
-    children.run([lambda: _extract(photos, folder / "calm" / "s.h5", WHOLE)], [None])
-    (folder / "seconds").write_text(str(time.monotonic() - begin))
-
-
-def _extract(photos: Path, output: Path, share: Share) -> None:
-    extract_all(photos, output, share)
+    (folder / "seconds").write_text(str(children.seconds_of(lambda: extract_all(photos, folder / "calm" / "s.h5"))))
 
 
 def _run_extraction(folder: Path, rng: np.random.Generator) -> str:
@@ -32,14 +25,14 @@ def _run_extraction(folder: Path, rng: np.random.Generator) -> str:
     photos, output = folder / "photos", folder / "rough" / "s.h5"
     seconds = float((folder / "seconds").read_text())
     workers = 3 if rng.random() < 0.4 else 1
-    jobs = [(lambda i=i: _extract(photos, output, Share(i, workers))) for i in range(workers)]
+    jobs = [(lambda i=i: extract_all(photos, output, Share(i, workers))) for i in range(workers)]
     moments = [float(rng.uniform(0, 1.2 * seconds)) if i == 0 or rng.random() < 0.5 else None for i in range(workers)]
     children.run(jobs, moments)
     if output.exists():
         problems = verify_store(output).problems
         require(not problems, f"an index stands beside what is not whole: {problems[:1]}")
     if rng.random() < 0.1 or output.exists():
-        children.run([lambda: _extract(photos, output, WHOLE)], [None])
+        children.run([lambda: extract_all(photos, output)], [None])
         found, expected = contents(folder / "rough"), contents(folder / "calm")
         require(found.keys() == expected.keys(), f"other files: {sorted(found.keys() ^ expected.keys())}")
         require(found == expected, "other bytes")
@@ -49,9 +42,7 @@ def _run_extraction(folder: Path, rng: np.random.Generator) -> str:
 
 
 def _prepare_training(folder: Path) -> None:
-    begin = time.monotonic()
-    children.run([lambda: runs.prepare(folder)], [None])
-    (folder / "seconds").write_text(str(time.monotonic() - begin))
+    (folder / "seconds").write_text(str(children.seconds_of(lambda: runs.prepare(folder))))
 
 
 def _run_training(folder: Path, rng: np.random.Generator) -> str:
@@ -66,10 +57,7 @@ def _run_training(folder: Path, rng: np.random.Generator) -> str:
         load_checkpoint(rough, "last")
     if rng.random() < 0.2:
         children.run([job], [None])
-        ours, theirs = find_checkpoint(rough, "last"), find_checkpoint(calm, "last")
-        require(ours.name == theirs.name, f"{ours.name} in place of {theirs.name}")
-        same = (ours / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
-        require(same, "other weights")
+        runs.require_same_weights(rough, calm)
         left = [path.name for path in rough.rglob("*") if ".tmp" in path.name]
         require(not left, f"left behind: {left}")
         shutil.rmtree(rough)

@@ -9,7 +9,9 @@ from typing import Any
 from common.annotations import FolderImages
 from common.config import load_config
 from common.store import FeatureStore
+from torture.case import require
 from torture.stores import extract_all, write_photos
+from train.checkpoint import find_checkpoint
 from train.inputs import join_captions
 from train.loop import fit
 
@@ -29,6 +31,14 @@ def prepare(folder: Path) -> None:
     images = [{"id": r.image_id, "file_name": r.file_name} for r in records]
     (folder / "captions.json").write_text(json.dumps({"images": images, "annotations": captions}))
     train(folder, folder / "calm", resume=False)
+
+
+def require_same_weights(run: Path, calm: Path) -> None:
+    """Raise FailedError unless two runs ended at the same step with the same bytes."""
+    ours, theirs = find_checkpoint(run, "last"), find_checkpoint(calm, "last")
+    require(ours.name == theirs.name, f"{ours.name} in place of {theirs.name}")
+    same = (ours / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
+    require(same, "other weights")
 
 
 def train(folder: Path, output: Path, resume: bool) -> list[dict[str, Any]]:

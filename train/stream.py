@@ -224,9 +224,9 @@ class CaptionStream:
     def _load(self, images: np.ndarray, epoch: int | None) -> CaptionBatch:
         rows = self.data.rows[images]
         store = self.data.store
-        # Checked: under a hundredth of a step's time, in a thread beside it, and a flipped bit trains nothing.
         drawn = epoch is not None and len(store.views) > 1
         views = choose_views(len(store.views), self.seed, epoch or 0, rows) if drawn else None
+        # Checked: under a hundredth of a step's time, in a thread beside it, and a flipped bit trains nothing.
         grids = torch.from_numpy(store.rows(rows, views=views, check=True)).flatten(1, 2)
         encoded = []
         for image, row in zip(images, rows, strict=True):
