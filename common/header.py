@@ -53,8 +53,22 @@ def unpack_header(path: Path, kind: str, keys: Collection[str], remake: str) -> 
     if version != VERSION:
         raise other_version(path, version)
     if size != values["size"]:
-        raise StoreError(f"{path}: truncated: {size} bytes of {values['size']}", remake)
+        what = "truncated" if size < values["size"] else "was written to"
+        raise StoreError(f"{path}: {what}: {size} bytes in place of {values['size']}", remake)
     return values
+
+
+def format_of(path: Path) -> str | None:
+    """What a file's header says the file is, "" if it is damaged; None if there is none, or it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            block = file.read(HEADER_BYTES)
+    except OSError:  # whoever reads on says why
+        return None
+    try:
+        return str(json.loads(block)["format"]) if block.startswith(b"{") else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return ""
 
 
 class KnownFile:

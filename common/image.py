@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import errno
+import functools
+import io
 import os
+import stat
+import time
 import warnings
 from pathlib import Path
 
@@ -13,6 +17,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 LETTERBOX_GREY = 128
 MAX_PIXELS = 89_478_485  # Pillow's own limit, where it only warns: a quarter of a GiB of RGB
+MAX_SECONDS = 10  # of computing for one image; waiting for a disk is not counted
+# The bytes that a decoder is given at once, between looks at the clock, times the pixels. A scan of a JPEG has ten
+# bytes at least, and was measured to take 1.4 ns a pixel: so the next look comes after a second or so.
+_BYTES_TIMES_PIXELS = 7_000_000_000
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # the limit is checked below
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # on odd metadata, in the middle of a bar
@@ -20,6 +28,44 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # on o
 
 class BadImageError(Exception):
     """An image that cannot be used; the message is the reason, in a few words."""
+
+
+class _WatchedFile(io.BufferedReader):
+    """A file whose reader gets an error once it has computed for too long.
+
+    The time that a JPEG takes has no limit in its size: thousands of its scans, each of a few bytes, may go over all
+    of its pixels. A thread cannot be stopped from outside, but Pillow's decoders come back for more of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        # Without O_NONBLOCK a named pipe would be waited for before it can be looked at.
+        super().__init__(io.FileIO(path, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)))
+        self._begin = time.thread_time()
+        if not stat.S_ISREG(os.fstat(self.fileno()).st_mode):
+            self.close()
+            raise BadImageError("not a regular file")
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if time.thread_time() - self._begin > MAX_SECONDS:
+            raise BadImageError(f"takes more than {MAX_SECONDS} s to decode")
+        return super().read(size)
+
+
+@functools.cache
+def _real(folder: Path) -> str:
+    return os.path.realpath(folder)
+
+
+def image_path(folder: Path, name: str, follow_links: bool) -> Path:
+    """Where an image of a folder is.
+
+    Raises:
+        BadImageError: a link leads out of the folder, and that is not allowed.
+    """
+    path = folder / name
+    if not follow_links and not Path(os.path.realpath(path)).is_relative_to(_real(folder)):
+        raise BadImageError("a link leads out of the image folder (--set data.follow_links=true allows it)")
+    return path
 
 
 def load_square(path: Path, side: int, geometry: str) -> np.ndarray:
@@ -35,7 +81,7 @@ def load_square(path: Path, side: int, geometry: str) -> np.ndarray:
         uint8 (side, side, 3), RGB.
 
     Raises:
-        BadImageError: missing, empty, truncated, no image, too large.
+        BadImageError: missing, empty, truncated, no image, too large, or takes too long.
     """
     return np.asarray(_square(load_rgb(path), side, geometry))
 
@@ -66,12 +112,14 @@ def load_rgb(path: Path) -> Image.Image:
     frame of an animation.
 
     Raises:
-        BadImageError: missing, empty, truncated, no image, too large.
+        BadImageError: missing, empty, truncated, no image, too large, or takes too long.
     """
     try:
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
+        with _WatchedFile(path) as file, Image.open(file) as image:
+            pixels = image.width * image.height
+            if pixels > MAX_PIXELS:
                 raise BadImageError("too many pixels")
+            image.decodermaxblock = max(256, min(1 << 16, _BYTES_TIMES_PIXELS // max(1, pixels)))
             return _to_rgb(ImageOps.exif_transpose(image))
     except (BadImageError, MemoryError):
         raise

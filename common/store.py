@@ -36,7 +36,7 @@ import numpy as np
 from common.errors import MismatchError, StoreError
 from common.files import replacing, sha256_of
 from common.hdf5 import damage_of, open_hdf5
-from common.header import HEADER_BYTES, VERSION, KnownFile, pack_header, unpack_header
+from common.header import HEADER_BYTES, VERSION, KnownFile, format_of, pack_header, unpack_header
 from common.shard import (
     ORIGINAL,
     SHARD_FORMAT,
@@ -90,14 +90,20 @@ def write_index(
             header.write(pack_header(INDEX_FORMAT, values))
 
 
-def index_hash(path: Path) -> str | None:
-    """The SHA-256 that an index has in its header, of all that follows; None if other tools rewrote it.
+def check_index(path: Path) -> None:
+    """Compare an index with the SHA-256 in its header, before HDF5 reads it.
+
+    HDF5 does not survive some flipped bits in the map that shows all shards as one array: it ends the process. What
+    has no such header is let through: a single shard, an index that other tools rewrote, no store at all.
 
     Raises:
-        StoreError: missing, or the header is damaged.
+        StoreError: it is not what was written.
     """
-    values = unpack_header(path, INDEX_FORMAT, ("size", "sha256"), _REMAKE)
-    return None if values is None else str(values["sha256"])
+    if format_of(path) in (None, SHARD_FORMAT):
+        return
+    header = unpack_header(path, INDEX_FORMAT, ("size", "sha256"), _REMAKE)
+    if header is not None and header["sha256"] != sha256_of(path, HEADER_BYTES):
+        raise StoreError(f"{path}: damaged: differs from the SHA-256 in its header", _REMAKE)
 
 
 def _fill_index(
@@ -250,6 +256,7 @@ class FeatureStore:
                 f"{path}: not complete yet: its shards are in {path.with_suffix('')}, the index is not written",
                 "run the same extract-features command again: it makes just what is missing",
             )
+        check_index(path)
         with open_hdf5(path) as file:
             single = check_format(file, path, INDEX_FORMAT, SHARD_FORMAT) == SHARD_FORMAT
             with damage_of(path, "index", _REMAKE):
@@ -469,16 +476,18 @@ MATCHED = ("encoder", "layer", "weights", "preprocessing", "grid_shape", "dtype"
 
 
 def differences(wanted: Mapping[str, Any], found: Mapping[str, Any], keys: Sequence[str] = MATCHED) -> list[str]:
-    """What differs between two provenances, a line a key. Weights are told apart by their SHA-256 alone."""
+    """What differs between two provenances, a line a value. Weights are told apart by their SHA-256 alone."""
     lines = []
     for key in keys:
         a, b = wanted.get(key), found.get(key)
-        if key == "weights" and isinstance(a, dict) and isinstance(b, dict) and a.get("sha256"):
+        if not isinstance(a, dict) or not isinstance(b, dict):
+            if a != b:
+                lines.append(f"{key} {_short(a)} there, {_short(b)} here")
+        elif key == "weights" and a.get("sha256"):
             if a["sha256"] != b.get("sha256"):
                 lines.append(f"{key} {_short(a)} there, {_short(b)} here")
-            continue
-        if a != b:
-            lines.append(f"{key} {_short(a)} there, {_short(b)} here")
+        else:
+            lines += [f"{key}.{line}" for line in differences(a, b, sorted({*a, *b}))]
     return lines
 
 
@@ -488,17 +497,20 @@ def _short(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
-def check_same_features(wanted: Mapping[str, Any], found: Mapping[str, Any], who: str, what: str) -> None:
+def check_same_features(
+    wanted: Mapping[str, Any], found: Mapping[str, Any], who: str, what: str, views: bool = False
+) -> None:
     """Make sure that grids come from the same encoder, layer, weights, preprocessing, shape and type.
 
     Args:
         wanted, found: two provenances.
         who, what: name them in the message: "runs/x was trained on", "features/test.h5 holds".
+        views: whether the same views of each image must be there too.
 
     Raises:
         MismatchError: with every difference.
     """
-    if lines := differences(wanted, found):
+    if lines := differences(wanted, found, (*MATCHED, "views") if views else MATCHED):
         raise MismatchError(
             f"{who} other features than {what}: {'; '.join(lines)}",
             "extract with the same encoder, weights and preprocessing, or train a decoder on these features",

@@ -160,9 +160,11 @@ def read_plan(folder: Path) -> Plan:
     path = folder / FILE
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        if data["format"] != FORMAT or data["version"] != VERSION:
+        if data["format"] != FORMAT:
+            raise ValueError(f"of the format {data['format']!r}")
+        if data["version"] != VERSION:
             raise StoreError(
-                f"{path}: a plan of another format or version",
+                f"{path}: a plan of version {data['version']}, and this gridcap reads version {VERSION}",
                 "use the gridcap that made it, or choose another --output",
             )
         lists = tuple(

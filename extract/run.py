@@ -20,7 +20,7 @@ from common.files import TEMPORARY_SUFFIX, remove_leftovers, write_text
 from common.hdf5 import damage_of, open_hdf5
 from common.image import decoder_name
 from common.shard import ShardReader, check_format, read_header, stored_bytes
-from common.store import INDEX_FORMAT, FeatureStore
+from common.store import INDEX_FORMAT, FeatureStore, check_index
 from extract.cluster import WHOLE, Share
 from extract.encoder import describe_features, identify_weights
 from extract.image_list import Image, ImageList
@@ -211,6 +211,7 @@ def _indexed_plan(job: Job, plan: Plan) -> str | None:
     """
     if not job.output.exists():
         return None
+    check_index(job.output)
     with open_hdf5(job.output) as index:
         check_format(index, job.output, INDEX_FORMAT)
         with damage_of(job.output):

@@ -15,8 +15,8 @@ from common.files import sha256_of
 from common.hdf5 import damage_of, open_hdf5
 from common.header import HEADER_BYTES
 from common.shard import ShardReader, check_format, decode_texts, read_header
-from common.store import INDEX_FORMAT, index_hash
-from extract.plan import Plan, read_plan, store_folder
+from common.store import INDEX_FORMAT, check_index
+from extract.plan import FILE, Plan, read_plan, store_folder
 
 # What is checked, in the order of the table; each names one kind of problem.
 CHECKS = (
@@ -112,7 +112,13 @@ def plan_of(path: Path) -> Plan:
     Raises:
         StoreError: there is none, or it is unreadable.
     """
-    return read_plan(store_folder(path))
+    folder = store_folder(path)
+    if not (folder / FILE).exists():
+        raise StoreError(
+            f"{path}: has no plan ({folder / FILE}), so it is no store of extract-features or import-features",
+            "give the index file that one of them wrote, beside the folder of its shards",
+        )
+    return read_plan(folder)
 
 
 def repair(path: Path, report: Report) -> list[Path]:
@@ -145,6 +151,12 @@ class _Index:
 def _read_index(path: Path, plan: Plan, report: Report) -> _Index | None:
     """What the index says, after comparing it with its own hash and with the plan; None if it is not sound."""
     folder = store_folder(path)
+    try:
+        check_index(path)
+    except StoreError as error:
+        report.note("whole-file SHA-256", 1, "", error.what)
+        return None
+    report.note("whole-file SHA-256", 1, "", None)
     with open_hdf5(path) as file:
         check_format(file, path, INDEX_FORMAT)
         with damage_of(path):
@@ -155,10 +167,6 @@ def _read_index(path: Path, plan: Plan, report: Report) -> _Index | None:
         report.note("belongs to the plan", 1, "", None)
         appended = "images were appended since, and are not all there yet" if digest != plan.digest() else None
         report.note("index there and complete", 1, "", f"{path}: {appended}" if appended else None)
-        same = index_hash(path) in (None, sha256_of(path, HEADER_BYTES))
-        report.note("whole-file SHA-256", 1, "", None if same else f"{path}: differs from the index's header")
-        if not same:
-            return None
         try:
             ids, names = file["image_id"], file["file_name"].asstr()
             shards = [shard for shard in range(plan.shards) if plan.rows_of(shard).stop <= len(ids)]

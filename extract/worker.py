@@ -23,7 +23,7 @@ from tqdm import tqdm
 from common.config import PipelineConfig, allowed_bad
 from common.device import choose_device
 from common.errors import ExtractionError, MismatchError
-from common.image import BadImageError, load_square
+from common.image import BadImageError, image_path, load_square
 from common.progress import progress_bar
 from common.shard import ORIGINAL, ShardReader, ShardWriter, UnstorableError, returned_type
 from extract.cluster import Share
@@ -269,7 +269,15 @@ class Worker:
     def _load(self, row: int, shard: int, side: int) -> np.ndarray | str:
         """An image, or the reason why it is none."""
         try:
-            return load_square(self._job.images / self._name(row, shard), side, self._config.extract.geometry)
+            path = self._path(row, shard)
+            return path if isinstance(path, str) else load_square(path, side, self._config.extract.geometry)
+        except BadImageError as error:
+            return str(error)
+
+    def _path(self, row: int, shard: int) -> Path | str:
+        """Where an image is, or the reason why it is not read."""
+        try:
+            return image_path(self._job.images, self._name(row, shard), self._config.data.follow_links)
         except BadImageError as error:
             return str(error)
 
@@ -309,15 +317,14 @@ class Worker:
         if self._config.extract.decoder == "pillow":
             futures = [pool.submit(self._load, row, shard, side) for row in rows]
             return lambda: [future.result() for future in futures]
-        paths = [self._job.images / self._name(row, shard) for row in rows]
+        return pool.submit(self._load_many, rows, shard, side).result
+
+    def _load_many(self, rows: Sequence[int], shard: int, side: int) -> list[np.ndarray | str]:
+        places = [self._path(row, shard) for row in rows]
         device, geometry = choose_device(self._config.extract.device), self._config.extract.geometry
-        batch = pool.submit(load_squares, paths, side, geometry, device)
-
-        def collect() -> list[np.ndarray | str]:
-            images, rejects = batch.result()
-            return [rejects.get(position, image) for position, image in enumerate(images)]
-
-        return collect
+        images, rejects = load_squares([path for path in places if isinstance(path, Path)], side, geometry, device)
+        loaded = iter([rejects.get(position, image) for position, image in enumerate(images)])
+        return [next(loaded) if isinstance(path, Path) else path for path in places]
 
 
 class _ShardStore:

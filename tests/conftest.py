@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from common.files import sha256_of
+from torture.forge import sign_checkpoint
 
 _NODE = Path(__file__).parent / "slurm_one_node.sh"
 _PATIENCE = 300  # seconds until starting or stopping it counts as failed
@@ -41,12 +40,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture
 def sign() -> Callable[[Path], None]:
     """Write a checkpoint's checksums anew, as somebody does who means harm, or an editor who means well."""
-
-    def write(folder: Path) -> None:
-        files = [path for path in folder.iterdir() if path.name != "sha256.json"]
-        (folder / "sha256.json").write_text(json.dumps({path.name: sha256_of(path) for path in files}))
-
-    return write
+    return sign_checkpoint
 
 
 _BROWSER = (

@@ -26,6 +26,7 @@ def _prepare(folder: Path) -> None:
     extract_all(write_photos(folder / "photos"), folder / "store" / "s.h5")
     shutil.copytree(folder / "store", folder / "whole")
     runs.prepare(folder / "run")
+    runs.train(folder / "run", folder / "run" / "calm", resume=False)
 
 
 def _run(folder: Path, rng: np.random.Generator) -> str:

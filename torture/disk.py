@@ -27,11 +27,10 @@ _DISK = 64 << 20
 
 def _prepare(folder: Path) -> None:
     photos = write_photos(folder / "photos")
-    for name, job in (
-        ("extraction", lambda: extract_all(photos, folder / "calm" / "s.h5")),
-        ("training", lambda: runs.prepare(folder / "run")),
-    ):
-        (folder / name).write_text(str(children.seconds_of(job)))
+    children.measure(lambda: extract_all(photos, folder / "calm" / "s.h5"), folder / "extraction.json")
+    run = folder / "run"
+    children.run([lambda: runs.prepare(run)], [None])
+    children.measure(lambda: runs.train(run, run / "calm", resume=False), folder / "training.json")
 
 
 @contextlib.contextmanager
@@ -68,7 +67,7 @@ def _fill(disk: Path, left: int) -> Path:
 
 def _run(folder: Path, rng: np.random.Generator) -> str:
     kind = "extraction" if rng.random() < 0.6 else "training"
-    seconds, left = float((folder / kind).read_text()), int(rng.integers(_MOST_LEFT))
+    seconds, left = children.extent_of(folder / f"{kind}.json").seconds, int(rng.integers(_MOST_LEFT))
     with _small_disk(folder / "disk", _DISK) as disk:
         job, check = _jobs(folder, disk, kind)
         child = children.start(job)

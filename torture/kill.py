@@ -1,8 +1,12 @@
-"""SIGKILL at random moments, of one process or some of three, until the work is done; then every byte is compared."""
+"""SIGKILL at random moments and between any two steps on the disk, until the work is done; then bytes are compared.
+
+Of one process, or of some of three that share the work. Neither job has processes of its own beneath it.
+"""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,19 +19,27 @@ from torture.stores import extract_all, write_photos
 from train.checkpoint import load_checkpoint
 
 
+def _killed(
+    job: Callable[[], object], extent: children.Extent, rng: np.random.Generator
+) -> tuple[Callable[[], object], float]:
+    """A job and the moment at which it is to be killed: a random one, or between two steps on the disk."""
+    if rng.random() < 0.5:
+        return job, float(rng.uniform(0, 1.2 * extent.seconds))
+    return children.dying_at(job, int(rng.integers(extent.events))), children.BY_ITSELF
+
+
 def _prepare_extraction(folder: Path) -> None:
     photos = write_photos(folder / "photos")
-    (folder / "seconds").write_text(str(children.seconds_of(lambda: extract_all(photos, folder / "calm" / "s.h5"))))
+    children.measure(lambda: extract_all(photos, folder / "calm" / "s.h5"), folder / "extent.json")
 
 
 def _run_extraction(folder: Path, rng: np.random.Generator) -> str:
     """One kill: work that is not finished goes on in the next case."""
     photos, output = folder / "photos", folder / "rough" / "s.h5"
-    seconds = float((folder / "seconds").read_text())
-    workers = 3 if rng.random() < 0.4 else 1
+    extent, workers = children.extent_of(folder / "extent.json"), 3 if rng.random() < 0.4 else 1
     jobs = [(lambda i=i: extract_all(photos, output, Share(i, workers))) for i in range(workers)]
-    moments = [float(rng.uniform(0, 1.2 * seconds)) if i == 0 or rng.random() < 0.5 else None for i in range(workers)]
-    children.run(jobs, moments)
+    killed = [_killed(job, extent, rng) if i == 0 or rng.random() < 0.5 else (job, None) for i, job in enumerate(jobs)]
+    children.run([job for job, _ in killed], [moment for _, moment in killed])
     if output.exists():
         problems = verify_store(output).problems
         require(not problems, f"an index stands beside what is not whole: {problems[:1]}")
@@ -42,7 +54,8 @@ def _run_extraction(folder: Path, rng: np.random.Generator) -> str:
 
 
 def _prepare_training(folder: Path) -> None:
-    (folder / "seconds").write_text(str(children.seconds_of(lambda: runs.prepare(folder))))
+    children.run([lambda: runs.prepare(folder)], [None])
+    children.measure(lambda: runs.train(folder, folder / "calm", resume=False), folder / "extent.json")
 
 
 def _run_training(folder: Path, rng: np.random.Generator) -> str:
@@ -51,8 +64,8 @@ def _run_training(folder: Path, rng: np.random.Generator) -> str:
     def job() -> None:
         runs.train(folder, rough, resume=(rough / "config.yaml").exists())
 
-    moment = float(rng.uniform(0, float((folder / "seconds").read_text())))
-    children.run([job], [moment])
+    killed, moment = _killed(job, children.extent_of(folder / "extent.json"), rng)
+    children.run([killed], [moment])
     if (rough / "checkpoints.json").exists():
         load_checkpoint(rough, "last")
     if rng.random() < 0.2:

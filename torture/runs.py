@@ -19,7 +19,7 @@ _WORDS = ("red", "green", "blue", "grey", "small", "large", "ring", "cross")
 
 
 def prepare(folder: Path) -> None:
-    """A store, its captions, and a run that nothing disturbs."""
+    """A store and its captions."""
     photos = write_photos(folder / "photos")
     extract_all(photos, folder / "train.h5")
     records = list(FolderImages(photos))
@@ -30,7 +30,6 @@ def prepare(folder: Path) -> None:
     ]
     images = [{"id": r.image_id, "file_name": r.file_name} for r in records]
     (folder / "captions.json").write_text(json.dumps({"images": images, "annotations": captions}))
-    train(folder, folder / "calm", resume=False)
 
 
 def require_same_weights(run: Path, calm: Path) -> None:
@@ -41,15 +40,16 @@ def require_same_weights(run: Path, calm: Path) -> None:
     require(same, "other weights")
 
 
-def train(folder: Path, output: Path, resume: bool) -> list[dict[str, Any]]:
-    """Train, or go on with, the run in `output`."""
+def train(folder: Path, output: Path, resume: bool, init_from: Path | None = None) -> list[dict[str, Any]]:
+    """Train, or go on with, the run in `output`; `init_from` gives another's decoder."""
     decoder = {"family": "attention", "embed_size": 8, "hidden_size": 12, "attention_size": 6, "dropout": 0.2}
     config = load_config(
         None,
         {
             "train.decoder": decoder, "train.output": output, "train.epochs": 3, "train.batch_size": 4,
             "train.captions_per_image": 2, "train.max_length": 8, "train.ema": 0.9, "train.checkpoint_steps": 2,
-            "train.precision": "float32", "train.device": "cpu", "train.learning_rate": 0.01,
+            "train.init_from": init_from, "train.precision": "float32", "train.device": "cpu",
+            "train.learning_rate": 0.01,
         },
     )  # fmt: skip
     with FeatureStore(folder / "train.h5") as store:

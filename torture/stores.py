@@ -13,7 +13,7 @@ import extract.worker
 from common.annotations import FolderImages
 from common.config import PipelineConfig, load_config
 from extract.cluster import WHOLE, Share
-from extract.encoder import PendingGrids, describe_features
+from extract.encoder import GridEncoder, PendingGrids, describe_features
 from extract.worker import Job, Summary
 
 GRID = (2, 2, 3)
@@ -44,6 +44,12 @@ def use_mean_encoder() -> None:
     """Put MeanEncoder in the place of the CNN, in this process."""
     setattr(extract.worker, "GridEncoder", MeanEncoder)  # noqa: B010 (mypy would not have it otherwise)
     setattr(extract.run, "describe_features", _describe)  # noqa: B010
+
+
+def use_real_encoder() -> None:
+    """Put the CNN back in its place."""
+    setattr(extract.worker, "GridEncoder", GridEncoder)  # noqa: B010
+    setattr(extract.run, "describe_features", describe_features)  # noqa: B010
 
 
 def write_photos(folder: Path) -> Path:

@@ -20,6 +20,8 @@ PARTS = {  # name -> where its Part stands
     "images": "torture.images:PART",
     "captions": "torture.captions:PART",
     "soak": "torture.soak:PART",
+    "hostile": "torture.hostile:PART",
+    "mismatch": "torture.mismatch:PART",
 }
 _PREPARED = "prepared"
 

@@ -176,7 +176,14 @@ def load_checkpoint(path: Path, which: str = "best") -> Checkpoint:
     vocabulary = Vocabulary.load(folder / "vocabulary.json")
     with _damage_of(folder / "model.safetensors"):
         decoder = build_decoder(config.train.decoder, len(vocabulary), grid_shape)
-        decoder.load_state_dict(load_file(folder / "model.safetensors"))
+        weights = load_file(folder / "model.safetensors")
+        try:
+            decoder.load_state_dict(weights)
+        except RuntimeError as error:  # whose first line does not say what is wrong
+            lines = [line.strip() for line in str(error).splitlines()]
+            raise ValueError(
+                f"does not fit its configuration, its grids and its vocabulary of {len(vocabulary)} words: {lines[-1]}"
+            ) from error
     return Checkpoint(folder, decoder.eval(), vocabulary, config, provenance)
 
 

@@ -269,7 +269,8 @@ class _Trainer:
 
     def _resume(self) -> Run:
         loaded = load_checkpoint(find_checkpoint(self.output, "last"))
-        check_same_features(loaded.provenance, self.train.store.provenance, f"{self.output} was trained on", "these")
+        provenance = self.train.store.provenance  # an epoch draws among the views, so they must be the same
+        check_same_features(loaded.provenance, provenance, f"{self.output} was trained on", "these", views=True)
         then, now = loaded.config.train, self.settings
         free = set(_FREE_TO_CHANGE) - ({"epochs"} if now.schedule.kind == "cosine" else set())
         was, is_now = then.model_dump(), now.model_dump()

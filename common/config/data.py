@@ -32,6 +32,9 @@ class DataConfig(Section):
     max_bad: str = Field(
         "20%", description="stop when more than this many images or annotations are bad: a number, or a share as 5%"
     )
+    follow_links: bool = Field(
+        False, description="read images through links that lead out of their folder, as in a folder of links"
+    )
 
     @field_validator("max_bad", mode="before")
     @classmethod

@@ -15,29 +15,9 @@ from common.hdf5 import check_own_data, damage_of
 from common.shard import ShardReader
 from common.store import FeatureStore
 from extract.importers import open_source
+from torture.forge import WAYS_OUT, sign_index
 
 OUTSIDE = "lie in other files|is a link to another place"
-
-
-def _external_link(file: h5py.File, name: str, other: Path) -> None:
-    file[name] = h5py.ExternalLink(other, "secret")
-
-
-def _soft_link(file: h5py.File, name: str, other: Path) -> None:
-    file[name] = h5py.SoftLink("/somewhere")
-
-
-def _virtual(file: h5py.File, name: str, other: Path) -> None:
-    layout = h5py.VirtualLayout((4, 2, 2, 3), "<f2")
-    layout[:] = h5py.VirtualSource(other, "secret", (4, 2, 2, 3))
-    file.create_virtual_dataset(name, layout)
-
-
-def _external_storage(file: h5py.File, name: str, other: Path) -> None:
-    file.create_dataset(name, (4, 2, 2, 3), "<f2", external=[(str(other), 0, h5py.h5f.UNLIMITED)])
-
-
-WAYS = [_external_link, _soft_link, _virtual, _external_storage]
 
 
 @pytest.fixture
@@ -47,7 +27,7 @@ def secret(tmp_path: Path) -> Path:
     return tmp_path / "secret.h5"
 
 
-@pytest.mark.parametrize("lead_outside", WAYS)
+@pytest.mark.parametrize("lead_outside", WAYS_OUT)
 @pytest.mark.parametrize("name", ["features", "image_id", "crc32"])
 def test_a_shard_whose_numbers_lie_elsewhere_is_refused(
     tmp_path: Path, make_grids: Any, write_shard: Any, secret: Path, lead_outside: Callable[..., None], name: str
@@ -63,7 +43,7 @@ def test_a_shard_whose_numbers_lie_elsewhere_is_refused(
         assert str(path) in caught.value.what
 
 
-@pytest.mark.parametrize("lead_outside", WAYS)
+@pytest.mark.parametrize("lead_outside", WAYS_OUT)
 def test_an_index_whose_columns_lie_elsewhere_is_refused(
     tmp_path: Path, write_store: Any, secret: Path, lead_outside: Callable[..., None]
 ) -> None:
@@ -71,11 +51,12 @@ def test_an_index_whose_columns_lie_elsewhere_is_refused(
     with h5py.File(path, "r+") as file:
         del file["image_id"]
         lead_outside(file, "image_id", secret)
+    sign_index(path)
     with pytest.raises(StoreError, match=OUTSIDE):
         FeatureStore(path)
 
 
-@pytest.mark.parametrize("lead_outside", WAYS)
+@pytest.mark.parametrize("lead_outside", WAYS_OUT)
 @pytest.mark.parametrize("name", ["features", "42"])
 def test_features_of_other_origin_that_lie_elsewhere_are_not_imported(
     tmp_path: Path, secret: Path, lead_outside: Callable[..., None], name: str
@@ -96,6 +77,7 @@ def test_a_file_name_that_is_no_text_any_more_is_an_error_that_names_the_index(
     content = bytearray(path.read_bytes())
     content[place] = 0xAE
     path.write_bytes(content)
+    sign_index(path)
     with FeatureStore(path) as store, pytest.raises(StoreError, match=r"train\.h5: not a sound HDF5 file: 'utf-8'"):
         list(store.file_names)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import threading
 import zlib
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.image import LETTERBOX_GREY, BadImageError, decoder_name, load_rgb, load_square
+from common.image import LETTERBOX_GREY, BadImageError, decoder_name, image_path, load_rgb, load_square
 
 RED, GREEN, BLUE, YELLOW = (220, 30, 30), (20, 160, 60), (30, 50, 210), (240, 220, 20)
 WHITE = (255, 255, 255)
@@ -233,11 +234,56 @@ def test_a_missing_file_is_called_missing(tmp_path: Path) -> None:
 
 
 def test_a_file_nobody_may_read_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path) -> None:
+    def refuse(path: Path, flags: int) -> int:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Image, "open", refuse)  # root, who runs CI, may read everything
+    monkeypatch.setattr("common.image.os.open", refuse)  # root, who runs CI, may read everything
     assert refused(tmp_path / "a.jpg") == "no permission to read"
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_named_pipe_or_a_device_is_not_waited_for(tmp_path: Path, link: bool) -> None:
+    os.mkfifo(tmp_path / "a.jpg")
+    if link:
+        (tmp_path / "a.jpg").unlink()
+        (tmp_path / "a.jpg").symlink_to("/dev/zero")
+    assert refused(tmp_path / "a.jpg") == "not a regular file"
+
+
+def test_a_small_jpeg_that_would_be_decoded_for_minutes_is_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A progressive JPEG may have any number of scans over all of its pixels; each takes its time."""
+    buffer = io.BytesIO()
+    Image.new("L", (2048, 2048), 77).save(buffer, "JPEG", progressive=True)
+    whole = buffer.getvalue()
+    last_scan = whole[whole.rfind(b"\xff\xda") : -2]
+    path = tmp_path / "scans.jpg"
+    path.write_bytes(whole[:-2] + 40 * last_scan + whole[-2:])
+    assert load_square(path, 8, "stretch").min() == 77, "some more are decoded"
+    path.write_bytes(whole[:-2] + 20_000 * last_scan + whole[-2:])
+    monkeypatch.setattr("common.image.MAX_SECONDS", 0.2)
+    assert refused(path) == "takes more than 0.2 s to decode"
+
+
+def test_a_link_that_leads_out_of_the_folder_is_followed_only_if_asked(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "photos", tmp_path / "elsewhere"
+    (folder / "sub").mkdir(parents=True)
+    elsewhere.mkdir()
+    for place in (folder / "sub", elsewhere):
+        (place / "a.png").touch()
+    (folder / "in.png").symlink_to("sub/a.png")
+    (folder / "out.png").symlink_to(elsewhere / "a.png")
+    (folder / "back.png").symlink_to("../elsewhere/a.png")
+    (folder / "other").symlink_to(elsewhere)
+    (tmp_path / "link").symlink_to(folder)
+    for root in (folder, tmp_path / "link"):
+        for name in ("sub/a.png", "in.png"):
+            assert image_path(root, name, False) == root / name
+        for name in ("out.png", "back.png", "other/a.png"):
+            assert image_path(root, name, True) == root / name
+            with pytest.raises(BadImageError, match=r"leads out of the image folder.*follow_links"):
+                image_path(root, name, False)
 
 
 def test_a_small_file_that_unpacks_to_a_billion_pixels_is_refused(tmp_path: Path) -> None:
@@ -261,14 +307,14 @@ def test_the_pixel_limit_holds_while_other_threads_decode(tmp_path: Path, monkey
     real_open = Image.open
     small_is_in, large_is_in, small_is_out = threading.Event(), threading.Event(), threading.Event()
 
-    def interleaved_open(path: Path) -> Image.Image:
-        if path.name == "small.png":
+    def interleaved_open(file: io.BufferedReader) -> Image.Image:
+        if Path(file.name).name == "small.png":
             small_is_in.set()
             large_is_in.wait(10)
         else:
             large_is_in.set()
             small_is_out.wait(10)
-        return real_open(path)
+        return real_open(file)
 
     def load_small() -> None:
         load_rgb(tmp_path / "small.png")

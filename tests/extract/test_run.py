@@ -163,6 +163,20 @@ def test_a_missing_image_is_a_reject(fake: Any, photos: Any, job: Any) -> None:
         assert store.valid.tolist() == [True, True, True, False, True]
 
 
+@pytest.mark.parametrize("follow", [False, True])
+def test_a_link_out_of_the_image_folder_is_a_reject_unless_links_are_followed(
+    fake: Any, photos: Any, job: Any, tmp_path: Path, follow: bool
+) -> None:
+    folder = photos(5)
+    (folder / "0003.png").rename(tmp_path / "secret.png")
+    (folder / "0003.png").symlink_to(tmp_path / "secret.png")
+    config, prepared = job(folder, **{"data.follow_links": follow})
+    summary = extract_features(config, prepared, progress=False)
+    with FeatureStore(prepared.output) as store:
+        assert store.valid.tolist() == [True, True, True, follow, True]
+    assert all("follow_links=true allows it" in reason for reason in summary.rejects)
+
+
 def test_a_shard_of_nothing_but_rejects_is_a_shard_too(fake: Any, photos: Any, extracted: Any) -> None:
     folder = photos(8, bad={4: "x", 5: "x", 6: "x", 7: "x"})
     job, _ = extracted(folder, extract__shard_size=4, data__max_bad="50%")

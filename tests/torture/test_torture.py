@@ -15,7 +15,10 @@ from torture.case import damaged
 from torture.images import mutated
 from torture.worker import PARTS, find
 
-CASES = {"kill-extraction": 8, "kill-training": 2, "disk": 4, "bits": 20, "images": 200, "captions": 40, "soak": 3}
+CASES = {
+    "kill-extraction": 8, "kill-training": 2, "disk": 4, "bits": 20, "images": 200, "captions": 40, "soak": 3,
+    "hostile": 25, "mismatch": 25,
+}  # fmt: skip
 
 
 @pytest.mark.slow
