@@ -16,10 +16,8 @@ A grid is (row, column, channel); (P, channel) with a square P is made one, and 
 from __future__ import annotations
 
 import hashlib
-import io
 import math
-import pickle
-import zipfile
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,14 +27,16 @@ import h5py
 import numpy as np
 
 from common.annotations import ImageRecord, id_from_name
-from common.errors import StoreError, UserError
+from common.errors import GridcapError, StoreError, UserError, first_line
 from common.files import sha256_of
 from common.hdf5 import check_own_data
 from common.shard import ORIGINAL, UnstorableError
+from extract.array_pickle import load_arrays
 from extract.image_list import ImageList
 from extract.plan import FILE, Plan, settle_plan, shard_writer, store_folder, write_planned_index
 
 _SUFFIXES = ("_grids", "_features")
+_ID = re.compile("[0-9]{1,18}")  # which 64 bits can hold
 _KNOWN = "a folder of .npy or .npz, a .pkl, a .npz, or an .h5 file: see import-features --help"
 
 
@@ -71,7 +71,7 @@ def open_source(path: Path, on_file: Callable[[int], object] = lambda _: None) -
         if path.is_dir():
             return _open_folder(path, on_file)
         if path.suffix.lower() in (".pkl", ".pickle"):
-            return _of_mapping(_load_pickle(path), "pickled dict", sha256_of(path))
+            return _of_mapping(load_arrays(path), "pickled dict", sha256_of(path))
         if path.suffix.lower() == ".npz":
             with np.load(path, allow_pickle=False) as arrays:
                 return _open_arrays({name: arrays[name] for name in arrays.files}, path, "arrays in one .npz")
@@ -79,9 +79,19 @@ def open_source(path: Path, on_file: Callable[[int], object] = lambda _: None) -
             return _open_hdf5(path)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file or folder", f"give {_KNOWN}") from error
-    except (OSError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError, EOFError, KeyError) as error:
-        raise UserError(f"{path}: cannot be read: {error}", f"give {_KNOWN}") from error
+    except GridcapError:
+        raise
+    except Exception as error:  # numpy, pickle, zipfile and HDF5 raise whatever a damaged file leads them to
+        raise UserError(f"{path}: cannot be read: {_reason(error)}", f"give {_KNOWN}") from error
     raise UserError(f"{path}: no known layout of features", f"give {_KNOWN}")
+
+
+def _reason(error: Exception) -> str:
+    return (
+        first_line(error)[:200]
+        if isinstance(error, (OSError, ValueError))
+        else f"{type(error).__name__}: {error}"[:200]
+    )
 
 
 def _open_folder(folder: Path, on_file: Callable[[int], object]) -> Source:
@@ -153,35 +163,6 @@ def _of_mapping(values: Mapping[Any, Any], layout: str, sha256: str) -> Source:
     return Source(list(arrays), arrays.__getitem__, layout, sha256)
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickles numpy arrays and plain containers, and refuses every other name before it is looked up."""
-
-    _ALLOWED = frozenset(
-        {
-            ("collections", "OrderedDict"),
-            ("_codecs", "encode"),  # bytes in old pickle protocols
-            ("numpy", "ndarray"),
-            ("numpy", "dtype"),
-            *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
-            *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
-        }
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._ALLOWED:
-            raise pickle.UnpicklingError(
-                f"it holds {module}.{name}, and only numpy arrays and plain containers are read"
-            )
-        return super().find_class(module, name)
-
-
-def _load_pickle(path: Path) -> Mapping[Any, Any]:
-    loaded = _ArrayUnpickler(io.BytesIO(path.read_bytes())).load()
-    if not isinstance(loaded, dict) or not loaded:
-        raise UserError(f"{path}: holds no dict of arrays", "pickle a dict: file name or image id -> array")
-    return loaded
-
-
 def as_grid(array: np.ndarray) -> np.ndarray:
     """Any of the known shapes as (row, column, channel).
 
@@ -202,6 +183,11 @@ def as_grid(array: np.ndarray) -> np.ndarray:
     )
 
 
+def _id_of(key: str) -> int:
+    """The image id that a key is, or one made from it."""
+    return int(key) if _ID.fullmatch(key) else id_from_name(key)
+
+
 def match_keys(source: Source, records: Sequence[ImageRecord] | None) -> list[tuple[ImageRecord, str]]:
     """Pair images with keys of the source: by file name, its last part, its stem, or the image id.
 
@@ -213,12 +199,12 @@ def match_keys(source: Source, records: Sequence[ImageRecord] | None) -> list[tu
         UserError: no image of the captions file is in the source.
     """
     if records is None:
-        return [(ImageRecord(int(key) if key.isdigit() else id_from_name(key), key), key) for key in source.keys]
+        return [(ImageRecord(_id_of(key), key), key) for key in source.keys]
     names: dict[str, str] = {}
     for key in source.keys:
         for alias in (Path(key).stem, Path(key).name, key):
             names[alias] = key
-        if key.isdigit():
+        if _ID.fullmatch(key):
             names[str(int(key))] = key
     pairs = []
     for record in records:
@@ -259,7 +245,7 @@ def import_features(
         StoreError: a value that the stored type cannot hold.
     """
     loaded_as = "float32" if dtype == "uint8" else dtype  # the writer makes the 8 bits
-    first_grid = _grid(source, pairs[0][1], loaded_as, None)
+    first_grid = read_grid(source, pairs[0][1], loaded_as, None)
     provenance = {
         "encoder": "imported",
         "layer": source.layout,
@@ -280,7 +266,7 @@ def import_features(
         first = plan.rows_of(shard).start
         with shard_writer(folder, plan, shard) as writer:
             for row in plan.rows_of(shard):
-                grid = _grid(source, pairs[row][1], loaded_as, first_grid.shape)
+                grid = read_grid(source, pairs[row][1], loaded_as, first_grid.shape)
                 try:
                     writer.write(row - first, grid[None], {})
                 except UnstorableError as error:
@@ -291,12 +277,26 @@ def import_features(
     return plan.images
 
 
-def _grid(source: Source, key: str, dtype: str, shape: tuple[int, ...] | None) -> np.ndarray:
+def read_grid(source: Source, key: str, dtype: str, shape: tuple[int, ...] | None) -> np.ndarray:
+    """One image's grid.
+
+    Args:
+        dtype: of the result.
+        shape: that it must have, or None.
+
+    Returns:
+        (row, column, channel), contiguous.
+
+    Raises:
+        UserError: unreadable, no grid, or of another shape.
+    """
     try:
         with np.errstate(over="ignore"):
             grid = np.ascontiguousarray(as_grid(source.read(key)), dtype)
         if shape is not None and grid.shape != shape:
             raise ValueError(f"has the shape {grid.shape}, and the first has {shape}")
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
-        raise UserError(f"{key}: {error}", "every image needs an array of numbers of one and the same shape") from error
+    except Exception as error:  # as in open_source
+        raise UserError(
+            f"{key}: {_reason(error)}", "every image needs an array of numbers of one and the same shape"
+        ) from error
     return grid

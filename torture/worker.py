@@ -22,6 +22,7 @@ PARTS = {  # name -> where its Part stands
     "soak": "torture.soak:PART",
     "hostile": "torture.hostile:PART",
     "mismatch": "torture.mismatch:PART",
+    "fuzz": "torture.fuzz:PART",
 }
 _PREPARED = "prepared"
 

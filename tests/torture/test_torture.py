@@ -17,7 +17,7 @@ from torture.worker import PARTS, find
 
 CASES = {
     "kill-extraction": 8, "kill-training": 2, "disk": 4, "bits": 20, "images": 200, "captions": 40, "soak": 3,
-    "hostile": 25, "mismatch": 25,
+    "hostile": 25, "mismatch": 25, "fuzz": 2,
 }  # fmt: skip
 
 
