@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import io
 import os
+import select
 import socket
+import struct
+import urllib.parse
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -188,7 +194,13 @@ def test_captions_can_be_drawn_by_chance(browse: Callable[..., Any], captioner: 
 
 @pytest.mark.parametrize(
     ("data", "said"),
-    [(b"not an image", "not an image"), (b"", "empty file"), ("cut", "truncated"), ("huge", "pixels")],
+    [
+        (b"not an image", "not an image"),
+        (b"", "empty file"),
+        ("cut", "truncated"),
+        ("huge", "pixels"),
+        ("bomb", "too many pixels"),
+    ],
 )
 def test_a_bad_file_gets_a_sentence(
     browse: Callable[..., Any], scenes: Any, tmp_path: Path, data: Any, said: str, capfd: Any
@@ -199,6 +211,12 @@ def test_a_bad_file_gets_a_sentence(
         data = whole[: len(whole) // 2]
     elif data == "huge":
         Image.fromarray(np.zeros((10_000, 5_001), np.uint8)).save(path)
+    elif data == "bomb":  # a file of a few kilobytes that unpacks to a billion pixels
+        small = io.BytesIO()
+        Image.new("L", (8, 8)).save(small, "png")
+        header = struct.pack(">II", 40_000, 40_000) + small.getvalue()[24:29]
+        checksum = struct.pack(">I", zlib.crc32(b"IHDR" + header))
+        path.write_bytes(small.getvalue()[:16] + header + checksum + small.getvalue()[33:])
     if isinstance(data, bytes):
         path.write_bytes(data)
     opened = browse()
@@ -206,6 +224,55 @@ def test_a_bad_file_gets_a_sentence(
     opened.locator(".toast-body").get_by_text(said).wait_for()
     assert "cannot be captioned" in opened.locator(".toast-body").first.inner_text()
     assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def test_a_file_that_is_too_large_gets_a_sentence_and_the_next_is_captioned(
+    browse: Callable[..., Any], captioner: Captioner, scenes: Any, tmp_path: Path
+) -> None:
+    from caption.web import MOST_BYTES
+
+    (tmp_path / "large.jpg").write_bytes(bytes(MOST_BYTES + 1))
+    opened = browse()
+    upload(opened, tmp_path / "large.jpg")
+    opened.locator(".toast-body").get_by_text("maximum").wait_for()
+    photo = sorted(scenes(1).iterdir())[0]
+    upload(opened, photo)
+    assert alternatives(opened) == [caption.text for caption in captioner.alternatives(photo, SEARCH)]
+
+
+def test_an_upload_of_a_gigabyte_is_cut_off_and_not_kept(
+    served: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whoever writes requests by hand meets the same limit as the browser."""
+    from caption.web import MOST_BYTES
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "kept"))
+    address = urllib.parse.urlsplit(served())
+    head = b'--X\r\nContent-Disposition: form-data; name="files"; filename="a.jpg"\r\n\r\n'
+    whole, sent = 1 << 30, 0
+    status = b""
+    with socket.create_connection((address.hostname, address.port), timeout=60) as line:
+        asked = f"POST /gradio_api/upload HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Length: {len(head) + whole}\r\n"
+        line.sendall(f"{asked}Content-Type: multipart/form-data; boundary=X\r\n\r\n".encode() + head)
+        with contextlib.suppress(ConnectionError):
+            while sent < whole and not select.select([line], [], [], 0)[0]:
+                sent += line.send(bytes(1 << 20))
+        with contextlib.suppress(ConnectionError):
+            status = line.recv(100)
+    assert sent < whole // 2, "and no more was taken"
+    assert b" 413 " in status
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) <= MOST_BYTES
+
+
+def test_a_file_name_that_is_html_is_no_html_on_the_page(
+    browse: Callable[..., Any], captioner: Captioner, scenes: Any, tmp_path: Path
+) -> None:
+    photo = tmp_path / "<img src=x onerror=document.title='ran'>.png"
+    Image.open(sorted(scenes(1).iterdir())[0]).save(photo)
+    opened = browse()
+    upload(opened, photo)
+    assert alternatives(opened) == [caption.text for caption in captioner.alternatives(photo, SEARCH)]
+    assert opened.title() == "Gridcap"
 
 
 def test_a_phone_needs_no_sideways_scrolling(browse: Callable[..., Any], scenes: Any) -> None:
