@@ -14,7 +14,7 @@ from common.annotations import list_images
 from common.command import flag, pipeline_command, show_config
 from common.config import CaptionConfig, PipelineConfig
 from common.errors import EXIT_REJECTS, UserError
-from common.files import write_json
+from common.files import check_writable, write_json
 
 if TYPE_CHECKING:
     from caption.captioner import Caption, Captioner
@@ -90,6 +90,9 @@ def main(
         click.echo(f"dry run: would caption {len(paths)} images with {found_at}")
         return
 
+    for path in (output, attention, report):
+        if path is not None:
+            check_writable(path)
     captioner = Captioner.load(*checkpoints, device=config.extract.device, weights=weights)
     if attention is not None and not captioner.has_attention:
         raise UserError(

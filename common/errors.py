@@ -7,6 +7,7 @@ Exit statuses of every command: 0 success, 1 a failure, 2 a mistake in what the 
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 
 EXIT_FAILURE = 1
 EXIT_USER = 2
@@ -80,7 +81,7 @@ _OS_HINTS = {
     errno.EROFS: "the file system is read-only: choose another --output",
     errno.ENOENT: "check the path for a typing error",
     errno.ENOTDIR: "a part of the path is a file, not a folder: choose another path",
-    errno.EEXIST: "something of that name is there already: choose another path",
+    errno.EEXIST: "a file stands where a folder is needed: choose another path",
     errno.EISDIR: "a file is needed here, and this is a folder",
 }
 
@@ -95,4 +96,9 @@ def from_os_error(error: OSError) -> GridcapError:
     """Turn an operating-system error into one with a path and a next step."""
     where = f"{error.filename}: " if error.filename else ""
     what = f"{where}{error.strerror or error}"
+    if error.errno == errno.EEXIST and error.filename and Path(error.filename).is_symlink():
+        return GridcapError(
+            f"{where}a link to {Path(error.filename).readlink()}, which is not there",
+            "make what the link leads to, or choose another path",
+        )
     return GridcapError(what, _OS_HINTS.get(error.errno or 0, "run again with --debug to see where it happened"))

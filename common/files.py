@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -84,13 +85,32 @@ def fsync_path(path: Path) -> None:
 
 @contextlib.contextmanager
 def temporary_file(path: Path) -> Iterator[Path]:
-    """Give a temporary name beside `path` to write to; what is still there at the end is removed."""
+    """Give a temporary name beside `path` to write to; what is still there at the end is removed.
+
+    An operating-system error names `path`: a full disk names nothing, and a temporary name tells the user nothing.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_sibling(path)
     try:
         yield temporary
+    except OSError as error:
+        if error.filename in (None, str(temporary), temporary):
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Find out before long work whether its result can be written; makes the folder that it goes to.
+
+    Raises:
+        OSError: it cannot.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    with temporary_file(path) as temporary:
+        temporary.touch()
 
 
 def put_in_place(temporary: Path, path: Path) -> None:

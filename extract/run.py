@@ -250,8 +250,8 @@ def _index(job: Job, plan: Plan, summary: Summary, others_rewrite: bool) -> None
             write_planned_index(job.output, plan)
             _whole(job, summary)
             return
-        except StoreError:
-            if not others_rewrite:
+        except StoreError:  # also: another worker that ends now put its index, of the same bytes, in this one's place
+            if attempt == _INDEX_ATTEMPTS - 1 and not others_rewrite:
                 raise
             time.sleep(0.1 * attempt)
     summary.complete = False

@@ -11,6 +11,7 @@ import click
 from common.command import flag, pipeline_command, show_config
 from common.config import PipelineConfig
 from common.errors import GridcapError, UserError
+from common.files import check_writable
 from common.store import FeatureStore, check_same_features
 
 if TYPE_CHECKING:
@@ -115,6 +116,9 @@ def evaluate_decoder(
         also = "" if report is None else f" and {report}"
         click.echo(f"dry run: would evaluate {what} on {len(data)} images into {output}{also}")
         return
+    for path in (output, report):
+        if path is not None:
+            check_writable(path)
     training, why = _training_captions(loaded.config)
     result = evaluate(
         loaded, data, config.caption, config.train.device, training, config.seed, keep_looks=report is not None

@@ -49,6 +49,17 @@ def test_a_folder_is_the_images_in_it_and_nothing_is_captioned_twice(fake: Any, 
     assert list(lines(result)) == [str(folder / n) for n in ("2.jpg", "0.jpg", "deep/1.JPG")]
 
 
+@pytest.mark.parametrize(("flag", "name"), [("--output", "c.json"), ("--attention", "a.png"), ("--report", "r.html")])
+def test_a_place_that_cannot_be_written_is_said_before_anything_is_captioned(
+    fake: Any, scenes: Any, checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str, name: str
+) -> None:
+    monkeypatch.setattr(Captioner, "load", lambda *_, **__: pytest.fail("the checkpoint was loaded"))
+    (tmp_path / "file").touch()
+    result = run("--checkpoint", checkpoint(), scenes(1), flag, tmp_path / "file" / name)
+    assert result.exit_code == 1
+    assert "a file stands where a folder is needed" in result.stderr
+
+
 def test_batches_do_not_change_the_captions(fake: Any, scenes: Any, checkpoint: Any) -> None:
     folder, checkpoint_folder = scenes(5), checkpoint()
     one = run("--checkpoint", checkpoint_folder, folder, "--batch-size", 1)

@@ -293,6 +293,13 @@ def test_an_os_error_names_the_path_and_what_to_do(number: int, hint: str) -> No
     assert hint in todo
 
 
+def test_a_link_to_nothing_in_the_place_of_a_folder_is_called_one(tmp_path: Path) -> None:
+    (tmp_path / "runs").symlink_to(tmp_path / "gone")
+    result = run(lambda *_, **__: (tmp_path / "runs" / "x").mkdir(parents=True, exist_ok=True))
+    assert result.exit_code == 1
+    assert f"{tmp_path / 'runs'}: a link to {tmp_path / 'gone'}, which is not there" in result.stderr
+
+
 def test_an_os_error_without_a_path_still_says_what() -> None:
     result = run(raising(OSError(errno.ENOSPC, "No space left on device")))
     assert result.exit_code == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from common.files import (
+    check_writable,
     fsync_path,
     publish_text,
     remove_leftovers,
@@ -190,3 +192,28 @@ def test_without_hard_links_a_file_is_published_all_the_same(tmp_path: Path, mon
     assert publish_text(tmp_path / "plan.json", "text")
     assert (tmp_path / "plan.json").read_text() == "text"
     assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_whether_a_file_can_be_written_is_known_beforehand_and_nothing_is_left(tmp_path: Path) -> None:
+    (tmp_path / "old.json").write_text("old")
+    check_writable(tmp_path / "new" / "a.json")
+    check_writable(tmp_path / "old.json")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["new", "old.json"]
+    assert (tmp_path / "old.json").read_text() == "old"
+    with pytest.raises(IsADirectoryError) as folder:
+        check_writable(tmp_path / "new")
+    assert folder.value.filename == str(tmp_path / "new")
+    with pytest.raises(FileExistsError):
+        check_writable(tmp_path / "old.json" / "a.json")
+
+
+def test_a_full_disk_names_the_file_that_was_to_be_written(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space") as caught, replacing(tmp_path / "a.json"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.filename == str(tmp_path / "a.json")
+
+
+def test_an_error_names_no_temporary_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught, replacing(tmp_path / "a.json") as temporary:
+        temporary.read_text()
+    assert caught.value.filename == str(tmp_path / "a.json")

@@ -831,6 +831,28 @@ def test_a_survey_counts_what_is_there_and_what_is_mine(fake: Any, photos: Any, 
     assert survey(prepared, plan, Share(0, 2)).missing == []
 
 
+def test_an_index_that_another_worker_replaces_while_it_is_read_is_read_again(
+    fake: Any, photos: Any, job: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a kill of one of three workers showed: the two others ended together, and one of them with an error."""
+    config, prepared = job(photos(5, bad={2: "text"}))
+    opened = []
+
+    class Replaced(FeatureStore):
+        def __init__(self, path: Path) -> None:
+            super().__init__(path)
+            opened.append(path)
+            if len(opened) == 1:
+                shutil.copy(path, path.with_suffix(".other"))
+                path.with_suffix(".other").replace(path)
+
+    monkeypatch.setattr("extract.run.FeatureStore", Replaced)
+    summary = extract_features(config, prepared, progress=False)
+    assert summary.complete
+    assert summary.examples == {"not an image": ["0002.png"]}
+    assert len(opened) == 2
+
+
 def test_an_index_that_does_not_fit_its_shards_is_written_anew(
     fake: Any, photos: Any, job: Any, extracted: Any, tmp_path: Path
 ) -> None:

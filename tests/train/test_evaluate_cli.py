@@ -75,6 +75,12 @@ def test_a_dry_run_of_evaluation_writes_nothing(project, invoke, files):
     assert files(project) == before
 
 
+def test_a_place_that_cannot_be_written_is_said_before_anything_is_decoded(project, invoke, monkeypatch):
+    monkeypatch.setattr("train.evaluate.evaluate", lambda *_, **__: pytest.fail("the captions were decoded"))
+    asked = (evaluate_decoder, "--checkpoint", "runs/done", "--features", "features/test.h5")
+    assert "a file stands where a folder is needed" in invoke(*asked, "--output", "test.json/e.json", status=1)
+
+
 def test_missing_captions_for_evaluation_are_a_users_error(project, new_data, invoke, sign):
     (project / "pipeline.yaml").unlink()
     new_data(project / "odd.h5", 6, split="odd")
