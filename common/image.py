@@ -18,7 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 LETTERBOX_GREY = 128
 MAX_PIXELS = 89_478_485  # Pillow's own limit, where it only warns: a quarter of a GiB of RGB
 MAX_SECONDS = 10  # of computing for one image; waiting for a disk is not counted
-# The bytes that a decoder is given at once, between looks at the clock, times the pixels. A scan of a JPEG has ten
+# The bytes that the decoder of JPEG is given at once, between looks at the clock, times the pixels. A scan has ten
 # bytes at least, and was measured to take 1.4 ns a pixel: so the next look comes after a second or so.
 _BYTES_TIMES_PIXELS = 7_000_000_000
 
@@ -119,7 +119,8 @@ def load_rgb(path: Path) -> Image.Image:
             pixels = image.width * image.height
             if pixels > MAX_PIXELS:
                 raise BadImageError("too many pixels")
-            image.decodermaxblock = max(256, min(1 << 16, _BYTES_TIMES_PIXELS // max(1, pixels)))
+            if image.format in ("JPEG", "MPO"):
+                image.decodermaxblock = max(256, min(1 << 16, _BYTES_TIMES_PIXELS // max(1, pixels)))
             return _to_rgb(ImageOps.exif_transpose(image))
     except (BadImageError, MemoryError):
         raise
