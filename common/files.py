@@ -94,7 +94,7 @@ def temporary_file(path: Path) -> Iterator[Path]:
     try:
         yield temporary
     except OSError as error:
-        if error.filename in (None, str(temporary), temporary):
+        if error.errno is not None and error.filename in (None, str(temporary), temporary):
             error.filename = str(path)
         raise
     finally:

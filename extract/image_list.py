@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from common.errors import StoreError
+from common.errors import StoreError, UserError
 from common.files import put_in_place, temporary_file
 
 Image = tuple[int, str]  # image_id, file_name
+_MOST_NAME = 4096  # bytes, as of a path on Linux; a column of a store is as wide as its longest name
 _quoted = json.encoder.encode_basestring
 
 
@@ -48,7 +49,11 @@ class ImageList:
 
     @classmethod
     def make(cls, images: Iterable[Image], shard_size: int, folder: Path | None = None) -> ImageList:
-        """Go through the images once; with a `folder`, write the list there."""
+        """Go through the images once; with a `folder`, write the list there.
+
+        Raises:
+            UserError: a file name of more than 4096 bytes.
+        """
         if folder is None:
             return cls._scan(images, shard_size, None)
         with temporary_file(folder / "images.jsonl") as temporary:
@@ -68,7 +73,7 @@ class ImageList:
             checksums.append(zlib.crc32(lines))
             offsets.append(offsets[-1] + len(lines))
             total += len(part)
-            longest = max(longest, *(len(name.encode()) for _, name in part))
+            longest = max(longest, *(_length(*image) for image in part))
             if sink is not None:
                 sink.write(lines)
         return cls(total, digest.hexdigest(), longest, tuple(offsets), tuple(checksums))
@@ -80,6 +85,16 @@ class ImageList:
             StoreError: the list is missing or damaged.
         """
         return _read_lines(folder / self.file, self.offsets[shard], self.offsets[shard + 1], self.crc32[shard])
+
+
+def _length(image_id: int, name: str) -> int:
+    length = len(name.encode())
+    if length > _MOST_NAME:
+        raise UserError(
+            f"image {image_id}: its file name {name[:40]!r}... has {length} bytes; a path has {_MOST_NAME} at most",
+            "mend its entry in the captions file, or its key among the features",
+        )
+    return length
 
 
 @functools.lru_cache(maxsize=8)

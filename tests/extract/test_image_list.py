@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.errors import StoreError
+from common.errors import StoreError, UserError
 from extract.image_list import ImageList
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
@@ -57,3 +57,12 @@ def test_a_list_that_cannot_be_gone_through_leaves_no_file(tmp_path: Path) -> No
     with pytest.raises(OSError, match="gone"):
         ImageList.make(broken(), 8, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("write", [False, True])
+def test_a_name_longer_than_any_path_is_refused(tmp_path: Path, write: bool) -> None:
+    """The column of names is as wide as the longest: one of a megabyte would take one for every image."""
+    assert ImageList.make([(1, "a" * 4096)], 10).name_bytes == 4096
+    with pytest.raises(UserError, match=r"image 7: its file name 'äääää.* has 4098 bytes"):
+        ImageList.make([(1, "a.jpg"), (7, "ä" * 2049)], 10, tmp_path if write else None)
+    assert not list(tmp_path.iterdir())
