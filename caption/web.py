@@ -22,7 +22,7 @@ from PIL import Image
 
 from caption.captioner import Caption, Captioner
 from common.config import CaptionConfig
-from common.image import BadImageError
+from common.image import FORMATS, BadImageError
 from common.report import ReportImage, describe_encoder, render_image
 
 MOST_BYTES = 20 << 20
@@ -115,7 +115,7 @@ def _check(path: Path) -> None:
     if path.stat().st_size > MOST_BYTES:
         raise _RefusedError(f"it is larger than {MOST_BYTES >> 20} MB")
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             width, height = image.size
     except Exception:  # whatever is wrong with it, `load_rgb` says it better
         return

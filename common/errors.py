@@ -92,11 +92,15 @@ def first_line(error: BaseException) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
+def _leads_nowhere(path: Path) -> bool:
+    return path.is_symlink() and not path.exists()
+
+
 def from_os_error(error: OSError) -> GridcapError:
     """Turn an operating-system error into one with a path and a next step."""
     where = f"{error.filename}: " if error.filename else ""
     what = f"{where}{error.strerror or error}"
-    if error.errno == errno.EEXIST and error.filename and Path(error.filename).is_symlink():
+    if error.errno == errno.EEXIST and error.filename and _leads_nowhere(Path(error.filename)):
         return GridcapError(
             f"{where}a link to {Path(error.filename).readlink()}, which is not there",
             "make what the link leads to, or choose another path",

@@ -19,6 +19,7 @@ from typing import Any
 TEMPORARY_SUFFIX = ".tmp"
 
 
+_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors that come without a name from a write
 _ABANDONED_AFTER = 24 * 3600  # seconds; no shard takes so long to write
 _TEMPORARY_NAME = re.compile(r"\..+\.(?P<machine>[^/]+)-(?P<process>\d+)-[0-9a-f]{8}" + re.escape(TEMPORARY_SUFFIX))
 
@@ -94,7 +95,7 @@ def temporary_file(path: Path) -> Iterator[Path]:
     try:
         yield temporary
     except OSError as error:
-        if error.errno is not None and error.filename in (None, str(temporary), temporary):
+        if (error.filename is None and error.errno in _OF_DISKS) or error.filename in (str(temporary), temporary):
             error.filename = str(path)
         raise
     finally:

@@ -19,6 +19,7 @@ from common.errors import StoreError
 
 VERSION = 2
 HEADER_BYTES = 4096
+_HDF5 = b"\x89HDF\r\n\x1a\n"  # how HDF5 begins
 
 
 def pack_header(kind: str, values: Mapping[str, Any]) -> bytes:
@@ -48,13 +49,14 @@ def unpack_header(path: Path, kind: str, keys: Collection[str], remake: str) -> 
             raise ValueError("other keys than a header has")
         if pack_header(kind, values) != block and version == VERSION:
             raise ValueError("not as it was written")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        size_then = int(values["size"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StoreError(f"{path}: damaged header: {error}", remake) from error
     if version != VERSION:
         raise other_version(path, version)
-    if size != values["size"]:
-        what = "truncated" if size < values["size"] else "was written to"
-        raise StoreError(f"{path}: {what}: {size} bytes in place of {values['size']}", remake)
+    if size != size_then:
+        what = "truncated" if size < size_then else "was written to"
+        raise StoreError(f"{path}: {what}: {size} bytes in place of {size_then}", remake)
     return values
 
 
@@ -62,11 +64,13 @@ def format_of(path: Path) -> str | None:
     """What a file's header says the file is, "" if it is damaged; None if there is none, or it cannot be read."""
     try:
         with open(path, "rb") as file:
-            block = file.read(HEADER_BYTES)
+            block, begin = file.read(HEADER_BYTES), file.read(len(_HDF5))
     except OSError:  # whoever reads on says why
         return None
+    if not block.startswith(b"{") or begin != _HDF5:
+        return None
     try:
-        return str(json.loads(block)["format"]) if block.startswith(b"{") else None
+        return str(json.loads(block)["format"])
     except (ValueError, KeyError, TypeError, RecursionError):
         return ""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import stat
 import time
 import warnings
@@ -13,14 +14,18 @@ from pathlib import Path
 import numpy as np
 import PIL
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 
 LETTERBOX_GREY = 128
 MAX_PIXELS = 89_478_485  # Pillow's own limit, where it only warns: a quarter of a GiB of RGB
 MAX_SECONDS = 10  # of computing for one image; waiting for a disk is not counted
-# The bytes that the decoder of JPEG is given at once, between looks at the clock, times the pixels. A scan has ten
-# bytes at least, and was measured to take 1.4 ns a pixel: so the next look comes after a second or so.
-_BYTES_TIMES_PIXELS = 7_000_000_000
-_SMALLEST_PIECE = 256
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # Pillow would run Ghostscript for an EPS under any name
+# One scan of a JPEG was measured to take 1.4 ns a pixel: so many of them are given to the decoder between two looks at
+# the clock that the next look comes after a second or so.
+_SCANS_TIMES_PIXELS = 700_000_000
+SCAN = b"\xff\xda"  # how each begins; in its data 0xff is followed by 0
+_NO_NAME = re.compile("[\0\ud800-\udfff]")  # in a name that no file can have
+_PIECE = 1 << 16  # what decoders ask for at once; the reads of a header are smaller
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # the limit is checked below
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # on odd metadata, in the middle of a bar
@@ -30,46 +35,60 @@ class BadImageError(Exception):
     """An image that cannot be used; the message is the reason, in a few words."""
 
 
-class _WatchedFile(io.BufferedReader):
+class WatchedFile(io.BufferedReader):
     """A file whose reader gets an error once it has computed for too long.
 
     The time that a JPEG takes has no limit in its size: thousands of its scans, each of a few bytes, may go over all
     of its pixels. A thread cannot be stopped from outside, but Pillow's decoders come back for more of the file.
+
+    Attributes:
+        scans: of a JPEG that are given at once.
     """
 
     def __init__(self, path: Path) -> None:
         # Without O_NONBLOCK a named pipe would be waited for before it can be looked at.
         super().__init__(io.FileIO(path, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)))
         self._begin = time.thread_time()
+        self.scans: int | None = None
         if not stat.S_ISREG(os.fstat(self.fileno()).st_mode):
             self.close()
             raise BadImageError("not a regular file")
 
     def read(self, size: int | None = -1, /) -> bytes:
-        # The many small reads of a header need no look: it takes longer than they do.
-        if (size is None or not 0 <= size < _SMALLEST_PIECE) and time.thread_time() - self._begin > MAX_SECONDS:
+        if size is not None and 0 <= size < _PIECE:
+            return super().read(size)
+        if time.thread_time() - self._begin > MAX_SECONDS:
             raise BadImageError(f"takes more than {MAX_SECONDS} s to decode")
-        return super().read(size)
+        piece = super().read(size)
+        if self.scans is not None and piece.count(SCAN) > self.scans:
+            whole, end = len(piece), 0
+            for _ in range(self.scans + 1):
+                end = piece.index(SCAN, end) + len(SCAN)
+            piece = piece[: end - len(SCAN)]
+            self.seek(len(piece) - whole, os.SEEK_CUR)
+        return piece
 
 
 def image_path(folder: Path, name: str, follow_links: bool) -> Path:
     """Where an image of a folder is.
 
     Raises:
-        BadImageError: a link leads out of the folder, and that is not allowed.
+        BadImageError: its name leads out of the folder; or a link does, and that is not allowed.
     """
+    if name.startswith("/") or ".." in name.split("/"):
+        raise BadImageError("its name leads out of the image folder")
+    if _NO_NAME.search(name):
+        raise BadImageError("its name cannot be one of a file")
     path = folder / name
-    if not follow_links and _may_leave(folder, name):
-        inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
-        if not inside:
-            raise BadImageError("a link leads out of the image folder (--set data.follow_links=true allows it)")
+    if follow_links or not _has_link(folder, name):
+        return path
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        raise BadImageError("a link leads out of the image folder (--set data.follow_links=true allows it)")
     return path
 
 
-def _may_leave(folder: Path, name: str) -> bool:
+def _has_link(folder: Path, name: str) -> bool:
     """Whether a name has a link on its way; much quicker than to find out where it leads."""
-    if name.startswith("/") or ".." in name:
-        return True
     place = str(folder)
     for part in name.split("/"):
         place = f"{place}/{part}"
@@ -125,12 +144,17 @@ def load_rgb(path: Path) -> Image.Image:
         BadImageError: missing, empty, truncated, no image, too large, or takes too long.
     """
     try:
-        with _WatchedFile(path) as file, Image.open(file) as image:
+        with WatchedFile(path) as file, Image.open(file, formats=FORMATS) as image:
             pixels = image.width * image.height
-            if pixels > MAX_PIXELS:
+            # libtiff decodes whole tiles, whatever the image takes of them.
+            tile = (
+                image.tag_v2.get(TILEWIDTH, 1) * image.tag_v2.get(TILELENGTH, 1)
+                if isinstance(image, TiffImageFile)
+                else 1
+            )
+            if max(pixels, tile) > MAX_PIXELS:
                 raise BadImageError("too many pixels")
-            if image.format in ("JPEG", "MPO"):
-                image.decodermaxblock = max(_SMALLEST_PIECE, min(1 << 16, _BYTES_TIMES_PIXELS // max(1, pixels)))
+            file.scans = max(1, _SCANS_TIMES_PIXELS // max(1, pixels)) if image.format in ("JPEG", "MPO") else None
             return _to_rgb(ImageOps.exif_transpose(image))
     except (BadImageError, MemoryError):
         raise
@@ -145,6 +169,8 @@ def load_rgb(path: Path) -> Image.Image:
     except UnidentifiedImageError as error:
         raise BadImageError("empty file" if path.stat().st_size == 0 else "not an image") from error
     except OSError as error:
+        if error.errno in (errno.ENXIO, errno.ENODEV):  # a socket, or a device that nothing drives
+            raise BadImageError("not a regular file") from error
         if error.errno in (errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP):
             raise BadImageError(os.strerror(error.errno).lower()) from error
         if error.errno is not None:  # the machine's trouble, not the image's: a network folder that is gone

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from common.files import replacing
-from common.image import BadImageError, load_rgb
+from common.image import BadImageError, image_path, load_rgb
 from common.quantise import as_stored
 from common.store import FeatureStore
 
@@ -165,7 +165,7 @@ def draw_grids(store: FeatureStore, path: Path, images: Path | None = None, coun
         shown = [grid.mean(-1), colour]
         if images is not None:
             try:
-                photo = load_rgb(images / store.file_names[int(row)])
+                photo = load_rgb(image_path(images, store.file_names[int(row)], follow_links=True))
                 photo.thumbnail((480, 480))
                 shown.insert(0, np.asarray(photo))
             except BadImageError:

@@ -23,10 +23,11 @@ from torch.nn import functional
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from common.errors import UserError, first_line
-from common.image import LETTERBOX_GREY, MAX_PIXELS, BadImageError, load_square
+from common.image import LETTERBOX_GREY, MAX_PIXELS, SCAN, BadImageError, WatchedFile, load_square
 
 _PIXELS_AT_ONCE = 2 * MAX_PIXELS  # decoded together: half a GiB of GPU memory
 _ORIENTATION = 0x0112
+_MOST_SCANS = 100  # progressive files have about ten
 _END_OF_IMAGE = b"\xff\xd9"
 
 
@@ -117,19 +118,22 @@ class _Jpeg:
 def _read_plain(path: Path) -> _Jpeg | None:
     """A file for nvJPEG, or None if it is one for Pillow: of another kind, damaged, not readable, too large.
 
-    A file that does not end as a JPEG does may be truncated, of which nvJPEG need not complain.
+    A file that does not end as a JPEG does may be truncated, of which nvJPEG need not complain; one of very many scans
+    may take minutes, and here nothing would cut it off.
     """
     try:
-        with Image.open(path) as image:  # reads the header alone
+        with WatchedFile(path) as file, Image.open(file, formats=("JPEG",)) as image:  # reads the header alone
             pixels = image.width * image.height
             plain = image.format == "JPEG" and image.mode in ("L", "RGB") and pixels <= MAX_PIXELS
             if not plain or image.info.get("adobe_transform") == 0:  # 0: RGB is stored, not YCbCr
                 return None
             orientation = image.getexif().get(_ORIENTATION, 1)
-        data = path.read_bytes()
+            file.seek(0)
+            data = file.read()
     except Exception:  # Pillow will meet it again, and say why
         return None
-    return _Jpeg(data, pixels, orientation) if data.endswith(_END_OF_IMAGE) else None
+    whole = data.endswith(_END_OF_IMAGE) and data.count(SCAN) <= _MOST_SCANS
+    return _Jpeg(data, pixels, orientation) if whole else None
 
 
 def _decode(jpegs: list[_Jpeg], device: torch.device) -> list[Tensor | None]:

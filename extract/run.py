@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import shutil
 import time
 from collections import Counter
@@ -243,18 +244,23 @@ def _index(job: Job, plan: Plan, summary: Summary, others_rewrite: bool) -> None
     """Write the index, and see that it fits its shards.
 
     While other workers retry rejected images, shards change under our hands: whoever finds that its index does not
-    fit writes it again, and the last one's fits.
+    fit writes it again, and the last one's fits. And a worker that ends at the same time may put its index, of the same
+    bytes, in the place of this one's while it is read: then it is read again.
     """
-    for attempt in range(_INDEX_ATTEMPTS):
+    write_planned_index(job.output, plan)
+    for attempt in range(1, _INDEX_ATTEMPTS):
         try:
-            write_planned_index(job.output, plan)
             _whole(job, summary)
             return
-        except StoreError:  # also: another worker that ends now put its index, of the same bytes, in this one's place
-            if attempt == _INDEX_ATTEMPTS - 1 and not others_rewrite:
-                raise
-            time.sleep(0.1 * attempt)
-    summary.complete = False
+        except StoreError:
+            time.sleep(random.uniform(0, 0.2 * attempt))
+        if others_rewrite:
+            with contextlib.suppress(StoreError):
+                write_planned_index(job.output, plan)
+    if others_rewrite:
+        summary.complete = False
+    else:
+        _whole(job, summary)
 
 
 def _whole(job: Job, summary: Summary) -> Summary:

@@ -268,8 +268,8 @@ class Worker:
 
     def _load(self, row: int, shard: int, side: int) -> np.ndarray | str:
         """An image, or the reason why it is none."""
+        path = self._path(row, shard)
         try:
-            path = self._path(row, shard)
             return path if isinstance(path, str) else load_square(path, side, self._config.extract.geometry)
         except BadImageError as error:
             return str(error)

@@ -10,7 +10,7 @@ import numpy as np
 
 from common.config import PipelineConfig
 from common.errors import UserError
-from common.image import BadImageError, load_view
+from common.image import BadImageError, image_path, load_view
 from common.progress import progress_bar
 from common.report import LONGEST, ReportImage, describe_encoder, write_report
 from common.store import FeatureStore
@@ -87,7 +87,8 @@ def _images(result: Evaluation, store: FeatureStore, folder: Path, shown: Sequen
     rows, columns = store.grid_shape[:2] if len(store.grid_shape) == 3 else (1, 1)
     for i in progress_bar(shown, unit="image", desc="report", leave=False):
         try:
-            picture: np.ndarray | str = load_view(folder / result.file_names[i], side, geometry, LONGEST)
+            path = image_path(folder, result.file_names[i], follow_links=True)
+            picture: np.ndarray | str = load_view(path, side, geometry, LONGEST)
         except BadImageError as error:
             picture = str(error)
         words, attention = result.looks[i]

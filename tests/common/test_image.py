@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import os
+import socket
 import struct
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -266,6 +267,42 @@ def test_a_small_jpeg_that_would_be_decoded_for_minutes_is_cut_off(
     assert refused(path) == "takes more than 0.2 s to decode"
 
 
+def test_no_other_program_is_asked_to_draw_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow takes an EPS under any name for what it is, and runs Ghostscript on it."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path / 'ran'}\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (tmp_path / "a.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n%%EOF\n")
+    assert refused(tmp_path / "a.jpg") == "not an image"
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_tile_larger_than_the_image_is_not_decoded(tmp_path: Path) -> None:
+    tags = {256: 16, 257: 16, 258: 8, 259: 8, 262: 1, 277: 1, 322: 22_000, 323: 22_000, 324: 8, 325: 9}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    (tmp_path / "a.tif").write_bytes(b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4))
+    assert refused(tmp_path / "a.tif") == "too many pixels"
+
+
+@pytest.mark.parametrize("follow", [False, True])
+@pytest.mark.parametrize("name", ["../a.png", "/etc/a.png", "b/../../a.png"])
+def test_a_name_that_leads_out_of_the_folder_is_refused_always(tmp_path: Path, name: str, follow: bool) -> None:
+    with pytest.raises(BadImageError, match="its name leads out"):
+        image_path(tmp_path, name, follow)
+
+
+@pytest.mark.parametrize("name", ["a\0.png", "\ud800.png"])
+def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(BadImageError, match="cannot be one of a file"):
+        image_path(tmp_path, name, False)
+
+
+def test_a_socket_is_no_image(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(os.path.relpath(tmp_path / "a.jpg"))
+        assert refused(tmp_path / "a.jpg") == "not a regular file"
+
+
 def test_a_link_that_leads_out_of_the_folder_is_followed_only_if_asked(tmp_path: Path) -> None:
     folder, elsewhere = tmp_path / "photos", tmp_path / "elsewhere"
     (folder / "sub").mkdir(parents=True)
@@ -307,14 +344,14 @@ def test_the_pixel_limit_holds_while_other_threads_decode(tmp_path: Path, monkey
     real_open = Image.open
     small_is_in, large_is_in, small_is_out = threading.Event(), threading.Event(), threading.Event()
 
-    def interleaved_open(file: io.BufferedReader) -> Image.Image:
+    def interleaved_open(file: io.BufferedReader, formats: Sequence[str]) -> Image.Image:
         if Path(file.name).name == "small.png":
             small_is_in.set()
             large_is_in.wait(10)
         else:
             large_is_in.set()
             small_is_out.wait(10)
-        return real_open(file)
+        return real_open(file, formats=formats)
 
     def load_small() -> None:
         load_rgb(tmp_path / "small.png")

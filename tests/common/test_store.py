@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import MismatchError, StoreError
+from common.header import pack_header
 from common.shard import ShardInfo
 from common.store import FeatureStore, check_same_features, differences
 from torture.forge import sign_index
@@ -278,8 +279,34 @@ def test_a_flipped_bit_anywhere_in_an_index_is_found_before_hdf5_reads_it(
     whole = path.read_bytes()
     for position in [*range(7, 60, 7), *range(4096, len(whole), 97)]:
         path.write_bytes(whole[:position] + bytes([whole[position] ^ 16]) + whole[position + 1 :])
-        with pytest.raises(StoreError, match="damaged"):
+        with pytest.raises(StoreError, match=r"damaged|not a readable HDF5 file"):
             FeatureStore(path)
+
+
+def test_a_captions_file_in_the_place_of_a_store_is_not_called_a_damaged_one(tmp_path: Path) -> None:
+    (tmp_path / "captions.json").write_text('{"images": [' + " " * 10_000 + "]}")
+    with pytest.raises(StoreError, match="not a readable HDF5 file"):
+        FeatureStore(tmp_path / "captions.json")
+
+
+@pytest.mark.parametrize("header", [{"size": "5"}, {"size": None}, {"sha256": [[[]]]}])
+def test_a_header_of_other_types_is_a_damaged_one(
+    tmp_path: Path, write_store: WriteStore, header: dict[str, Any]
+) -> None:
+    path, _ = write_store(tmp_path / "train.h5")
+    values = {"size": path.stat().st_size, "sha256": "0" * 64, **header}
+    with path.open("r+b") as file:
+        file.write(pack_header("gridcap-index", values))
+    with pytest.raises(StoreError, match=r"damaged|was written to"):
+        FeatureStore(path)
+
+
+def test_a_header_nested_too_deep_is_a_damaged_one(tmp_path: Path, write_store: WriteStore) -> None:
+    path, _ = write_store(tmp_path / "train.h5")
+    with path.open("r+b") as file:
+        file.write(b'{"a":' + b"[" * 4091)
+    with pytest.raises(StoreError, match="damaged header"):
+        FeatureStore(path)
 
 
 def test_a_failed_index_leaves_the_store_incomplete(

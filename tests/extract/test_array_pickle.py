@@ -83,6 +83,32 @@ def test_a_few_bytes_do_not_take_gigabytes(tmp_path: Path, announced: bytes) -> 
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 19, "KiB"
 
 
+_EXPANDS = [1.0] * 10
+for _ in range(7):
+    _EXPANDS = [_EXPANDS] * 10  # 10^8 numbers in 300 bytes
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\x80\x02})" + b"\x85" * 2_000_000 + b"K\x02s.", "a key of its dict is a tuple"),  # its hash ends the process
+        (b"\x80\x02}K\x01\x85" + b"2\x86" * 40 + b"K\x02s.", "a key of its dict is a tuple"),  # its hash takes years
+        (b"\x80\x02}(K\x01\x85K\x02u.", "a key of its dict is a tuple"),
+        (b"(K\x01\x85K\x02d.", "a key of its dict is a tuple"),
+        (b"\x80\x02ccollections\nOrderedDict\n]]K\x01\x85aK\x02aa\x85R.", "a key of its dict is a tuple"),
+        (b"\x80\x04\x8f.", "it holds a set"),
+        (b"\x80\x02}X\x01\x00\x00\x00ac_codecs\nencode\n}b.", "a state of something that is no array"),
+        (b"\x80\x02cfoo\nx\x1b[2Jdone\n.", r"it holds 'foo\.x\\x1b\[2Jdone'"),
+        (pickle.dumps({"a": _EXPANDS}), "lists in lists"),
+        (pickle.dumps({"a": [[[[[[[[[[1]]]]]]]]]]}), "lists in lists"),
+    ],
+    ids=range(10),
+)  # fmt: skip
+def test_what_would_hang_or_crash_or_deceive_is_refused(tmp_path: Path, content: bytes, said: str) -> None:
+    with pytest.raises(pickle.UnpicklingError, match=said):
+        loaded(tmp_path, content)
+
+
 def test_what_python_2_wrote_is_read(tmp_path: Path) -> None:
     array = np.array([[1.5, -2.5, 3e-5], [7, 8, 9]], "<f4")
     raw, type_end = array.tobytes(), b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"

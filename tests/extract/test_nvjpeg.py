@@ -5,6 +5,7 @@ torchvision decodes on the CPU through the same call as on a GPU, so all but nvJ
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,18 @@ def test_colour_gray_and_progressive_files_of_any_size(
     picture(5, (1, 1)).save(tmp_path / "f.jpg", quality=90)
     assert_as_pillow(sorted(tmp_path.iterdir()), device, geometry=geometry)
     assert decoded == [6], "none of them through Pillow"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_file_of_very_many_scans_and_a_named_pipe_are_left_to_pillow(
+    tmp_path: Path, device: torch.device, decoded: list[int]
+) -> None:
+    picture(1).save(tmp_path / "a.jpg", progressive=True)
+    whole = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(whole[:-2] + 200 * whole[whole.rfind(b"\xff\xda") : -2] + whole[-2:])
+    os.mkfifo(tmp_path / "b.jpg")
+    assert_as_pillow(sorted(tmp_path.iterdir()), device)
+    assert decoded == []
 
 
 @pytest.mark.parametrize("device", DEVICES)
