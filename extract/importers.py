@@ -21,6 +21,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import h5py
@@ -87,11 +88,8 @@ def open_source(path: Path, on_file: Callable[[int], object] = lambda _: None) -
 
 
 def _reason(error: Exception) -> str:
-    return (
-        first_line(error)[:200]
-        if isinstance(error, (OSError, ValueError))
-        else f"{type(error).__name__}: {error}"[:200]
-    )
+    said = first_line(error)[:200]
+    return said if isinstance(error, (OSError, ValueError, UnpicklingError)) else f"{type(error).__name__}: {said}"
 
 
 def _open_folder(folder: Path, on_file: Callable[[int], object]) -> Source:
