@@ -247,20 +247,19 @@ def _index(job: Job, plan: Plan, summary: Summary, others_rewrite: bool) -> None
     fit writes it again, and the last one's fits. And a worker that ends at the same time may put its index, of the same
     bytes, in the place of this one's while it is read: then it is read again.
     """
-    write_planned_index(job.output, plan)
-    for attempt in range(1, _INDEX_ATTEMPTS):
+    written = False
+    for attempt in range(_INDEX_ATTEMPTS):
         try:
+            if others_rewrite or not written:
+                write_planned_index(job.output, plan)
+                written = True
             _whole(job, summary)
             return
         except StoreError:
+            if attempt == _INDEX_ATTEMPTS - 1 and not others_rewrite:
+                raise
             time.sleep(random.uniform(0, 0.2 * attempt))
-        if others_rewrite:
-            with contextlib.suppress(StoreError):
-                write_planned_index(job.output, plan)
-    if others_rewrite:
-        summary.complete = False
-    else:
-        _whole(job, summary)
+    summary.complete = False
 
 
 def _whole(job: Job, summary: Summary) -> Summary:
