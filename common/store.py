@@ -108,8 +108,13 @@ def check_index(path: Path) -> None:
     """
     if format_of(path) in (None, SHARD_FORMAT):
         return
-    header, status = unpack_header(path, INDEX_FORMAT, ("size", "sha256"), _REMAKE), path.stat()
-    found = _hash_once(path, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+    header = unpack_header(path, INDEX_FORMAT, ("size", "sha256"), _REMAKE)
+    try:
+        status = path.stat()
+        identity = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+        found = _hash_once(path, identity)
+    except OSError as error:  # another worker has just removed it
+        raise StoreError(f"{path}: {(error.strerror or str(error)).lower()}", _REMAKE) from error
     if header is not None and header["sha256"] != found:
         raise StoreError(f"{path}: damaged: differs from the SHA-256 in its header", _REMAKE)
 

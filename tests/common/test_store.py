@@ -301,6 +301,21 @@ def test_a_header_of_other_types_is_a_damaged_one(
         FeatureStore(path)
 
 
+def test_an_index_that_is_removed_while_it_is_compared_is_a_store_error(
+    tmp_path: Path, write_store: WriteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers that retry rejected images remove it under each other's hands."""
+    path, _ = write_store(tmp_path / "train.h5")
+
+    def removed(*arguments: Any) -> dict[str, Any]:
+        path.unlink()
+        return {"size": 1, "sha256": "0" * 64}
+
+    monkeypatch.setattr("common.store.unpack_header", removed)
+    with pytest.raises(StoreError, match=r"train\.h5: no such file"):
+        FeatureStore(path)
+
+
 def test_a_header_nested_too_deep_is_a_damaged_one(tmp_path: Path, write_store: WriteStore) -> None:
     path, _ = write_store(tmp_path / "train.h5")
     with path.open("r+b") as file:

@@ -16,8 +16,8 @@ from torture.images import mutated
 from torture.worker import PARTS, find
 
 CASES = {
-    "kill-extraction": 8, "kill-training": 2, "disk": 4, "bits": 20, "images": 200, "captions": 40, "soak": 3,
-    "hostile": 25, "mismatch": 25, "fuzz": 2,
+    "kill-extraction": 5, "kill-training": 2, "disk": 3, "bits": 15, "images": 100, "captions": 40, "soak": 3,
+    "hostile": 15, "mismatch": 20, "fuzz": 1,
 }  # fmt: skip
 
 
