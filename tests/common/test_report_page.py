@@ -54,7 +54,8 @@ def page(browser, report):
 
 
 def captions(opened):
-    return [" ".join(text.split()) for text in opened.locator(".caption").all_inner_texts()]
+    """Their text as it stands in the page; `innerText` is empty until `content-visibility` has laid a card out."""
+    return [" ".join(text.split()) for text in opened.locator(".caption").all_text_contents()]
 
 
 def brightest(opened, card):
