@@ -17,9 +17,9 @@ from common.config import CaptionConfig
 from common.device import choose_device
 from common.errors import ExtractionError, WeightsError
 from common.image import decoder_name, load_square, load_view
+from common.provenance import check_same_features
 from common.quantise import as_stored
 from common.shard import returned_type
-from common.store import check_same_features
 from extract.encoder import ENCODERS, GridEncoder, describe_features, identify_weights, imagenet_name
 from train.checkpoint import Checkpoint
 from train.ensemble import load_ensemble

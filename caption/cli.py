@@ -90,9 +90,7 @@ def main(
         click.echo(f"dry run: would caption {len(paths)} images with {found_at}")
         return
 
-    for path in (output, attention, report):
-        if path is not None:
-            check_writable(path)
+    check_writable(output, attention, report)
     captioner = Captioner.load(*checkpoints, device=config.extract.device, weights=weights)
     if attention is not None and not captioner.has_attention:
         raise UserError(

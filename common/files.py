@@ -102,16 +102,22 @@ def temporary_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def check_writable(path: Path) -> None:
-    """Find out before long work whether its result can be written; makes the folder that it goes to.
+def check_writable(*paths: Path | None) -> None:
+    """Find out before long work whether its results can be written; makes the folders that they go to.
+
+    Args:
+        paths: of the results; None for one that was not asked for.
 
     Raises:
-        OSError: it cannot.
+        OSError: one cannot.
     """
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    with temporary_file(path) as temporary:
-        temporary.touch()
+    for path in paths:
+        if path is None:
+            continue
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        with temporary_file(path) as temporary:
+            temporary.touch()
 
 
 def put_in_place(temporary: Path, path: Path) -> None:

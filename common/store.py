@@ -19,13 +19,12 @@ when asked for one, and keeps a bounded number of shards open.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -34,177 +33,20 @@ from typing import Any, overload
 import h5py
 import numpy as np
 
-from common.errors import MismatchError, StoreError
-from common.files import replacing, sha256_of
-from common.hdf5 import damage_of, open_hdf5
-from common.header import HEADER_BYTES, VERSION, KnownFile, format_of, pack_header, unpack_header
+from common.errors import StoreError
+from common.hdf5 import damage_of
+from common.header import KnownFile
+from common.index import INDEX_FORMAT, REMAKE, open_index, read_headers
 from common.shard import (
     ORIGINAL,
     SHARD_FORMAT,
-    ShardInfo,
     ShardReader,
-    check_format,
-    dataset_of,
     decode_texts,
     read_header,
     returned_type,
-    text_array,
 )
 
-INDEX_FORMAT = "gridcap-index"
 _OPEN_SHARDS = 256  # a quarter of the descriptors that a process usually has
-_HEADER_THREADS = 16  # for file systems where opening a file takes long
-_REMAKE = "delete it and run the same extract-features command again: it writes the index anew"
-
-
-def write_index(
-    path: Path, folder: Path, names: Sequence[str], images: Iterable[Sequence[tuple[int, str]]], name_bytes: int,
-    split: str, plans: Sequence[str], provenance: Mapping[str, Any],
-) -> None:  # fmt: skip
-    """Write the index over finished shards; its presence means that the store is complete.
-
-    Args:
-        path: the index file.
-        folder: where the shards are, below the index's folder.
-        names: of the shards in the order of their rows, relative to `folder`.
-        images: for each shard, the (image_id, file_name) of its rows.
-        name_bytes: of the longest file name.
-        split, provenance: kept as attributes.
-        plans: for each shard, the SHA-256 of the plan it must have been made by; the last is that of the store.
-
-    Raises:
-        StoreError: a shard is missing, damaged, of another plan or place, or has another number of rows.
-    """
-    infos = _infos([folder / name for name in names])
-    for shard, (name, info, plan) in enumerate(zip(names, infos, plans, strict=True)):
-        if (info.index, info.plan) != (shard, plan):
-            raise StoreError(
-                f"{folder / name}: belongs to another plan", "delete it and run the same extract-features command again"
-            )
-    with replacing(path) as temporary:
-        with h5py.File(temporary, "x", locking=False, userblock_size=HEADER_BYTES) as file:
-            _fill_index(file, folder.relative_to(path.parent), folder, names, infos, images, name_bytes, provenance)
-            file.attrs.update({"format": INDEX_FORMAT, "version": VERSION, "split": split, "plan": plans[-1]})
-            file.attrs["provenance"] = json.dumps(provenance, sort_keys=True)
-        values = {"size": temporary.stat().st_size, "sha256": sha256_of(temporary, HEADER_BYTES)}
-        with open(temporary, "r+b") as header:
-            header.write(pack_header(INDEX_FORMAT, values))
-
-
-@functools.lru_cache(maxsize=64)
-def _hash_once(path: Path, identity: tuple[int, ...]) -> str:
-    """The SHA-256 of an index's content; of the same file only once, since a large one is opened more often."""
-    return sha256_of(path, HEADER_BYTES)
-
-
-def check_index(path: Path) -> None:
-    """Compare an index with the SHA-256 in its header, before HDF5 reads it.
-
-    HDF5 does not survive some flipped bits in the map that shows all shards as one array: it ends the process. What
-    has no such header is let through: a single shard, an index that other tools rewrote, no store at all.
-
-    Raises:
-        StoreError: it is not what was written.
-    """
-    if format_of(path) in (None, SHARD_FORMAT):
-        return
-    header = unpack_header(path, INDEX_FORMAT, ("size", "sha256"), _REMAKE)
-    try:
-        status = path.stat()
-        identity = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-        found = _hash_once(path, identity)
-    except OSError as error:  # another worker has just removed it
-        raise StoreError(f"{path}: {(error.strerror or str(error)).lower()}", _REMAKE) from error
-    if header is not None and header["sha256"] != found:
-        raise StoreError(f"{path}: damaged: differs from the SHA-256 in its header", _REMAKE)
-
-
-def _fill_index(
-    file: h5py.File, base: Path, folder: Path, names: Sequence[str], infos: Sequence[ShardInfo],
-    images: Iterable[Sequence[tuple[int, str]]], name_bytes: int, provenance: Mapping[str, Any],
-) -> None:  # fmt: skip
-    rows = sum(info.rows for info in infos)
-    _virtual_datasets(file, base, names, infos, provenance)
-    columns = {
-        "image_id": file.create_dataset("image_id", (rows,), "<i8", fill_time="never"),
-        "file_name": file.create_dataset(
-            "file_name", (rows,), h5py.string_dtype("utf-8", name_bytes), fill_time="never"
-        ),
-        "valid": file.create_dataset("valid", (rows,), bool, fill_time="never"),
-    }
-    start = 0
-    reject_row: list[int] = []
-    reject_why: list[str] = []
-    for name, info, part in zip(names, infos, images, strict=True):
-        if len(part) != info.rows:
-            raise StoreError(f"{folder / name}: has {info.rows} rows, and the plan {len(part)}", _REMAKE)
-        valid = np.ones(info.rows, bool)
-        if info.rejected:
-            with ShardReader(folder / name) as reader:
-                rejects = reader.rejects
-            if len(rejects) != info.rejected:
-                raise StoreError(f"{folder / name}: was replaced while it was being indexed", _REMAKE)
-            valid[list(rejects)] = False
-            reject_row += [start + row for row in rejects]
-            reject_why += rejects.values()
-        stop = start + info.rows
-        columns["image_id"][start:stop] = np.array([image_id for image_id, _ in part], "<i8")
-        columns["file_name"][start:stop] = text_array([text for _, text in part], name_bytes)
-        columns["valid"][start:stop] = valid
-        start = stop
-    file["reject_row"] = np.asarray(reject_row, "<i8")
-    file["reject_why"] = text_array(reject_why)
-    file["shard_name"] = text_array([(base / name).as_posix() for name in names])
-    file["shard_rows"] = np.array([info.rows for info in infos], "<i8")
-    file["shard_sha256"] = text_array([info.sha256 for info in infos])
-
-
-def _infos(paths: Sequence[Path]) -> list[ShardInfo]:
-    """The headers of shards.
-
-    Raises:
-        StoreError: a shard is missing, damaged, or rewritten by other tools.
-    """
-    infos = []
-    for path, info in zip(paths, _headers(paths), strict=True):
-        if info is None:
-            raise StoreError(f"{path}: was rewritten by another program", "delete it and extract again")
-        infos.append(info)
-    return infos
-
-
-def _headers(paths: Sequence[Path]) -> list[ShardInfo | None]:
-    with ThreadPoolExecutor(_HEADER_THREADS) as pool:
-        return list(pool.map(read_header, paths))
-
-
-def _virtual_datasets(
-    file: h5py.File, base: Path, names: Sequence[str], infos: Sequence[ShardInfo], provenance: Mapping[str, Any]
-) -> None:
-    """Make the virtual datasets over all shards.
-
-    With HDF5's own calls, because h5py's `create_virtual_dataset` records the time of making, and the same
-    store must give the same bytes.
-    """
-    grid, stored = tuple(provenance["grid_shape"]), np.dtype(provenance["dtype"]).newbyteorder("<")
-    datasets = {"features": (grid, stored, np.array(0 if stored == np.uint8 else np.nan, stored))}
-    if stored == np.uint8:  # a missing shard gives zeros times NaN
-        datasets["scale"] = (grid[-1:], np.dtype("<f2"), np.array(np.nan, "<f2"))
-    rows = sum(info.rows for info in infos)
-    for view in provenance.get("views", [ORIGINAL]):
-        for dataset, (shape, kind, fill) in datasets.items():
-            space = h5py.h5s.create_simple((rows, *shape))
-            properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-            properties.set_obj_track_times(False)
-            properties.set_fill_value(fill)
-            start, here = 0, dataset_of(dataset, view).encode()
-            for name, info in zip(names, infos, strict=True):
-                part = space.copy()
-                part.select_hyperslab((start, *(0 for _ in shape)), (info.rows, *shape))
-                source = (base / name).as_posix().replace("%", "%%").encode()  # HDF5 knows "%b" there
-                properties.set_virtual(part, source, here, h5py.h5s.create_simple((info.rows, *shape)))
-                start += info.rows
-            h5py.h5d.create(file.id, here, h5py.h5t.py_create(kind), space, dcpl=properties)
 
 
 class _Names(Sequence[str]):
@@ -226,7 +68,7 @@ class _Names(Sequence[str]):
         row = range(self._rows)[row]
         text = bytearray(self._length)
         if not self._file.read_into(memoryview(text), self._offset + row * self._length):
-            raise StoreError(f"{self._file.path}: ends inside its file names", _REMAKE)
+            raise StoreError(f"{self._file.path}: ends inside its file names", REMAKE)
         with damage_of(self._file.path):
             return text.rstrip(b"\0").decode()
 
@@ -269,29 +111,27 @@ class FeatureStore:
                 f"{path}: not complete yet: its shards are in {path.with_suffix('')}, the index is not written",
                 "run the same extract-features command again: it makes just what is missing",
             )
-        check_index(path)
-        with open_hdf5(path) as file:
-            single = check_format(file, path, INDEX_FORMAT, SHARD_FORMAT) == SHARD_FORMAT
-            with damage_of(path, "index", _REMAKE):
-                self.split = str(file.attrs.get("split", ""))
-                self.provenance: dict[str, Any] = json.loads(file.attrs["provenance"])
-                self.grid_shape: tuple[int, ...] = tuple(self.provenance["grid_shape"])
-                self.stored = np.dtype(self.provenance["dtype"])
-                self.dtype = returned_type(self.stored)
-                self.views: tuple[str, ...] = tuple(self.provenance.get("views", [ORIGINAL]))
-                self.image_ids: np.ndarray = file["image_id"][:]
-                self.valid: np.ndarray = file["valid"][:].astype(bool)
-                why = decode_texts(file["reject_why"])
-                self.rejects: dict[int, str] = dict(zip(file["reject_row"][:].tolist(), why, strict=True))
-                self.file_names: Sequence[str] = self._names(file)
-                names, sizes, hashes = [path.name], [len(self.image_ids)], [""]
-                if not single:
-                    names, sizes = decode_texts(file["shard_name"]), file["shard_rows"][:].tolist()
-                    hashes = decode_texts(file["shard_sha256"])
+        with open_index(path, INDEX_FORMAT, SHARD_FORMAT) as (file, found):
+            single = found == SHARD_FORMAT
+            self.split = str(file.attrs.get("split", ""))
+            self.provenance: dict[str, Any] = json.loads(file.attrs["provenance"])
+            self.grid_shape: tuple[int, ...] = tuple(self.provenance["grid_shape"])
+            self.stored = np.dtype(self.provenance["dtype"])
+            self.dtype = returned_type(self.stored)
+            self.views: tuple[str, ...] = tuple(self.provenance.get("views", [ORIGINAL]))
+            self.image_ids: np.ndarray = file["image_id"][:]
+            self.valid: np.ndarray = file["valid"][:].astype(bool)
+            why = decode_texts(file["reject_why"])
+            self.rejects: dict[int, str] = dict(zip(file["reject_row"][:].tolist(), why, strict=True))
+            self.file_names: Sequence[str] = self._names(file)
+            names, sizes, hashes = [path.name], [len(self.image_ids)], [""]
+            if not single:
+                names, sizes = decode_texts(file["shard_name"]), file["shard_rows"][:].tolist()
+                hashes = decode_texts(file["shard_sha256"])
         self.shard_paths = [self._inside(name) for name in names]
         self._starts = np.cumsum([0, *sizes])
         if not len(self.image_ids) == len(self.valid) == len(self.file_names) == self._starts[-1]:
-            raise StoreError(f"{path}: its columns have different lengths", _REMAKE)
+            raise StoreError(f"{path}: its columns have different lengths", REMAKE)
         self._hashes = hashes
         if not single:
             self._check_shards(sizes)
@@ -318,7 +158,7 @@ class FeatureStore:
 
     def _check_shards(self, sizes: Sequence[int]) -> None:
         """Make sure that every shard is there, whole, and the one that was indexed."""
-        for shard, (path, info) in enumerate(zip(self.shard_paths, _headers(self.shard_paths), strict=True)):
+        for shard, (path, info) in enumerate(zip(self.shard_paths, read_headers(self.shard_paths), strict=True)):
             if info is None:  # rewritten by other tools
                 self._open(shard)
             elif info.index != shard:
@@ -482,49 +322,3 @@ class FeatureStore:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
-
-
-# What decides the numbers in a grid; two stores that agree in these can feed one decoder.
-MATCHED = ("encoder", "layer", "weights", "preprocessing", "grid_shape", "dtype")
-
-
-def differences(wanted: Mapping[str, Any], found: Mapping[str, Any], keys: Sequence[str] = MATCHED) -> list[str]:
-    """What differs between two provenances, a line a value. Weights are told apart by their SHA-256 alone."""
-    lines = []
-    for key in keys:
-        a, b = wanted.get(key), found.get(key)
-        if not isinstance(a, dict) or not isinstance(b, dict):
-            if a != b:
-                lines.append(f"{key} {_short(a)} there, {_short(b)} here")
-        elif key == "weights" and a.get("sha256"):
-            if a["sha256"] != b.get("sha256"):
-                lines.append(f"{key} {_short(a)} there, {_short(b)} here")
-        else:
-            lines += [f"{key}.{line}" for line in differences(a, b, sorted({*a, *b}))]
-    return lines
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, dict) and "sha256" in value:
-        return f"{value.get('name')} (SHA-256 {str(value['sha256'])[:8]})"
-    return json.dumps(value, sort_keys=True)
-
-
-def check_same_features(
-    wanted: Mapping[str, Any], found: Mapping[str, Any], who: str, what: str, views: bool = False
-) -> None:
-    """Make sure that grids come from the same encoder, layer, weights, preprocessing, shape and type.
-
-    Args:
-        wanted, found: two provenances.
-        who, what: name them in the message: "runs/x was trained on", "features/test.h5 holds".
-        views: whether the same views of each image must be there too.
-
-    Raises:
-        MismatchError: with every difference.
-    """
-    if lines := differences(wanted, found, (*MATCHED, "views") if views else MATCHED):
-        raise MismatchError(
-            f"{who} other features than {what}: {'; '.join(lines)}",
-            "extract with the same encoder, weights and preprocessing, or train a decoder on these features",
-        )

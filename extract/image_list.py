@@ -73,7 +73,9 @@ class ImageList:
             checksums.append(zlib.crc32(lines))
             offsets.append(offsets[-1] + len(lines))
             total += len(part)
-            longest = max(longest, *(_length(*image) for image in part))
+            longest = max(longest, *(len(name.encode()) for _, name in part))
+            if longest > _MOST_NAME:
+                raise _too_long(part)
             if sink is not None:
                 sink.write(lines)
         return cls(total, digest.hexdigest(), longest, tuple(offsets), tuple(checksums))
@@ -87,14 +89,13 @@ class ImageList:
         return _read_lines(folder / self.file, self.offsets[shard], self.offsets[shard + 1], self.crc32[shard])
 
 
-def _length(image_id: int, name: str) -> int:
-    length = len(name.encode())
-    if length > _MOST_NAME:
-        raise UserError(
-            f"image {image_id}: its file name {name[:40]!r}... has {length} bytes; a path has {_MOST_NAME} at most",
-            "mend its entry in the captions file, or its key among the features",
-        )
-    return length
+def _too_long(images: Iterable[Image]) -> UserError:
+    image_id, name = max(images, key=lambda image: len(image[1].encode()))
+    return UserError(
+        f"image {image_id}: its file name {name[:40]!r}... has {len(name.encode())} bytes; a path has {_MOST_NAME} "
+        "at most",
+        "mend its entry in the captions file, or its key among the features",
+    )
 
 
 @functools.lru_cache(maxsize=8)

@@ -27,8 +27,9 @@ import numpy as np
 
 from common.errors import MismatchError, StoreError
 from common.files import publish_text, write_text
+from common.index import write_index
+from common.provenance import MATCHED, differences
 from common.shard import ShardWriter
-from common.store import MATCHED, differences, write_index
 from extract.image_list import Image, ImageList
 
 FORMAT = "gridcap-plan"

@@ -18,10 +18,10 @@ from common.config import PipelineConfig
 from common.device import choose_compile, choose_device
 from common.errors import ExtractionError, MismatchError, StoreError, UserError
 from common.files import TEMPORARY_SUFFIX, remove_leftovers, write_text
-from common.hdf5 import damage_of, open_hdf5
 from common.image import decoder_name
-from common.shard import ShardReader, check_format, read_header, stored_bytes
-from common.store import INDEX_FORMAT, FeatureStore, check_index
+from common.index import INDEX_FORMAT, open_index
+from common.shard import ShardReader, read_header, stored_bytes
+from common.store import FeatureStore
 from extract.cluster import WHOLE, Share
 from extract.encoder import describe_features, identify_weights
 from extract.image_list import Image, ImageList
@@ -212,11 +212,8 @@ def _indexed_plan(job: Job, plan: Plan) -> str | None:
     """
     if not job.output.exists():
         return None
-    check_index(job.output)
-    with open_hdf5(job.output) as index:
-        check_format(index, job.output, INDEX_FORMAT)
-        with damage_of(job.output):
-            digest = str(index.attrs.get("plan"))
+    with open_index(job.output, INDEX_FORMAT) as (index, _):
+        digest = str(index.attrs.get("plan"))
     if digest not in plan.digests:
         raise MismatchError(
             f"{job.output}: is not the store that {job.folder} plans",

@@ -12,10 +12,9 @@ import numpy as np
 
 from common.errors import StoreError
 from common.files import sha256_of
-from common.hdf5 import damage_of, open_hdf5
 from common.header import HEADER_BYTES
-from common.shard import ShardReader, check_format, decode_texts, read_header
-from common.store import INDEX_FORMAT, check_index
+from common.index import INDEX_FORMAT, check_index, open_index
+from common.shard import ShardReader, decode_texts, read_header
 from extract.plan import FILE, Plan, read_plan, store_folder
 
 # What is checked, in the order of the table; each names one kind of problem.
@@ -157,10 +156,8 @@ def _read_index(path: Path, plan: Plan, report: Report) -> _Index | None:
         report.note("whole-file SHA-256", 1, "", error.what)
         return None
     report.note("whole-file SHA-256", 1, "", None)
-    with open_hdf5(path) as file:
-        check_format(file, path, INDEX_FORMAT)
-        with damage_of(path):
-            digest = file.attrs.get("plan")
+    with open_index(path, INDEX_FORMAT) as (file, _):
+        digest = file.attrs.get("plan")
         if digest not in plan.digests:
             report.note("belongs to the plan", 1, "", f"{path}: the index belongs to another plan")
             return None

@@ -25,8 +25,7 @@ _REPAIRED = 1 / 10  # of the damaged stores are repaired and made whole
 def _prepare(folder: Path) -> None:
     extract_all(write_photos(folder / "photos"), folder / "store" / "s.h5")
     shutil.copytree(folder / "store", folder / "whole")
-    runs.prepare(folder / "run")
-    runs.train(folder / "run", folder / "run" / "calm", resume=False)
+    runs.prepare_trained(folder / "run")
 
 
 def _run(folder: Path, rng: np.random.Generator) -> str:

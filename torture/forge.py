@@ -9,7 +9,7 @@ import h5py
 
 from common.files import sha256_of
 from common.header import HEADER_BYTES, pack_header
-from common.store import INDEX_FORMAT
+from common.index import INDEX_FORMAT
 
 _GRID = (2, 2, 3)
 

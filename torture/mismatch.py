@@ -16,7 +16,7 @@ from common.header import HEADER_BYTES
 from common.store import FeatureStore
 from extract.plan import read_plan
 from torture import runs
-from torture.case import Part, require
+from torture.case import Part, fresh_copy, require
 from torture.forge import sign_checkpoint, sign_index
 from train.checkpoint import find_checkpoint, load_checkpoint
 from train.ensemble import load_ensemble
@@ -39,8 +39,7 @@ _ELSEWHERE: list[tuple[tuple[str, ...], Any]] = [
 
 def _prepare(folder: Path) -> None:
     base = folder / "base"
-    runs.prepare(base)
-    runs.train(base, base / "calm", resume=False)
+    runs.prepare_trained(base)
     captions = json.loads((base / "captions.json").read_text())
     for caption in captions["annotations"]:
         caption["caption"] += " here"
@@ -51,9 +50,7 @@ def _prepare(folder: Path) -> None:
 
 
 def _run(folder: Path, rng: np.random.Generator) -> str:
-    work = folder / "work"
-    shutil.rmtree(work, ignore_errors=True)
-    shutil.copytree(folder / "base", work)
+    work = fresh_copy(folder)
     kinds = (_other_features, _other_features, _other_words, _newer_version)
     return kinds[int(rng.integers(len(kinds)))](work, rng)
 

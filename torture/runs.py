@@ -32,6 +32,12 @@ def prepare(folder: Path) -> None:
     (folder / "captions.json").write_text(json.dumps({"images": images, "annotations": captions}))
 
 
+def prepare_trained(folder: Path) -> None:
+    """The same, and a run trained on it, `calm`."""
+    prepare(folder)
+    train(folder, folder / "calm", resume=False)
+
+
 def require_same_weights(run: Path, calm: Path) -> None:
     """Raise FailedError unless two runs ended at the same step with the same bytes."""
     ours, theirs = find_checkpoint(run, "last"), find_checkpoint(calm, "last")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import MismatchError
-from common.store import check_same_features
+from common.provenance import check_same_features
 from train.checkpoint import Checkpoint, load_checkpoint
 from train.decoders.ensemble import Ensemble
 

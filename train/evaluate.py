@@ -17,7 +17,7 @@ from common.config import CaptionConfig
 from common.device import choose_device
 from common.files import write_json, write_text
 from common.progress import progress_bar
-from common.store import check_same_features
+from common.provenance import check_same_features
 from train.checkpoint import Checkpoint
 from train.loss import masked_cross_entropy, perplexity
 from train.metrics import Scores, score_captions

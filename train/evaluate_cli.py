@@ -12,7 +12,8 @@ from common.command import flag, pipeline_command, show_config
 from common.config import PipelineConfig
 from common.errors import GridcapError, UserError
 from common.files import check_writable
-from common.store import FeatureStore, check_same_features
+from common.provenance import check_same_features
+from common.store import FeatureStore
 
 if TYPE_CHECKING:
     from train.evaluate import Evaluation
@@ -116,9 +117,7 @@ def evaluate_decoder(
         also = "" if report is None else f" and {report}"
         click.echo(f"dry run: would evaluate {what} on {len(data)} images into {output}{also}")
         return
-    for path in (output, report):
-        if path is not None:
-            check_writable(path)
+    check_writable(output, report)
     training, why = _training_captions(loaded.config)
     result = evaluate(
         loaded, data, config.caption, config.train.device, training, config.seed, keep_looks=report is not None

@@ -18,7 +18,7 @@ from common.device import choose_device, choose_precision
 from common.errors import CheckpointError, MismatchError, TrainingError, UserError
 from common.files import remove_leftovers, write_text
 from common.progress import progress_bar
-from common.store import check_same_features
+from common.provenance import check_same_features
 from train.averaging import WeightAverage
 from train.checkpoint import (
     POINTERS,

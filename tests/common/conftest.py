@@ -10,8 +10,8 @@ import h5py
 import numpy as np
 import pytest
 
+from common.index import write_index
 from common.shard import ShardInfo, ShardWriter
-from common.store import write_index
 
 GRID = (2, 3, 4)
 PROVENANCE: dict[str, Any] = {

@@ -12,8 +12,8 @@ import h5py
 import numpy as np
 import pytest
 
+from common.index import write_index
 from common.shard import ShardWriter
-from common.store import write_index
 
 PAGE = (Path(__file__).parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
 GRID = (4, 4, 128)  # 2048 bytes at least: three are aligned

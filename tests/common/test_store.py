@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import pickle
 import shutil
@@ -11,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +19,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.errors import MismatchError, StoreError
-from common.header import pack_header
+from common.errors import StoreError
 from common.shard import ShardInfo
-from common.store import FeatureStore, check_same_features, differences
+from common.store import FeatureStore
 from torture.forge import sign_index
 
 SIZES = (3, 4, 2)  # rows of the shards of the store that all reading tests share
@@ -271,69 +268,6 @@ def test_an_index_of_a_newer_version_is_refused(tmp_path: Path, write_store: Wri
         FeatureStore(path)
 
 
-def test_a_flipped_bit_anywhere_in_an_index_is_found_before_hdf5_reads_it(
-    tmp_path: Path, write_store: WriteStore
-) -> None:
-    """HDF5 does not survive each of them: some in the map of the virtual datasets end the process."""
-    path, _ = write_store(tmp_path / "train.h5")
-    whole = path.read_bytes()
-    for position in [*range(7, 60, 7), *range(4096, len(whole), 97)]:
-        path.write_bytes(whole[:position] + bytes([whole[position] ^ 16]) + whole[position + 1 :])
-        with pytest.raises(StoreError, match=r"damaged|not a readable HDF5 file"):
-            FeatureStore(path)
-
-
-def test_a_captions_file_in_the_place_of_a_store_is_not_called_a_damaged_one(tmp_path: Path) -> None:
-    (tmp_path / "captions.json").write_text('{"images": [' + " " * 10_000 + "]}")
-    with pytest.raises(StoreError, match="not a readable HDF5 file"):
-        FeatureStore(tmp_path / "captions.json")
-
-
-@pytest.mark.parametrize("header", [{"size": "5"}, {"size": None}, {"sha256": [[[]]]}])
-def test_a_header_of_other_types_is_a_damaged_one(
-    tmp_path: Path, write_store: WriteStore, header: dict[str, Any]
-) -> None:
-    path, _ = write_store(tmp_path / "train.h5")
-    values = {"size": path.stat().st_size, "sha256": "0" * 64, **header}
-    with path.open("r+b") as file:
-        file.write(pack_header("gridcap-index", values))
-    with pytest.raises(StoreError, match=r"damaged|was written to"):
-        FeatureStore(path)
-
-
-def test_an_index_that_is_removed_while_it_is_compared_is_a_store_error(
-    tmp_path: Path, write_store: WriteStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Workers that retry rejected images remove it under each other's hands."""
-    path, _ = write_store(tmp_path / "train.h5")
-
-    def removed(*arguments: Any) -> dict[str, Any]:
-        path.unlink()
-        return {"size": 1, "sha256": "0" * 64}
-
-    monkeypatch.setattr("common.store.unpack_header", removed)
-    with pytest.raises(StoreError, match=r"train\.h5: no such file"):
-        FeatureStore(path)
-
-
-def test_a_header_nested_too_deep_is_a_damaged_one(tmp_path: Path, write_store: WriteStore) -> None:
-    path, _ = write_store(tmp_path / "train.h5")
-    with path.open("r+b") as file:
-        file.write(b'{"a":' + b"[" * 4091)
-    with pytest.raises(StoreError, match="damaged header"):
-        FeatureStore(path)
-
-
-def test_a_failed_index_leaves_the_store_incomplete(
-    tmp_path: Path, write_store: WriteStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The index says that the store is complete, so half an index must never stand there."""
-    monkeypatch.setattr("common.store._virtual_datasets", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        write_store(tmp_path / "train.h5")
-    assert [p.name for p in tmp_path.iterdir() if p.is_file()] == []
-
-
 @pytest.mark.parametrize("gone", ["shard_name", "shard_rows", "provenance"])
 def test_an_index_without_one_of_its_parts_is_refused(tmp_path: Path, write_store: WriteStore, gone: str) -> None:
     path, _ = write_store(tmp_path / "train.h5")
@@ -383,58 +317,6 @@ sys.exit(os.waitpid(child, 0)[1])
 def test_a_forked_worker_reads_too(store: tuple[Path, np.ndarray]) -> None:
     """As in a torch DataLoader's workers on Linux. The time limit is there only to end a hang."""
     subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED, str(store[0])], check=True, timeout=30)
-
-
-# ---------------------------------------------------------------------------------------- same features?
-
-CHANGES: dict[str, tuple[Any, tuple[str, ...]]] = {  # key -> another value, and what the message must show
-    "encoder": ("resnet101", ("inception_v3", "resnet101")),
-    "layer": ("layer4", ("Mixed_7c", "layer4")),
-    "weights": ({"name": "mine.pth", "sha256": "cd" * 32}, ("imagenet", "abababab", "mine.pth", "cdcdcdcd")),
-    "preprocessing": ({"geometry": "crop", "side": 299}, ("stretch", "crop")),
-    "grid_shape": ([2, 3, 8], ("[2, 3, 4]", "[2, 3, 8]")),
-    "dtype": ("float32", ("float16", "float32")),
-}
-
-
-def test_the_same_features_are_accepted_whatever_else_differs(provenance: Provenance) -> None:
-    other = {**deepcopy(provenance), "versions": {"torch": "9.9"}, "precision": "bfloat16"}
-    check_same_features(provenance, other, "runs/x was trained on", "test.h5 holds")
-
-
-def test_weights_are_told_apart_by_their_sha256_not_their_name(provenance: Provenance) -> None:
-    other = deepcopy(provenance)
-    other["weights"]["name"] = "/elsewhere/inception_v3.pth"
-    assert differences(provenance, other) == []
-
-
-@pytest.mark.parametrize(
-    "changed", [c for n in range(1, 4) for c in itertools.combinations(CHANGES, n)] + [tuple(CHANGES)]
-)
-def test_every_difference_of_features_is_listed_and_no_other(provenance: Provenance, changed: tuple[str, ...]) -> None:
-    found = {**provenance, **{key: CHANGES[key][0] for key in changed}}
-    with pytest.raises(MismatchError) as caught:
-        check_same_features(provenance, found, "runs/x was trained on", "test.h5 holds")
-    message = caught.value.what
-    assert message.startswith("runs/x was trained on other features than test.h5 holds: ")
-    assert [line.split()[0].partition(".")[0] for line in message.partition(": ")[2].split("; ")] == list(changed)
-    for text in itertools.chain.from_iterable(CHANGES[key][1] for key in changed):
-        assert text in message
-
-
-def test_a_provenance_that_lacks_a_key_differs_in_it(provenance: Provenance) -> None:
-    found = {key: value for key, value in provenance.items() if key != "layer"}
-    (line,) = differences(provenance, found)
-    assert line.startswith("layer")
-
-
-def test_weights_of_unknown_sha256_are_the_same_only_if_all_else_is(provenance: Provenance) -> None:
-    one, two = {"weights": {"name": "theirs"}}, {"weights": {"name": "others"}}
-    assert differences({**provenance, **one}, {**provenance, **one}) == []
-    assert len(differences({**provenance, **one}, {**provenance, **two})) == 1
-
-
-# ------------------------------------------------------------------------------------------------------ many shards
 
 
 def test_no_more_files_are_open_than_allowed_however_many_shards_there_are(

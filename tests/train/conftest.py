@@ -16,8 +16,9 @@ from hypothesis import settings
 
 from common.annotations import ImageRecord
 from common.config import AttentionConfig, CaptionConfig, LstmConfig, PipelineConfig, TrainConfig
+from common.index import write_index
 from common.shard import ShardWriter
-from common.store import FeatureStore, write_index
+from common.store import FeatureStore
 from train.stream import CaptionedImages
 
 settings.register_profile("no clock", deadline=None)
