@@ -1,4 +1,4 @@
-"""The table and the picture of a results file: `python -m bench.plot FILE` puts both into docs/speed.md."""
+"""Tables and picture of a results file: `python -m bench.plot FILE` puts them into docs/speed.md and README.md."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import click
 from bench.measure import Row, read_rows
 
 PAGE = Path("docs/speed.md")
+README = Path("README.md")
 MARKS = ("<!-- bench: begin -->", "<!-- bench: end -->")
 _BARS = {
     "value": "at least {}",
@@ -49,6 +50,21 @@ def table(rows: Sequence[Row]) -> str:
             number(found["of limit"]) if row.limit else "", "; ".join(bars),
         )  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def short_table(rows: Sequence[Row]) -> str:
+    """Markdown: what has a baseline to be compared with by its rate, a line each."""
+    lines = ["| what | ours, a second | beside the usual way | share of the limit |", "|---|---|---|---|"]
+    for row in rows:
+        if row.baseline and row.unit != "s":
+            found = row.found()
+            cells = (
+                row.name, f"{number(statistics.median(row.ours))} {row.unit.removesuffix('/s')}",
+                f"{number(found['of baseline'])} × {row.baseline_is}",
+                f"{number(found['of limit'])} of {row.limit_is}" if row.limit else "",
+            )  # fmt: skip
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -118,14 +134,17 @@ def between_marks(page: str, text: str) -> str:
 @click.command()
 @click.argument("results", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("--page", type=click.Path(path_type=Path, exists=True), default=PAGE, show_default=True)
-def main(results: Path, page: Path) -> None:
-    """Put the table and the picture of a results file into the page."""
+@click.option("--readme", type=click.Path(path_type=Path, exists=True), default=README, show_default=True)
+def main(results: Path, page: Path, readme: Path) -> None:
+    """Put the table and the picture of a results file into the page, and what is compared into the README."""
     where, rows = read_rows(results)
     picture = page.with_suffix(".png")
     draw(rows, picture)
     text = f"{machine_line(where)}\n\n{table(rows)}\n{explanations(rows)}\n![ratios]({picture.name})\n"
     page.write_text(between_marks(page.read_text(encoding="utf-8"), text), encoding="utf-8")
-    click.echo(f"done: {page}, {picture}")
+    text = f"{machine_line(where)}\n\n{short_table(rows)}"
+    readme.write_text(between_marks(readme.read_text(encoding="utf-8"), text), encoding="utf-8")
+    click.echo(f"done: {page}, {picture}, {readme}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from bench.measure import Row, as_tree
-from bench.plot import MARKS, between_marks, cell, main, table
+from bench.plot import MARKS, between_marks, cell, main, short_table, table
 
 WHERE = {
     "processor": "A Processor", "cores": 2, "memory (GiB)": 24, "arithmetic": ["avx2"], "gpu": None, "threads": 2,
@@ -26,6 +26,11 @@ def test_a_line_a_row_with_ratios_and_what_was_missed():
         "| rows | 1100 ± 100 rows/s | 100 ± 5 | 10 | 2000 ± 0 | 0.55 | 5 x the baseline; 0.8 of the limit: **missed** |"
     )
     assert second == "| help | 0.5 s |  |  |  |  |  |"
+
+
+def test_the_short_table_has_what_is_compared_by_its_rate_and_no_more():
+    _, _, line = short_table(ROWS).splitlines()
+    assert line == "| rows | 1100 rows | 10 × h5py | 0.55 of preadv |"
 
 
 @pytest.mark.parametrize(
@@ -49,7 +54,9 @@ def test_the_page_gets_table_machine_and_picture(tmp_path):
     (tmp_path / "r.json").write_text(json.dumps(as_tree(WHERE, ROWS)))
     page = tmp_path / "speed.md"
     page.write_text(f"{MARKS[0]}\n{MARKS[1]}\n")
-    done = CliRunner().invoke(main, [str(tmp_path / "r.json"), "--page", str(page)])
+    readme = tmp_path / "README.md"
+    readme.write_text(f"# Gridcap\n{MARKS[0]}\nold\n{MARKS[1]}\nmore\n")
+    done = CliRunner().invoke(main, [str(tmp_path / "r.json"), "--page", str(page), "--readme", str(readme)])
     assert done.exit_code == 0, done.output
     text = page.read_text()
     assert "A Processor, 2 cores" in text
@@ -57,5 +64,8 @@ def test_the_page_gets_table_machine_and_picture(tmp_path):
     assert "* rows: baseline: h5py; limit: preadv." in text
     assert "* help: start to end." in text
     assert "![ratios](speed.png)" in text
+    assert readme.read_text().startswith("# Gridcap\n" + MARKS[0])
+    assert "old" not in readme.read_text()
+    assert "| rows | 1100 rows |" in readme.read_text()
     with Image.open(tmp_path / "speed.png") as picture:
         assert picture.width > 800
