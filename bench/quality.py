@@ -72,7 +72,7 @@ INGREDIENTS: dict[str, dict[str, Any]] = {
     "one caption an image and pass": {"train.captions_per_image": 1},
 }
 INGREDIENT_SEEDS = 2
-# For comparison: the recipe as it stands, that is Rennie et al.'s settings, in which it is known.
+# For comparison: the recipe as it stands, that is Rennie et al.'s settings, with our decoder and with the known one.
 PUBLISHED = (
     "--recipe",
     BASE,
@@ -96,12 +96,14 @@ class Trained:
         seed: of the run.
         arguments: of train-decoder, beside data, output and seed.
         source: the run it goes on from, for self-critical training.
+        known: with the decoder of `bench.known` in place of ours.
     """
 
     row: str
     seed: int
     arguments: tuple[str, ...]
     source: Trained | None = None
+    known: bool = False
 
     @property
     def name(self) -> str:
@@ -129,6 +131,7 @@ def plan(recipes: Sequence[str], seeds: int, ingredients: bool) -> list[Trained]
     ]
     if BASE in recipes:
         runs.append(Trained(f"{BASE}, as published", 0, PUBLISHED))
+        runs += [Trained(f"{BASE}, as known", seed, PUBLISHED, known=True) for seed in range(seeds)]
     for seed in range(min(seeds, INGREDIENT_SEEDS) if ingredients else 0):
         for text, change in INGREDIENTS.items():
             settings = SMALL | OWN[BASE] | change
@@ -189,11 +192,11 @@ class Quality:
                 source = () if run.source is None else ("--init-from", str(self._output / run.source.name))
                 resume = ("--resume",) if (folder / "config.yaml").exists() else ()
                 self._command(
-                    "train_decoder", "train.cli", folder,
+                    "train_decoder", "bench.known" if run.known else "train.cli", folder,
                     *self._data("train", ""), *self._data("val", "val-"), "--output", str(folder),
                     "--seed", str(run.seed), *run.arguments, *source, *resume,
                 )  # fmt: skip
-            scores = {str(beams): self._evaluate(folder, beams) for beams in BEAMS}
+            scores = {str(beams): self._evaluate(run, beams) for beams in BEAMS}
             with self._lock:
                 self.scores[run.name] = {
                     "row": run.row, "seed": run.seed, "arguments": [*run.arguments],
@@ -206,11 +209,13 @@ class Quality:
         finally:
             self._ended[run.name].set()
 
-    def _evaluate(self, folder: Path, beams: int) -> dict[str, float]:
+    def _evaluate(self, run: Trained, beams: int) -> dict[str, float]:
+        folder = self._output / run.name
         result = folder / f"test-beam-{beams}.json"
         if not result.exists():
             self._command(
-                "evaluate_decoder", "train.evaluate_cli", folder, "--checkpoint", str(folder),
+                "evaluate_decoder", "bench.known" if run.known else "train.evaluate_cli", folder,
+                "--checkpoint", str(folder),
                 *self._data("test", ""), "--beam-size", str(beams), "--output", str(result),
             )  # fmt: skip
         found: dict[str, float] = json.loads(result.read_text(encoding="utf-8"))["metrics"]

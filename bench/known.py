@@ -1,0 +1,57 @@
+"""Att2in2 as it is known, to compare with: what the field's repository of self-critical training has.
+
+Luo 2020, "A Better Variant of Self-Critical Sequence Training" (arXiv:2003.09971), names that code. Trained with
+`recipes/att2in.yaml`, whose settings are the known ones, it differs from our `att2in` in what we add: the grid is not
+normalised, cells have no position, the first state is zero, words pass a ReLU, and UNK is written where it is likely.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import train.decoders.build
+import train.search
+from common.config import AttentionConfig
+from train.decoders.attention import AttentionDecoder
+from train.decoders.base import Memory, State
+from train.vocabulary import BOS, PAD
+
+
+class Att2in2(AttentionDecoder):
+    """Arguments, memory and state as those of `AttentionDecoder`."""
+
+    def __init__(self, config: AttentionConfig, vocabulary_size: int, cells: int, channels: int) -> None:
+        super().__init__(config, vocabulary_size, cells, channels)
+        self.embedding = nn.Sequential(self.embedding, nn.ReLU())  # type: ignore[assignment]
+        self._hidden_size = config.hidden_size
+        del self.norm, self.position, self.initial
+
+    def _project(self, grid: Tensor) -> Memory:
+        cells = self.dropout(torch.relu(self.project(grid)))
+        return cells, self.key(cells)
+
+    def initial_state(self, memory: Memory) -> State:
+        start = torch.zeros(len(memory[0]), 1, self._hidden_size, device=memory[0].device)
+        return (start,) * self.cell.states
+
+
+def _stand_in() -> None:
+    train.decoders.build.AttentionDecoder = Att2in2  # type: ignore[attr-defined]
+    train.search._NEVER = (PAD, BOS)  # type: ignore[assignment]
+
+
+def train_decoder() -> None:
+    """The command train-decoder with this decoder in place of ours."""
+    from train.cli import train_decoder as command
+
+    _stand_in()
+    command()
+
+
+def evaluate_decoder() -> None:
+    """Likewise, evaluate-decoder."""
+    from train.evaluate_cli import evaluate_decoder as command
+
+    _stand_in()
+    command()

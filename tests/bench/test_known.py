@@ -1,0 +1,47 @@
+"""The known Att2in2: what it lacks beside ours, and that it stands in for it."""
+
+import pytest
+import torch
+
+import train.decoders.build
+import train.search
+from bench import known
+from common.config import AttentionConfig
+from train.decoders.build import build_decoder
+from train.vocabulary import BOS, UNK
+
+CONFIG = AttentionConfig(cell="att2in", output="hidden", embed_size=6, hidden_size=5, attention_size=4, dropout=0.0)
+
+
+@pytest.fixture
+def decoder(monkeypatch):
+    monkeypatch.setattr(train.decoders.build, "AttentionDecoder", train.decoders.build.AttentionDecoder)
+    monkeypatch.setattr(train.search, "_NEVER", train.search._NEVER)
+    known._stand_in()
+    torch.manual_seed(0)
+    return build_decoder(CONFIG, 9, (2, 2, 3)).eval()
+
+
+def test_it_stands_in_without_what_ours_adds(decoder):
+    assert type(decoder) is known.Att2in2
+    assert not [name for name, _ in decoder.named_parameters() if name.split(".")[0] in ("norm", "position", "initial")]
+    memory = decoder.encode(torch.randn(2, 4, 3))
+    assert all(not part.any() for part in decoder.initial_state(memory))
+    shuffled = torch.randn(1, 4, 3)
+    tokens = torch.full((1, 1, 1), BOS)
+    first, second = (decoder(decoder.encode(grid), tokens)[0] for grid in (shuffled, shuffled[:, [2, 0, 3, 1]]))
+    torch.testing.assert_close(first, second)  # where a cell stands says nothing
+
+
+def test_word_by_word_as_all_at_once(decoder):
+    memory = decoder.encode(torch.randn(2, 4, 3))
+    tokens = torch.randint(4, 9, (2, 1, 3))
+    logits, _ = decoder(memory, tokens)
+    state = decoder.initial_state(memory)
+    for i in range(3):
+        step, state, _ = decoder.step(tokens[:, :, i], state, memory)
+        torch.testing.assert_close(step[:, 0], logits.reshape(2, 3, 9)[:, i])
+
+
+def test_it_writes_unk(decoder):
+    assert train.search.word_log_probs(torch.zeros(9))[UNK].isfinite()
