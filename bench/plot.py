@@ -119,7 +119,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
 
 def between_marks(page: str, text: str) -> str:
-    """The page with its measured part replaced.
+    """A page with its measured part replaced.
 
     Raises:
         ValueError: the page has no such marks.
@@ -127,7 +127,7 @@ def between_marks(page: str, text: str) -> str:
     before, begin, rest = page.partition(MARKS[0])
     _, end, after = rest.partition(MARKS[1])
     if not begin or not end:
-        raise ValueError(f"the page has no {' ... '.join(MARKS)}")
+        raise ValueError(f"no {' ... '.join(MARKS)}")
     return f"{before}{begin}\n{text.strip()}\n{end}{after}"
 
 
@@ -139,11 +139,17 @@ def main(results: Path, page: Path, readme: Path) -> None:
     """Put the table and the picture of a results file into the page, and what is compared into the README."""
     where, rows = read_rows(results)
     picture = page.with_suffix(".png")
+    machine = machine_line(where)
+    whole = f"{machine}\n\n{table(rows)}\n{explanations(rows)}\n![ratios]({picture.name})\n"
+    texts = {}
+    for path, text in ((page, whole), (readme, f"{machine}\n\n{short_table(rows)}")):
+        try:
+            texts[path] = between_marks(path.read_text(encoding="utf-8"), text)
+        except ValueError as error:
+            raise click.ClickException(f"{path}: {error}") from error
     draw(rows, picture)
-    text = f"{machine_line(where)}\n\n{table(rows)}\n{explanations(rows)}\n![ratios]({picture.name})\n"
-    page.write_text(between_marks(page.read_text(encoding="utf-8"), text), encoding="utf-8")
-    text = f"{machine_line(where)}\n\n{short_table(rows)}"
-    readme.write_text(between_marks(readme.read_text(encoding="utf-8"), text), encoding="utf-8")
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8")
     click.echo(f"done: {page}, {picture}, {readme}")
 
 

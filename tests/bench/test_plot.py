@@ -69,3 +69,14 @@ def test_the_page_gets_table_machine_and_picture(tmp_path):
     assert "| rows | 1100 rows |" in readme.read_text()
     with Image.open(tmp_path / "speed.png") as picture:
         assert picture.width > 800
+
+
+def test_without_marks_in_one_page_none_is_changed(tmp_path):
+    (tmp_path / "r.json").write_text(json.dumps(as_tree(WHERE, ROWS)))
+    page, readme = tmp_path / "speed.md", tmp_path / "README.md"
+    page.write_text(f"{MARKS[0]}\n{MARKS[1]}\n")
+    readme.write_text("# Gridcap\n")
+    done = CliRunner().invoke(main, [str(tmp_path / "r.json"), "--page", str(page), "--readme", str(readme)])
+    assert done.exit_code == 1
+    assert f"{readme}: no <!-- bench: begin -->" in done.output
+    assert page.read_text() == f"{MARKS[0]}\n{MARKS[1]}\n"
