@@ -36,22 +36,7 @@ class Att2in2(AttentionDecoder):
         return (start,) * self.cell.states
 
 
-def _stand_in() -> None:
+def stand_in() -> None:
+    """Have every attention decoder that this process builds from now on be this one."""
     train.decoders.build.AttentionDecoder = Att2in2  # type: ignore[attr-defined]
     train.search._NEVER = (PAD, BOS)  # type: ignore[assignment]
-
-
-def train_decoder() -> None:
-    """The command train-decoder with this decoder in place of ours."""
-    from train.cli import train_decoder as command
-
-    _stand_in()
-    command()
-
-
-def evaluate_decoder() -> None:
-    """Likewise, evaluate-decoder."""
-    from train.evaluate_cli import evaluate_decoder as command
-
-    _stand_in()
-    command()

@@ -192,7 +192,7 @@ class Quality:
                 source = () if run.source is None else ("--init-from", str(self._output / run.source.name))
                 resume = ("--resume",) if (folder / "config.yaml").exists() else ()
                 self._command(
-                    "train_decoder", "bench.known" if run.known else "train.cli", folder,
+                    "train_decoder", "train.cli", run,
                     *self._data("train", ""), *self._data("val", "val-"), "--output", str(folder),
                     "--seed", str(run.seed), *run.arguments, *source, *resume,
                 )  # fmt: skip
@@ -214,8 +214,7 @@ class Quality:
         result = folder / f"test-beam-{beams}.json"
         if not result.exists():
             self._command(
-                "evaluate_decoder", "bench.known" if run.known else "train.evaluate_cli", folder,
-                "--checkpoint", str(folder),
+                "evaluate_decoder", "train.evaluate_cli", run, "--checkpoint", str(folder),
                 *self._data("test", ""), "--beam-size", str(beams), "--output", str(result),
             )  # fmt: skip
         found: dict[str, float] = json.loads(result.read_text(encoding="utf-8"))["metrics"]
@@ -227,9 +226,11 @@ class Quality:
             f"--{prefix}annotations", str(self._annotations / f"captions_{split}.json"),
         )  # fmt: skip
 
-    def _command(self, function: str, module: str, folder: Path, *arguments: str) -> None:
+    def _command(self, function: str, module: str, run: Trained, *arguments: str) -> None:
         code = f"from {module} import {function}; {function}()"
-        log = self._output / "logs" / f"{folder.name}.{function}.txt"
+        if run.known:
+            code = f"from bench.known import stand_in; stand_in(); {code}"
+        log = self._output / "logs" / f"{run.name}.{function}.txt"
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as file:
             done = subprocess.run(

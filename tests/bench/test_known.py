@@ -17,7 +17,7 @@ CONFIG = AttentionConfig(cell="att2in", output="hidden", embed_size=6, hidden_si
 def decoder(monkeypatch):
     monkeypatch.setattr(train.decoders.build, "AttentionDecoder", train.decoders.build.AttentionDecoder)
     monkeypatch.setattr(train.search, "_NEVER", train.search._NEVER)
-    known._stand_in()
+    known.stand_in()
     torch.manual_seed(0)
     return build_decoder(CONFIG, 9, (2, 2, 3)).eval()
 
