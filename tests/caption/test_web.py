@@ -105,7 +105,7 @@ def test_a_photograph_gets_its_caption_the_others_and_the_looks(
     assert len(wanted) > 1
     assert alternatives(opened) == [caption.text for caption in wanted]
     shown = opened.frame_locator("iframe").first
-    assert " ".join(shown.locator(".caption").inner_text().split()) == wanted[0].text
+    assert " ".join(shown.locator(".caption").text_content().split()) == wanted[0].text
     shown.locator(".word").first.hover()
     shown.get_by_text("of the look in one cell").wait_for()
 
@@ -149,8 +149,8 @@ def test_several_checkpoints_stand_side_by_side(
     upload(opened, photo)
     for column, one in enumerate((captioner, other)):
         assert alternatives(opened, column)[0] == one.alternatives(photo, SEARCH)[0].text
-    assert opened.get_by_text("run 0").is_visible()
-    assert opened.get_by_text("run 1").is_visible()
+    opened.get_by_text("run 0").wait_for()
+    opened.get_by_text("run 1").wait_for()
 
 
 def test_users_at_the_same_time_are_served_one_after_the_other(

@@ -83,7 +83,7 @@ def test_everything_is_shown(page):
     assert opened.title() == "A run"
     assert "0.750" in opened.locator("table").inner_text()
     assert captions(opened) == CAPTIONS
-    assert opened.locator("article").nth(1).get_by_text("CIDEr 1.50").is_visible()
+    opened.locator("article").nth(1).get_by_text("CIDEr 1.50").wait_for()
     assert opened.locator("#count").inner_text() == "4 of 4 images"
     image = opened.locator("article img").first
     assert image.get_attribute("alt") == f"9.jpg: {CAPTIONS[0]}"
@@ -96,7 +96,7 @@ def test_hovering_a_word_shows_where_the_decoder_looked(page):
     for number in (0, 3, 4):
         word(opened, 1, number).hover()
         assert brightest(opened, 1) == [number // 4, number % 4]
-    assert opened.locator("article").nth(1).get_by_text("100 % of the look in one cell").is_visible()
+    opened.locator("article").nth(1).get_by_text("100 % of the look in one cell").wait_for()
     opened.mouse.move(0, 0)
     assert brightest(opened, 1) is None
 
