@@ -64,7 +64,7 @@ class StandIn:
 
     def submit(self, images: np.ndarray) -> Any:
         """The same grid for every image of a batch."""
-        from extract.encoder import PendingGrids
+        from extract.staging import PendingGrids
 
         return PendingGrids(lambda: np.full((len(images), *self.grid_shape), images.mean() / 255, np.float16))
 

@@ -92,6 +92,11 @@ def first_line(error: BaseException) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
+def os_reason(error: OSError) -> str:
+    """What the operating system says, as it stands in the middle of a sentence."""
+    return (error.strerror or str(error)).lower()
+
+
 def _leads_nowhere(path: Path) -> bool:
     return path.is_symlink() and not path.exists()
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import StoreError
+from common.errors import StoreError, os_reason
 
 VERSION = 2
 HEADER_BYTES = 4096
@@ -39,7 +39,7 @@ def unpack_header(path: Path, kind: str, keys: Collection[str], remake: str) -> 
             block = file.read(HEADER_BYTES)
             size = os.fstat(file.fileno()).st_size
     except OSError as error:
-        raise StoreError(f"{path}: {(error.strerror or str(error)).lower()}", remake) from error
+        raise StoreError(f"{path}: {os_reason(error)}", remake) from error
     if not block.startswith(b"{"):
         return None
     try:

@@ -16,7 +16,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from common.errors import StoreError
+from common.errors import StoreError, os_reason
 from common.files import replacing, sha256_of
 from common.hdf5 import damage_of, open_hdf5
 from common.header import HEADER_BYTES, VERSION, format_of, pack_header, unpack_header
@@ -93,7 +93,7 @@ def check_index(path: Path) -> None:
         identity = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
         found = _hash_once(path, identity)
     except OSError as error:  # another worker has just removed it
-        raise StoreError(f"{path}: {(error.strerror or str(error)).lower()}", REMAKE) from error
+        raise StoreError(f"{path}: {os_reason(error)}", REMAKE) from error
     if header is not None and header["sha256"] != found:
         raise StoreError(f"{path}: damaged: differs from the SHA-256 in its header", REMAKE)
 

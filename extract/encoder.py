@@ -7,7 +7,6 @@ import http.client
 import math
 import pickle
 import re
-import threading
 import urllib.error
 from collections import OrderedDict
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from common.device import choose_device, choose_precision
 from common.errors import UserError, WeightsError, first_line
 from common.files import sha256_of
 from common.scenes import calibration_batch
+from extract.staging import PendingGrids, Staging
 
 CALIBRATION_IMAGES = 32
 RANDOM_RECIPE = "gridcap random weights, recipe 2: Kaiming uniform, BatchNorm calibrated on 32 scenes, one thread"
@@ -243,24 +243,6 @@ def _fold_batch_norm(module: nn.Module) -> None:
         _fold_batch_norm(child)
 
 
-class PendingGrids:
-    """A batch on its way through the encoder, from `GridEncoder.submit`."""
-
-    def __init__(self, collect: Callable[[], np.ndarray]) -> None:
-        self._collect: Callable[[], np.ndarray] | None = collect
-        self._grids: np.ndarray | None = None
-        self._lock = threading.Lock()
-
-    def result(self) -> np.ndarray:
-        """The grids, as `GridEncoder.encode` gives them; waits for them. Any thread may ask, and more than once."""
-        with self._lock:
-            if self._collect is not None:
-                self._grids = self._collect()
-                self._collect = None  # and with it the buffers it reads from
-            assert self._grids is not None
-            return self._grids
-
-
 class GridEncoder:
     """A frozen CNN: square images in, grids out.
 
@@ -305,7 +287,7 @@ class GridEncoder:
         self._trunk: Callable[[Tensor], Tensor] = trunk.to(self.device, self._precision).to(
             memory_format=torch.channels_last
         )
-        self._staging = _Staging(self.device) if self.device.type == "cuda" else None
+        self._staging = Staging(self.device) if self.device.type == "cuda" else None
         self._fixed_batch = batch_size if compiled else None
         if compiled:
             self._trunk = _compile(trunk, self.device)
@@ -367,63 +349,6 @@ def _compile(trunk: nn.Module, device: torch.device) -> Callable[[Tensor], Tenso
     """
     options: dict[str, Any] = {"freezing": True} if device.type == "cpu" else {}
     return torch.compile(trunk, dynamic=False, options=options)
-
-
-_RING = 3  # batches on the GPU at once: one waiting or being copied in, one computed, one copied out
-
-
-class _Staging:
-    """Page-locked buffers between numpy and a GPU, used in turn, so that no copy waits for arithmetic.
-
-    Not run on a GPU yet: its order of events is tested with a stand-in for torch.cuda.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._downloads = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._slots = [_Slot() for _ in range(_RING)]
-        self._next = 0
-
-    def run(self, images: Tensor, forward: Callable[[Tensor], Tensor]) -> PendingGrids:
-        """Copy images in, start `forward` on them, and start to copy out what it gives."""
-        slot = self._slots[self._next]
-        self._next = (self._next + 1) % _RING
-        if slot.pending is not None:
-            slot.pending.result()  # its grids lie where this batch's will
-        slot.images = _fitting(slot.images, images)
-        slot.images.copy_(images)
-        computing = torch.cuda.current_stream(self._device)
-        grids = forward(slot.images.to(self._device, non_blocking=True))
-        slot.grids = target = _fitting(slot.grids, grids)
-        self._downloads.wait_stream(computing)
-        with torch.cuda.stream(self._downloads):
-            target.copy_(grids, non_blocking=True)
-            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            done.record(self._downloads)
-        grids.record_stream(self._downloads)  # or its memory is given to the next batch while it is being copied
-
-        def collect() -> np.ndarray:
-            done.synchronize()
-            return target.numpy().copy()
-
-        slot.pending = PendingGrids(collect)
-        return slot.pending
-
-
-@dataclass
-class _Slot:
-    """The buffers of one batch, and the batch that is in them."""
-
-    images: Tensor | None = None
-    grids: Tensor | None = None
-    pending: PendingGrids | None = None
-
-
-def _fitting(buffer: Tensor | None, like: Tensor) -> Tensor:
-    """The buffer if it has the shape of `like`, else a new page-locked one."""
-    if buffer is not None and buffer.shape == like.shape:
-        return buffer
-    return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
 
 
 def describe_features(

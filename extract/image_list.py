@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from common.errors import StoreError, UserError
+from common.errors import StoreError, UserError, os_reason
 from common.files import put_in_place, temporary_file
 
 Image = tuple[int, str]  # image_id, file_name
@@ -104,7 +104,7 @@ def _read_lines(path: Path, start: int, stop: int, crc32: int) -> list[Image]:
         with open(path, "rb") as file:
             lines = os.pread(file.fileno(), stop - start, start)
     except OSError as error:
-        raise StoreError(f"{path}: {(error.strerror or str(error)).lower()}", _BEGIN_AGAIN) from error
+        raise StoreError(f"{path}: {os_reason(error)}", _BEGIN_AGAIN) from error
     if zlib.crc32(lines) != crc32:
         raise StoreError(f"{path}: damaged: bytes {start} to {stop} are not those of the plan", _BEGIN_AGAIN)
     return [(image_id, name) for image_id, name in json.loads(b"[" + lines[:-1].replace(b"\n", b",") + b"]")]

@@ -27,10 +27,11 @@ from common.image import BadImageError, image_path, load_square
 from common.progress import progress_bar
 from common.shard import ORIGINAL, ShardReader, ShardWriter, UnstorableError, returned_type
 from extract.cluster import Share
-from extract.encoder import GridEncoder, PendingGrids, WeightsIdentity
+from extract.encoder import GridEncoder, WeightsIdentity
 from extract.image_list import Image
 from extract.nvjpeg import load_squares
 from extract.plan import Plan, shard_writer
+from extract.staging import PendingGrids
 
 _BATCHES_AHEAD = 3
 _A_FEW = 10

@@ -13,7 +13,8 @@ import extract.worker
 from common.annotations import FolderImages
 from common.config import PipelineConfig, load_config
 from extract.cluster import WHOLE, Share
-from extract.encoder import GridEncoder, PendingGrids, describe_features
+from extract.encoder import GridEncoder, describe_features
+from extract.staging import PendingGrids
 from extract.worker import Job, Summary
 
 GRID = (2, 2, 3)

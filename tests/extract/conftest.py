@@ -15,7 +15,8 @@ import extract.worker as worker_module
 from common.allocator import keep_large_buffers
 from common.annotations import list_images
 from common.config import load_config
-from extract.encoder import PendingGrids, describe_features, identify_weights
+from extract.encoder import describe_features, identify_weights
+from extract.staging import PendingGrids
 
 GRID = (2, 2, 3)
 _identify_once = functools.cache(identify_weights)  # it renders scenes, for the identity of random weights
