@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from common.config import AttentionConfig
 from train.decoders.base import Decoder, Memory, State
 from train.decoders.cells import CELLS, Cell
+from train.decoders.dropout import Dropout
 from train.vocabulary import PAD
 
 
@@ -42,7 +43,7 @@ class AttentionDecoder(Decoder):
         self.embedding = nn.Embedding(vocabulary_size, embed, padding_idx=PAD)
         self.cell: Cell = CELLS[config.cell](config)
         self.initial = nn.Linear(embed, self.cell.states * hidden)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.deep = nn.Linear(hidden + embed, embed) if config.output == "deep" else None
         self.output = nn.Linear(embed if self.deep is not None else hidden, vocabulary_size)
 

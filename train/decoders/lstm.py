@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from common.config import LstmConfig
 from train.decoders.base import Decoder, Memory, State
+from train.decoders.dropout import Dropout
 from train.vocabulary import PAD
 
 
@@ -37,7 +38,7 @@ class LstmDecoder(Decoder):
         embed, hidden = config.embed_size, config.hidden_size
         self._image = config.image
         self.norm = nn.LayerNorm(channels)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.image_bottleneck = _narrow(channels, config.image_bottleneck)
         self._narrowed = config.image_bottleneck is not None
         seen = config.image_bottleneck or channels

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from common.config import TransformerConfig
 from train.decoders.base import Decoder, Memory, State
+from train.decoders.dropout import Dropout
 from train.vocabulary import PAD
 
 
@@ -48,7 +49,7 @@ class TransformerDecoder(Decoder):
         self.embedding = nn.Embedding(vocabulary_size, size, padding_idx=PAD)
         self.layers = nn.ModuleList(_Layer(config) for _ in range(config.layers))
         self.output_norm = nn.LayerNorm(size)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.output = nn.Linear(size, vocabulary_size)
 
     def _project(self, grid: Tensor) -> Memory:
@@ -95,7 +96,7 @@ class _Layer(nn.Module):
         super().__init__()
         size = config.embed_size
         self._heads = config.heads
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.words_norm = nn.LayerNorm(size)
         self.words = nn.Linear(size, 3 * size, bias=False)
         self.words_output = nn.Linear(size, size)
@@ -106,7 +107,7 @@ class _Layer(nn.Module):
             nn.LayerNorm(size),
             nn.Linear(size, config.feedforward_size),
             nn.ReLU(),
-            nn.Dropout(config.dropout),
+            Dropout(config.dropout),
             nn.Linear(config.feedforward_size, size),
         )
 
