@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from bench.measure import Row, as_tree, machine, read_rows
-from bench.plot import table
+from bench.plot import cell, table
 from common.files import write_json
 
 PARTS = ("extraction", "reading", "training", "decoding", "scoring", "growth", "starting")
@@ -33,26 +33,23 @@ def main(quick: bool, parts: tuple[str, ...], output: Path | None) -> None:
     where = machine()
     output = output or RESULTS / (("quick-" if quick else "") + file_name(where))
     click.echo(", ".join(f"{key}: {value}" for key, value in where.items() if not isinstance(value, dict)))
-    rows = kept(output, parts)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    rows = read_rows(output)[1] if parts and output.exists() else []
     for part in parts or PARTS:
-        begin = time.perf_counter()
+        begin, found = time.perf_counter(), list[Row]()
         with tempfile.TemporaryDirectory(prefix="gridcap-bench-") as work:
-            found: list[Row] = importlib.import_module(f"bench.{part}").measure(Path(work), quick)
-        rows = [row for row in rows if row.part != part] + found
-        rows.sort(key=lambda row: PARTS.index(row.part))
-        output.parent.mkdir(parents=True, exist_ok=True)
+            for row in importlib.import_module(f"bench.{part}").measure(Path(work), quick):
+                found.append(row)
+                rows = [other for other in rows if other.name != row.name] + [row]
+                rows.sort(key=lambda row: PARTS.index(row.part))
+                write_json(output, as_tree(where, rows))  # now, so that a run that is stopped leaves what it has
+                click.echo(f"{row.name}: {cell(row.ours)} {row.unit}")
+        rows = [row for row in rows if row.part != part or row in found]
         write_json(output, as_tree(where, rows))
         click.echo(f"\n{part}, {time.perf_counter() - begin:.0f} s\n\n{table(found)}")
     click.echo(f"done: {output}")
     if missed := [f"{row.name} ({', '.join(row.missed())})" for row in rows if row.missed()]:
         click.echo("below what is wanted: " + "; ".join(missed))
-
-
-def kept(output: Path, parts: tuple[str, ...]) -> list[Row]:
-    """The rows of an earlier run that this one does not measure again."""
-    if not parts or not output.exists():
-        return []
-    return [row for row in read_rows(output)[1] if row.part not in parts]
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ BATCH, LENGTH, V = 50, 20, len(WORDS)
 RECIPE = "tutorial-gru"
 
 
-def measure(work: Path, quick: bool) -> list[Row]:
+def measure(work: Path, quick: bool) -> Iterator[Row]:
     """Captions a second of greedy search and of a beam; images a second of the self-critical step."""
     count = 1 if quick else 3
     values = rounds(
@@ -26,16 +27,14 @@ def measure(work: Path, quick: bool) -> list[Row]:
         },
     )
     sizes = f"{RECIPE}, {V} words, {LENGTH} steps, {BATCH} images a batch"
-    rows = [
-        Row(
-            "decoding", "greedy search", "captions/s", values["greedy"], values["one"],
-            baseline_is="the same, one image at a time", wanted={"value": 500}, note=sizes,
-        ),
-        Row(
-            "decoding", "beam of 5", "captions/s", values["beam"], values["beam one"], values["greedy"],
-            "the same, one image at a time", "greedy search", {"value": 200, "of limit": 1 / 3}, sizes,
-        ),
-    ]  # fmt: skip
+    yield Row(
+        "decoding", "greedy search", "captions/s", values["greedy"], values["one"],
+        baseline_is="the same, one image at a time", wanted={"value": 500}, note=sizes,
+    )  # fmt: skip
+    yield Row(
+        "decoding", "beam of 5", "captions/s", values["beam"], values["beam one"], values["greedy"],
+        "the same, one image at a time", "greedy search", {"value": 200, "of limit": 1 / 3}, sizes,
+    )  # fmt: skip
     captions = make_captions(work / "rewards.json", 1000)
     values = rounds(
         count,
@@ -45,14 +44,11 @@ def measure(work: Path, quick: bool) -> list[Row]:
             "limit": lambda: fresh("bench.decoding:self_critical", captions, "free"),
         },
     )
-    rows.append(
-        Row(
-            "decoding", "self-critical step", "images/s", values["ours"], values["baseline"], values["limit"],
-            "sampling, scoring by pycocoevalcap and learning one after the other", "the same with free rewards",
-            {"of limit": 0.9}, "13 images x 5 captions of 20 words",
-        )
+    yield Row(
+        "decoding", "self-critical step", "images/s", values["ours"], values["baseline"], values["limit"],
+        "sampling, scoring by pycocoevalcap and learning one after the other", "the same with free rewards",
+        {"of limit": 0.9}, "13 images x 5 captions of 20 words",
     )  # fmt: skip
-    return rows
 
 
 def _decoder(device: Any) -> Any:

@@ -2,7 +2,7 @@
 # Everything that wants an NVIDIA GPU, in one call of under nine minutes: the tests that need one, then the
 # measurements. Results and logs are files in the folder given as $1 (default: gpu-results).
 # Wants a Python with torch, torchvision and the packages of pyproject.toml: PYTHON=... (default: .venv/bin/python).
-# A part that fails is in its log, and the rest goes on.
+# A part that fails or takes too long has left a log and the rows it had measured, and the rest goes on.
 out=${1:-gpu-results}
 python=${PYTHON:-.venv/bin/python}
 mkdir -p "$out"
@@ -12,15 +12,19 @@ part() { # name, seconds, command ...
     name=$1 seconds=$2
     shift 2
     echo "== $name"
-    timeout "$seconds" "$@" >"$out/$name.log" 2>&1 || { status=1; echo "   failed: $out/$name.log"; tail -n 3 "$out/$name.log"; }
+    timeout "$seconds" "$@" >"$out/$name.log" 2>&1 && return
+    if [ $? = 124 ]; then why="stopped after $seconds s"; else why=failed; fi
+    status=1
+    echo "   $why: $out/$name.log"
+    tail -n 3 "$out/$name.log"
 }
 
 nvidia-smi >"$out/nvidia-smi.txt" 2>&1
 $python -c 'import torch, torchvision; print(torch.__version__, torchvision.__version__, torch.cuda.get_device_name())' ||
     { echo "this Python's torch sees no GPU"; exit 1; }
-part tests 150 $python -m pytest -q tests/extract/test_encoder.py tests/extract/test_nvjpeg.py -k "gpu or cuda or nvjpeg or device"
-part training 120 $python -m bench --quick --only training --output "$out/results.json"
-part decoding 60 $python -m bench --quick --only decoding --output "$out/results.json"
-part extraction 180 $python -m bench --quick --only extraction --output "$out/results.json"
+part tests 90 $python -m pytest -q tests/extract/test_encoder.py tests/extract/test_nvjpeg.py -k "gpu or cuda or nvjpeg or device"
+part training 150 $python -m bench --quick --only training --output "$out/results.json"
+part decoding 80 $python -m bench --quick --only decoding --output "$out/results.json"
+part extraction 210 $python -m bench --quick --only extraction --output "$out/results.json"
 echo "results: $out/results.json"
 exit $status

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -18,12 +18,11 @@ from common.store import FeatureStore
 BATCH = 64  # rows into the buffer at a time
 
 
-def measure(work: Path, quick: bool) -> list[Row]:
+def measure(work: Path, quick: bool) -> Iterator[Row]:
     """Rows a second, with one and two threads; bytes and rows a second of other forms."""
     rows, count = (512, 1) if quick else (2048, 3)
     path = make_store(work / "plain.h5", rows)
     orders = [np.random.default_rng(i).permutation(rows)[:BATCH] for i in range(16)]
-    found = []
     for threads in (1, 2):
         values = rounds(
             count,
@@ -33,17 +32,15 @@ def measure(work: Path, quick: bool) -> list[Row]:
                 "limit": partial(_by_preadv, path, orders, threads),
             },
         )
-        found.append(
-            Row(
-                "reading", f"rows in random order, {threads} thread{'s' * (threads > 1)}", "rows/s", values["ours"],
-                values["baseline"], values["limit"], "h5py's dataset[i]", "os.preadv into one buffer",
-                {"of baseline": 5.0, "of limit": 0.8},
-            )
+        yield Row(
+            "reading", f"rows in random order, {threads} thread{'s' * (threads > 1)}", "rows/s", values["ours"],
+            values["baseline"], values["limit"], "h5py's dataset[i]", "os.preadv into one buffer",
+            {"of baseline": 5.0, "of limit": 0.8},
         )  # fmt: skip
-    return found + _forms(work, path, rows, orders, count)
+    yield from _forms(work, path, rows, orders, count)
 
 
-def _forms(work: Path, plain: Path, rows: int, orders: list[np.ndarray], count: int) -> list[Row]:
+def _forms(work: Path, plain: Path, rows: int, orders: list[np.ndarray], count: int) -> Iterator[Row]:
     """The same rows as other files, all read by our own reader."""
     forms: dict[str, Path] = {
         "float16, plain": plain,
@@ -54,12 +51,10 @@ def _forms(work: Path, plain: Path, rows: int, orders: list[np.ndarray], count: 
         ("float16, lzf", dict[str, object](compression="lzf")),
     ):
         forms[name] = _rewritten(plain, work / f"{options['compression']}.h5", options)
-    found = []
     for name, path in forms.items():
         values = rounds(count, {"ours": partial(_by_store, path, orders, 2)})
         size = path.stat().st_size / rows / 1024
-        found.append(Row("reading", f"as {name}", "rows/s", values["ours"], note=f"{size:.0f} KiB a row, 2 threads"))
-    return found
+        yield Row("reading", f"as {name}", "rows/s", values["ours"], note=f"{size:.0f} KiB a row, 2 threads")
 
 
 def _rewritten(source: Path, target: Path, options: dict[str, object]) -> Path:

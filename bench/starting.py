@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,15 +18,15 @@ COMMANDS = {
 }  # fmt: skip
 
 
-def measure(work: Path, quick: bool) -> list[Row]:
+def measure(work: Path, quick: bool) -> Iterator[Row]:
     """Seconds to the help, to the first image and to the first step."""
-    count, rows = 1 if quick else 3, []
+    count = 1 if quick else 3
     for command in COMMANDS:
         values = rounds(
             count, {"baseline": lambda: _seconds(["-c", "pass"]), "ours": partial(_command, command, "--help")}
         )
-        rows.append(
-            Row("starting", f"{command} --help", "s", values["ours"], values["baseline"], baseline_is="python -c pass")
+        yield Row(
+            "starting", f"{command} --help", "s", values["ours"], values["baseline"], baseline_is="python -c pass"
         )
     photo, captions = make_photos(work / "one", 1), make_captions(work / "few.json", 13)
     store, numbers = make_store(work / "few.h5", 13), iter(range(100))
@@ -44,8 +44,7 @@ def measure(work: Path, quick: bool) -> list[Row]:
         )
 
     for name, side in (("extract-features of one image", first_image), ("train-decoder of one step", first_step)):
-        rows.append(Row("starting", name, "s", rounds(count, {"ours": side})["ours"], note="start to end"))
-    return rows
+        yield Row("starting", name, "s", rounds(count, {"ours": side})["ours"], note="start to end")
 
 
 def _command(name: str, *arguments: object) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,8 @@ RECIPES = (
 )  # fmt: skip
 
 
-def measure(work: Path, quick: bool) -> list[Row]:
+def measure(work: Path, quick: bool) -> Iterator[Row]:
     """Captions a second of a step, and the share of an epoch that the trainer waits for batches."""
-    found = []
     for recipe, wanted in STEPS.items():
         values = rounds(
             1 if quick else 3,
@@ -30,26 +29,21 @@ def measure(work: Path, quick: bool) -> list[Row]:
                 "limit": partial(fresh, "bench.training:limit", recipe),
             },
         )
-        found.append(
-            Row(
-                "training", f"a step of {recipe}", "captions/s", values["ours"], values["baseline"], values["limit"],
-                "float32, word by word, the grid projected anew at each",
-                "the step's operations at the rate of a large matrix product",
-                {"value": wanted, "of limit": 0.5},
-                f"{B} images x {K} captions of {T} words, {V} words, hidden {H}, 8 x 8 x 2048",
-            )
+        yield Row(
+            "training", f"a step of {recipe}", "captions/s", values["ours"], values["baseline"], values["limit"],
+            "float32, word by word, the grid projected anew at each",
+            "the step's operations at the rate of a large matrix product",
+            {"value": wanted, "of limit": 0.5},
+            f"{B} images x {K} captions of {T} words, {V} words, hidden {H}, 8 x 8 x 2048",
         )  # fmt: skip
     store = make_store(work / "train.h5", 104)
     captions = make_captions(work / "captions.json", 104)
     for recipe in RECIPES[-1:] if quick else RECIPES:
         share = fresh("bench.training:waiting", recipe, store, captions, work / f"run-{recipe}")
-        found.append(
-            Row(
-                "training", f"{recipe} waits for batches", "share", [share], wanted={"at most": 0.02},
-                note="of the time of an epoch, its first steps included",
-            )
+        yield Row(
+            "training", f"{recipe} waits for batches", "share", [share], wanted={"at most": 0.02},
+            note="of the time of an epoch, its first steps included",
         )  # fmt: skip
-    return found
 
 
 def _settings(recipe: str) -> Any:

@@ -18,7 +18,7 @@ def parts(monkeypatch):
         def measure(work, quick):
             assert work.is_dir()
             calls.append((name, quick))
-            return [Row(name.partition(".")[2], f"{name} {len(calls)}", "s", [1.0], wanted={"at most": 0.5})]
+            yield Row(name.partition(".")[2], f"{name} {len(calls)}", "s", [1.0], wanted={"at most": 0.5})
 
         return types.SimpleNamespace(measure=measure)
 
@@ -49,6 +49,28 @@ def test_one_part_measured_again_leaves_the_others_alone(parts, tmp_path):
     expected = [f"bench.{name} {i + 1}" for i, name in enumerate(PARTS)]
     expected[PARTS.index("reading")] = f"bench.reading {len(PARTS) + 1}"
     assert names(tmp_path / "r.json") == expected
+
+
+def test_a_run_that_is_stopped_leaves_what_it_has_measured_and_the_rest_of_an_earlier_one(monkeypatch, tmp_path):
+    values = iter((1.0, 2.0, 3.0))
+
+    def measure(work, quick):
+        yield Row("reading", "one", "s", [next(values)])
+        yield Row("reading", "two", "s", [next(values)])
+
+    load = types.SimpleNamespace(import_module=lambda name: types.SimpleNamespace(measure=measure))
+    monkeypatch.setattr(bench.__main__, "importlib", load)
+    path = tmp_path / "r.json"
+    invoke("--only", "reading", "--output", path)
+    done = CliRunner().invoke(main, ["--only", "reading", "--output", str(path)])
+    assert done.exit_code != 0
+    assert {row["name"]: row["ours"] for row in json.loads(path.read_text())["rows"]} == {"one": [3.0], "two": [2.0]}
+
+
+def test_a_row_that_is_measured_no_more_goes_when_its_part_is_measured_again(parts, tmp_path):
+    invoke("--only", "reading", "--output", tmp_path / "r.json")
+    invoke("--only", "reading", "--output", tmp_path / "r.json")
+    assert names(tmp_path / "r.json") == ["bench.reading 2"]
 
 
 def test_results_are_named_by_the_machine():
