@@ -36,13 +36,13 @@ def measure(work: Path, quick: bool) -> Iterator[Row]:
             {"value": wanted, "of limit": 0.5},
             f"{B} images x {K} captions of {T} words, {V} words, hidden {H}, 8 x 8 x 2048",
         )  # fmt: skip
-    store = make_store(work / "train.h5", 104)
-    captions = make_captions(work / "captions.json", 104)
+    images = B * (8 if quick else 32)
+    store, captions = make_store(work / "train.h5", images), make_captions(work / "captions.json", images)
     for recipe in RECIPES[-1:] if quick else RECIPES:
         share = fresh("bench.training:waiting", recipe, store, captions, work / f"run-{recipe}")
         yield Row(
             "training", f"{recipe} waits for batches", "share", [share], wanted={"at most": 0.02},
-            note="of the time of an epoch, its first steps included",
+            note=f"of the time of an epoch of {images // B} steps, the first included",
         )  # fmt: skip
 
 
