@@ -27,7 +27,9 @@ def file_name(where: dict[str, object]) -> str:
 @click.command()
 @click.option("--quick", is_flag=True, help="One round each, and less of everything: two or three minutes.")
 @click.option("--only", "parts", multiple=True, type=click.Choice(PARTS), help="Just these  [default: all]")
-@click.option("--output", type=click.Path(path_type=Path), help="Results file  [default: by the machine's name]")
+@click.option(
+    "--output", type=click.Path(path_type=Path, dir_okay=False), help="Results file  [default: by the machine's name]"
+)
 def main(quick: bool, parts: tuple[str, ...], output: Path | None) -> None:
     """Measure, print the table, and write it all to a file; parts that are not measured now keep what it says."""
     where = machine()

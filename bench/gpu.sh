@@ -20,8 +20,11 @@ part() { # name, seconds, command ...
 }
 
 nvidia-smi >"$out/nvidia-smi.txt" 2>&1
-$python -c 'import torch, torchvision; print(torch.__version__, torchvision.__version__, torch.cuda.get_device_name())' ||
-    { echo "this Python's torch sees no GPU"; exit 1; }
+$python -c 'import sys, torch, torchvision
+found = torch.cuda.is_available()
+name = torch.cuda.get_device_name() if found else "sees no GPU"
+print("torch", torch.__version__, "torchvision", torchvision.__version__, name)
+sys.exit(not found)' || exit 1
 part tests 90 $python -m pytest -q tests/extract/test_encoder.py tests/extract/test_nvjpeg.py -k "gpu or cuda or nvjpeg or device"
 part training 150 $python -m bench --quick --only training --output "$out/results.json"
 part decoding 80 $python -m bench --quick --only decoding --output "$out/results.json"

@@ -19,6 +19,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import click
+
 LIBRARIES = ("torch", "torchvision", "numpy", "h5py", "pillow")
 
 
@@ -132,6 +134,13 @@ def as_tree(where: Mapping[str, Any], rows: list[Row]) -> dict[str, Any]:
 
 
 def read_rows(path: Path) -> tuple[dict[str, Any], list[Row]]:
-    """The machine and the rows of a results file."""
-    tree = json.loads(path.read_text(encoding="utf-8"))
-    return tree["machine"], [Row(**row) for row in tree["rows"]]
+    """The machine and the rows of a results file.
+
+    Raises:
+        click.ClickException: it is no such file.
+    """
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        return tree["machine"], [Row(**row) for row in tree["rows"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise click.ClickException(f"{path} is no results file of bench: name another, or remove it") from error

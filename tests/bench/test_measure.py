@@ -1,5 +1,6 @@
 import json
 
+import click
 import pytest
 
 from bench.measure import Row, as_tree, fresh, machine, rate, read_rows, rounds
@@ -59,3 +60,10 @@ def test_a_results_file_gives_back_what_was_written(tmp_path):
     assert read_rows(tmp_path / "x.json") == (where, rows)
     assert where["cores"] >= 1
     assert where["versions"]["torch"]
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"machine": {}, "rows": [{"speed": 1}]}', "\0"])
+def test_a_file_that_is_no_results_file_is_named(tmp_path, text):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(click.ClickException, match=r"x\.json is no results file"):
+        read_rows(tmp_path / "x.json")
