@@ -46,7 +46,7 @@ OWN: dict[str, dict[str, Any]] = {  # what the small size of each recipe's decod
     "lstm-init": RECURRENT, "show-and-tell": RECURRENT, "lstm-inject": RECURRENT,
     "tutorial-gru": ATTENTION, "soft-attention": ATTENTION,
     "att2in": {**ATTENTION, "train.decoder.output": "deep"},  # words straight from the context: learns much sooner
-    "top-down": {**ATTENTION, "train.decoder.output": "deep"},
+    "top-down": {**ATTENTION, "train.decoder.output": "deep", "train.epochs": 16},  # two LSTMs learn more slowly
     "transformer": {
         "train.decoder.layers": 2, "train.decoder.feedforward_size": 512, "train.learning_rate": 1e-3,
     },
@@ -63,6 +63,7 @@ SCST = {
     "train.epochs": 6, "train.learning_rate": 4e-4, "train.schedule": "{kind: cosine}", "train.ema": 0.99,
     "train.clip_value": "null", "train.clip_norm": 5.0, "train.scst.temperature": 0.5,
 }  # fmt: skip
+SHORTER: dict[str, dict[str, Any]] = {"top-down": {"train.epochs": 8}}  # as the others, for comparison
 BASE = "att2in"  # the one that ingredients are taken from or added to
 INGREDIENTS: dict[str, dict[str, Any]] = {
     "words from the state alone": {"train.decoder.output": "hidden"},
@@ -128,6 +129,12 @@ def plan(recipes: Sequence[str], seeds: int, ingredients: bool) -> list[Trained]
     runs += [
         Trained(f"{run.row} + SCST", run.seed, ("--scst", *_sets(SCST)), run)
         for run in (*(run for run in small if run.row in LARGER), *larger)
+    ]
+    runs += [
+        Trained(f"{recipe}, 8 epochs", seed, ("--recipe", recipe, *_sets(SMALL | OWN[recipe] | SHORTER[recipe])))
+        for seed in range(seeds)
+        for recipe in recipes
+        if recipe in SHORTER
     ]
     if BASE in recipes:
         runs.append(Trained(f"{BASE}, as published", 0, PUBLISHED))

@@ -3,13 +3,14 @@ import json
 import pytest
 import yaml
 
-from bench.quality import INGREDIENTS, LARGER, RECIPES, Quality, plan, table
+from bench.quality import INGREDIENTS, LARGER, RECIPES, SHORTER, Quality, plan, table
 
 
 def test_every_recipe_and_seed_once_and_what_goes_on_from_them_after_them():
     runs = plan(RECIPES, 3, True)
     names = [run.name for run in runs]
-    assert len(set(names)) == len(names) == 3 * (len(RECIPES) + 3 * len(LARGER)) + 2 * len(INGREDIENTS) + 1 + 3
+    recipes = len(RECIPES) + 3 * len(LARGER) + len(SHORTER)
+    assert len(set(names)) == len(names) == 3 * recipes + 2 * len(INGREDIENTS) + 1 + 3
     for place, run in enumerate(runs):
         assert run.source is None or runs.index(run.source) < place
         assert run.source is None or run.source.seed == run.seed
