@@ -63,7 +63,7 @@ SCST = {
     "train.epochs": 6, "train.learning_rate": 4e-4, "train.schedule": "{kind: cosine}", "train.ema": 0.99,
     "train.clip_value": "null", "train.clip_norm": 5.0, "train.scst.temperature": 0.5,
 }  # fmt: skip
-SHORTER: dict[str, dict[str, Any]] = {"top-down": {"train.epochs": 8}}  # as the others, for comparison
+SHORTER = tuple(recipe for recipe in RECIPES if "train.epochs" in OWN[recipe])  # also with the epochs of the others
 BASE = "att2in"  # the one that ingredients are taken from or added to
 INGREDIENTS: dict[str, dict[str, Any]] = {
     "words from the state alone": {"train.decoder.output": "hidden"},
@@ -130,8 +130,13 @@ def plan(recipes: Sequence[str], seeds: int, ingredients: bool) -> list[Trained]
         Trained(f"{run.row} + SCST", run.seed, ("--scst", *_sets(SCST)), run)
         for run in (*(run for run in small if run.row in LARGER), *larger)
     ]
+    epochs = SMALL["train.epochs"]
     runs += [
-        Trained(f"{recipe}, 8 epochs", seed, ("--recipe", recipe, *_sets(SMALL | OWN[recipe] | SHORTER[recipe])))
+        Trained(
+            f"{recipe}, {epochs} epochs",
+            seed,
+            ("--recipe", recipe, *_sets(SMALL | OWN[recipe] | {"train.epochs": epochs})),
+        )
         for seed in range(seeds)
         for recipe in recipes
         if recipe in SHORTER
