@@ -55,10 +55,12 @@ LONGER = {
     "train.epochs": 12, "train.batch_size": 10, "train.learning_rate": 7e-4, "train.ema": 0.995,
     "train.decoder.embed_size": 512, "train.decoder.hidden_size": 512, "train.decoder.dropout": 0.5,
 }  # fmt: skip
-LARGER: dict[str, dict[str, Any]] = {  # one without and one with attention: five times the steps, four times the size
+LARGER: dict[str, dict[str, Any]] = {  # one without attention, two with: five times the steps, four times the size
     "lstm-inject": LONGER,
     "att2in": {**LONGER, "train.decoder.attention_size": 256},
+    "top-down": {**LONGER, "train.decoder.attention_size": 256, "train.epochs": 16},
 }
+BOTH_SCST = ("lstm-inject", "att2in")  # self-critically from the small size too
 SCST = {
     "train.epochs": 6, "train.learning_rate": 4e-4, "train.schedule": "{kind: cosine}", "train.ema": 0.99,
     "train.clip_value": "null", "train.clip_norm": 5.0, "train.scst.temperature": 0.5,
@@ -128,7 +130,7 @@ def plan(recipes: Sequence[str], seeds: int, ingredients: bool) -> list[Trained]
     runs = small + larger
     runs += [
         Trained(f"{run.row} + SCST", run.seed, ("--scst", *_sets(SCST)), run)
-        for run in (*(run for run in small if run.row in LARGER), *larger)
+        for run in (*(run for run in small if run.row in BOTH_SCST), *larger)
     ]
     epochs = SMALL["train.epochs"]
     runs += [

@@ -78,6 +78,38 @@ def test_label_smoothing_spreads_its_share_over_all_words(seed, share):
     assert not plain.requires_grad
 
 
+@given(st.integers(0, 10_000), st.sampled_from([0.0, 0.1, 0.7]), st.sampled_from([1, 30, 1 << 19]))
+def test_the_gradient_is_that_of_torchs_cross_entropy_in_stretches_of_any_size(seed, share, in_cache):
+    logits, targets = example(seed)
+    rows, there = logits.flatten(0, -2), targets.flatten()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.loss._IN_CACHE", in_cache)
+        total, plain, _ = smoothed_cross_entropy(rows, there, share)
+    (found,) = torch.autograd.grad(3 * total, logits)
+    kept = there != PAD
+    expected = F.cross_entropy(rows[kept], there[kept], reduction="sum", label_smoothing=share)
+    assert total.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert plain.item() == pytest.approx(F.cross_entropy(rows[kept], there[kept], reduction="sum").item(), rel=1e-5)
+    torch.testing.assert_close(found, torch.autograd.grad(3 * expected, logits)[0])
+
+
+def test_half_precision_logits_get_a_half_precision_gradient_of_a_float32_loss():
+    logits, targets = example()
+    half = logits.detach().bfloat16().requires_grad_()
+    total, plain, _ = smoothed_cross_entropy(half.flatten(0, -2), targets.flatten(), 0.1)
+    assert total.dtype == plain.dtype == torch.float32
+    total.backward()
+    exact = half.detach().float().requires_grad_()
+    smoothed_cross_entropy(exact.flatten(0, -2), targets.flatten(), 0.1)[0].backward()
+    assert half.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(half.grad.float(), exact.grad, rtol=0.01, atol=1e-3)
+
+
+def test_a_batch_without_words_has_no_loss():
+    total, plain, words = smoothed_cross_entropy(torch.zeros(0, 9, requires_grad=True), torch.zeros(0).long(), 0.1)
+    assert (total.item(), plain.item(), int(words)) == (0, 0, 0)
+
+
 # --- the penalty on attention ---
 
 

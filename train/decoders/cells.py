@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from common.config import AttentionConfig
+from train.decoders.additive import additive_scores
 from train.decoders.base import Memory, State
 
 
@@ -63,8 +64,7 @@ class Attention(nn.Module):
         Returns:
             contexts (B, K, E) and weights (B, K, P) float32.
         """
-        energy = (keys[:, None] + query[:, :, None]).tanh_()  # in place: the largest tensor of a step
-        weights = self.score(energy).squeeze(-1).float().softmax(-1)
+        weights = additive_scores(keys, query, self.score.weight[0]).float().softmax(-1)
         context = weights.to(cells.dtype) @ cells
         if self.gate is not None:
             context = context * torch.sigmoid(self.gate(hidden))

@@ -1,0 +1,64 @@
+"""The written-down gradient against the formula's own, by autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from train.decoders.additive import additive_scores
+
+
+def formula(keys: Tensor, query: Tensor, weight: Tensor) -> Tensor:
+    """Bahdanau's, word by word."""
+    return torch.tanh(keys[:, None] + query[:, :, None]) @ weight + weight.sum()
+
+
+def example(seed: int, b: int, k: int, cells: int, size: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((b, cells, size), (b, k, size), (size,))
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+@given(st.integers(0, 10_000), st.integers(1, 3), st.integers(1, 4), st.integers(1, 5), st.integers(1, 6))
+@settings(deadline=None)
+def test_scores_and_all_three_gradients_are_the_formulas(seed: int, b: int, k: int, cells: int, size: int) -> None:
+    inputs = [part.requires_grad_() for part in example(seed, b, k, cells, size)]
+    found, expected = additive_scores(*inputs), formula(*inputs)
+    torch.testing.assert_close(found, expected)
+    seen = torch.randn(found.shape, generator=torch.Generator().manual_seed(seed + 1), dtype=found.dtype)
+    for ours, theirs in zip(
+        torch.autograd.grad(found, inputs, seen), torch.autograd.grad(expected, inputs, seen), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_large_values_saturate() -> None:
+    keys = torch.tensor([[[1e4], [-1e4]]], requires_grad=True)
+    scores = additive_scores(keys, torch.zeros(1, 1, 1), torch.ones(1))
+    assert scores.tolist() == [[[2.0, 0.0]]]
+    scores.sum().backward()
+    assert keys.grad is not None
+    assert keys.grad.tolist() == [[[0.0], [0.0]]]
+
+
+def test_under_autocast_the_weights_stay_float32_and_so_does_their_gradient() -> None:
+    keys, query, weight = example(0, 2, 3, 4, 64, torch.float32)
+    weight.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = additive_scores(keys.bfloat16(), query.bfloat16(), weight)
+    assert scores.dtype == torch.bfloat16
+    looks, exact = scores.float().softmax(-1), formula(keys, query, weight).softmax(-1)
+    assert (looks - exact).abs().max() < 0.05
+    scores.float().sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("needed", [(True, False, False), (False, True, True)])
+def test_only_the_gradients_that_are_wanted(needed: tuple[bool, ...]) -> None:
+    inputs = [part.requires_grad_(want) for part, want in zip(example(0, 1, 2, 3, 4), needed, strict=True)]
+    additive_scores(*inputs).sum().backward()
+    assert [part.grad is not None for part in inputs] == list(needed)
