@@ -26,7 +26,10 @@ def measure(work: Path, quick: bool) -> Iterator[Row]:
             "beam": lambda: fresh("bench.decoding:captions", BATCH, 5),
         },
     )
-    sizes = f"{RECIPE}, {V} words, {LENGTH} steps, {BATCH} images a batch"
+    sizes = (
+        f"{RECIPE}, {V} words, {LENGTH} steps, {BATCH} images a batch, in training's precision, as training validates "
+        "(evaluate-decoder computes in float32)"
+    )
     yield Row(
         "decoding", "greedy search", "captions/s", values["greedy"], values["one"],
         baseline_is="the same, one image at a time", wanted={"value": 500}, note=sizes,

@@ -76,7 +76,7 @@ def _short(score: float | None) -> str:
     return "" if score is None else f"{score:.6f}"
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def evaluate(
     checkpoint: Checkpoint,
     data: CaptionedImages,

@@ -16,7 +16,7 @@ from train.stream import CaptionedImages, CaptionStream
 from train.vocabulary import PAD, Vocabulary
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def validate(
     decoder: Decoder, data: CaptionedImages, vocabulary: Vocabulary, settings: TrainConfig, device: torch.device,
     precision: torch.dtype, ranks: Ranks = ALONE, progress: bool = False,

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+_IN_CACHE = 1 << 21  # values: four megabytes of bfloat16
+
 
 def additive_scores(keys: Tensor, query: Tensor, weight: Tensor) -> Tensor:
     """v . tanh(key_p + query) + sum(v) (Bahdanau et al. 2015, arXiv:1409.0473, appendix A.1.2).
@@ -26,7 +28,18 @@ def additive_scores(keys: Tensor, query: Tensor, weight: Tensor) -> Tensor:
     Returns:
         (B, K, P) in the type of the keys.
     """
-    return _AdditiveScores.apply(keys, query, weight)  # type: ignore[no-any-return]
+    if torch.is_grad_enabled():
+        return _AdditiveScores.apply(keys, query, weight)  # type: ignore[no-any-return]
+    # Nobody wants the energies afterwards: some images' at a time, so that a CPU's cache holds them.
+    images = len(keys) if keys.is_cuda else max(1, _IN_CACHE // (query.shape[1] * keys[0].numel()))
+    double = 2 * weight.to(keys.dtype)
+    parts = zip(torch.split(keys, images), torch.split(query, images), strict=True)
+    return torch.cat([_energies(some_keys, some_queries) @ double for some_keys, some_queries in parts])
+
+
+def _energies(keys: Tensor, query: Tensor) -> Tensor:
+    """sigmoid(2 (key_p + query)): (B, K, P, A)."""
+    return torch.add(2 * query[:, :, None], keys[:, None], alpha=2).sigmoid_()
 
 
 class _AdditiveScores(torch.autograd.Function):
@@ -34,8 +47,7 @@ class _AdditiveScores(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, keys: Tensor, query: Tensor, weight: Tensor) -> Tensor:
-        energy = torch.add(2 * query[:, :, None], keys[:, None], alpha=2).sigmoid_()
-        weight = weight.to(keys.dtype)
+        energy, weight = _energies(keys, query), weight.to(keys.dtype)
         ctx.save_for_backward(energy, weight)
         return energy @ (2 * weight)
 

@@ -35,6 +35,16 @@ def test_scores_and_all_three_gradients_are_the_formulas(seed: int, b: int, k: i
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("in_cache", [1, 24, 1 << 21])
+def test_without_gradient_the_scores_are_the_same_in_stretches_of_any_size(
+    in_cache: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.decoders.additive._IN_CACHE", in_cache)
+    inputs = example(1, 5, 2, 3, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(additive_scores(*inputs), formula(*inputs))
+
+
 def test_large_values_saturate() -> None:
     keys = torch.tensor([[[1e4], [-1e4]]], requires_grad=True)
     scores = additive_scores(keys, torch.zeros(1, 1, 1), torch.ones(1))
