@@ -41,6 +41,16 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def cores() -> int:
+    """The processor's cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def choose_batch_size(setting: int | None, on_gpu: bool) -> int:
+    """How many images are encoded together: nvJPEG's decoders and a GPU want many, a CPU's cache has room for few."""
+    return setting or (256 if on_gpu else 32)
+
+
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
     """The arithmetic of that name; "auto" is bfloat16 where the hardware computes in it, else float32.
 

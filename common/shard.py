@@ -143,6 +143,8 @@ class ShardWriter:
             self._temporary, "x", alignment_threshold=ALIGNMENT, alignment_interval=ALIGNMENT, locking=False,
             userblock_size=HEADER_BYTES,
         )  # fmt: skip
+        self._offsets: dict[str, int] = {}
+        self._descriptor = -1
         try:
             row_bytes = len(views) * stored_bytes(grid_shape, dtype)
             self._reserve(self._rows * (row_bytes + names.dtype.itemsize + 512) + (1 << 20))
@@ -151,15 +153,29 @@ class ShardWriter:
                 if stored == np.uint8:
                     shapes["scale"] = ((self._rows, grid_shape[-1]), "<f2")
                 for name, (shape, kind) in shapes.items():
-                    self._file.create_dataset(dataset_of(name, view), shape, kind, fill_time="never")
+                    self._offsets[dataset_of(name, view)] = self._place(dataset_of(name, view), shape, kind)
             self._file["image_id"] = np.asarray(image_ids, "<i8")
             self._file["file_name"] = names
             self._file.attrs.update({"format": SHARD_FORMAT, "version": VERSION})
             for key, value in attributes.items():
                 self._file.attrs[key] = json.dumps(value, sort_keys=True) if isinstance(value, Mapping) else value
+            self._descriptor = os.open(self._temporary, os.O_WRONLY)
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
+
+    def _place(self, name: str, shape: tuple[int, ...], kind: Any) -> int:
+        """Make a dataset of rows, and tell where in the file its first byte is.
+
+        The rows are written there past HDF5, whose one lock, and Python's, would be held for as long as that takes.
+        """
+        early = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        early.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+        early.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+        early.set_obj_track_times(False)
+        space, stored = h5py.h5s.create_simple(shape), h5py.h5t.py_create(np.dtype(kind), logical=True)
+        offset = h5py.h5d.create(self._file.id, name.encode(), stored, space, early).get_offset()
+        return 0 if offset is None else int(offset)  # None: it has no bytes
 
     def _reserve(self, size: int) -> None:
         """Set disk space aside before anything is written; `finish` gives back what was not used.
@@ -183,6 +199,7 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self._close_descriptor()
         try:
             if self._file:
                 self._file.close()
@@ -191,6 +208,11 @@ class ShardWriter:
                 raise
         finally:
             self._temporary.unlink(missing_ok=True)
+
+    def _close_descriptor(self) -> None:
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
     def write(self, start: int, grids: np.ndarray, rejects: Mapping[int, str], view: str = ORIGINAL) -> None:
         """Write rows `start` to `start + len(grids)` of one view.
@@ -211,7 +233,7 @@ class ShardWriter:
             grids[row - start] = np.nan
             self._rejects[row] = reason
         flat = grids.reshape(len(grids), -1)
-        sound = np.isfinite(flat).all(1)
+        sound = _finite_rows(flat)
         if self._stored == np.uint8:
             sound &= ((flat >= 0) & (flat <= LARGEST)).all(1)
         for row in rows:
@@ -237,12 +259,19 @@ class ShardWriter:
 
     def _store(self, start: int, parts: Sequence[np.ndarray], view: str) -> None:
         rows = range(start, start + len(parts[0]))
-        for name, part in zip(("features", "scale"), parts, strict=False):
-            self._file[dataset_of(name, view)][rows.start : rows.stop] = part
+        for name, kind, part in zip(("features", "scale"), (self._stored, np.dtype("<f2")), parts, strict=False):
+            stored = np.ascontiguousarray(part, kind)
+            self._write_at(self._offsets[dataset_of(name, view)] + start * stored[0].nbytes, stored)
             for row in rows:
                 before = 0 if name == "features" else int(self._crc[view][row])
-                self._crc[view][row] = zlib.crc32(np.ascontiguousarray(part[row - start]).data, before)
+                self._crc[view][row] = zlib.crc32(stored[row - start].data, before)
         self._written[view][rows.start : rows.stop] = True
+
+    def _write_at(self, offset: int, values: np.ndarray) -> None:
+        left = values.reshape(-1).view(np.uint8).data
+        while left:
+            count = os.pwrite(self._descriptor, left, offset)
+            offset, left = offset + count, left[count:]
 
     def finish(self) -> ShardInfo:
         """Complete the file, bring it to the disk, read it back, compare, and give it its final name.
@@ -259,6 +288,7 @@ class ShardWriter:
             self._file[dataset_of("crc32", view)] = crc
         self._file["reject_row"] = np.asarray(rows, "<i8")
         self._file["reject_why"] = text_array([self._rejects[row] for row in rows])
+        self._close_descriptor()
         self._file.flush()
         size = self._file.id.get_filesize()
         self._file.close()
@@ -281,6 +311,17 @@ class ShardWriter:
         os.replace(self._temporary, self.path)
         fsync_path(self.path.parent)
         return info
+
+
+def _finite_rows(flat: np.ndarray) -> np.ndarray:
+    """(b, n) floats -> (b,) bool: whether all of a row is finite.
+
+    numpy asks float16 numbers one by one. As whole numbers the positive ones that are not finite begin at 0x7c00,
+    and the negative ones, without sign, at 0xfc00: so two maxima tell, twenty times as quickly.
+    """
+    if flat.dtype == np.float16 and flat.dtype.isnative and flat.flags.c_contiguous:
+        return (flat.view(np.int16).max(1) < 0x7C00) & (flat.view(np.uint16).max(1) < 0xFC00)  # type: ignore[no-any-return]
+    return np.isfinite(flat).all(1)  # type: ignore[no-any-return]
 
 
 def stored_bytes(grid_shape: Sequence[int], dtype: str) -> int:

@@ -315,19 +315,21 @@ class GridEncoder:
         return self.submit(images).result()
 
     @torch.inference_mode()
-    def submit(self, images: np.ndarray) -> PendingGrids:
+    def submit(self, images: np.ndarray | Tensor) -> PendingGrids:
         """Begin to encode a batch. On a GPU this returns at once, and the grids are copied out while the next batch
         is computed, if two or three are kept pending; on the CPU the work is done on return.
 
         `images` may be changed as soon as this returns. One thread at a time may submit.
 
         Args:
-            images: as for `encode`; at most `batch_size` of them if the encoder is compiled.
+            images: as for `encode`, or a tensor, on the CPU or on the encoder's device; at most `batch_size` of them
+                if the encoder is compiled.
         """
+        given = torch.from_numpy(images) if isinstance(images, np.ndarray) else images
         if self._staging is None:
-            grids = self._forward(torch.from_numpy(images)).numpy()
+            grids = self._forward(given).numpy()
             return PendingGrids(lambda: grids)
-        return self._staging.run(torch.from_numpy(images), self._forward)
+        return self._staging.run(given, self._forward)
 
     def _forward(self, images: Tensor) -> Tensor:
         """uint8 (B, side, side, 3) -> (B, *grid_shape) in the stored type, contiguous, on the same device."""

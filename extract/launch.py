@@ -15,6 +15,7 @@ import torch
 import torchvision
 
 from common.config import PipelineConfig
+from common.device import choose_batch_size
 from common.errors import EXIT_REJECTS, GridcapError, UserError
 from common.progress import progress_bar
 from extract import submit
@@ -122,6 +123,7 @@ def planning_config(config: PipelineConfig) -> PipelineConfig:
 def jobs_plan(config: PipelineConfig, plan: Plan, gpus: int | None) -> Plan:
     """A plan that was made with `planning_config`, as the jobs would make it."""
     extract, provenance = config.extract, plan.provenance
+    batch_size = choose_batch_size(extract.batch_size, bool(gpus))
     changed: dict[str, Any] = {"precision": extract.precision}
     if gpus:
         changed |= {"threads": None, "compile": extract.compile == "on"}
@@ -129,7 +131,7 @@ def jobs_plan(config: PipelineConfig, plan: Plan, gpus: int | None) -> Plan:
         changed["preprocessing"] = {**provenance["preprocessing"], "decoder": "nvjpeg"}
         versions = {k: v for k, v in provenance["versions"].items() if k != "pillow"}
         changed["versions"] = {**versions, "nvjpeg": torchvision.__version__}
-    return replace(plan, provenance={**provenance, **changed})
+    return replace(plan, batch_size=batch_size, provenance={**provenance, **changed})
 
 
 def submit_jobs(

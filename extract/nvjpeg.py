@@ -1,20 +1,22 @@
-"""JPEG files -> square uint8 arrays on a GPU, by nvJPEG through torchvision.
+"""JPEG files -> square uint8 images on a GPU, by nvJPEG through torchvision.
 
 nvJPEG gets the common case, whole gray or colour JPEG files; whatever else a folder holds goes through Pillow,
 which also judges what is damaged, so that an image is refused for the same reason with either decoder. The
 pixels are not Pillow's to the last digit: nvJPEG interpolates colour (chroma) in its own way, and the resizing
 is torch's. Hence the decoder stands in the provenance.
 
-Not run on a GPU yet. torchvision decodes on the CPU through the same call, and the tests do that.
+torchvision decodes on the CPU through the same call, and the tests do that where there is no GPU.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
-from collections.abc import Sequence
+import os
+import stat
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 import torchvision
 from PIL import Image
@@ -23,10 +25,15 @@ from torch.nn import functional
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from common.errors import UserError, first_line
-from common.image import LETTERBOX_GREY, MAX_PIXELS, SCAN, BadImageError, WatchedFile, load_square
+from common.image import LETTERBOX_GREY, MAX_PIXELS, SCAN, BadImageError, load_square
 
 _PIXELS_AT_ONCE = 2 * MAX_PIXELS  # decoded together: half a GiB of GPU memory
+_RESIZED_AT_ONCE = 32  # of one size: in float32 they take four times the room
+_LARGEST_FILE = 3 * MAX_PIXELS  # bytes; Pillow need not read a larger one as a whole
 _ORIENTATION = 0x0112
+_ALONE = {0x01, *range(0xD0, 0xD8)}  # markers that nothing belongs to
+_FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended and progressive, with Huffman codes
+_OTHER_FRAMES = {0xC3, *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0)}  # lossless, arithmetic codes, ...
 _MOST_SCANS = 100  # progressive files have about ten
 _END_OF_IMAGE = b"\xff\xd9"
 
@@ -58,8 +65,10 @@ def _probe(device: torch.device) -> None:
 
 def load_squares(
     paths: Sequence[Path], side: int, geometry: str, device: torch.device
-) -> tuple[np.ndarray, dict[int, str]]:
+) -> tuple[Tensor, dict[int, str]]:
     """Decode a batch of images and make them square, as `common.image.load_square` does with each.
+
+    Any thread may call it; on a GPU it works beside what other threads have there.
 
     Args:
         paths: JPEG files, or what `load_square` takes.
@@ -68,49 +77,69 @@ def load_squares(
         device: where to decode and resize.
 
     Returns:
-        uint8 (B, side, side, 3), RGB; and position -> reason of those that cannot be used, which are all zero.
+        uint8 (B, side, side, 3), RGB, on the device; and position -> reason of those that cannot be used, which are
+        all zero.
     """
-    squares = np.zeros((len(paths), side, side, 3), np.uint8)
     rejects: dict[int, str] = {}
     group: dict[int, _Jpeg] = {}
     pixels = 0
+    with _beside_others(device):
+        squares = torch.zeros((len(paths), side, side, 3), dtype=torch.uint8, device=device)
 
-    def by_pillow(position: int) -> None:
-        try:
-            squares[position] = load_square(paths[position], side, geometry)
-        except BadImageError as error:
-            rejects[position] = str(error)
+        def by_pillow(position: int) -> None:
+            try:
+                squares[position] = torch.from_numpy(load_square(paths[position], side, geometry).copy())
+            except BadImageError as error:
+                rejects[position] = str(error)
 
-    def decode_group() -> None:
-        done: dict[int, Tensor] = {}
-        for position, image in zip(group, _decode(list(group.values()), device), strict=True):
-            if image is None:
+        def decode_group() -> None:
+            by_shape: dict[torch.Size, dict[int, Tensor]] = {}
+            for position, image in zip(group, _decode(list(group.values()), device), strict=True):
+                if image is None:
+                    by_pillow(position)
+                else:
+                    upright = _upright(image, group[position].orientation)
+                    by_shape.setdefault(upright.shape, {})[position] = upright
+            for alike in by_shape.values():  # a photographer's pictures have few sizes, and a call has its price
+                positions = torch.tensor(list(alike), device=device)
+                whole = list(alike.values())
+                for start in range(0, len(whole), _RESIZED_AT_ONCE):
+                    some = slice(start, start + _RESIZED_AT_ONCE)
+                    made = _square(torch.stack(whole[some]), side, geometry)
+                    squares.index_copy_(0, positions[some], made.permute(0, 2, 3, 1))
+            group.clear()
+
+        for position, path in enumerate(paths):
+            jpeg = _read_plain(path)
+            if jpeg is None:
                 by_pillow(position)
-            else:
-                done[position] = _square(_upright(image, group[position].orientation), side, geometry)
-        if done:
-            squares[list(done)] = torch.stack(list(done.values())).permute(0, 2, 3, 1).cpu().numpy()
-        group.clear()
-
-    for position, path in enumerate(paths):
-        jpeg = _read_plain(path)
-        if jpeg is None:
-            by_pillow(position)
-            continue
-        if pixels + jpeg.pixels > _PIXELS_AT_ONCE:
-            decode_group()
-            pixels = 0
-        group[position] = jpeg
-        pixels += jpeg.pixels
-    decode_group()
+                continue
+            if pixels + jpeg.pixels > _PIXELS_AT_ONCE:
+                decode_group()
+                pixels = 0
+            group[position] = jpeg
+            pixels += jpeg.pixels
+        decode_group()
     return squares, rejects
+
+
+@contextlib.contextmanager
+def _beside_others(device: torch.device) -> Iterator[None]:
+    """Have the GPU do the block's work on a stream of its own, and wait for its end."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()
 
 
 class _Jpeg:
     """A whole gray or colour JPEG file, not decoded."""
 
-    def __init__(self, data: bytes, pixels: int, orientation: int) -> None:
-        self.data = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    def __init__(self, data: bytearray, pixels: int, orientation: int) -> None:
+        self.data = torch.frombuffer(data, dtype=torch.uint8)
         self.pixels = pixels
         self.orientation = orientation
 
@@ -122,18 +151,73 @@ def _read_plain(path: Path) -> _Jpeg | None:
     may take minutes, and here nothing would cut it off.
     """
     try:
-        with WatchedFile(path) as file, Image.open(file, formats=("JPEG",)) as image:  # reads the header alone
-            pixels = image.width * image.height
-            plain = image.format == "JPEG" and image.mode in ("L", "RGB") and pixels <= MAX_PIXELS
-            if not plain or image.info.get("adobe_transform") == 0:  # 0: RGB is stored, not YCbCr
-                return None
-            orientation = image.getexif().get(_ORIENTATION, 1)
-            file.seek(0)
-            data = file.read()
+        data = _read_regular(path)
+        pixels, orientation = _look_at_header(data)
     except Exception:  # Pillow will meet it again, and say why
         return None
     whole = data.endswith(_END_OF_IMAGE) and data.count(SCAN) <= _MOST_SCANS
     return _Jpeg(data, pixels, orientation) if whole else None
+
+
+def _read_regular(path: Path) -> bytearray:
+    """A file's bytes; ValueError if it is no regular file, or a very large one."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # or a named pipe would be waited for
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST_FILE:
+            raise ValueError("not for nvJPEG")
+        data = bytearray(found.st_size)
+        if os.readv(descriptor, [data]) != len(data):
+            raise ValueError("it changes")
+        return data
+    finally:
+        os.close(descriptor)
+
+
+def _look_at_header(data: bytearray) -> tuple[int, int]:
+    """Pixels and EXIF orientation of a JPEG file (ITU-T T.81, annex B.2).
+
+    Pillow would tell too, in a tenth of a millisecond, which for thousands of files a second is too much.
+
+    Raises:
+        ValueError, IndexError: it is no JPEG file, or none that nvJPEG decodes as Pillow does.
+    """
+    if data[:2] != b"\xff\xd8":
+        raise ValueError("no JPEG file")
+    at, pixels, orientation = 2, 0, 1
+    while True:
+        if data[at] != 0xFF:
+            raise ValueError("no marker")
+        kind = data[at + 1]
+        if kind == 0xFF or kind in _ALONE:  # 0xff: to fill up
+            at += 1 if kind == 0xFF else 2
+            continue
+        body, end = at + 4, at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        if kind == 0xDA:
+            break
+        if end < body or kind == 0xD9 or kind in _OTHER_FRAMES or (kind in _FRAMES and pixels):
+            raise ValueError("not for nvJPEG")
+        if kind in _FRAMES:
+            pixels = int.from_bytes(data[body + 1 : body + 3], "big") * int.from_bytes(data[body + 3 : body + 5], "big")
+            components = bytes(data[body + 6 : end : 3])  # their names
+            if data[body] != 8 or data[body + 5] != len(components) or components == b"RGB":
+                raise ValueError("not 8 bits, or RGB is stored")
+            if len(components) not in (1, 3):
+                raise ValueError("neither gray nor colour")
+        elif kind == 0xE1 and data.startswith(b"Exif\0\0", body):
+            exif = Image.Exif()
+            exif.load(bytes(data[body:end]))
+            orientation = exif.get(_ORIENTATION, 1)
+        elif kind == 0xEE and data.startswith(b"Adobe", body) and data[body + 11] == 0:
+            raise ValueError("RGB is stored, not YCbCr")
+        elif (kind == 0xE2 and data.startswith(b"MPF\0", body)) or (
+            kind == 0xE1 and data.find(b"Orientation", body, end) >= 0
+        ):
+            raise ValueError("several pictures, or an orientation in XMP")
+        at = end
+    if not 0 < pixels <= MAX_PIXELS:
+        raise ValueError("no size, or too large")
+    return pixels, orientation
 
 
 def _decode(jpegs: list[_Jpeg], device: torch.device) -> list[Tensor | None]:
@@ -165,24 +249,24 @@ def _upright(image: Tensor, orientation: int) -> Tensor:
     return image
 
 
-def _square(image: Tensor, side: int, geometry: str) -> Tensor:
-    """uint8 (3, H, W) -> uint8 (3, side, side), as `common.image` does with Pillow."""
-    height, width = image.shape[1:]
+def _square(images: Tensor, side: int, geometry: str) -> Tensor:
+    """uint8 (B, 3, H, W) -> uint8 (B, 3, side, side), as `common.image` does with Pillow."""
+    height, width = images.shape[2:]
     if geometry == "crop":
         short = min(height, width)
         top, left = (height - short) // 2, (width - short) // 2
-        return _resize(image[:, top : top + short, left : left + short], side, side)
+        return _resize(images[:, :, top : top + short, left : left + short], side, side)
     if geometry == "letterbox":
         scale = side / max(height, width)
         height, width = max(1, round(height * scale)), max(1, round(width * scale))
-        whole = torch.full((3, side, side), LETTERBOX_GREY, dtype=torch.uint8, device=image.device)
+        whole = images.new_full((len(images), 3, side, side), LETTERBOX_GREY)
         top, left = (side - height) // 2, (side - width) // 2
-        whole[:, top : top + height, left : left + width] = _resize(image, height, width)
+        whole[:, :, top : top + height, left : left + width] = _resize(images, height, width)
         return whole
-    return _resize(image, side, side)
+    return _resize(images, side, side)
 
 
-def _resize(image: Tensor, height: int, width: int) -> Tensor:
+def _resize(images: Tensor, height: int, width: int) -> Tensor:
     """Bilinear with antialiasing. In float32: torch resizes bytes on the CPU alone."""
-    resized = functional.interpolate(image[None].float(), (height, width), mode="bilinear", antialias=True)
-    return resized[0].round().clamp(0, 255).to(torch.uint8)
+    resized = functional.interpolate(images.float(), (height, width), mode="bilinear", antialias=True)
+    return resized.round_().clamp_(0, 255).to(torch.uint8)

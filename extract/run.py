@@ -15,7 +15,7 @@ import torch
 
 from common.annotations import ImageRecord
 from common.config import PipelineConfig
-from common.device import choose_compile, choose_device
+from common.device import choose_batch_size, choose_compile, choose_device
 from common.errors import ExtractionError, MismatchError, StoreError, UserError
 from common.files import TEMPORARY_SUFFIX, remove_leftovers, write_text
 from common.image import decoder_name
@@ -77,7 +77,8 @@ def prepare(
     provenance["views"] = list(extract.views)
     # Sums round by how many threads share them, so the number belongs to the plan, and every worker keeps to it.
     provenance["threads"] = threads or torch.get_num_threads() if device.type == "cpu" else None
-    plan = Plan(split, extract.shard_size, extract.batch_size, provenance, (listed,))
+    batch_size = choose_batch_size(extract.batch_size, device.type == "cuda")
+    plan = Plan(split, extract.shard_size, batch_size, provenance, (listed,))
     return Job(images, pairs, output, folder, plan, identity)
 
 

@@ -1,7 +1,8 @@
 """The extraction pipeline: read ‖ encode ‖ write, three stages with bounded queues between them.
 
-A pool of threads decodes images some batches ahead; this thread encodes; one thread writes, checks and names
-the shards. Memory holds a few batches, however many images there are.
+A pool of threads decodes images some batches ahead; this thread encodes; other threads write, check and name the
+shards, each a shard of its own. One is enough beside a CPU that encodes; a GPU makes grids faster than one thread can
+write, check and hash them, so there several shards grow at a time. Memory holds a few batches for each.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from common.config import PipelineConfig, allowed_bad
-from common.device import choose_device
+from common.device import choose_device, cores
 from common.errors import ExtractionError, MismatchError
 from common.image import BadImageError, image_path, load_square
 from common.progress import progress_bar
@@ -34,7 +36,12 @@ from extract.plan import Plan, shard_writer
 from extract.staging import PendingGrids
 
 _BATCHES_AHEAD = 3
+_MOST_LANES = 8
+_FEW_READERS = 4
 _A_FEW = 10
+
+
+_Loaded = tuple[np.ndarray | Tensor, dict[int, str]]  # (B, side, side, 3), and place -> reason of what is no image
 
 
 @dataclass
@@ -83,18 +90,29 @@ class Job:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Rows `start` to `stop` of the store, all in one shard."""
+    """Rows `start` to `stop` of the store, all in one shard, and the lane of the thread that writes that shard."""
 
     shard: int
     start: int
     stop: int
+    lane: int = 0
 
 
-def _batches(plan: Plan, shards: Iterable[int]) -> Iterator[_Batch]:
-    for shard in shards:
-        rows = plan.rows_of(shard)
-        for start in range(rows.start, rows.stop, plan.batch_size):
-            yield _Batch(shard, start, min(rows.stop, start + plan.batch_size))
+def _batches(plan: Plan, shards: Iterable[int], lanes: int = 1) -> Iterator[_Batch]:
+    """The batches of so many shards at a time, one of each in turn; a shard that ends makes room for the next."""
+    todo = deque(shards)
+    begun: dict[int, deque[_Batch]] = {}
+    while todo or begun:
+        for lane in range(lanes):
+            if lane not in begun:
+                if not todo:
+                    continue
+                rows = plan.rows_of(shard := todo.popleft())
+                starts = range(rows.start, rows.stop, plan.batch_size)
+                begun[lane] = deque(_Batch(shard, s, min(rows.stop, s + plan.batch_size), lane) for s in starts)
+            yield begun[lane].popleft()
+            if not begun[lane]:
+                del begun[lane]
 
 
 def _explained(method: Callable[[Worker, list[int]], None]) -> Callable[[Worker, list[int]], None]:
@@ -131,46 +149,56 @@ class Worker:
         self._check_limit(None)
         encoder = self._encoder()
         plan, summary, todo = self._plan, self._summary, sum(len(self._plan.rows_of(s)) for s in shards)
-        store = _ShardStore(self._job.folder, plan)
-        readers = ThreadPoolExecutor(self._config.extract.readers, "read")
-        writer = ThreadPoolExecutor(1, "write")
+        on_gpu = choose_device(self._config.extract.device).type == "cuda"
+        lanes = [
+            _Lane(_ShardStore(self._job.folder, plan), ThreadPoolExecutor(1, "write"))
+            for _ in range(_lanes(on_gpu, len(shards)))
+        ]
+        readers = ThreadPoolExecutor(self._readers(on_gpu), "read")
         bar = progress_bar(
             total=self._rows, initial=self._rows - todo, unit="image", desc=plan.split, disable=not self._progress
         )
         begin = time.perf_counter()
+        done = 0
         try:
             writes: deque[Future[None]] = deque()
-            for batch, images, rejects in self._read_ahead(shards, encoder.side, readers):
+            for batch, images, rejects in self._read_ahead(shards, len(lanes), encoder.side, readers):
                 summary.rejects.update(rejects.values())
                 self._check_limit(next(iter(rejects), None), batch)
-                grids = self._encode(images)
-                writes.append(writer.submit(store.write, batch, grids, rejects))
+                writes.append(lanes[batch.lane].write(batch, self._encode(images), rejects))
                 with self._waiting():
-                    while len(writes) > _BATCHES_AHEAD:
+                    while len(writes) > _BATCHES_AHEAD * len(lanes):
                         writes.popleft().result()
                 bar.update(len(images))
-                summary.made = store.finished
+                done += len(images)
+                summary.made = sum(lane.store.finished for lane in lanes)
                 if batch.stop == plan.rows_of(shards[0]).stop and len(shards) > 1:
                     took = time.perf_counter() - begin
-                    left = took / len(plan.rows_of(shards[0])) * todo - took
-                    said = f"first shard after {_duration(took)}; about {_duration(left)} for the rest"
-                    tqdm.write(said, file=sys.stderr)
+                    said = f"first shard after {_duration(took)}; about {_duration(took / done * (todo - done))}"
+                    tqdm.write(f"{said} for the rest", file=sys.stderr)
             while writes:
                 writes.popleft().result()
-            summary.made = store.finished
+            summary.made = sum(lane.store.finished for lane in lanes)
         finally:
             bar.close()
             readers.shutdown(cancel_futures=True)
-            writer.shutdown(cancel_futures=True)
-            store.abandon()
+            for lane in lanes:
+                lane.end()
         summary.running += time.perf_counter() - begin
+
+    def _readers(self, on_gpu: bool) -> int:
+        """Threads that decode images: a GPU wants more of them than the few that a CPU which encodes can spare."""
+        readers = self._config.extract.readers
+        if readers is not None:
+            return readers
+        return max(_FEW_READERS, cores()) if on_gpu and self._config.extract.decoder == "pillow" else _FEW_READERS
 
     @_explained
     def retry(self, shards: list[int]) -> None:
         """Try the rejected images of these shards again; a shard is written anew if one of them is good now."""
         rejected = self._summary.rejects.total()
         with (
-            ThreadPoolExecutor(self._config.extract.readers, "read") as pool,
+            ThreadPoolExecutor(self._readers(on_gpu=False), "read") as pool,
             progress_bar(total=rejected, unit="image", desc="retry", disable=not self._progress) as bar,
         ):
             for shard in shards:
@@ -189,8 +217,9 @@ class Worker:
         """Row of the shard -> image or reason, for the rejected rows of a batch."""
         first, side = self._plan.rows_of(batch.shard).start, self._encoder().side
         rows = [row for row in range(batch.start - first, batch.stop - first) if row in reader.rejects]
-        loaded = self._begin_to_load([first + row for row in rows], batch.shard, side, pool)
-        return dict(zip(rows, loaded(), strict=True))
+        images, rejects = self._begin_to_load([first + row for row in rows], batch.shard, side, pool)()
+        there = images.cpu().numpy() if isinstance(images, Tensor) else images
+        return {row: rejects.get(place, there[place]) for place, row in enumerate(rows)}
 
     def _rewrite(self, shard: int, reader: ShardReader, pool: ThreadPoolExecutor) -> None:
         """Write a shard anew with the images that are good now; its other rows are copied byte by byte."""
@@ -237,14 +266,11 @@ class Worker:
         )  # fmt: skip
         return self._built
 
-    def _encode(self, images: np.ndarray) -> dict[str, PendingGrids]:
+    def _encode(self, images: np.ndarray | Tensor) -> dict[str, PendingGrids]:
         """(B, side, side, 3) -> for each view (B, *grid), which a GPU may still be computing."""
         encoder = self._encoder()
         self._summary.encoded += len(images)
-        return {
-            view: encoder.submit(images if view == ORIGINAL else np.ascontiguousarray(images[:, :, ::-1]))
-            for view in self._views
-        }
+        return {view: encoder.submit(images if view == ORIGINAL else _mirrored(images)) for view in self._views}
 
     @contextlib.contextmanager
     def _waiting(self) -> Iterator[None]:
@@ -283,25 +309,18 @@ class Worker:
             return str(error)
 
     def _read_ahead(
-        self, shards: list[int], side: int, pool: ThreadPoolExecutor
-    ) -> Iterator[tuple[_Batch, np.ndarray, dict[int, str]]]:
+        self, shards: list[int], lanes: int, side: int, pool: ThreadPoolExecutor
+    ) -> Iterator[tuple[_Batch, np.ndarray | Tensor, dict[int, str]]]:
         """Decoded batches in order, with the reasons of refused rows (whose image is all zero), read some ahead."""
-        ahead: deque[tuple[_Batch, Callable[[], list[np.ndarray | str]]]] = deque()
+        ahead: deque[tuple[_Batch, Callable[[], _Loaded]]] = deque()
 
-        def collect() -> tuple[_Batch, np.ndarray, dict[int, str]]:
+        def collect() -> tuple[_Batch, np.ndarray | Tensor, dict[int, str]]:
             batch, begun = ahead.popleft()
             with self._waiting():
-                loaded = begun()
-            images = np.zeros((len(loaded), side, side, 3), np.uint8)
-            rejects: dict[int, str] = {}
-            for i, image in enumerate(loaded):
-                if isinstance(image, str):
-                    rejects[batch.start + i] = image
-                else:
-                    images[i] = image
-            return batch, images, rejects
+                images, rejects = begun()
+            return batch, images, {batch.start + place: why for place, why in rejects.items()}
 
-        for batch in _batches(self._plan, shards):
+        for batch in _batches(self._plan, shards, lanes):
             ahead.append((batch, self._begin_to_load(range(batch.start, batch.stop), batch.shard, side, pool)))
             if len(ahead) > _BATCHES_AHEAD:
                 yield collect()
@@ -310,22 +329,68 @@ class Worker:
 
     def _begin_to_load(
         self, rows: Sequence[int], shard: int, side: int, pool: ThreadPoolExecutor
-    ) -> Callable[[], list[np.ndarray | str]]:
-        """Begin to load rows of the store; what is returned waits for them: an image, or a reason, for each.
+    ) -> Callable[[], _Loaded]:
+        """Begin to load rows of the store; what is returned waits for them.
 
-        With Pillow each image by a thread; nvJPEG decodes many files at once.
+        With Pillow each image by a thread; nvJPEG decodes many files at once, and leaves them on the GPU.
         """
-        if self._config.extract.decoder == "pillow":
-            futures = [pool.submit(self._load, row, shard, side) for row in rows]
-            return lambda: [future.result() for future in futures]
-        return pool.submit(self._load_many, rows, shard, side).result
+        if self._config.extract.decoder == "nvjpeg":
+            return pool.submit(self._load_many, rows, shard, side).result
+        futures = [pool.submit(self._load, row, shard, side) for row in rows]
 
-    def _load_many(self, rows: Sequence[int], shard: int, side: int) -> list[np.ndarray | str]:
-        places = [self._path(row, shard) for row in rows]
+        def collect() -> _Loaded:
+            images = np.zeros((len(futures), side, side, 3), np.uint8)
+            rejects: dict[int, str] = {}
+            for place, future in enumerate(futures):
+                image = future.result()
+                if isinstance(image, str):
+                    rejects[place] = image
+                else:
+                    images[place] = image
+            return images, rejects
+
+        return collect
+
+    def _load_many(self, rows: Sequence[int], shard: int, side: int) -> _Loaded:
+        found = {place: self._path(row, shard) for place, row in enumerate(rows)}
+        rejects = {place: why for place, why in found.items() if isinstance(why, str)}
+        paths = {place: path for place, path in found.items() if isinstance(path, Path)}
         device, geometry = choose_device(self._config.extract.device), self._config.extract.geometry
-        images, rejects = load_squares([path for path in places if isinstance(path, Path)], side, geometry, device)
-        loaded = iter([rejects.get(position, image) for position, image in enumerate(images)])
-        return [next(loaded) if isinstance(path, Path) else path for path in places]
+        images, bad = load_squares(list(paths.values()), side, geometry, device)
+        places = list(paths)
+        rejects |= {places[position]: why for position, why in bad.items()}
+        if len(paths) == len(rows):
+            return images, rejects
+        whole = images.new_zeros((len(rows), *images.shape[1:]))
+        whole[places] = images
+        return whole, rejects
+
+
+def _lanes(on_gpu: bool, shards: int) -> int:
+    """How many shards are written at a time."""
+    return max(1, min(_MOST_LANES, cores() // 2, shards)) if on_gpu else 1
+
+
+def _mirrored(images: np.ndarray | Tensor) -> np.ndarray | Tensor:
+    """(B, H, W, 3) from right to left."""
+    return images.flip(2) if isinstance(images, Tensor) else np.ascontiguousarray(images[:, :, ::-1])
+
+
+@dataclass(frozen=True)
+class _Lane:
+    """A thread that writes shards, one after the other, and the one it has begun."""
+
+    store: _ShardStore
+    thread: ThreadPoolExecutor
+
+    def write(self, batch: _Batch, grids: dict[str, PendingGrids], rejects: dict[int, str]) -> Future[None]:
+        """As `_ShardStore.write`, in the thread."""
+        return self.thread.submit(self.store.write, batch, grids, rejects)
+
+    def end(self) -> None:
+        """Stop; what is not finished is removed."""
+        self.thread.shutdown(cancel_futures=True)
+        self.store.abandon()
 
 
 class _ShardStore:

@@ -44,8 +44,13 @@ class ExtractConfig(Section):
         ("original",), description="what to store of each image: original, or original,hflip (mirrored too)"
     )
     shard_size: PositiveInt = Field(1024, description="images in one shard")
-    batch_size: PositiveInt = Field(32, description="images encoded together; a batch never crosses a shard's border")
-    readers: PositiveInt = Field(4, description="threads that decode images")
+    batch_size: PositiveInt | None = Field(
+        None,
+        description="images encoded together; a batch never crosses a shard's border; null: 32, on a GPU 256",
+    )
+    readers: PositiveInt | None = Field(
+        None, description="threads that decode images; null: 4, beside a GPU as many as cores"
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
 
     @field_validator("compile", mode="before")

@@ -73,7 +73,7 @@ def test_help_shows_examples_line_by_line_and_defaults(option: str) -> None:
     words = " ".join(result.output.split())
     assert "Try a thing." in words
     assert "images encoded together" in words
-    assert "[extract.batch_size; default: 32]" in words
+    assert "null: 32, on a GPU 256 [extract.batch_size]" in words
     assert "default: attention" in words
     assert "[attention|lstm|transformer]" in words
     assert "--block-trigrams / --no-block-trigrams" in words

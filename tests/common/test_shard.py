@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from common.errors import StoreError
-from common.shard import ALIGNMENT, ShardInfo, ShardReader, ShardWriter, UnstorableError, read_header
+from common.shard import ALIGNMENT, ShardInfo, ShardReader, ShardWriter, UnstorableError, _finite_rows, read_header
 
 MakeGrids = Callable[..., np.ndarray]
 MADE_BY: dict[str, Any] = {"index": 0, "plan": "p"}
@@ -137,6 +137,13 @@ def test_a_shard_has_the_same_bytes_however_and_whenever_it_is_written(
     second = write_shard(tmp_path / "b" / "00000.h5", grids, rejects=rejects, batch=2)
     assert first == second
     assert (tmp_path / "a" / "00000.h5").read_bytes() == (tmp_path / "b" / "00000.h5").read_bytes()
+
+
+@given(hnp.arrays(np.uint16, (3, 5)))
+def test_float16_rows_are_finite_where_numpy_says_so(bits: np.ndarray) -> None:
+    flat = bits.view(np.float16)
+    assert _finite_rows(flat).tolist() == np.isfinite(flat).all(1).tolist()
+    assert _finite_rows(flat[:, ::2]).tolist() == np.isfinite(flat[:, ::2]).all(1).tolist()
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

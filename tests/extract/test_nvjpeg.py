@@ -5,12 +5,17 @@ torchvision decodes on the CPU through the same call as on a GPU, so all but nvJ
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 import extract.nvjpeg as nvjpeg
@@ -45,11 +50,15 @@ def by_pillow(path: Path, side: int, geometry: str) -> np.ndarray | str:
 
 
 def assert_as_pillow(paths: list[Path], device: torch.device, side: int = 64, geometry: str = "stretch") -> None:
-    """Each square within 1/255 of Pillow's on average (the CPU decodes as Pillow does, and resizes within 0.2/255),
-    or refused for the same reason and all zero."""
-    squares, rejects = load_squares(paths, side, geometry, device)
-    assert squares.shape == (len(paths), side, side, 3)
-    assert squares.dtype == np.uint8
+    """Each square within 1.5/255 of Pillow's on average, or refused for the same reason and all zero.
+
+    nvJPEG interpolates colour otherwise, which on pictures as small as these is seen; the CPU decodes as Pillow does,
+    and resizes within 0.2/255.
+    """
+    on_device, rejects = load_squares(paths, side, geometry, device)
+    assert on_device.shape == (len(paths), side, side, 3)
+    assert (on_device.dtype, on_device.device.type) == (torch.uint8, device.type)
+    squares = on_device.cpu().numpy()
     for position, path in enumerate(paths):
         want = by_pillow(path, side, geometry)
         if isinstance(want, str):
@@ -58,7 +67,7 @@ def assert_as_pillow(paths: list[Path], device: torch.device, side: int = 64, ge
         else:
             assert position not in rejects
             difference = abs(squares[position].astype(int) - want)
-            assert difference.mean() < (0.5 if device == CPU else 1), path.name
+            assert difference.mean() < (0.5 if device == CPU else 1.5), path.name
 
 
 @pytest.fixture
@@ -129,7 +138,7 @@ def test_what_is_no_plain_jpeg_goes_through_pillow(tmp_path: Path, device: torch
     assert rejects == {}
     assert decoded == []
     for square, path in zip(squares, paths, strict=True):
-        np.testing.assert_array_equal(square, load_square(path, 64, "stretch"))
+        np.testing.assert_array_equal(square.cpu(), load_square(path, 64, "stretch"))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -195,6 +204,33 @@ def test_no_images_are_no_error() -> None:
     squares, rejects = load_squares([], 64, "stretch", CPU)
     assert squares.shape == (0, 64, 64, 3)
     assert rejects == {}
+
+
+@pytest.mark.parametrize("orientation", [1, 6, 300])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"comment": b"\xff\xd8 no header"}])
+def test_the_header_says_what_pillow_reads_there(tmp_path: Path, orientation: int, options: dict[str, Any]) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture(3, (70, 41)).save(tmp_path / "a.jpg", exif=exif, icc_profile=bytes(70_000), **options)
+    assert nvjpeg._look_at_header(bytearray((tmp_path / "a.jpg").read_bytes())) == (70 * 41, orientation)
+
+
+def test_an_orientation_that_stands_in_xmp_alone_is_left_to_pillow(tmp_path: Path, decoded: list[int]) -> None:
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><a tiff:Orientation="6"/></x:xmpmeta>'
+    picture(3, (70, 41)).save(tmp_path / "a.jpg", xmp=xmp)
+    assert_as_pillow([tmp_path / "a.jpg"], CPU)
+    assert decoded == []
+
+
+@given(st.binary(max_size=60), st.integers(0, 300))
+def test_any_bytes_are_a_header_or_none(noise: bytes, at: int) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "jpeg")
+    data = bytearray(buffer.getvalue())
+    data[at : at + len(noise)] = noise
+    with contextlib.suppress(ValueError, IndexError):
+        pixels, _ = nvjpeg._look_at_header(data)
+        assert 0 < pixels <= nvjpeg.MAX_PIXELS
 
 
 def test_nvjpeg_without_a_gpu_is_the_users_error() -> None:
