@@ -49,11 +49,13 @@ def by_pillow(path: Path, side: int, geometry: str) -> np.ndarray | str:
         return str(error)
 
 
-def assert_as_pillow(paths: list[Path], device: torch.device, side: int = 64, geometry: str = "stretch") -> None:
+def assert_as_pillow(
+    paths: list[Path], device: torch.device, side: int = 64, geometry: str = "stretch", cut: str = ""
+) -> None:
     """Each square within 1.5/255 of Pillow's on average, or refused for the same reason and all zero.
 
-    nvJPEG interpolates colour otherwise, which on pictures as small as these is seen; the CPU decodes as Pillow does,
-    and resizes within 0.2/255.
+    nvJPEG interpolates colour otherwise, which on pictures as small as these is seen, and what is missing of a file
+    that was `cut` has other pixels; the CPU decodes as Pillow does, and resizes within 0.2/255.
     """
     on_device, rejects = load_squares(paths, side, geometry, device)
     assert on_device.shape == (len(paths), side, side, 3)
@@ -67,7 +69,8 @@ def assert_as_pillow(paths: list[Path], device: torch.device, side: int = 64, ge
         else:
             assert position not in rejects
             difference = abs(squares[position].astype(int) - want)
-            assert difference.mean() < (0.5 if device == CPU else 1.5), path.name
+            allowed = 0.5 if device == CPU else 30 if path.name == cut else 1.5
+            assert difference.mean() < allowed, path.name
 
 
 @pytest.fixture
@@ -152,7 +155,7 @@ def test_bad_files_are_refused_as_by_pillow_and_harm_no_other(tmp_path: Path, de
     (tmp_path / "f.jpg").write_bytes(whole[: len(whole) // 2] + b"\xff\xd9")
     (tmp_path / "g.jpg").write_bytes(whole[:20] + whole[-2:])
     picture(1).save(tmp_path / "z.jpg", quality=90)
-    assert_as_pillow([*sorted(tmp_path.iterdir()), tmp_path / "missing.jpg"], device)
+    assert_as_pillow([*sorted(tmp_path.iterdir()), tmp_path / "missing.jpg"], device, cut="f.jpg")
 
 
 def test_files_that_torchvision_refuses_go_through_pillow_alone(
