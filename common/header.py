@@ -96,15 +96,19 @@ class KnownFile:
         Raises:
             StoreError: on opening: another file has taken its place, or it was changed.
         """
-        with opening():
-            if self._descriptor is None:
-                self._descriptor = self._open()
-        done = 0
-        while done < len(view):
-            count = os.preadv(self._descriptor, [view[done:]], position + done)
+        descriptor = self._descriptor
+        if descriptor is None:
+            with opening():
+                if self._descriptor is None:
+                    self._descriptor = self._open()
+                descriptor = self._descriptor
+        while view:
+            count = os.preadv(descriptor, [view], position)
+            if count == len(view):  # as nearly always, and a hundred thousand times a second
+                return True
             if count == 0:
                 return False
-            done += count
+            position, view = position + count, view[count:]
         return True
 
     def _open(self) -> int:

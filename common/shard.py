@@ -377,6 +377,7 @@ class ShardReader:
         if lengths != {rows}:
             raise StoreError(f"{path}: its arrays have different lengths", _REMAKE)
         self.dtype = returned_type(self.stored)
+        self._in_levels = bool(self.stored == np.uint8)
         if path.stat().st_size < end:
             raise StoreError(f"{path}: truncated: {path.stat().st_size} bytes", _REMAKE)
         self._foreign: h5py.File | None = None
@@ -435,14 +436,14 @@ class ShardReader:
         Raises:
             StoreError: the file ends before the row does, or the row is not what was written.
         """
-        if self.stored == np.uint8:
+        if self._in_levels:
             parts = self.stored_parts(row, view)
         else:
             self._read(dataset_of("features", view), row, out)
             parts = [out]
         if check and _crc32(parts) != self.checksums[view][row]:
             raise StoreError(f"{self.path}: row {row} is damaged: its bytes are not those that were written", _VERIFY)
-        if self.stored == np.uint8:
+        if self._in_levels:
             dequantise(parts[0], parts[1], out)
 
     def row_crc32(self, row: int, view: str = ORIGINAL) -> int:

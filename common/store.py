@@ -221,16 +221,16 @@ class FeatureStore:
         elif (out.shape, out.dtype) != ((len(wanted), *self.grid_shape), self.dtype) or not out.flags.c_contiguous:
             raise ValueError(f"out must be a contiguous {(len(wanted), *self.grid_shape)} array of {self.dtype}")
         chosen = [self.views[view] for view in ([0] * len(wanted) if views is None else views)]
-        shards = (np.searchsorted(self._starts, wanted, side="right") - 1).tolist()
+        places = np.searchsorted(self._starts, wanted, side="right") - 1
+        shards, inside = places.tolist(), (wanted - self._starts[places]).tolist()
         self._after_fork()
         with self._using(shards) as readers:
 
             def read(part: range) -> None:
                 for i in part:
-                    row = int(wanted[i] - self._starts[shards[i]])
-                    readers[shards[i]].read_row(row, out[i], chosen[i], check)
+                    readers[shards[i]].read_row(inside[i], out[i], chosen[i], check)
 
-            if len(wanted) < 2 * self._threads:
+            if self._threads == 1 or len(wanted) < 2 * self._threads:
                 read(range(len(wanted)))
             else:
                 if self._pool is None:
