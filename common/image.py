@@ -155,7 +155,8 @@ def load_rgb(path: Path) -> Image.Image:
             if max(pixels, tile) > MAX_PIXELS:
                 raise BadImageError("too many pixels")
             file.scans = max(1, _SCANS_TIMES_PIXELS // max(1, pixels)) if image.format in ("JPEG", "MPO") else None
-            return _to_rgb(ImageOps.exif_transpose(image))
+            ImageOps.exif_transpose(image, in_place=True)
+            return _to_rgb(image)
     except (BadImageError, MemoryError):
         raise
     except FileNotFoundError as error:
@@ -193,7 +194,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _square(image: Image.Image, side: int, geometry: str) -> Image.Image:

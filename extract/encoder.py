@@ -26,6 +26,7 @@ from common.device import choose_device, choose_precision
 from common.errors import UserError, WeightsError, first_line
 from common.files import sha256_of
 from common.scenes import calibration_batch
+from extract.packed import can_pack, pack_convolutions
 from extract.staging import PendingGrids, Staging
 
 CALIBRATION_IMAGES = 32
@@ -284,9 +285,11 @@ class GridEncoder:
         trunk = _build_trunk(name, identity)
         _fold_batch_norm(trunk)
         trunk.requires_grad_(False)
-        self._trunk: Callable[[Tensor], Tensor] = trunk.to(self.device, self._precision).to(
-            memory_format=torch.channels_last
-        )
+        trunk.to(self.device, self._precision).to(memory_format=torch.channels_last)
+        if self.device.type == "cpu" and not compiled and can_pack():
+            blank = torch.zeros(batch_size, self.side, self.side, 3, dtype=torch.uint8)
+            pack_convolutions(trunk, _normalise(blank, self.spec, self._precision))
+        self._trunk: Callable[[Tensor], Tensor] = trunk
         self._staging = Staging(self.device) if self.device.type == "cuda" else None
         self._fixed_batch = batch_size if compiled else None
         if compiled:

@@ -238,6 +238,16 @@ def test_bfloat16_grids_point_where_float32s_do(tmp_path: Path) -> None:
     assert cosines(exact, rounded).min() >= 0.9995
 
 
+@pytest.mark.usefixtures("short_inception")
+def test_a_torch_without_the_operators_for_packed_convolutions_gives_the_same_grids(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    images = np.stack([scene("centre", 75), scene("top left", 75)])
+    packed = load("inception_v3", "random").encode(images)
+    monkeypatch.setattr(encoder_module, "can_pack", lambda: False)
+    np.testing.assert_allclose(load("inception_v3", "random").encode(images), packed, rtol=1e-4, atol=1e-4)
+
+
 # ------------------------------------------------------------------------------------------------- compiled
 
 

@@ -1,0 +1,59 @@
+"""Training on a GPU: it learns what a CPU learns, and a resumed run is the run that was never stopped."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from train.checkpoint import load_checkpoint
+from train.evaluate import evaluate
+from train.loop import fit
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+KEPT = {"ema": 0.9, "accumulate": 2, "label_smoothing": 0.1, "scheduled_sampling": {"max": 0.5, "increase": 0.5}}
+
+
+@pytest.fixture
+def data(tmp_path, new_data):
+    return new_data(tmp_path / "train.h5", 24), new_data(tmp_path / "val.h5", 5, first_id=500, seed=1)
+
+
+def losses(history):
+    return [row["train_loss"] for row in history]
+
+
+def test_a_gpu_in_float32_learns_as_the_cpu_does(tmp_path, data, new_config):
+    runs = {
+        device: fit(
+            new_config(tmp_path / device, epochs=3, device=device, precision="float32"), *data, False, progress=False
+        )
+        for device in ("cpu", "cuda")
+    }
+    assert losses(runs["cuda"]) == pytest.approx(losses(runs["cpu"]), rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("objective", ["cross-entropy", "scst"])
+def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path, data, new_config, objective, precision):
+    settings = dict(KEPT, device="cuda", precision=precision)
+    if objective == "scst":
+        fit(new_config(tmp_path / "start", epochs=3, device="cuda"), *data, False, progress=False)
+        settings |= {"objective": "scst", "init_from": tmp_path / "start", "scst": {"samples": 2}}
+    whole = fit(new_config(tmp_path / "whole", epochs=2, **settings), *data, False, progress=False)
+    fit(new_config(tmp_path / "cut", epochs=1, **settings), *data, False, progress=False)
+    resumed = fit(new_config(tmp_path / "cut", epochs=2, **settings), *data, True, progress=False)
+    assert [row["epoch"] for row in resumed] == [row["epoch"] for row in whole]
+    ours, theirs = (load_checkpoint(tmp_path / name).decoder.state_dict() for name in ("cut", "whole"))
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, msg=name)
+
+
+def test_a_decoder_trained_on_a_gpu_captions_alike_on_both(tmp_path, data, new_config):
+    config = new_config(tmp_path / "run", epochs=3, device="cuda")
+    fit(config, *data, False, progress=False)
+    found = [
+        evaluate(load_checkpoint(tmp_path / "run"), data[1], config.caption, device, progress=False)
+        for device in ("cpu", "cuda")
+    ]
+    assert found[0].captions == found[1].captions
