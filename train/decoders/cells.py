@@ -150,10 +150,11 @@ class GruCell(_LooksFirst):
         super().__init__(config, 3, 3)
 
     def _update(self, word: Tensor, hidden: Tensor, context: Tensor, state: State) -> State:
-        seen = word + context
         size = state[0].shape[-1]
-        reset, update = torch.sigmoid(seen[..., : 2 * size] + hidden[..., : 2 * size]).chunk(2, -1)
-        candidate = torch.tanh(seen[..., 2 * size :] + reset * hidden[..., 2 * size :])
+        seen_gates, seen_candidate = (word + context).split((2 * size, size), -1)
+        hidden_gates, hidden_candidate = hidden.split((2 * size, size), -1)
+        reset, update = torch.sigmoid(seen_gates + hidden_gates).chunk(2, -1)
+        candidate = torch.tanh(seen_candidate + reset * hidden_candidate)
         return (torch.lerp(candidate.to(state[0].dtype), state[0], update.to(state[0].dtype)),)
 
 
@@ -182,9 +183,9 @@ class Att2inCell(_LooksFirst):
 
     def _update(self, word: Tensor, hidden: Tensor, context: Tensor, state: State) -> State:
         size = state[1].shape[-1]
-        sums = word + hidden
-        into, forget, out = torch.sigmoid(sums[..., : 3 * size]).chunk(3, -1)
-        candidate = torch.maximum(*(sums[..., 3 * size :] + context).chunk(2, -1))
+        gates, candidates = (word + hidden).split((3 * size, 2 * size), -1)
+        into, forget, out = torch.sigmoid(gates).chunk(3, -1)
+        candidate = torch.maximum(*(candidates + context).chunk(2, -1))
         cell = forget * state[1] + into * candidate
         return out * torch.tanh(cell), cell
 
@@ -227,8 +228,11 @@ class TopDownCell(Cell):
 def _lstm(sums: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
     """The LSTM's pointwise part. The sums stand as (input, forget, output, candidate), so one sigmoid does three."""
     size = cell.shape[-1]
-    into, forget, out = torch.sigmoid(sums[..., : 3 * size]).chunk(3, -1)
-    cell = forget * cell + into * torch.tanh(sums[..., 3 * size :])
+    gates, candidate = sums.split(
+        (3 * size, size), -1
+    )  # and not slices, each of which costs two passes on the way back
+    into, forget, out = torch.sigmoid(gates).chunk(3, -1)
+    cell = forget * cell + into * torch.tanh(candidate)
     return out * torch.tanh(cell), cell
 
 
