@@ -23,7 +23,7 @@ from common.shard import returned_type
 from extract.encoder import ENCODERS, GridEncoder, describe_features, identify_weights, imagenet_name
 from train.checkpoint import Checkpoint
 from train.ensemble import load_ensemble
-from train.search import Hypothesis, beam_alternatives, search_captions
+from train.search import Hypothesis, search_alternatives, search_captions
 
 
 @dataclass(frozen=True)
@@ -209,9 +209,7 @@ class Captioner:
         """
         grids = self._grids(np.stack([self.square(image)]))
         if search.search == "beam":
-            (found,) = beam_alternatives(
-                self._decoder, grids, search.beam_size, search.max_length, search.length_penalty, search.block_trigrams
-            )
+            (found,) = search_alternatives(self._decoder, grids, search)
         else:
             generator = torch.Generator().manual_seed(seed)
             drawn = search_captions(self._decoder, grids.expand(search.beam_size, -1, -1), search, generator)

@@ -54,6 +54,7 @@ _MOST_PANELS = 40  # images in one attention picture
 @flag("--max-length", "caption.max_length")
 @flag("--length-penalty", "caption.length_penalty")
 @flag("--block-trigrams", "caption.block_trigrams")
+@flag("--consensus", "caption.consensus")
 @flag("--temperature", "caption.temperature")
 @flag("--top-k", "caption.top_k")
 @flag("--top-p", "caption.top_p")

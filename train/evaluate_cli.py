@@ -66,6 +66,7 @@ def _training_captions(config: PipelineConfig) -> tuple[list[str] | None, str]:
 @flag("--beam-size", "caption.beam_size")
 @flag("--length-penalty", "caption.length_penalty")
 @flag("--block-trigrams", "caption.block_trigrams")
+@flag("--consensus", "caption.consensus")
 @flag("--temperature", "caption.temperature")
 @flag("--top-k", "caption.top_k")
 @flag("--top-p", "caption.top_p")
@@ -145,7 +146,8 @@ def evaluate_decoder(
 def _short(config: PipelineConfig) -> str:
     """The search in a file's name, so that one evaluation does not take another's place."""
     caption = config.caption
-    return f"beam-{caption.beam_size}" if caption.search == "beam" else f"sample-{config.seed}"
+    consensus = "-consensus" if caption.consensus else ""
+    return f"beam-{caption.beam_size}{consensus}" if caption.search == "beam" else f"sample-{config.seed}"
 
 
 def _search(config: PipelineConfig) -> str:
@@ -153,6 +155,7 @@ def _search(config: PipelineConfig) -> str:
     caption = config.caption
     if caption.search == "beam":
         blocked = ", no trigram twice" if caption.block_trigrams else ""
+        blocked += ", by consensus" if caption.consensus else ""
         return f"beam {caption.beam_size}, length penalty {caption.length_penalty:g}{blocked}"
     limits = "".join(f", {name} {v}" for name in ("top_k", "top_p") if (v := getattr(caption, name)) is not None)
     return f"sampled at temperature {caption.temperature:g}{limits}, seed {config.seed}"

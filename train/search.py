@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from common.config import CaptionConfig
+from train.consensus import order_by_consensus
 from train.decoders.base import Decoder, Memory, State
 from train.vocabulary import BOS, EOS, PAD, UNK
 
@@ -93,9 +94,7 @@ def search_captions(
             whatever the batch size, as far as rounding allows.
     """
     if settings.search == "beam":
-        return beam_search(
-            decoder, grids, settings.beam_size, settings.max_length, settings.length_penalty, settings.block_trigrams
-        )
+        return [best for (best,) in search_alternatives(decoder, grids, settings, 1)]
     noise = torch.stack([_noise((1, settings.max_length + 1), generator) for _ in range(len(grids))])
     with torch.no_grad():
         drawn = _sample(decoder, decoder.encode(grids), noise, settings.temperature, settings.top_k, settings.top_p)
@@ -106,6 +105,20 @@ def search_captions(
         cells = drawn.attention[:, 0].float().cpu().numpy()
         looks = [cells[i, : len(words)] for i, words in enumerate(captions)]
     return [Hypothesis(*parts) for parts in zip(captions, drawn.log_probs[:, 0].tolist(), looks, strict=True)]
+
+
+def search_alternatives(
+    decoder: Decoder, grids: Tensor, settings: CaptionConfig, count: int | None = None
+) -> list[list[Hypothesis]]:
+    """What a beam search ends with, as the settings say, the best first; else as `beam_alternatives`."""
+    found = beam_alternatives(
+        decoder, grids, settings.beam_size, settings.max_length, settings.length_penalty, settings.block_trigrams,
+        None if settings.consensus else count,
+    )  # fmt: skip
+    if settings.consensus:
+        orders = [order_by_consensus([one.tokens for one in image]) for image in found]
+        found = [[image[i] for i in order][:count] for image, order in zip(found, orders, strict=True)]
+    return found
 
 
 def beam_search(

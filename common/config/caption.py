@@ -26,6 +26,10 @@ class CaptionConfig(Section):
     top_p: float | None = Field(
         None, gt=0, le=1, description="sample only: draw from the likeliest words that make up this probability"
     )
+    consensus: bool = Field(
+        False,
+        description="beam only: of what the beam ended with take what is most like the others; wants 10 beams",
+    )
     batch_size: PositiveInt = Field(50, description="images decoded together")
 
     @model_validator(mode="after")
@@ -34,4 +38,6 @@ class CaptionConfig(Section):
             raise ValueError("temperature, top_k and top_p are for search: sample")
         if self.search == "sample" and self.block_trigrams:
             raise ValueError("block_trigrams is for search: beam")
+        if self.consensus and (self.search == "sample" or self.beam_size < 3):
+            raise ValueError("consensus is for search: beam, with a beam_size of 3 and more (10 does well)")
         return self

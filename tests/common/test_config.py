@@ -452,6 +452,8 @@ def test_a_family_that_is_no_name_is_refused(family: str) -> None:
         ("caption: {top_k: 5}", "caption: temperature, top_k and top_p are for search: sample"),
         ("caption: {search: beam, top_p: 0.9}", "caption: temperature, top_k and top_p are for search: sample"),
         ("caption: {search: sample, block_trigrams: true}", "caption: block_trigrams is for search: beam"),
+        ("caption: {search: sample, consensus: true}", "caption: consensus is for search: beam"),
+        ("caption: {beam_size: 2, consensus: true}", "caption: consensus is for search: beam, with a beam_size"),
     ],
 )  # fmt: skip
 def test_what_contradicts_itself_is_refused(text: str, message: str) -> None:

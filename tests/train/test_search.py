@@ -10,12 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.config import CaptionConfig
+from train.consensus import mean_likeness
 from train.decoders.base import Decoder
 from train.search import (
     _draw,
     beam_alternatives,
     beam_search,
     sample_tokens,
+    search_alternatives,
     search_captions,
     without_never_written,
     word_log_probs,
@@ -601,6 +603,21 @@ def test_beam_search_gets_all_its_settings(beams, block):
     found = search_captions(decoder, grids(0, 0), settings)
     assert found == beam_search(decoder, grids(0, 0), beams, 11, 0.3, block)
     assert repeats(found[0].tokens) != block, "the settings must matter"
+
+
+def test_consensus_takes_the_hypothesis_most_like_the_others_and_keeps_all():
+    settings = CaptionConfig(beam_size=6, max_length=11, consensus=True)
+    changed = 0
+    for seed in range(10):
+        decoder = random_chain(seed, words=5)
+        likeliest = search_alternatives(decoder, grids(0, 1), settings.model_copy(update={"consensus": False}))
+        agreed = search_alternatives(decoder, grids(0, 1), settings)
+        for before, after in zip(likeliest, agreed, strict=True):
+            assert sorted(h.tokens for h in before) == sorted(h.tokens for h in after)
+            assert (np.diff(mean_likeness([h.tokens for h in after])) <= 1e-12).all()
+        assert search_captions(decoder, grids(0, 1), settings) == [image[0] for image in agreed]
+        changed += agreed != likeliest
+    assert changed > 3, "the setting must matter"
 
 
 SAMPLE = CaptionConfig(search="sample", max_length=LONGEST)

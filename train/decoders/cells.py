@@ -151,8 +151,8 @@ class GruCell(_LooksFirst):
 
     def _update(self, word: Tensor, hidden: Tensor, context: Tensor, state: State) -> State:
         size = state[0].shape[-1]
-        seen_gates, seen_candidate = (word + context).split((2 * size, size), -1)
-        hidden_gates, hidden_candidate = hidden.split((2 * size, size), -1)
+        seen_gates, seen_candidate = (word + context).split_with_sizes((2 * size, size), -1)
+        hidden_gates, hidden_candidate = hidden.split_with_sizes((2 * size, size), -1)
         reset, update = torch.sigmoid(seen_gates + hidden_gates).chunk(2, -1)
         candidate = torch.tanh(seen_candidate + reset * hidden_candidate)
         return (torch.lerp(candidate.to(state[0].dtype), state[0], update.to(state[0].dtype)),)
@@ -183,7 +183,7 @@ class Att2inCell(_LooksFirst):
 
     def _update(self, word: Tensor, hidden: Tensor, context: Tensor, state: State) -> State:
         size = state[1].shape[-1]
-        gates, candidates = (word + hidden).split((3 * size, 2 * size), -1)
+        gates, candidates = (word + hidden).split_with_sizes((3 * size, 2 * size), -1)
         into, forget, out = torch.sigmoid(gates).chunk(3, -1)
         candidate = torch.maximum(*(candidates + context).chunk(2, -1))
         cell = forget * state[1] + into * candidate
