@@ -228,9 +228,8 @@ class TopDownCell(Cell):
 def _lstm(sums: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
     """The LSTM's pointwise part. The sums stand as (input, forget, output, candidate), so one sigmoid does three."""
     size = cell.shape[-1]
-    gates, candidate = sums.split(
-        (3 * size, size), -1
-    )  # and not slices, each of which costs two passes on the way back
+    # Not slices, each of which costs two passes on the way back.
+    gates, candidate = sums.split_with_sizes((3 * size, size), -1)
     into, forget, out = torch.sigmoid(gates).chunk(3, -1)
     cell = forget * cell + into * torch.tanh(candidate)
     return out * torch.tanh(cell), cell
