@@ -25,9 +25,9 @@ found = torch.cuda.is_available()
 name = torch.cuda.get_device_name() if found else "sees no GPU"
 print("torch", torch.__version__, "torchvision", torchvision.__version__, name)
 sys.exit(not found)' || exit 1
-part tests 90 $python -m pytest -q tests/extract/test_encoder.py tests/extract/test_nvjpeg.py tests/train/test_gpu.py -k "gpu or cuda or nvjpeg"
-part training 150 $python -m bench --quick --only training --output "$out/results.json"
-part decoding 80 $python -m bench --quick --only decoding --output "$out/results.json"
-part extraction 210 $python -m bench --quick --only extraction --output "$out/results.json"
+part extraction 240 $python -m bench --quick --only extraction --output "$out/results.json"
+part tests 110 $python -m pytest -q tests/extract/test_encoder.py tests/extract/test_nvjpeg.py tests/train/test_gpu.py -k "gpu or cuda or nvjpeg"
+part training 100 $python -m bench --quick --only training --output "$out/results.json"
+part decoding 70 $python -m bench --quick --only decoding --output "$out/results.json"
 echo "results: $out/results.json"
 exit $status

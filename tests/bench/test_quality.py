@@ -3,13 +3,13 @@ import json
 import pytest
 import yaml
 
-from bench.quality import INGREDIENTS, LARGER, RECIPES, SHORTER, Quality, plan, table
+from bench.quality import BOTH_SCST, INGREDIENTS, LARGER, RECIPES, SHORTER, Quality, plan, table
 
 
 def test_every_recipe_and_seed_once_and_what_goes_on_from_them_after_them():
     runs = plan(RECIPES, 3, True)
     names = [run.name for run in runs]
-    recipes = len(RECIPES) + 3 * len(LARGER) + len(SHORTER)
+    recipes = len(RECIPES) + 2 * len(LARGER) + len(BOTH_SCST) + len(SHORTER)
     assert len(set(names)) == len(names) == 3 * recipes + 2 * len(INGREDIENTS) + 1 + 3
     for place, run in enumerate(runs):
         assert run.source is None or runs.index(run.source) < place
@@ -23,7 +23,7 @@ def quality(tmp_path):
 
 def scores(cider):
     metrics = {"CIDEr": cider, "BLEU-4": 0.1, "METEOR": 0.2, "ROUGE-L": 0.4, "perplexity": 20.0}
-    return {"1": metrics, "3": metrics}
+    return {"1": metrics, "3": metrics, "consensus": {**metrics, "CIDEr": cider + 0.02}}
 
 
 def test_a_run_stands_only_with_the_same_arguments(quality, tmp_path):
@@ -53,4 +53,7 @@ def test_the_table_gives_mean_and_spread_of_the_seeds(quality):
     for run, cider in zip(runs[:2], (0.40, 0.42), strict=True):
         found.scores[run.name] = {"arguments": [*run.arguments], "beam": scores(cider)}
     lines = table(found, runs).splitlines()
-    assert lines[2:] == ["| att2in | 2 | 41.0 ± 1.4 | 41.0 ± 1.4 | 10.0 ± 0.0 | 20.0 ± 0.0 | 40.0 ± 0.0 | 20.0 ± 0.0 |"]
+    same = "10.0 ± 0.0 | 20.0 ± 0.0 | 40.0 ± 0.0 | 20.0 ± 0.0 |"
+    assert lines[2:] == [f"| att2in | 2 | 41.0 ± 1.4 | 41.0 ± 1.4 | 43.0 ± 1.4 | {same}"]
+    del found.scores[runs[1].name]["beam"]["consensus"]  # of before there was one
+    assert f"| 41.0 ± 1.4 | 42.0 | {same}" in table(found, runs)
