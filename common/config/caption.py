@@ -28,7 +28,7 @@ class CaptionConfig(Section):
     )
     consensus: bool = Field(
         False,
-        description="beam only: of what the beam ended with take what is most like the others; wants 10 beams",
+        description="beam only: of a beam's captions take the one most like the others; wants a beam_size of 10",
     )
     batch_size: PositiveInt = Field(50, description="images decoded together")
 

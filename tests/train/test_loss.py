@@ -85,7 +85,9 @@ def test_the_gradient_is_that_of_torchs_cross_entropy_in_stretches_of_any_size(s
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("train.loss._IN_CACHE", in_cache)
         total, plain, _ = smoothed_cross_entropy(rows, there, share)
+    (alone,) = torch.autograd.grad(total, logits, retain_graph=True)
     (found,) = torch.autograd.grad(3 * total, logits)
+    torch.testing.assert_close(3 * alone, found)
     kept = there != PAD
     expected = F.cross_entropy(rows[kept], there[kept], reduction="sum", label_smoothing=share)
     assert total.item() == pytest.approx(expected.item(), rel=1e-5)
