@@ -15,6 +15,7 @@ from common.config import AttentionConfig
 from train.decoders.base import Decoder, Memory, State
 from train.decoders.cells import CELLS, Cell
 from train.decoders.dropout import Dropout
+from train.decoders.looped import looped
 from train.vocabulary import PAD
 
 
@@ -76,9 +77,11 @@ class AttentionDecoder(Decoder):
         state = tuple(part.expand(-1, tokens.shape[1], -1) for part in self.initial_state(memory))
         looks = []
         # unbind, since taking word after word by its number would cost a whole (B, K, T, G) each on the way back
-        for word in self.cell.word_part(words, tuple(image)).unbind(2):
-            looks.append(self.cell(word, state, cells, keys))
-            state = looks[-1].state
+        each = self.cell.word_part(words, tuple(image)).unbind(2)
+        with looped(self.cell):
+            for word in each:
+                looks.append(self.cell(word, state, cells, keys))
+                state = looks[-1].state
         hidden = self._at(torch.stack([look.hidden for look in looks], 2), at)
         context = self._at(torch.stack([look.context for look in looks], 2), at)
         logits = self._logits(self._at(words, at), hidden, context)

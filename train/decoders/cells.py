@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from common.config import AttentionConfig
 from train.decoders.additive import additive_scores
 from train.decoders.base import Memory, State
+from train.decoders.looped import LoopedLinear
 
 
 class Look(NamedTuple):
@@ -127,8 +128,8 @@ class _LooksFirst(Cell):
         super().__init__(config, gates)
         hidden = config.hidden_size
         self._split = (config.attention_size, gates * hidden)
-        self.from_hidden = nn.Linear(hidden, sum(self._split))
-        self.from_context = nn.Linear(config.embed_size, context_gates * hidden, bias=False)
+        self.from_hidden = LoopedLinear(hidden, sum(self._split))
+        self.from_context = LoopedLinear(config.embed_size, context_gates * hidden, bias=False)
 
     def forward(self, word: Tensor, state: State, cells: Tensor, keys: Tensor) -> Look:
         query, sums = self.from_hidden(state[0]).split(self._split, -1)
@@ -204,10 +205,10 @@ class TopDownCell(Cell):
         hidden = config.hidden_size
         self._split = (config.attention_size, 4 * hidden)
         self.from_mean = nn.Linear(config.embed_size, 4 * hidden, bias=False)
-        self.from_first = nn.Linear(hidden, 4 * hidden, bias=False)  # for the first LSTM, of the step before
-        self.from_second = nn.Linear(hidden, 8 * hidden, bias=False)  # for the first and for the second
-        self.from_hidden = nn.Linear(hidden, sum(self._split))  # the first's new state, for the look and the second
-        self.from_context = nn.Linear(config.embed_size, 4 * hidden, bias=False)
+        self.from_first = LoopedLinear(hidden, 4 * hidden, bias=False)  # for the first LSTM, of the step before
+        self.from_second = LoopedLinear(hidden, 8 * hidden, bias=False)  # for the first and for the second
+        self.from_hidden = LoopedLinear(hidden, sum(self._split))  # the first's new state, for the look and the second
+        self.from_context = LoopedLinear(config.embed_size, 4 * hidden, bias=False)
 
     def image_part(self, mean: Tensor) -> Memory:
         return (self.from_mean(mean),)

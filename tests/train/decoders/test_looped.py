@@ -1,0 +1,93 @@
+"""A looped layer gives what `nn.Linear` gives, and its gradients."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from train.decoders.looped import LoopedLinear, looped
+
+
+class Recurrence(nn.Module):
+    """A loop through two layers, one of them without bias, and two calls of one of them in a step."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = LoopedLinear(4, 4, dtype=dtype)
+        self.second = LoopedLinear(4, 4, bias=False, dtype=dtype)
+
+    def forward(self, state: Tensor, steps: int = 3) -> Tensor:
+        for _ in range(steps):
+            state = torch.tanh(self.first(state)) + self.second(self.first(state))
+        return state
+
+
+def gradients(module: Recurrence, start: Tensor, through_loop: bool) -> tuple[Tensor, list[Tensor]]:
+    inside = looped(module) if through_loop else looped(nn.Module())
+    start = start.clone().requires_grad_()
+    with inside:
+        end = module(start)
+    return end.detach(), list(torch.autograd.grad(end.float().square().sum(), [start, *module.parameters()]))
+
+
+def test_outputs_and_gradients_are_those_of_plain_layers() -> None:
+    module = Recurrence(torch.float64)
+    start = torch.randn(2, 3, 4, dtype=torch.float64)
+    (ours, found), (theirs, expected) = (gradients(module, start, through) for through in (True, False))
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(found, expected, check_dtype=False, rtol=1e-5, atol=1e-5)
+
+
+def test_under_autocast_the_weights_get_float32_gradients_nearer_to_the_exact_ones() -> None:
+    module, start = Recurrence(torch.float32), torch.randn(16, 5, 4)
+    _, exact = gradients(module, start, False)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, ours = gradients(module, start, True)
+    assert [g.dtype for g in ours] == [torch.float32] * 4
+    for found, wanted in zip(ours, exact, strict=True):
+        assert (found - wanted).norm() / wanted.norm() < 0.05
+
+
+def test_calls_that_the_loss_does_not_see_count_for_nothing() -> None:
+    module = Recurrence(torch.float32)
+    start = torch.randn(2, 4)
+    with looped(module):
+        seen = module.first(start)
+        module.first(100 * start)
+        nothing = module.second(start)
+    seen.sum().backward()
+    assert module.first.weight.grad is not None
+    torch.testing.assert_close(module.first.weight.grad, start.sum(0).expand(4, 4))
+    assert module.second.weight.grad is None
+    nothing.sum().backward()
+    assert module.second.weight.grad is not None
+
+
+def test_outside_of_a_loop_and_without_gradient_it_is_a_plain_layer() -> None:
+    module, start = Recurrence(torch.float32), torch.randn(2, 4)
+    expected = module(start)
+    with torch.no_grad(), looped(module):
+        assert module.first._loop is None
+        torch.testing.assert_close(module(start), expected)
+    with pytest.raises(RuntimeError, match="stop"), looped(module):
+        raise RuntimeError("stop")
+    assert module.first._loop is None
+    assert set(module.state_dict()) == {"first.weight", "first.bias", "second.weight"}
+
+
+def test_a_loop_leaves_nothing_behind() -> None:
+    """Without Python's collector of cycles: it would come late, and the tensors of a step are large."""
+    module = Recurrence(torch.float32)
+    gc.disable()
+    try:
+        with looped(module):
+            kept = weakref.ref(module.first._loop[0])  # type: ignore[index]
+            module(torch.randn(2, 4)).sum().backward()
+        assert kept() is None
+    finally:
+        gc.enable()
