@@ -28,7 +28,7 @@ class CaptionConfig(Section):
     )
     consensus: bool = Field(
         False,
-        description="beam only: of a beam's captions take the one most like the others; wants a beam_size of 10",
+        description="beam only: of a beam's captions take the one most like the others; wants a beam_size of 15",
     )
     batch_size: PositiveInt = Field(50, description="images decoded together")
 
@@ -39,5 +39,5 @@ class CaptionConfig(Section):
         if self.search == "sample" and self.block_trigrams:
             raise ValueError("block_trigrams is for search: beam")
         if self.consensus and (self.search == "sample" or self.beam_size < 3):
-            raise ValueError("consensus is for search: beam, with a beam_size of 3 and more (10 does well)")
+            raise ValueError("consensus is for search: beam, with a beam_size of 3 and more (15 does well)")
         return self
