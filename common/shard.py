@@ -159,7 +159,8 @@ class ShardWriter:
             self._file.attrs.update({"format": SHARD_FORMAT, "version": VERSION})
             for key, value in attributes.items():
                 self._file.attrs[key] = json.dumps(value, sort_keys=True) if isinstance(value, Mapping) else value
-            self._descriptor = os.open(self._temporary, os.O_WRONLY)
+            with self._naming_the_shard():
+                self._descriptor = os.open(self._temporary, os.O_WRONLY)
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
@@ -199,10 +200,12 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        self._close_descriptor()
         try:
-            if self._file:
-                self._file.close()
+            try:
+                self._close_descriptor()
+            finally:
+                if self._file:
+                    self._file.close()
         except (OSError, RuntimeError):
             if kind is None:
                 raise
@@ -212,7 +215,16 @@ class ShardWriter:
     def _close_descriptor(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
-            os.close(descriptor)
+            with self._naming_the_shard():
+                os.close(descriptor)
+
+    @contextlib.contextmanager
+    def _naming_the_shard(self) -> Iterator[None]:
+        """An operating-system error in the block names the shard: its temporary name tells the user nothing."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def write(self, start: int, grids: np.ndarray, rejects: Mapping[int, str], view: str = ORIGINAL) -> None:
         """Write rows `start` to `start + len(grids)` of one view.
@@ -270,7 +282,8 @@ class ShardWriter:
     def _write_at(self, offset: int, values: np.ndarray) -> None:
         left = values.reshape(-1).view(np.uint8).data
         while left:
-            count = os.pwrite(self._descriptor, left, offset)
+            with self._naming_the_shard():  # a full disk, if it could not set space aside
+                count = os.pwrite(self._descriptor, left, offset)
             offset, left = offset + count, left[count:]
 
     def finish(self) -> ShardInfo:

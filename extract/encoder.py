@@ -286,7 +286,7 @@ class GridEncoder:
         _fold_batch_norm(trunk)
         trunk.requires_grad_(False)
         trunk.to(self.device, self._precision).to(memory_format=torch.channels_last)
-        if self.device.type == "cpu" and not compiled and can_pack():
+        if self.device.type == "cpu" and not compiled and can_pack(self._precision):
             blank = torch.zeros(batch_size, self.side, self.side, 3, dtype=torch.uint8)
             pack_convolutions(trunk, _normalise(blank, self.spec, self._precision))
         self._trunk: Callable[[Tensor], Tensor] = trunk

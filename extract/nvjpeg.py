@@ -14,6 +14,7 @@ import contextlib
 import io
 import os
 import stat
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -31,9 +32,10 @@ _PIXELS_AT_ONCE = 2 * MAX_PIXELS  # decoded together: half a GiB of GPU memory
 _RESIZED_AT_ONCE = 32  # of one size: in float32 they take four times the room
 _LARGEST_FILE = 3 * MAX_PIXELS  # bytes; Pillow need not read a larger one as a whole
 _ORIENTATION = 0x0112
-_ALONE = {0x01, *range(0xD0, 0xD8)}  # markers that nothing belongs to
 _FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended and progressive, with Huffman codes
-_OTHER_FRAMES = {0xC3, *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0)}  # lossless, arithmetic codes, ...
+# Of other frames (lossless, arithmetic codes, ...), and those that nothing belongs to: not before the first scan.
+_NOT_HERE = {0xC3, *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xDA)}
+_NO_ROOM = "ALLOCATOR_FAILURE"
 _MOST_SCANS = 100  # progressive files have about ten
 _END_OF_IMAGE = b"\xff\xd9"
 
@@ -107,6 +109,8 @@ def load_squares(
                     some = slice(start, start + _RESIZED_AT_ONCE)
                     made = _square(torch.stack(whole[some]), side, geometry)
                     squares.index_copy_(0, positions[some], made.permute(0, 2, 3, 1))
+            if device.type == "cuda":  # the next group's images, written on a stream of nvJPEG's, may take their place
+                torch.cuda.current_stream(device).synchronize()
             group.clear()
 
         for position, path in enumerate(paths):
@@ -125,14 +129,22 @@ def load_squares(
 
 @contextlib.contextmanager
 def _beside_others(device: torch.device) -> Iterator[None]:
-    """Have the GPU do the block's work on a stream of its own, and wait for its end."""
+    """Have the GPU do the block's work on this thread's own stream, and wait for its end.
+
+    One a thread, and not one a batch: torch keeps what a stream has freed for that stream alone.
+    """
     if device.type != "cuda":
         yield
         return
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream = getattr(_of_thread, "stream", None)
+    if stream is None or stream.device != device:
+        _of_thread.stream = stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
         yield
     stream.synchronize()
+
+
+_of_thread = threading.local()
 
 
 class _Jpeg:
@@ -167,8 +179,12 @@ def _read_regular(path: Path) -> bytearray:
         if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST_FILE:
             raise ValueError("not for nvJPEG")
         data = bytearray(found.st_size)
-        if os.readv(descriptor, [data]) != len(data):
-            raise ValueError("it changes")
+        left = memoryview(data)
+        while left:
+            count = os.readv(descriptor, [left])
+            if count == 0:
+                raise ValueError("it became shorter")
+            left = left[count:]
         return data
     finally:
         os.close(descriptor)
@@ -184,18 +200,18 @@ def _look_at_header(data: bytearray) -> tuple[int, int]:
     """
     if data[:2] != b"\xff\xd8":
         raise ValueError("no JPEG file")
-    at, pixels, orientation = 2, 0, 1
+    at, pixels, orientation, exif = 2, 0, 1, None
     while True:
         if data[at] != 0xFF:
             raise ValueError("no marker")
         kind = data[at + 1]
-        if kind == 0xFF or kind in _ALONE:  # 0xff: to fill up
-            at += 1 if kind == 0xFF else 2
+        if kind == 0xFF:  # to fill up
+            at += 1
             continue
         body, end = at + 4, at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
         if kind == 0xDA:
             break
-        if end < body or kind == 0xD9 or kind in _OTHER_FRAMES or (kind in _FRAMES and pixels):
+        if kind < 0xC0 or kind in _NOT_HERE or end < body or (kind in _FRAMES and pixels):
             raise ValueError("not for nvJPEG")
         if kind in _FRAMES:
             pixels = int.from_bytes(data[body + 1 : body + 3], "big") * int.from_bytes(data[body + 3 : body + 5], "big")
@@ -205,6 +221,8 @@ def _look_at_header(data: bytearray) -> tuple[int, int]:
             if len(components) not in (1, 3):
                 raise ValueError("neither gray nor colour")
         elif kind == 0xE1 and data.startswith(b"Exif\0\0", body):
+            if exif is not None:
+                raise ValueError("EXIF in several pieces, which Pillow joins")
             exif = Image.Exif()
             exif.load(bytes(data[body:end]))
             orientation = exif.get(_ORIENTATION, 1)
@@ -232,7 +250,9 @@ def _decode(jpegs: list[_Jpeg], device: torch.device) -> list[Tensor | None]:
         return images
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError:
+    except RuntimeError as error:
+        if _NO_ROOM in str(error):  # nvJPEG's own, which torch's cache may have taken; no file is bad for it
+            raise torch.OutOfMemoryError(f"nvJPEG: {first_line(error)}") from error
         if len(jpegs) == 1:
             return [None]
     return [_decode([jpeg], device)[0] for jpeg in jpegs]

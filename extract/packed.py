@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.inception import BasicConv2d
 
+from common.device import choose_precision
+
 
 class PackedConvolution(nn.Module):
     """A convolution with a bias, and ReLU: (B, C, H, W) in channels_last memory -> the same of other sizes.
@@ -35,10 +37,12 @@ class PackedConvolution(nn.Module):
         )
 
 
-def can_pack() -> bool:
-    """Whether this torch has oneDNN, and the operators, which it keeps for its compiler."""
+def can_pack(precision: torch.dtype) -> bool:
+    """Whether this torch has oneDNN, and the operators, which it keeps for its compiler; for bfloat16 they want a CPU
+    that computes in it."""
     return (
-        torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        precision in (torch.float32, choose_precision("auto", torch.device("cpu")))
+        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and hasattr(torch._C._nn, "mkldnn_reorder_conv2d_weight")
         and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
     )

@@ -369,6 +369,8 @@ class Worker:
         if len(paths) == len(rows):
             return images, rejects
         whole = images.new_zeros((len(rows), *images.shape[1:]))
+        if images.is_cuda:
+            images.record_stream(torch.cuda.current_stream(device))  # they were made on another
         whole[places] = images
         return whole, rejects
 
@@ -434,10 +436,10 @@ class _ShardStore:
             self.finished += 1
 
     def abandon(self) -> None:
-        """Remove an unfinished shard's temporary file."""
-        if self._open is not None:
-            self._open.__exit__(None, None, None)
-            self._open = None
+        """Remove an unfinished shard's temporary file. What closing it raises says no more than what came before."""
+        writer, self._open = self._open, None
+        if writer is not None:
+            writer.__exit__(OSError, None, None)
 
 
 def _duration(seconds: float) -> str:

@@ -225,6 +225,42 @@ def test_an_orientation_that_stands_in_xmp_alone_is_left_to_pillow(tmp_path: Pat
     assert decoded == []
 
 
+def test_exif_in_two_pieces_is_left_to_pillow(tmp_path: Path, decoded: list[int]) -> None:
+    """It joins them, and the first orientation counts."""
+    pieces = []
+    for orientation in (6, 3):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        piece = exif.tobytes()
+        pieces.append(b"\xff\xe1" + (len(piece) + 2).to_bytes(2, "big") + piece)
+    picture(3, (70, 41)).save(tmp_path / "a.jpg")
+    whole = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(whole[:2] + b"".join(pieces) + whole[2:])
+    assert_as_pillow([tmp_path / "a.jpg"], CPU)
+    assert decoded == []
+
+
+@pytest.mark.parametrize("marker", [b"\xff\x02\x00\x04ab", b"\xff\x01", b"\xff\xd0"])
+def test_markers_that_have_no_place_before_the_first_scan_are_left_to_pillow(
+    tmp_path: Path, marker: bytes, decoded: list[int]
+) -> None:
+    picture(3).save(tmp_path / "a.jpg")
+    whole = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(whole[:2] + marker + whole[2:])
+    assert_as_pillow([tmp_path / "a.jpg"], CPU)
+    assert decoded == []
+
+
+def test_a_gpu_without_room_for_nvjpeg_is_no_bad_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise RuntimeError("nvjpegDecodeBatched failed: NVJPEG_STATUS_ALLOCATOR_FAILURE")
+
+    picture(0).save(tmp_path / "a.jpg")
+    monkeypatch.setattr(nvjpeg, "decode_jpeg", full)
+    with pytest.raises(torch.OutOfMemoryError, match="nvJPEG"):
+        load_squares([tmp_path / "a.jpg"], 64, "stretch", CPU)
+
+
 @given(st.binary(max_size=60), st.integers(0, 300))
 def test_any_bytes_are_a_header_or_none(noise: bytes, at: int) -> None:
     buffer = io.BytesIO()

@@ -31,7 +31,7 @@ def additive_scores(keys: Tensor, query: Tensor, weight: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         return _AdditiveScores.apply(keys, query, weight)  # type: ignore[no-any-return]
     # Nobody wants the energies afterwards: some images' at a time, so that a CPU's cache holds them.
-    images = len(keys) if keys.is_cuda else max(1, _IN_CACHE // (query.shape[1] * keys[0].numel()))
+    images = len(keys) if keys.is_cuda else max(1, _IN_CACHE // (query.shape[1] * keys.shape[1] * keys.shape[2]))
     double = 2 * weight.to(keys.dtype)
     parts = zip(torch.split(keys, images), torch.split(query, images), strict=True)
     return torch.cat([_energies(some_keys, some_queries) @ double for some_keys, some_queries in parts])

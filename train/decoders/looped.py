@@ -74,11 +74,11 @@ class _Weights(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         loop: _Loop = ctx.loop
-        calls = sorted(loop.gradients)
-        if not calls:
+        asked, loop.gradients = loop.gradients, {}
+        if not asked:
             return None, None, None
-        gradients = torch.cat([loop.gradients[call] for call in calls])
-        inputs = torch.cat([loop.inputs[call] for call in calls])
+        gradients = torch.cat(list(asked.values()))
+        inputs = torch.cat([loop.inputs[call] for call in asked])
         by_weight = (gradients.t() @ inputs).to(ctx.dtype)
         return by_weight, None if loop.bias is None else gradients.sum(0, dtype=ctx.dtype), None
 

@@ -68,6 +68,15 @@ def test_calls_that_the_loss_does_not_see_count_for_nothing() -> None:
     assert module.second.weight.grad is not None
 
 
+def test_a_second_loss_over_the_same_loop_counts_by_itself() -> None:
+    module, start = Recurrence(torch.float64), torch.randn(2, 3, 4, dtype=torch.float64)
+    with looped(module):
+        end = module(start)
+    first = torch.autograd.grad(end.sum(), module.first.weight, retain_graph=True)
+    again = torch.autograd.grad(end.sum(), module.first.weight)
+    torch.testing.assert_close(first, again)
+
+
 def test_outside_of_a_loop_and_without_gradient_it_is_a_plain_layer() -> None:
     module, start = Recurrence(torch.float32), torch.randn(2, 4)
     expected = module(start)
