@@ -20,6 +20,7 @@ from pydantic_core import PydanticUndefined
 from common.allocator import keep_large_buffers
 from common.config import PipelineConfig, describe_key, load_config
 from common.errors import EXIT_FAILURE, EXIT_INTERRUPTED, GridcapError, from_os_error
+from common.threads import spin_briefly
 
 _LAYERS = "gridcap.layers"  # the flags and --set values of the running command
 
@@ -148,6 +149,7 @@ def pipeline_command(
             if own_keys is not None:
                 flags.update(own_keys(values))
             keep_large_buffers()
+            spin_briefly()
             click.get_current_context().meta[_LAYERS] = (flags, sets)
             recipe = None if own_recipe is None else own_recipe(values)
             return function(config=load_config(config_path, flags, sets, recipe), **values)
