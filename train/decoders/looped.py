@@ -55,7 +55,8 @@ class _Loop:
 
     def __init__(self, layer: nn.Linear) -> None:
         kind = layer.weight.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else layer.weight.dtype
+        casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if casts else layer.weight.dtype
         self.weight = layer.weight.detach().to(dtype)
         self.bias = None if layer.bias is None else layer.bias.detach().to(dtype)
         self.inputs: list[Tensor] = []
