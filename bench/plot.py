@@ -107,7 +107,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         values = [row.found()[name] for row in some]
         axis.barh(range(len(some)), values, color="#3b6ea5")
         for place, (row, value) in enumerate(zip(some, values, strict=True)):
-            axis.annotate(number(value), (value, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
+            inside = {"va": "center", "fontsize": 8, "color": "white"}  # at the bar's end the mark would cross it
+            axis.annotate(number(value), (0, place), (4, 0), textcoords="offset points", **inside)
             if name in row.wanted:
                 axis.plot([row.wanted[name]] * 2, [place - 0.4, place + 0.4], color="#c0392b", linewidth=2)
         axis.set_yticks(range(len(some)), [row.name for row in some], fontsize=8)
