@@ -287,8 +287,8 @@ class GridEncoder:
         trunk.requires_grad_(False)
         trunk.to(self.device, self._precision).to(memory_format=torch.channels_last)
         if self.device.type == "cpu" and not compiled and can_pack(self._precision):
-            blank = torch.zeros(batch_size, self.side, self.side, 3, dtype=torch.uint8)
-            pack_convolutions(trunk, _normalise(blank, self.spec, self._precision))
+            blank = torch.zeros(1, self.side, self.side, 3, dtype=torch.uint8)
+            pack_convolutions(trunk, _normalise(blank, self.spec, self._precision), batch_size)
         self._trunk: Callable[[Tensor], Tensor] = trunk
         self._staging = Staging(self.device) if self.device.type == "cuda" else None
         self._fixed_batch = batch_size if compiled else None

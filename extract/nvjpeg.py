@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import stat
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from torch.nn import functional
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from common.errors import UserError, first_line
-from common.image import LETTERBOX_GREY, MAX_PIXELS, SCAN, BadImageError, load_square
+from common.image import LETTERBOX_GREY, MAX_PIXELS, SCAN, BadImageError, WatchedFile, load_square
 
 _PIXELS_AT_ONCE = 2 * MAX_PIXELS  # decoded together: half a GiB of GPU memory
 _RESIZED_AT_ONCE = 32  # of one size: in float32 they take four times the room
@@ -66,21 +65,21 @@ def _probe(device: torch.device) -> None:
 
 
 def load_squares(
-    paths: Sequence[Path], side: int, geometry: str, device: torch.device
+    paths: Sequence[Path | None], side: int, geometry: str, device: torch.device
 ) -> tuple[Tensor, dict[int, str]]:
     """Decode a batch of images and make them square, as `common.image.load_square` does with each.
 
     Any thread may call it; on a GPU it works beside what other threads have there.
 
     Args:
-        paths: JPEG files, or what `load_square` takes.
+        paths: JPEG files, or what `load_square` takes; None for an image that is not to be read.
         side: of the results, in pixels.
         geometry: "stretch", "crop" or "letterbox".
         device: where to decode and resize.
 
     Returns:
         uint8 (B, side, side, 3), RGB, on the device; and position -> reason of those that cannot be used, which are
-        all zero.
+        all zero, as are those that are not read.
     """
     rejects: dict[int, str] = {}
     group: dict[int, _Jpeg] = {}
@@ -88,9 +87,9 @@ def load_squares(
     with _beside_others(device):
         squares = torch.zeros((len(paths), side, side, 3), dtype=torch.uint8, device=device)
 
-        def by_pillow(position: int) -> None:
+        def by_pillow(position: int, path: Path) -> None:
             try:
-                squares[position] = torch.from_numpy(load_square(paths[position], side, geometry).copy())
+                squares[position] = torch.from_numpy(load_square(path, side, geometry).copy())
             except BadImageError as error:
                 rejects[position] = str(error)
 
@@ -98,7 +97,7 @@ def load_squares(
             by_shape: dict[torch.Size, dict[int, Tensor]] = {}
             for position, image in zip(group, _decode(list(group.values()), device), strict=True):
                 if image is None:
-                    by_pillow(position)
+                    by_pillow(position, group[position].path)
                 else:
                     upright = _upright(image, group[position].orientation)
                     by_shape.setdefault(upright.shape, {})[position] = upright
@@ -114,9 +113,11 @@ def load_squares(
             group.clear()
 
         for position, path in enumerate(paths):
+            if path is None:
+                continue
             jpeg = _read_plain(path)
             if jpeg is None:
-                by_pillow(position)
+                by_pillow(position, path)
                 continue
             if pixels + jpeg.pixels > _PIXELS_AT_ONCE:
                 decode_group()
@@ -150,7 +151,8 @@ _of_thread = threading.local()
 class _Jpeg:
     """A whole gray or colour JPEG file, not decoded."""
 
-    def __init__(self, data: bytearray, pixels: int, orientation: int) -> None:
+    def __init__(self, path: Path, data: bytearray, pixels: int, orientation: int) -> None:
+        self.path = path
         self.data = torch.frombuffer(data, dtype=torch.uint8)
         self.pixels = pixels
         self.orientation = orientation
@@ -163,31 +165,24 @@ def _read_plain(path: Path) -> _Jpeg | None:
     may take minutes, and here nothing would cut it off.
     """
     try:
-        data = _read_regular(path)
+        data = _read_whole(path)
         pixels, orientation = _look_at_header(data)
     except Exception:  # Pillow will meet it again, and say why
         return None
     whole = data.endswith(_END_OF_IMAGE) and data.count(SCAN) <= _MOST_SCANS
-    return _Jpeg(data, pixels, orientation) if whole else None
+    return _Jpeg(path, data, pixels, orientation) if whole else None
 
 
-def _read_regular(path: Path) -> bytearray:
-    """A file's bytes; ValueError if it is no regular file, or a very large one."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # or a named pipe would be waited for
-    try:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST_FILE:
+def _read_whole(path: Path) -> bytearray:
+    """A file's bytes; BadImageError or ValueError if it is no regular file, or a very large one."""
+    with WatchedFile(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > _LARGEST_FILE:
             raise ValueError("not for nvJPEG")
-        data = bytearray(found.st_size)
-        left = memoryview(data)
-        while left:
-            count = os.readv(descriptor, [left])
-            if count == 0:
-                raise ValueError("it became shorter")
-            left = left[count:]
+        data = bytearray(size)
+        if file.readinto(data) != size:
+            raise ValueError("it became shorter")
         return data
-    finally:
-        os.close(descriptor)
 
 
 def _look_at_header(data: bytearray) -> tuple[int, int]:

@@ -49,22 +49,23 @@ def can_pack(precision: torch.dtype) -> bool:
 
 
 @torch.inference_mode()
-def pack_convolutions(trunk: nn.Module, images: Tensor) -> None:
+def pack_convolutions(trunk: nn.Module, image: Tensor, batch_size: int) -> None:
     """Replace the convolutions of a CNN whose BatchNorms are folded: those that a ReLU follows, as in InceptionV3.
 
     Args:
         trunk: on a CPU, frozen, in its final number type and memory format.
-        images: one that it could be given, with the batch size that it will be given, of any content.
+        image: (1, C, H, W), one that it could be given, of any content.
+        batch_size: of the batches that it will be given.
     """
     shapes: dict[nn.Module, torch.Size] = {}
 
     def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        shapes[layer] = torch.Size((len(images), *inputs[0].shape[1:]))
+        shapes[layer] = torch.Size((batch_size, *inputs[0].shape[1:]))
 
     blocks = [(parent, name, child) for parent in trunk.modules() for name, child in parent.named_children()
               if isinstance(child, BasicConv2d)]  # fmt: skip
     hooks = [block.register_forward_pre_hook(note) for _, _, block in blocks]
-    trunk(images[:1])
+    trunk(image)
     for hook in hooks:
         hook.remove()
     for parent, name, block in blocks:

@@ -359,20 +359,11 @@ class Worker:
         return collect
 
     def _load_many(self, rows: Sequence[int], shard: int, side: int) -> _Loaded:
-        found = {place: self._path(row, shard) for place, row in enumerate(rows)}
-        rejects = {place: why for place, why in found.items() if isinstance(why, str)}
-        paths = {place: path for place, path in found.items() if isinstance(path, Path)}
+        found = [self._path(row, shard) for row in rows]
         device, geometry = choose_device(self._config.extract.device), self._config.extract.geometry
-        images, bad = load_squares(list(paths.values()), side, geometry, device)
-        places = list(paths)
-        rejects |= {places[position]: why for position, why in bad.items()}
-        if len(paths) == len(rows):
-            return images, rejects
-        whole = images.new_zeros((len(rows), *images.shape[1:]))
-        if images.is_cuda:
-            images.record_stream(torch.cuda.current_stream(device))  # they were made on another
-        whole[places] = images
-        return whole, rejects
+        paths = [path if isinstance(path, Path) else None for path in found]
+        images, rejects = load_squares(paths, side, geometry, device)
+        return images, rejects | {place: why for place, why in enumerate(found) if isinstance(why, str)}
 
 
 def _lanes(on_gpu: bool, shards: int) -> int:

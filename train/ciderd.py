@@ -18,8 +18,8 @@ from collections.abc import Hashable, Iterator, Sequence
 
 import numpy as np
 
-_ORDERS = 4
-_SIGMA = 6.0
+ORDERS = 4
+SIGMA = 6.0
 _BITS = 31  # an n-gram's key is (number of the n-gram without its last word) << 31 | number of its last word
 _LAST_WORD = (1 << _BITS) - 1
 
@@ -110,9 +110,9 @@ class CiderD:
             product = np.minimum(entry[ours], entry[theirs]) * entry[theirs]
             norms = norm[candidate] * norm[reference]
             cosine = np.divide(product, norms, out=np.zeros_like(product), where=norms > 0)
-            penalty = np.exp(-((bigrams[candidate] - bigrams[reference]) ** 2) / (2 * _SIGMA**2))
+            penalty = np.exp(-((bigrams[candidate] - bigrams[reference]) ** 2) / (2 * SIGMA**2))
             total += np.bincount(candidate, cosine * penalty, minlength=count)
-        total *= 10 / (_ORDERS * np.diff(self._image_starts)[of])
+        total *= 10 / (ORDERS * np.diff(self._image_starts)[of])
         return total
 
     def _numbers(self, candidates: Sequence[Sequence[Hashable]]) -> np.ndarray:
@@ -165,7 +165,7 @@ def _grams(tokens: np.ndarray, lengths: np.ndarray) -> Iterator[tuple[np.ndarray
     owner = np.repeat(np.arange(len(lengths)), lengths)
     left = np.repeat(np.cumsum(lengths), lengths) - starts  # words from here to the end of the caption
     gram = np.zeros(len(tokens), np.int64)
-    for order in range(_ORDERS):
+    for order in range(ORDERS):
         fits = left > order
         starts, owner, left, gram = starts[fits], owner[fits], left[fits], gram[fits]
         keys, gram = np.unique(gram << _BITS | tokens[starts + order], return_inverse=True)

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-_ORDERS = 4
-_SIGMA = 6.0
+from train.ciderd import ORDERS, SIGMA
 
 
 def order_by_consensus(captions: Sequence[Sequence[int]]) -> list[int]:
@@ -35,7 +34,7 @@ def mean_likeness(captions: Sequence[Sequence[int]]) -> np.ndarray:
     """
     lengths = np.array([len(caption) for caption in captions], np.float64)
     alike = np.zeros((len(captions), len(captions)))
-    for order in range(1, _ORDERS + 1):
+    for order in range(1, ORDERS + 1):
         grams = [[tuple(c[i : i + order]) for i in range(len(c) - order + 1)] for c in captions]
         number = {gram: i for i, gram in enumerate(dict.fromkeys(gram for some in grams for gram in some))}
         counts = np.zeros((len(captions), len(number)))
@@ -43,7 +42,7 @@ def mean_likeness(captions: Sequence[Sequence[int]]) -> np.ndarray:
             np.add.at(counts[row], [number[gram] for gram in some], 1)
         norms = np.sqrt((counts**2).sum(1)).clip(min=1)
         shared = (np.minimum(counts[:, None], counts[None]) * counts[None]).sum(-1)
-        alike += shared / (norms[:, None] * norms[None]) / _ORDERS
-    alike *= np.exp(-((lengths[:, None] - lengths[None]) ** 2) / (2 * _SIGMA**2))
+        alike += shared / (norms[:, None] * norms[None]) / ORDERS
+    alike *= np.exp(-((lengths[:, None] - lengths[None]) ** 2) / (2 * SIGMA**2))
     np.fill_diagonal(alike, 0)
     return np.asarray(alike.sum(1) / max(1, len(captions) - 1))

@@ -154,9 +154,9 @@ def _search(config: PipelineConfig) -> str:
     """How the captions were decoded, in words."""
     caption = config.caption
     if caption.search == "beam":
-        blocked = ", no trigram twice" if caption.block_trigrams else ""
-        blocked += ", by consensus" if caption.consensus else ""
-        return f"beam {caption.beam_size}, length penalty {caption.length_penalty:g}{blocked}"
+        more = ", no trigram twice" if caption.block_trigrams else ""
+        more += ", by consensus" if caption.consensus else ""
+        return f"beam {caption.beam_size}, length penalty {caption.length_penalty:g}{more}"
     limits = "".join(f", {name} {v}" for name in ("top_k", "top_p") if (v := getattr(caption, name)) is not None)
     return f"sampled at temperature {caption.temperature:g}{limits}, seed {config.seed}"
 

@@ -54,8 +54,7 @@ class _SmoothedCrossEntropy(torch.autograd.Function):
         words = logits.shape[-1]
         rows = max(1, _IN_CACHE // words) if logits.device.type == "cpu" else max(1, len(logits))
         plain, spread = torch.zeros(2, device=logits.device)
-        wanted = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(logits) if wanted else None
+        gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         for start in range(0, len(logits), rows):
             some = slice(start, start + rows)
             target = targets[some, None]
@@ -76,9 +75,8 @@ class _SmoothedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, by_loss: Tensor, by_plain: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        if (
-            by_loss.device.type == "cpu" and by_loss.item() == 1
-        ):  # as in training; and a GPU would have to be waited for
+        # As it is in training; a GPU is not asked, since it would have to be waited for.
+        if by_loss.device.type == "cpu" and by_loss.item() == 1:
             return gradient, None, None
         return gradient * by_loss, None, None
 

@@ -33,7 +33,7 @@ def test_a_block_gives_the_same_for_the_batch_it_was_packed_for_and_for_others(
     images = torch.randn(4, 16, 9, 9, dtype=kind).to(memory_format=torch.channels_last)
     with torch.inference_mode():
         expected = {count: block(images[:count]) for count in (4, 1, 3)}
-        pack_convolutions(block, images)
+        pack_convolutions(block, images[:1], len(images))
         for count, wanted in expected.items():
             torch.testing.assert_close(block(images[:count]), wanted, rtol=tolerance, atol=tolerance)
     assert not [layer for layer in block.modules() if isinstance(layer, BasicConv2d)], "all of them were packed"
