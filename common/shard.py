@@ -146,6 +146,8 @@ class ShardWriter:
         self._offsets: dict[str, int] = {}
         self._descriptor = -1
         try:
+            with self._naming_the_shard():
+                self._descriptor = os.open(self._temporary, os.O_RDWR)
             row_bytes = len(views) * stored_bytes(grid_shape, dtype)
             self._reserve(self._rows * (row_bytes + names.dtype.itemsize + 512) + (1 << 20))
             for view in views:
@@ -159,8 +161,6 @@ class ShardWriter:
             self._file.attrs.update({"format": SHARD_FORMAT, "version": VERSION})
             for key, value in attributes.items():
                 self._file.attrs[key] = json.dumps(value, sort_keys=True) if isinstance(value, Mapping) else value
-            with self._naming_the_shard():
-                self._descriptor = os.open(self._temporary, os.O_WRONLY)
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
@@ -185,16 +185,14 @@ class ShardWriter:
         """
         if not hasattr(os, "posix_fallocate"):
             return
-        descriptor = os.open(self._temporary, os.O_RDWR)
+        before = os.fstat(self._descriptor).st_size
         try:
-            before = os.fstat(descriptor).st_size
-            os.posix_fallocate(descriptor, 0, size)
+            with self._naming_the_shard():
+                os.posix_fallocate(self._descriptor, 0, size)
         except OSError as error:
-            os.ftruncate(descriptor, before)
+            os.ftruncate(self._descriptor, before)
             if error.errno not in _NO_RESERVATION:
-                raise OSError(error.errno, error.strerror, str(self.path)) from error
-        finally:
-            os.close(descriptor)
+                raise
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -471,7 +469,7 @@ class ShardReader:
         """A row as it is in the file: the grid; or for uint8 the levels, and the scales of its channels."""
         parts = [np.empty(self.shape[1:], self.stored)]
         self._read(dataset_of("features", view), row, parts[0])
-        if self.stored == np.uint8:
+        if self._in_levels:
             parts.append(np.empty(self.shape[-1], "<f2"))
             self._read(dataset_of("scale", view), row, parts[1])
         return parts
