@@ -60,7 +60,6 @@ LARGER: dict[str, dict[str, Any]] = {  # one without attention, two with: five t
     "att2in": {**LONGER, "train.decoder.attention_size": 256},
     "top-down": {**LONGER, "train.decoder.attention_size": 256, "train.epochs": 16},
 }
-BOTH_SCST = ("lstm-inject", "att2in")  # self-critically from the small size too
 SCST = {
     "train.epochs": 6, "train.learning_rate": 4e-4, "train.schedule": "{kind: cosine}", "train.ema": 0.99,
     "train.clip_value": "null", "train.clip_norm": 5.0, "train.scst.temperature": 0.5,
@@ -130,10 +129,7 @@ def plan(recipes: Sequence[str], seeds: int, ingredients: bool) -> list[Trained]
         if recipe in LARGER
     ]
     runs = small + larger
-    runs += [
-        Trained(f"{run.row} + SCST", run.seed, ("--scst", *_sets(SCST)), run)
-        for run in (*(run for run in small if run.row in BOTH_SCST), *larger)
-    ]
+    runs += [Trained(f"{run.row} + SCST", run.seed, ("--scst", *_sets(SCST)), run) for run in (*small, *larger)]
     epochs = SMALL["train.epochs"]
     runs += [
         Trained(
@@ -178,9 +174,14 @@ class Quality:
         if results.exists():
             self.scores = json.loads(results.read_text(encoding="utf-8"))["runs"]
 
+    def found(self, run: Trained) -> dict[str, dict[str, float]]:
+        """The scores of it that are there, by the name of the search; of other arguments none."""
+        kept = self.scores.get(run.name, {})
+        return kept["beam"] if kept.get("arguments") == [*run.arguments] else {}
+
     def is_done(self, run: Trained) -> bool:
-        """Whether its scores are there."""
-        return self.scores.get(run.name, {}).get("arguments") == [*run.arguments]
+        """Whether its scores are there, of every search."""
+        return set(self.found(run)) >= set(SEARCHES)
 
     def run(self, runs: Sequence[Trained], jobs: int) -> None:
         """Do all that is not done yet, `jobs` at a time; a run that others go on from must be in its folder."""
@@ -263,7 +264,7 @@ def table(quality: Quality, runs: Sequence[Trained]) -> str:
     ]
     lines.append("|---|---|---|---|---|---|---|---|---|")
     for name in dict.fromkeys(run.row for run in runs):
-        found = [quality.scores[run.name]["beam"] for run in runs if run.row == name and quality.is_done(run)]
+        found = [scores for run in runs if run.row == name and (scores := quality.found(run))]
         if not found:
             continue
         cells = []

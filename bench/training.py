@@ -72,18 +72,18 @@ def _step_of_ours(recipe: str) -> tuple[Callable[[], object], Any]:
     """A step as `train.loop` takes it, without reading and logging."""
     import numpy as np
     import torch
-    from torch import nn
 
     from common.device import choose_device, choose_precision
     from train.decoders.build import build_decoder
     from train.objective import CrossEntropy
-    from train.optimizer import make_optimizer
+    from train.optimizer import make_optimizer, take_step
     from train.stream import CaptionBatch
 
     settings, device = _settings(recipe), choose_device("auto")
     precision = choose_precision("auto", device)
     decoder = build_decoder(settings.decoder, V, GRID).to(device).train()
-    objective, optimizer = CrossEntropy(settings), make_optimizer(settings, decoder.parameters())
+    parameters = list(decoder.parameters())
+    objective, optimizer = CrossEntropy(settings), make_optimizer(settings, parameters)
     grids, tokens = _tensors(device)
     batch = CaptionBatch(np.arange(B), grids, tokens, torch.arange(B * K * T, device=device))
 
@@ -91,9 +91,8 @@ def _step_of_ours(recipe: str) -> tuple[Callable[[], object], Any]:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
             loss, terms = objective(decoder, batch, 0)
-        torch.autograd.backward(loss / terms["words"])
-        nn.utils.clip_grad_norm_(decoder.parameters(), 5.0)
-        optimizer.step()
+        torch.autograd.backward(loss)
+        take_step(optimizer, parameters, terms["words"], settings)
 
     return step, device
 

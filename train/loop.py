@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from common.config import PipelineConfig, TrainConfig
@@ -36,7 +36,7 @@ from train.history import best_row, epochs_done, last_line
 from train.interrupt import stops_held
 from train.log import EVERY, Row, RunLog, read_rows
 from train.objective import CrossEntropy, Objective
-from train.optimizer import learning_rate, make_optimizer
+from train.optimizer import learning_rate, make_optimizer, take_step
 from train.ranks import Ranks, find_ranks, joined
 from train.reproducible import reproducible, step_seed
 from train.reward import CaptionReward
@@ -383,17 +383,10 @@ class _Trainer:
             values = torch.stack([sums.get(n, torch.zeros((), dtype=torch.float64, device=device)) for n in names])
             self.ranks.add_up([*(p.grad for p in parameters if p.grad is not None), values])
             sums = dict(zip(names, values, strict=True))
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        torch._foreach_div_(gradients, sums["words"].clamp(min=1).float())
-        norm = nn.utils.get_total_norm(gradients)
-        if settings.clip_norm is not None:
-            nn.utils.clip_grads_with_norm_(parameters, settings.clip_norm, norm)
-        if settings.clip_value is not None:
-            nn.utils.clip_grad_value_(parameters, settings.clip_value)
         rate = learning_rate(settings, run.step, steps)
         for group in run.optimizer.param_groups:
             group["lr"] = rate
-        run.optimizer.step()
+        norm = take_step(run.optimizer, parameters, sums["words"], settings)
         run.step += 1
         if run.average is not None:
             run.average.update(run.decoder, run.step)

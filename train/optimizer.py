@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.config import TrainConfig
 
@@ -15,6 +15,39 @@ def make_optimizer(settings: TrainConfig, parameters: Iterable[Tensor]) -> torch
     """Adam (Kingma and Ba 2015, arXiv:1412.6980) or AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101)."""
     kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
     return kind(parameters, settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
+
+
+def take_step(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], words: Tensor, settings: TrainConfig
+) -> Tensor:
+    """One step on the gradient of the mean loss of a word, clipped as the settings say.
+
+    Unless values are clipped, the weights' gradients are read once for their norm and once for the step: what they are
+    divided by goes into the optimiser's own pass.
+
+    Args:
+        optimizer: from `make_optimizer`.
+        parameters: all of the optimiser's, with the gradient of the summed loss; it is not kept.
+        words: (), how many the loss was summed over.
+        settings: `clip_norm` and `clip_value`.
+
+    Returns:
+        The norm of the mean loss's gradient before it was clipped, (), on the parameters' device.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    divisor = words.clamp(min=1).float()
+    norm = nn.utils.get_total_norm(gradients) / divisor
+    if settings.clip_norm is not None:
+        divisor = divisor * ((norm + 1e-6) / settings.clip_norm).clamp(min=1)
+    scale: Tensor | None = divisor
+    if settings.clip_value is not None:
+        torch._foreach_div_(gradients, divisor)
+        nn.utils.clip_grad_value_(parameters, settings.clip_value)
+        scale = None
+    # What torch's scaler for float16 sets, and every fused optimiser divides by.
+    optimizer.grad_scale = scale  # type: ignore[attr-defined]
+    optimizer.step()
+    return norm
 
 
 def learning_rate(settings: TrainConfig, step: int, steps_an_epoch: int) -> float:

@@ -15,6 +15,7 @@ from torch import Tensor
 from common.config import CaptionConfig
 from train.consensus import order_by_consensus
 from train.decoders.base import Decoder, Memory, State
+from train.decoders.packed import packed
 from train.vocabulary import BOS, EOS, PAD, UNK
 
 _NEVER = (PAD, BOS, UNK)
@@ -164,27 +165,28 @@ def beam_alternatives(
     ended = [_Finished([]) for _ in range(b)]
     steps: list[_Step] = []
     written = tokens.new_empty(b, k, 0)  # the words of the live beams, kept only to find trigrams
-    for length in range(max_length + 1):
-        logits, state, attention = decoder.step(tokens, state, memory)
-        log_probs = word_log_probs(logits)
-        if block_trigrams:
-            log_probs = _block_trigrams(log_probs, written)
-        per_beam = log_probs.topk(min(2 * k, log_probs.shape[-1]), -1)
-        candidates = (scores[..., None] + per_beam.values).flatten(1)
-        best = candidates.topk(min(2 * k, candidates.shape[1]), -1)
-        parents = best.indices // per_beam.values.shape[-1]
-        words = per_beam.indices.flatten(1).gather(1, best.indices)
-        ends = words == EOS
-        _collect_ended(ended, best.values, parents, ends, k, length, length_penalty)
-        if length == max_length or all(len(done.entries) >= k for done in ended):
-            break
-        alive = best.values.masked_fill(ends, -torch.inf).topk(k, -1)
-        scores, kept = alive.values, alive.indices
-        tokens, chosen = words.gather(1, kept), parents.gather(1, kept)
-        state = _select(state, chosen)
-        if block_trigrams:
-            written = torch.cat([_select((written,), chosen)[0], tokens[..., None]], -1)
-        steps.append((tokens, chosen, None if attention is None else _select((attention,), chosen)[0]))
+    with packed(decoder, b * k):
+        for length in range(max_length + 1):
+            logits, state, attention = decoder.step(tokens, state, memory)
+            log_probs = word_log_probs(logits)
+            if block_trigrams:
+                log_probs = _block_trigrams(log_probs, written)
+            per_beam = log_probs.topk(min(2 * k, log_probs.shape[-1]), -1)
+            candidates = (scores[..., None] + per_beam.values).flatten(1)
+            best = candidates.topk(min(2 * k, candidates.shape[1]), -1)
+            parents = best.indices // per_beam.values.shape[-1]
+            words = per_beam.indices.flatten(1).gather(1, best.indices)
+            ends = words == EOS
+            _collect_ended(ended, best.values, parents, ends, k, length, length_penalty)
+            if length == max_length or all(len(done.entries) >= k for done in ended):
+                break
+            alive = best.values.masked_fill(ends, -torch.inf).topk(k, -1)
+            scores, kept = alive.values, alive.indices
+            tokens, chosen = words.gather(1, kept), parents.gather(1, kept)
+            state = _select(state, chosen)
+            if block_trigrams:
+                written = torch.cat([_select((written,), chosen)[0], tokens[..., None]], -1)
+            steps.append((tokens, chosen, None if attention is None else _select((attention,), chosen)[0]))
     # As numpy arrays, whose single numbers are read twenty times as quickly as a tensor's.
     histories: list[_NumpyStep] = [
         (words.cpu().numpy(), parents.cpu().numpy(), None if look is None else look.cpu().numpy())
@@ -317,20 +319,21 @@ def _sample(
     total = torch.zeros(b, k, device=noise.device)
     written: list[Tensor] = []
     looks: list[Tensor] = []
-    for i in range(steps):
-        logits, state, attention = decoder.step(tokens, state, memory)
-        log_probs = word_log_probs(logits)
-        tokens = _draw(_truncate(log_probs, temperature, top_k, top_p), noise[..., i])
-        if i == steps - 1:  # no room for another word: the caption ends here or is cut
-            ended = ended | (tokens != EOS)
-        tokens = tokens.masked_fill(ended, PAD)
-        total += log_probs.gather(-1, tokens[..., None])[..., 0].masked_fill(ended, 0.0)
-        written.append(tokens)
-        if attention is not None:
-            looks.append(attention)
-        ended = ended | (tokens == EOS)
-        if ended.all():
-            break
+    with packed(decoder, b * k):
+        for i in range(steps):
+            logits, state, attention = decoder.step(tokens, state, memory)
+            log_probs = word_log_probs(logits)
+            tokens = _draw(_truncate(log_probs, temperature, top_k, top_p), noise[..., i])
+            if i == steps - 1:  # no room for another word: the caption ends here or is cut
+                ended = ended | (tokens != EOS)
+            tokens = tokens.masked_fill(ended, PAD)
+            total += log_probs.gather(-1, tokens[..., None])[..., 0].masked_fill(ended, 0.0)
+            written.append(tokens)
+            if attention is not None:
+                looks.append(attention)
+            ended = ended | (tokens == EOS)
+            if ended.all():
+                break
     if (written[-1] == PAD).all():  # all were cut
         written.pop()
     return _Samples(torch.stack(written, -1), total, torch.stack(looks, 2) if looks else None)

@@ -3,13 +3,13 @@ import json
 import pytest
 import yaml
 
-from bench.quality import BOTH_SCST, INGREDIENTS, LARGER, RECIPES, SHORTER, Quality, plan, table
+from bench.quality import INGREDIENTS, LARGER, RECIPES, SHORTER, Quality, plan, table
 
 
 def test_every_recipe_and_seed_once_and_what_goes_on_from_them_after_them():
     runs = plan(RECIPES, 3, True)
     names = [run.name for run in runs]
-    recipes = len(RECIPES) + 2 * len(LARGER) + len(BOTH_SCST) + len(SHORTER)
+    recipes = 2 * len(RECIPES) + 2 * len(LARGER) + len(SHORTER)
     assert len(set(names)) == len(names) == 3 * recipes + 2 * len(INGREDIENTS) + 1 + 3
     for place, run in enumerate(runs):
         assert run.source is None or runs.index(run.source) < place
@@ -31,6 +31,10 @@ def test_a_run_stands_only_with_the_same_arguments(quality, tmp_path):
     entry = {"row": run.row, "seed": 0, "arguments": [*run.arguments], "beam": scores(0.4)}
     (tmp_path / "results.json").write_text(json.dumps({"runs": {run.name: entry}}))
     assert quality().is_done(run)
+    del entry["beam"]["consensus"]  # of before there was one
+    (tmp_path / "results.json").write_text(json.dumps({"runs": {run.name: entry}}))
+    assert not quality().is_done(run)
+    assert [*quality().found(run)] == ["1", "3"]
     entry["arguments"][-1] = "train.ema=0.5"
     (tmp_path / "results.json").write_text(json.dumps({"runs": {run.name: entry}}))
     assert not quality().is_done(run)

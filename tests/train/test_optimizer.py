@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from common.config import TrainConfig
-from train.optimizer import learning_rate, make_optimizer
+from train.optimizer import learning_rate, make_optimizer, take_step
 
 
 def rates(steps, steps_an_epoch=10, top=0.5, epochs=4, **schedule):
@@ -96,3 +96,42 @@ def test_adamws_weight_decay_is_decoupled():
 
 def test_adamw_decays_nothing_unless_told():
     assert after_a_step(optimizer="adamw")[1] == pytest.approx([2.0, -0.1])
+
+
+# --- a step ---
+
+
+@pytest.mark.parametrize("kind", ["adam", "adamw"])
+@pytest.mark.parametrize(
+    "clips", [{"clip_norm": None}, {"clip_norm": 0.5}, {"clip_norm": 100.0}, {"clip_norm": None, "clip_value": 0.1},
+              {"clip_norm": 0.5, "clip_value": 0.1}],
+)  # fmt: skip
+def test_a_step_is_the_optimisers_own_on_the_mean_gradient_clipped_by_torch(kind, clips):
+    settings = TrainConfig(optimizer=kind, learning_rate=0.01, weight_decay=0.1, **clips)
+    ours, theirs = ([torch.arange(1.0, 5).requires_grad_(), torch.ones(2, 3).requires_grad_()] for _ in range(2))
+    optimizer = make_optimizer(settings, ours)
+    plain = (torch.optim.AdamW if kind == "adamw" else torch.optim.Adam)(theirs, 0.01, weight_decay=0.1)
+    for step in range(4):
+        generator = torch.Generator().manual_seed(step)
+        words = torch.tensor(3 + step)
+        for mine, other in zip(ours, theirs, strict=True):
+            summed = torch.randn(other.shape, generator=generator) * 10
+            mine.grad, other.grad = summed.clone(), summed / words
+        norm = take_step(optimizer, ours, words, settings)
+        expected = torch.nn.utils.get_total_norm([other.grad for other in theirs])
+        torch.testing.assert_close(norm, expected)
+        assert expected > 1, "or a norm of 0.5 clips nothing"
+        if clips["clip_norm"] is not None:
+            torch.nn.utils.clip_grad_norm_(theirs, clips["clip_norm"])
+        if "clip_value" in clips:
+            torch.nn.utils.clip_grad_value_(theirs, clips["clip_value"])
+        plain.step()
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_step_without_a_word_is_one_without_gradient():
+    weights = [torch.ones(3, requires_grad=True)]
+    weights[0].grad = torch.zeros(3)
+    settings = TrainConfig(learning_rate=0.01, weight_decay=0.0)
+    assert take_step(make_optimizer(settings, weights), weights, torch.tensor(0), settings).item() == 0
+    assert torch.equal(weights[0].detach(), torch.ones(3))

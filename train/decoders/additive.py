@@ -12,16 +12,33 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _IN_CACHE = 1 << 21  # values: four megabytes of bfloat16
+# exp(-80) to exp(80) are numbers of float32 and of bfloat16; their product may be 0 or infinite, and the energy is then
+# 1 or 0, as it should be. (A key and a query that are both larger and cancel each other are taken for smaller ones.)
+_LARGEST = 40.0
+
+
+def additive_keys(keys: Tensor) -> Tensor:
+    """What `additive_scores` wants of the cells: exp(-2 key), made once an image and not for every word.
+
+    Args:
+        keys: (B, P, A) float.
+
+    Returns:
+        The same shape and type, for `additive_scores` alone: the gradient that it gives for them is the one of the
+        keys, and goes through here as it is.
+    """
+    return _AdditiveKeys.apply(keys)  # type: ignore[no-any-return]
 
 
 def additive_scores(keys: Tensor, query: Tensor, weight: Tensor) -> Tensor:
     """v . tanh(key_p + query) + sum(v) (Bahdanau et al. 2015, arXiv:1409.0473, appendix A.1.2).
 
-    The constant is nothing to the softmax over the cells that follows, and the sum is 2 v . sigmoid(2 (key_p +
-    query)), since tanh(x) = 2 sigmoid(2 x) - 1: on a CPU torch computes sigmoid in a third of tanh's time.
+    The constant is nothing to the softmax over the cells that follows. The sum is 2 v . sigmoid(2 (key_p + query)),
+    since tanh(x) = 2 sigmoid(2 x) - 1, and that sigmoid is 1 / (1 + exp(-2 key_p) exp(-2 query)): with both powers
+    at hand a value costs one product and one division, on a CPU a sixth of the time of tanh.
 
     Args:
-        keys: (B, P, A) float.
+        keys: (B, P, A) float, from `additive_keys`.
         query: (B, K, A) in the same type.
         weight: v, (A,) float.
 
@@ -37,9 +54,25 @@ def additive_scores(keys: Tensor, query: Tensor, weight: Tensor) -> Tensor:
     return torch.cat([_energies(some_keys, some_queries) @ double for some_keys, some_queries in parts])
 
 
+def _power(values: Tensor) -> Tensor:
+    """exp(-2 x), no larger and no smaller than what a product with another one may be made of."""
+    return values.clamp(-_LARGEST, _LARGEST).mul_(-2).exp_()
+
+
 def _energies(keys: Tensor, query: Tensor) -> Tensor:
-    """sigmoid(2 (key_p + query)): (B, K, P, A)."""
-    return torch.add(2 * query[:, :, None], keys[:, None], alpha=2).sigmoid_()
+    """1 / (1 + exp(-2 key_p) exp(-2 query)), that is sigmoid(2 (key_p + query)): (B, K, P, A)."""
+    return torch.addcmul(keys.new_ones(()), keys[:, None], _power(query)[:, :, None]).reciprocal_()
+
+
+class _AdditiveKeys(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, keys: Tensor) -> Tensor:
+        return _power(keys)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
 
 
 class _AdditiveScores(torch.autograd.Function):

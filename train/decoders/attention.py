@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from common.config import AttentionConfig
+from train.decoders.additive import additive_keys
 from train.decoders.base import Decoder, Memory, State
 from train.decoders.cells import CELLS, Cell
 from train.decoders.dropout import Dropout
@@ -20,7 +21,7 @@ from train.vocabulary import PAD
 
 
 class AttentionDecoder(Decoder):
-    """memory = (cells (B, P, E), their keys (B, P, A), and what the recurrent part wants of the mean cell).
+    """memory = (cells (B, P, E), what `additive_keys` makes of them (B, P, A), what the cell wants of the mean cell).
 
     Output "hidden": words from the state. Output "deep" (Xu et al. 2015, equation 7): words from
     tanh(E y + L_h h + L_z z), with y the last word, h the state and z the context; the tanh is that of their code.
@@ -51,7 +52,7 @@ class AttentionDecoder(Decoder):
     def _project(self, grid: Tensor) -> Memory:
         projected = self.project(self.norm(grid))
         cells = self.dropout(torch.relu(projected + self.position.to(projected.dtype)))
-        return cells, self.key(cells), *self.cell.image_part(cells.mean(1))
+        return cells, additive_keys(self.key(cells)), *self.cell.image_part(cells.mean(1))
 
     def initial_state(self, memory: Memory) -> State:
         start = torch.tanh(self.initial(memory[0].mean(1, keepdim=True)))

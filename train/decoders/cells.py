@@ -60,7 +60,7 @@ class Attention(nn.Module):
             query: (B, K, A).
             hidden: (B, K, H), the state that the query was made from.
             cells: (B, P, E).
-            keys: (B, P, A).
+            keys: (B, P, A), from `additive_keys`.
 
         Returns:
             contexts (B, K, E) and weights (B, K, P) float32.
@@ -111,7 +111,7 @@ class Cell(nn.Module, abc.ABC):
             word: (B, K, G), from `word_part`.
             state: tensors (B, K, H).
             cells: (B, P, E).
-            keys: (B, P, A).
+            keys: (B, P, A), from `additive_keys`.
         """
 
 

@@ -8,7 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from train.decoders.additive import additive_scores
+from train.decoders.additive import additive_keys, additive_scores
+
+
+def ours(keys: Tensor, query: Tensor, weight: Tensor) -> Tensor:
+    return additive_scores(additive_keys(keys), query, weight)
 
 
 def formula(keys: Tensor, query: Tensor, weight: Tensor) -> Tensor:
@@ -26,13 +30,13 @@ def example(seed: int, b: int, k: int, cells: int, size: int, dtype: torch.dtype
 @settings(deadline=None)
 def test_scores_and_all_three_gradients_are_the_formulas(seed: int, b: int, k: int, cells: int, size: int) -> None:
     inputs = [part.requires_grad_() for part in example(seed, b, k, cells, size)]
-    found, expected = additive_scores(*inputs), formula(*inputs)
+    found, expected = ours(*inputs), formula(*inputs)
     torch.testing.assert_close(found, expected)
     seen = torch.randn(found.shape, generator=torch.Generator().manual_seed(seed + 1), dtype=found.dtype)
-    for ours, theirs in zip(
+    for mine, theirs in zip(
         torch.autograd.grad(found, inputs, seen), torch.autograd.grad(expected, inputs, seen), strict=True
     ):
-        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(mine, theirs)
 
 
 @pytest.mark.parametrize("in_cache", [1, 24, 1 << 21])
@@ -42,23 +46,36 @@ def test_without_gradient_the_scores_are_the_same_in_stretches_of_any_size(
     monkeypatch.setattr("train.decoders.additive._IN_CACHE", in_cache)
     inputs = example(1, 5, 2, 3, 4)
     with torch.no_grad():
-        torch.testing.assert_close(additive_scores(*inputs), formula(*inputs))
+        torch.testing.assert_close(ours(*inputs), formula(*inputs))
 
 
 def test_large_values_saturate() -> None:
     keys = torch.tensor([[[1e4], [-1e4]]], requires_grad=True)
-    scores = additive_scores(keys, torch.zeros(1, 1, 1), torch.ones(1))
-    assert scores.tolist() == [[[2.0, 0.0]]]
-    scores.sum().backward()
-    assert keys.grad is not None
-    assert keys.grad.tolist() == [[[0.0], [0.0]]]
+    for query in (0.0, 1e4, -1e4):
+        keys.grad = None
+        scores = ours(keys, torch.full((1, 1, 1), query), torch.ones(1))
+        expected = {0.0: [2.0, 0.0], 1e4: [2.0, 1.0], -1e4: [1.0, 0.0]}[query]
+        torch.testing.assert_close(scores, torch.tensor([[expected]]))
+        scores.sum().backward()
+        assert keys.grad is not None
+        slopes = [[1.0 if score == 1 else 0.0] for score in expected]  # where they cancel, tanh's own
+        torch.testing.assert_close(keys.grad, torch.tensor([slopes]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_keys_and_queries_that_cancel_each_other_give_what_is_left(dtype: torch.dtype) -> None:
+    keys = torch.tensor([[[30.0], [-30.0], [30.5]]], dtype=dtype)
+    query = torch.tensor([[[-30.0], [30.0]]], dtype=dtype)
+    exact = formula(keys.double(), query.double(), torch.ones(1, dtype=torch.float64))
+    scores = ours(keys, query, torch.ones(1))
+    torch.testing.assert_close(scores.double(), exact, atol=1e-6 if dtype == torch.float32 else 0.02, rtol=0)
 
 
 def test_under_autocast_the_weights_stay_float32_and_so_does_their_gradient() -> None:
     keys, query, weight = example(0, 2, 3, 4, 64, torch.float32)
     weight.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        scores = additive_scores(keys.bfloat16(), query.bfloat16(), weight)
+        scores = ours(keys.bfloat16(), query.bfloat16(), weight)
     assert scores.dtype == torch.bfloat16
     looks, exact = scores.float().softmax(-1), formula(keys, query, weight).softmax(-1)
     assert (looks - exact).abs().max() < 0.05
@@ -70,5 +87,5 @@ def test_under_autocast_the_weights_stay_float32_and_so_does_their_gradient() ->
 @pytest.mark.parametrize("needed", [(True, False, False), (False, True, True)])
 def test_only_the_gradients_that_are_wanted(needed: tuple[bool, ...]) -> None:
     inputs = [part.requires_grad_(want) for part, want in zip(example(0, 1, 2, 3, 4), needed, strict=True)]
-    additive_scores(*inputs).sum().backward()
+    ours(*inputs).sum().backward()
     assert [part.grad is not None for part in inputs] == list(needed)

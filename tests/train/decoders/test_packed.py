@@ -1,0 +1,104 @@
+"""Packed layers give what the others give, and are as they were afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from common.device import choose_precision
+from train.decoders import packed as module_of_packed
+from train.decoders.looped import LoopedLinear
+from train.decoders.packed import packed
+
+needs_operators = pytest.mark.skipif(
+    not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")),
+    reason="this torch has no oneDNN, or not its operators",
+)
+
+
+class Net(nn.Module):
+    """Layers with a bias and without, and one inside another module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(24, 40)
+        self.inner = nn.Sequential(LoopedLinear(40, 33, bias=False), nn.Tanh())
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        out: Tensor = self.inner(self.first(inputs))
+        return out
+
+    def changed(self) -> list[bool]:
+        return ["forward" in vars(layer) for layer in (self.first, self.inner[0])]
+
+
+@pytest.fixture
+def net() -> Iterator[Net]:
+    with torch.no_grad():
+        yield Net()
+
+
+@needs_operators
+@pytest.mark.parametrize("shape", [(5, 24), (3, 2, 24), (1, 24), (2, 5, 1, 24)])
+def test_a_packed_net_gives_the_same_for_any_shape(net: Net, shape: tuple[int, ...]) -> None:
+    inputs = torch.randn(shape)
+    expected = net(inputs)
+    with packed(net, 5):
+        assert net.changed() == [True, True]
+        torch.testing.assert_close(net(inputs), expected, rtol=1e-5, atol=1e-6)
+    assert net.changed() == [False, False]
+    assert torch.equal(net(inputs), expected)
+
+
+@needs_operators
+@pytest.mark.skipif(
+    choose_precision("auto", torch.device("cpu")) != torch.bfloat16, reason="this CPU does not compute in bfloat16"
+)
+def test_under_autocast_it_computes_in_the_type_of_autocast(net: Net) -> None:
+    inputs = torch.randn(6, 24)
+    exact = net(inputs)
+    with torch.autocast("cpu", torch.bfloat16), packed(net, 6):
+        assert net.changed() == [True, True]
+        found = net(inputs)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), exact, rtol=0, atol=0.03)
+
+
+def test_with_gradient_or_few_rows_or_in_a_type_that_onednn_has_not_it_changes_nothing(net: Net) -> None:
+    with torch.enable_grad(), packed(net, 5):
+        assert net.changed() == [False, False]
+    with packed(net, 1):
+        assert net.changed() == [False, False]
+    with packed(net.double(), 5):
+        assert net.changed() == [False, False]
+
+
+def test_without_the_operators_it_changes_nothing(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    with packed(net, 5):
+        assert net.changed() == [False, False]
+
+
+@needs_operators
+def test_a_block_inside_another_leaves_what_that_one_packed_and_an_error_leaves_nothing_packed(net: Net) -> None:
+    with packed(net, 5):
+        with packed(net, 7):
+            pass
+        assert net.changed() == [True, True]
+    with pytest.raises(ValueError, match="stop"), packed(net, 5):
+        raise ValueError("stop")
+    assert net.changed() == [False, False]
+
+
+def test_what_is_packed_is_what_the_weights_are_now(net: Net) -> None:
+    inputs = torch.randn(5, 24)
+    for _ in range(2):
+        net.first.weight.add_(1)
+        expected = net(inputs)
+        with packed(net, 5):
+            torch.testing.assert_close(net(inputs), expected, rtol=1e-4, atol=1e-4)
+    assert module_of_packed._FEWEST_ROWS <= 5, "or these tests test nothing"
