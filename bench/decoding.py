@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.inputs import GRID, WORDS, make_captions
-from bench.measure import Row, fresh, rate, rounds
+from bench.measure import Row, fresh, like_a_command, rate, rounds
 
 BATCH, LENGTH, V = 50, 20, len(WORDS)
 RECIPE = "tutorial-gru"
@@ -77,9 +77,7 @@ def _grids(count: int, device: Any) -> Any:
 
 def captions(batch: int, beams: int) -> float:
     """Captions a second."""
-    from common.allocator import keep_large_buffers
-
-    keep_large_buffers()
+    like_a_command()
     import torch
 
     from common.device import choose_device, choose_precision
@@ -98,9 +96,7 @@ def captions(batch: int, beams: int) -> float:
 
 def self_critical(captions_file: str, how: str) -> float:
     """Images a second of a self-critical step."""
-    from common.allocator import keep_large_buffers
-
-    keep_large_buffers()
+    like_a_command()
     import json
 
     import numpy as np

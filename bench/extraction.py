@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from bench.inputs import make_photos
-from bench.measure import Row, fresh, rate, rounds
+from bench.measure import Row, fresh, like_a_command, rate, rounds
 
 GFLOP_AN_IMAGE = 11.42  # InceptionV3 up to Mixed_7c at 299 x 299, multiplications and additions
 SHAPES = ((147, 32, 64), (35, 64, 96), (17, 192, 192), (8, 448, 384))  # side, channels in and out: 3 x 3 in it
@@ -60,9 +60,7 @@ def measure(work: Path, quick: bool) -> Iterator[Row]:
 
 def ours(photos: str, store: str) -> float:
     """From the first image to the last, as extract-features works, without its start."""
-    from common.allocator import keep_large_buffers
-
-    keep_large_buffers()
+    like_a_command()
     from bench.device import has_gpu
     from common.annotations import FolderImages
     from common.config import load_config
@@ -107,9 +105,7 @@ def naive(photos: str, count: int) -> float:
 
 def limit() -> float:
     """Images a second if all of an image's arithmetic went as quickly as the best of its 3 x 3 convolutions."""
-    from common.allocator import keep_large_buffers
-
-    keep_large_buffers()
+    like_a_command()
     import torch
 
     from bench.device import device_rate

@@ -9,7 +9,7 @@ from typing import Any
 
 from bench.device import device_rate, matrix_rate
 from bench.inputs import GRID, WORDS, make_captions, make_store
-from bench.measure import Row, fresh, rounds
+from bench.measure import Row, fresh, like_a_command, rounds
 
 B, K, T, V, H = 13, 5, 20, len(WORDS), 512
 STEPS = {"tutorial-gru": 390.0, "att2in": 330.0, "lstm-init": 700.0}  # captions a second wanted of each
@@ -99,9 +99,7 @@ def _step_of_ours(recipe: str) -> tuple[Callable[[], object], Any]:
 
 def ours(recipe: str) -> float:
     """Captions a second."""
-    from common.allocator import keep_large_buffers
-
-    keep_large_buffers()
+    like_a_command()
     return _captions_a_second(*_step_of_ours(recipe))
 
 
@@ -129,9 +127,7 @@ def limit(recipe: str) -> float:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from common.allocator import keep_large_buffers
-
-    keep_large_buffers()
+    like_a_command()
     step, device = _step_of_ours(recipe)
     # torch.nn.LSTM as one operation of oneDNN or cuDNN is not counted, its matrix products are.
     with (
