@@ -228,6 +228,8 @@ def _initialise(trunk: nn.Sequential, seed: int, spec: EncoderSpec) -> None:
 
 def _normalise(images: Tensor, spec: EncoderSpec, dtype: torch.dtype) -> Tensor:
     """uint8 (B, H, W, 3) -> (B, 3, H, W) in channels_last memory, as the encoder was trained to see it."""
+    if dtype == torch.bfloat16 and {*spec.mean, *spec.std} == {0.5}:  # all but the quotient is exact in its 8 bits
+        return images.to(dtype).sub_(255 / 2).div_(255 / 2).permute(0, 3, 1, 2)
     mean = torch.tensor(spec.mean, device=images.device) * 255
     scale = 1 / (torch.tensor(spec.std, device=images.device) * 255)
     return ((images.float() - mean) * scale).to(dtype).permute(0, 3, 1, 2)
@@ -282,13 +284,13 @@ class GridEncoder:
         self.grid_shape = self.spec.grid_shape
         self._precision = choose_precision(precision, self.device)
         self._dtype: torch.dtype = getattr(torch, dtype)
-        trunk = _build_trunk(name, identity)
+        trunk: nn.Module = _build_trunk(name, identity)
         _fold_batch_norm(trunk)
         trunk.requires_grad_(False)
         trunk.to(self.device, self._precision).to(memory_format=torch.channels_last)
         if self.device.type == "cpu" and not compiled and can_pack(self._precision):
             blank = torch.zeros(1, self.side, self.side, 3, dtype=torch.uint8)
-            pack_convolutions(trunk, _normalise(blank, self.spec, self._precision), batch_size)
+            trunk = pack_convolutions(trunk, _normalise(blank, self.spec, self._precision), batch_size)
         self._trunk: Callable[[Tensor], Tensor] = trunk
         self._staging = Staging(self.device) if self.device.type == "cuda" else None
         self._fixed_batch = batch_size if compiled else None

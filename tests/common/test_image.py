@@ -13,9 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from common.image import LETTERBOX_GREY, BadImageError, decoder_name, image_path, load_rgb, load_square
+from common.image import LETTERBOX_GREY, BadImageError, _stretched, decoder_name, image_path, load_rgb, load_square
 
 RED, GREEN, BLUE, YELLOW = (220, 30, 30), (20, 160, 60), (30, 50, 210), (240, 220, 20)
 WHITE = (255, 255, 255)
@@ -462,6 +465,30 @@ def test_resizing_down_averages_and_does_not_skip_pixels(tmp_path: Path, geometr
     Image.fromarray(stripes).save(tmp_path / "a.png")
     square = load_square(tmp_path / "a.png", 32, geometry).astype(int)
     assert abs(square - 127).max() <= 8
+
+
+@given(st.integers(1, 700), st.integers(1, 700), st.integers(1, 299), st.integers(0, 1000))
+@settings(deadline=None, max_examples=60)
+def test_an_image_is_stretched_as_pillow_does_it_to_one_level(width: int, height: int, side: int, seed: int) -> None:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    pillows = np.asarray(Image.fromarray(pixels).resize((side, side), Image.Resampling.BILINEAR)).astype(int)
+    ours = _stretched(Image.fromarray(pixels), side)
+    assert ours.dtype == np.uint8
+    assert ours.flags.c_contiguous
+    assert abs(ours - pillows).max() <= 1
+
+
+@pytest.mark.parametrize("size", [(20_000, 3), (3, 20_000), (1, 1)])
+def test_the_longest_images_too(size: tuple[int, int]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    pillows = np.asarray(Image.fromarray(pixels).resize((64, 64), Image.Resampling.BILINEAR)).astype(int)
+    assert abs(_stretched(Image.fromarray(pixels), 64) - pillows).max() <= 1
+
+
+def test_a_processor_for_which_torch_has_no_quick_loops_has_pillow_stretch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    image = quarters()
+    assert np.array_equal(_stretched(image, 20), np.asarray(image.resize((20, 20), Image.Resampling.BILINEAR)))
 
 
 def test_the_decoder_names_itself_with_a_version() -> None:

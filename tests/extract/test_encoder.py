@@ -213,6 +213,13 @@ def textures(count: int, side: int) -> np.ndarray:
     return (128 + 50 * noise / noise.std((1, 2, 3), keepdims=True)).clip(0, 255).astype(np.uint8)
 
 
+@pytest.mark.parametrize("name", list(ENCODERS))
+def test_pixels_in_bfloat16_are_those_in_float32_rounded_once(name: str) -> None:
+    every = torch.arange(256, dtype=torch.uint8)[None, :, None, None].expand(1, 256, 1, 3)
+    exact = encoder_module._normalise(every, ENCODERS[name], torch.float32)
+    assert torch.equal(encoder_module._normalise(every, ENCODERS[name], torch.bfloat16), exact.bfloat16())
+
+
 def test_bfloat16_grids_point_where_float32s_do(tmp_path: Path) -> None:
     """The cosine of each image's flattened grid: 0.9997 here. Cell by cell the least of all is 0.9994.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models.inception import BasicConv2d, InceptionA
 
 from extract.encoder import _fold_batch_norm
@@ -33,8 +33,51 @@ def test_a_block_gives_the_same_for_the_batch_it_was_packed_for_and_for_others(
     images = torch.randn(4, 16, 9, 9, dtype=kind).to(memory_format=torch.channels_last)
     with torch.inference_mode():
         expected = {count: block(images[:count]) for count in (4, 1, 3)}
-        pack_convolutions(block, images[:1], len(images))
+        packed = pack_convolutions(block, images[:1], len(images))
         for count, wanted in expected.items():
-            torch.testing.assert_close(block(images[:count]), wanted, rtol=tolerance, atol=tolerance)
-    assert not [layer for layer in block.modules() if isinstance(layer, BasicConv2d)], "all of them were packed"
-    assert sum(isinstance(layer, PackedConvolution) for layer in block.modules()) == 7
+            torch.testing.assert_close(packed(images[:count]), wanted, rtol=tolerance, atol=tolerance)
+    assert not [layer for layer in packed.modules() if isinstance(layer, BasicConv2d)], "all of them were packed"
+    assert sum(isinstance(layer, PackedConvolution) for layer in packed.modules()) == 7
+
+
+def test_a_mean_over_neighbours_before_a_1_x_1_convolution_is_taken_of_its_fewer_channels(
+    block: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = torch.randn(2, 16, 9, 9).to(memory_format=torch.channels_last)
+    seen = []
+    real = nn.functional.avg_pool2d
+    with torch.inference_mode():
+        packed = pack_convolutions(block, images[:1], 2)
+        monkeypatch.setattr(
+            "extract.packed.F.avg_pool2d", lambda x, **how: seen.append((x.shape[1], how)) or real(x, **how)
+        )
+        packed(images)
+    assert seen == [(8, {"kernel_size": 3, "stride": 1, "padding": 1})]
+
+
+@pytest.mark.parametrize("reads_twice", [False, True])
+def test_a_mean_that_something_else_reads_or_before_a_wider_convolution_stays_where_it_is(reads_twice: bool) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = BasicConv2d(8, 4, kernel_size=1 if reads_twice else 3)
+
+        def forward(self, images: Tensor) -> Tensor:
+            pooled = nn.functional.avg_pool2d(images, kernel_size=3, stride=1, padding=1)
+            out: Tensor = self.block(pooled)
+            return out + pooled.mean() if reads_twice else out
+
+    torch.manual_seed(0)
+    net = Net().eval()
+    _fold_batch_norm(net)
+    net.requires_grad_(False).to(memory_format=torch.channels_last)
+    images = torch.randn(2, 8, 6, 6).to(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        expected = net(images)
+        packed = pack_convolutions(net, images[:1], 2)
+        torch.testing.assert_close(packed(images), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_cnn_without_such_convolutions_is_left_as_it_is() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    assert pack_convolutions(net, torch.zeros(1, 3, 8, 8), 2) is net
