@@ -26,6 +26,7 @@ from train.ranks import ALONE, Ranks
 from train.vocabulary import PAD, Vocabulary
 
 _BATCHES_AHEAD = 3
+_STEPS_AT_ONCE = 64  # of the order: it costs half a millisecond, of however few images
 
 
 @dataclass(frozen=True)
@@ -195,10 +196,11 @@ class CaptionStream:
         order = EpochOrder(len(self.data), self.seed, epoch, self.shuffle)
 
         def shares() -> Iterator[np.ndarray]:
-            for step in range(first_step, len(self)):
-                images = order[step * self.batch_size : (step + 1) * self.batch_size]
-                split = np.array_split(images, self.ranks.world * self.parts)
-                yield from split[self.ranks.rank * self.parts :][: self.parts]
+            for begin in range(first_step, len(self), _STEPS_AT_ONCE):
+                some = order[begin * self.batch_size : (begin + _STEPS_AT_ONCE) * self.batch_size]
+                for start in range(0, len(some), self.batch_size):
+                    split = np.array_split(some[start : start + self.batch_size], self.ranks.world * self.parts)
+                    yield from split[self.ranks.rank * self.parts :][: self.parts]
 
         return self._batches(shares(), epoch)
 

@@ -243,14 +243,20 @@ def contents(batch):
 
 @pytest.mark.parametrize("shuffle", ["rows", "blocks"])
 @pytest.mark.parametrize("parts", [1, 3])
-def test_an_epoch_begun_at_a_step_goes_on_as_the_whole_epoch_does(data, vocabulary, shuffle, parts):
+@pytest.mark.parametrize("at_once", [2, 64])
+def test_an_epoch_begun_at_a_step_goes_on_as_the_whole_epoch_does(
+    data, vocabulary, shuffle, parts, at_once, monkeypatch
+):
+    monkeypatch.setattr("train.stream._STEPS_AT_ONCE", at_once)
     stream = CaptionStream(data, vocabulary, 4, 2, 10, seed=5, shuffle=shuffle, parts=parts)
     every = [contents(batch) for batch in stream.epoch(2)]
     for first in range(len(stream) + 1):
         assert [contents(batch) for batch in stream.epoch(2, first)] == every[first * parts :]
 
 
-def test_the_order_of_an_epoch_is_the_one_of_the_seed_and_the_shuffle(data, vocabulary):
+@pytest.mark.parametrize("at_once", [1, 2, 64])
+def test_the_order_of_an_epoch_is_the_one_of_the_seed_and_the_shuffle(data, vocabulary, at_once, monkeypatch):
+    monkeypatch.setattr("train.stream._STEPS_AT_ONCE", at_once)
     for shuffle in ("rows", "blocks"):
         stream = CaptionStream(data, vocabulary, 4, 2, 10, seed=8, shuffle=shuffle)
         seen = np.concatenate([batch.images for batch in stream.epoch(6)])
