@@ -171,10 +171,10 @@ def writing(photos: str) -> float:
     """Images a second that go into shards, checked and brought to the disk, by as many threads as the worker has."""
     from bench.inputs import make_grids
     from common.shard import ShardWriter
-    from extract.worker import _lanes
+    from extract.lanes import lane_count
 
     grids, folder, rows = make_grids(64), Path(photos).parent / "written", 512
-    threads = _lanes(True, 1000)
+    threads = lane_count(True, 1000)
 
     def write(number: int) -> None:
         with ShardWriter(

@@ -1,8 +1,7 @@
 """The extraction pipeline: read ‖ encode ‖ write, three stages with bounded queues between them.
 
 A pool of threads decodes images some batches ahead; this thread encodes; other threads write, check and name the
-shards, each a shard of its own. One is enough beside a CPU that encodes; a GPU makes grids faster than one thread can
-write, check and hash them, so there several shards grow at a time. Memory holds a few batches for each.
+shards (`lanes.py`). Memory holds a few batches for each.
 """
 
 from __future__ import annotations
@@ -27,16 +26,16 @@ from common.device import choose_device, cores
 from common.errors import ExtractionError, MismatchError
 from common.image import BadImageError, image_path, load_square
 from common.progress import progress_bar
-from common.shard import ORIGINAL, ShardReader, ShardWriter, UnstorableError, returned_type
+from common.shard import ORIGINAL, ShardReader, UnstorableError, returned_type
 from extract.cluster import Share
 from extract.encoder import GridEncoder, WeightsIdentity
 from extract.image_list import Image
+from extract.lanes import Batch, Lane, batches_of, lane_count
 from extract.nvjpeg import load_squares
 from extract.plan import Plan, shard_writer
 from extract.staging import PendingGrids
 
 _BATCHES_AHEAD = 3
-_MOST_LANES = 8
 _FEW_READERS = 4
 # Seconds that a thread may keep Python from the others. A reader asks for it after each of an image's five calls of the
 # operating system, and at Python's 5 ms it would wait for longer than a GPU needs for fifty images.
@@ -91,33 +90,6 @@ class Job:
     identity: WeightsIdentity
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Rows `start` to `stop` of the store, all in one shard, and the lane of the thread that writes that shard."""
-
-    shard: int
-    start: int
-    stop: int
-    lane: int = 0
-
-
-def _batches(plan: Plan, shards: Iterable[int], lanes: int = 1) -> Iterator[_Batch]:
-    """The batches of so many shards at a time, one of each in turn; a shard that ends makes room for the next."""
-    todo = deque(shards)
-    begun: dict[int, deque[_Batch]] = {}
-    while todo or begun:
-        for lane in range(lanes):
-            if lane not in begun:
-                if not todo:
-                    continue
-                rows = plan.rows_of(shard := todo.popleft())
-                starts = range(rows.start, rows.stop, plan.batch_size)
-                begun[lane] = deque(_Batch(shard, s, min(rows.stop, s + plan.batch_size), lane) for s in starts)
-            yield begun[lane].popleft()
-            if not begun[lane]:
-                del begun[lane]
-
-
 def _explained(method: Callable[[Worker, list[int]], None]) -> Callable[[Worker, list[int]], None]:
     """Turn a value that cannot be stored into an error for the user."""
 
@@ -153,10 +125,7 @@ class Worker:
         encoder = self._encoder()
         plan, summary, todo = self._plan, self._summary, sum(len(self._plan.rows_of(s)) for s in shards)
         on_gpu = choose_device(self._config.extract.device).type == "cuda"
-        lanes = [
-            _Lane(_ShardStore(self._job.folder, plan), ThreadPoolExecutor(1, "write"))
-            for _ in range(_lanes(on_gpu, len(shards)))
-        ]
+        lanes = [Lane(self._job.folder, plan) for _ in range(lane_count(on_gpu, len(shards)))]
         readers = ThreadPoolExecutor(self._readers(on_gpu), "read")
         bar = progress_bar(
             total=self._rows, initial=self._rows - todo, unit="image", desc=plan.split, disable=not self._progress
@@ -177,14 +146,14 @@ class Worker:
                         writes.popleft().result()
                 bar.update(len(images))
                 done += len(images)
-                summary.made = sum(lane.store.finished for lane in lanes)
+                summary.made = sum(lane.finished for lane in lanes)
                 if batch.stop == plan.rows_of(shards[0]).stop and len(shards) > 1:
                     took = time.perf_counter() - begin
                     said = f"first shard after {_duration(took)}; about {_duration(took / done * (todo - done))}"
                     tqdm.write(f"{said} for the rest", file=sys.stderr)
             while writes:
                 writes.popleft().result()
-            summary.made = sum(lane.store.finished for lane in lanes)
+            summary.made = sum(lane.finished for lane in lanes)
         finally:
             sys.setswitchinterval(turns)
             bar.close()
@@ -211,7 +180,7 @@ class Worker:
             for shard in shards:
                 with ShardReader(self._job.folder / self._plan.shard_name(shard)) as reader:
                     changed = False
-                    for batch in _batches(self._plan, [shard]) if reader.rejects else ():
+                    for batch in batches_of(self._plan, [shard]) if reader.rejects else ():
                         changed |= any(
                             not isinstance(new, str) or new != reader.rejects[row]
                             for row, new in self._load_again(batch, reader, pool).items()
@@ -220,7 +189,7 @@ class Worker:
                         self._rewrite(shard, reader, pool)
                     bar.update(len(reader.rejects))
 
-    def _load_again(self, batch: _Batch, reader: ShardReader, pool: ThreadPoolExecutor) -> dict[int, np.ndarray | str]:
+    def _load_again(self, batch: Batch, reader: ShardReader, pool: ThreadPoolExecutor) -> dict[int, np.ndarray | str]:
         """Row of the shard -> image or reason, for the rejected rows of a batch."""
         first, side = self._plan.rows_of(batch.shard).start, self._encoder().side
         rows = [row for row in range(batch.start - first, batch.stop - first) if row in reader.rejects]
@@ -232,7 +201,7 @@ class Worker:
         """Write a shard anew with the images that are good now; its other rows are copied byte by byte."""
         first = self._plan.rows_of(shard).start
         with shard_writer(self._job.folder, self._plan, shard) as writer:
-            for batch in _batches(self._plan, [shard]):
+            for batch in batches_of(self._plan, [shard]):
                 loaded = self._load_again(batch, reader, pool)
                 rows = range(batch.start - first, batch.stop - first)
                 good = {row - rows.start: image for row, image in loaded.items() if isinstance(image, np.ndarray)}
@@ -286,7 +255,7 @@ class Worker:
         yield
         self._summary.waiting += time.perf_counter() - begin
 
-    def _check_limit(self, row: int | None, batch: _Batch | None = None) -> None:
+    def _check_limit(self, row: int | None, batch: Batch | None = None) -> None:
         bad, max_bad = self._summary.rejects, self._config.data.max_bad
         if bad.total() <= self._limit:
             return
@@ -317,17 +286,17 @@ class Worker:
 
     def _read_ahead(
         self, shards: list[int], lanes: int, side: int, pool: ThreadPoolExecutor
-    ) -> Iterator[tuple[_Batch, np.ndarray | Tensor, dict[int, str]]]:
+    ) -> Iterator[tuple[Batch, np.ndarray | Tensor, dict[int, str]]]:
         """Decoded batches in order, with the reasons of refused rows (whose image is all zero), read some ahead."""
-        ahead: deque[tuple[_Batch, Callable[[], _Loaded]]] = deque()
+        ahead: deque[tuple[Batch, Callable[[], _Loaded]]] = deque()
 
-        def collect() -> tuple[_Batch, np.ndarray | Tensor, dict[int, str]]:
+        def collect() -> tuple[Batch, np.ndarray | Tensor, dict[int, str]]:
             batch, begun = ahead.popleft()
             with self._waiting():
                 images, rejects = begun()
             return batch, images, {batch.start + place: why for place, why in rejects.items()}
 
-        for batch in _batches(self._plan, shards, lanes):
+        for batch in batches_of(self._plan, shards, lanes):
             ahead.append((batch, self._begin_to_load(range(batch.start, batch.stop), batch.shard, side, pool)))
             if len(ahead) > _BATCHES_AHEAD:
                 yield collect()
@@ -366,71 +335,9 @@ class Worker:
         return images, rejects | {place: why for place, why in enumerate(found) if isinstance(why, str)}
 
 
-def _lanes(on_gpu: bool, shards: int) -> int:
-    """How many shards are written at a time."""
-    return max(1, min(_MOST_LANES, cores() // 2, shards)) if on_gpu else 1
-
-
 def _mirrored(images: np.ndarray | Tensor) -> np.ndarray | Tensor:
     """(B, H, W, 3) from right to left."""
     return images.flip(2) if isinstance(images, Tensor) else np.ascontiguousarray(images[:, :, ::-1])
-
-
-@dataclass(frozen=True)
-class _Lane:
-    """A thread that writes shards, one after the other, and the one it has begun."""
-
-    store: _ShardStore
-    thread: ThreadPoolExecutor
-
-    def write(self, batch: _Batch, grids: dict[str, PendingGrids], rejects: dict[int, str]) -> Future[None]:
-        """As `_ShardStore.write`, in the thread."""
-        return self.thread.submit(self.store.write, batch, grids, rejects)
-
-    def end(self) -> None:
-        """Stop; what is not finished is removed."""
-        self.thread.shutdown(cancel_futures=True)
-        self.store.abandon()
-
-
-class _ShardStore:
-    """The write stage: takes batches in order and turns them into finished shards."""
-
-    def __init__(self, folder: Path, plan: Plan) -> None:
-        self._folder = folder
-        self._plan = plan
-        self._open: ShardWriter | None = None
-        self._failed = False
-        self.finished = 0
-
-    def write(self, batch: _Batch, grids: dict[str, PendingGrids], rejects: dict[int, str]) -> None:
-        """Write one batch when its grids are there; the last of a shard finishes it. After a failure write no more."""
-        if self._failed:
-            return
-        try:
-            self._write(batch, grids, rejects)
-        except BaseException:
-            self._failed = True
-            self.abandon()
-            raise
-
-    def _write(self, batch: _Batch, grids: dict[str, PendingGrids], rejects: dict[int, str]) -> None:
-        rows = self._plan.rows_of(batch.shard)
-        if self._open is None:
-            self._open = shard_writer(self._folder, self._plan, batch.shard)
-        local = {row - rows.start: why for row, why in rejects.items()}
-        for view, pending in grids.items():
-            self._open.write(batch.start - rows.start, pending.result(), local, view)
-        if batch.stop == rows.stop:
-            self._open.finish()
-            self._open = None
-            self.finished += 1
-
-    def abandon(self) -> None:
-        """Remove an unfinished shard's temporary file. What closing it raises says no more than what came before."""
-        writer, self._open = self._open, None
-        if writer is not None:
-            writer.__exit__(OSError, None, None)
 
 
 def _duration(seconds: float) -> str:

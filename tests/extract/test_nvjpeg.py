@@ -5,17 +5,12 @@ torchvision decodes on the CPU through the same call as on a GPU, so all but nvJ
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 import extract.nvjpeg as nvjpeg
@@ -209,15 +204,6 @@ def test_no_images_are_no_error() -> None:
     assert rejects == {}
 
 
-@pytest.mark.parametrize("orientation", [1, 6, 300])
-@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"comment": b"\xff\xd8 no header"}])
-def test_the_header_says_what_pillow_reads_there(tmp_path: Path, orientation: int, options: dict[str, Any]) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    picture(3, (70, 41)).save(tmp_path / "a.jpg", exif=exif, icc_profile=bytes(70_000), **options)
-    assert nvjpeg._look_at_header(bytearray((tmp_path / "a.jpg").read_bytes())) == (70 * 41, orientation)
-
-
 def test_an_orientation_that_stands_in_xmp_alone_is_left_to_pillow(tmp_path: Path, decoded: list[int]) -> None:
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><a tiff:Orientation="6"/></x:xmpmeta>'
     picture(3, (70, 41)).save(tmp_path / "a.jpg", xmp=xmp)
@@ -259,17 +245,6 @@ def test_a_gpu_without_room_for_nvjpeg_is_no_bad_file(tmp_path: Path, monkeypatc
     monkeypatch.setattr(nvjpeg, "decode_jpeg", full)
     with pytest.raises(torch.OutOfMemoryError, match="nvJPEG"):
         load_squares([tmp_path / "a.jpg"], 64, "stretch", CPU)
-
-
-@given(st.binary(max_size=60), st.integers(0, 300))
-def test_any_bytes_are_a_header_or_none(noise: bytes, at: int) -> None:
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(buffer, "jpeg")
-    data = bytearray(buffer.getvalue())
-    data[at : at + len(noise)] = noise
-    with contextlib.suppress(ValueError, IndexError):
-        pixels, _ = nvjpeg._look_at_header(data)
-        assert 0 < pixels <= nvjpeg.MAX_PIXELS
 
 
 def test_nvjpeg_without_a_gpu_is_the_users_error() -> None:
