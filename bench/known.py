@@ -27,9 +27,8 @@ class Att2in2(AttentionDecoder):
         self._hidden_size = config.hidden_size
         del self.norm, self.position, self.initial
 
-    def _project(self, grid: Tensor) -> Memory:
-        cells = self.dropout(torch.relu(self.project(grid)))
-        return cells, self.key(cells)
+    def _cells(self, grid: Tensor) -> Tensor:
+        return self.dropout(torch.relu(self.project(grid)))  # type: ignore[no-any-return]
 
     def initial_state(self, memory: Memory) -> State:
         start = torch.zeros(len(memory[0]), 1, self._hidden_size, device=memory[0].device)

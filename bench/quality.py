@@ -161,7 +161,7 @@ class Quality:
     Args:
         features, annotations: folders of the stores and the captions files.
         output: folder of the runs.
-        results: JSON file with the scores; runs that stand in it with the same arguments are not made again.
+        results: JSON file with the scores; runs that stand in it with the same arguments are not trained again.
         threads: of each process.
     """
 
@@ -180,8 +180,9 @@ class Quality:
         return kept["beam"] if kept.get("arguments") == [*run.arguments] else {}
 
     def is_done(self, run: Trained) -> bool:
-        """Whether its scores are there, of every search."""
-        return set(self.found(run)) >= set(SEARCHES)
+        """Whether its scores are there; those of a new search are wanted only of what is still in its folder."""
+        found = set(self.found(run))
+        return found >= set(SEARCHES) or (bool(found) and not self._is_trained(run))
 
     def run(self, runs: Sequence[Trained], jobs: int) -> None:
         """Do all that is not done yet, `jobs` at a time; a run that others go on from must be in its folder."""
@@ -257,7 +258,10 @@ class Quality:
 
 
 def table(quality: Quality, runs: Sequence[Trained]) -> str:
-    """Mean and standard deviation over the seeds, as Markdown; CIDEr, BLEU, METEOR and ROUGE times 100."""
+    """Mean and standard deviation over the seeds, as Markdown; CIDEr, BLEU, METEOR and ROUGE times 100.
+
+    A number in parentheses says of how many seeds a score is, where not all have it.
+    """
     lines = [
         "| recipe | seeds | CIDEr, greedy | CIDEr, beam 3 | CIDEr, consensus of 15 | BLEU-4, beam 3 | METEOR | ROUGE-L "
         "| perplexity |"
@@ -274,7 +278,8 @@ def table(quality: Quality, runs: Sequence[Trained]) -> str:
         ):  # fmt: skip
             values = [scores[search][metric] * scale for scores in found if metric in scores.get(search, {})]
             spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.1f}{spread}" if values else "")
+            fewer = f" ({len(values)})" if len(values) < len(found) else ""
+            cells.append(f"{statistics.mean(values):.1f}{spread}{fewer}" if values else "")
         lines.append(f"| {name} | {len(found)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -124,10 +124,10 @@ def naive(recipe: str) -> float:
 
 def limit(recipe: str) -> float:
     """Captions a second if all operations of a step went at the rate of a large matrix product."""
+    like_a_command()
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    like_a_command()
     step, device = _step_of_ours(recipe)
     # torch.nn.LSTM as one operation of oneDNN or cuDNN is not counted, its matrix products are.
     with (

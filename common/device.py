@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import os
@@ -108,6 +109,7 @@ def _missing_for_compile(device: torch.device) -> str | None:
     return None
 
 
+@functools.cache
 def _cpu_has_bfloat16() -> bool:
     """Whether this CPU multiplies in bfloat16 itself; emulated, it is slower than float32."""
     try:

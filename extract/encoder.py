@@ -30,6 +30,9 @@ from extract.packed import can_pack, pack_convolutions
 from extract.staging import PendingGrids, Staging
 
 CALIBRATION_IMAGES = 32
+# Raised by whatever changes the last digits of a grid: how images are made square, how convolutions are computed.
+# A store that was begun with another is not finished with this one.
+ARITHMETIC = "arithmetic 2"
 RANDOM_RECIPE = "gridcap random weights, recipe 2: Kaiming uniform, BatchNorm calibrated on 32 scenes, one thread"
 
 
@@ -387,5 +390,7 @@ def describe_features(
         "dtype": dtype,
         "precision": str(choose_precision(precision, choose_device(device))).removeprefix("torch."),
         "compile": compiled,
-        "versions": {library: version, "torch": torch.__version__, "torchvision": torchvision.__version__},
+        "versions": {
+            library: version, "torch": torch.__version__, "torchvision": torchvision.__version__, "gridcap": ARITHMETIC,
+        },
     }  # fmt: skip

@@ -2,8 +2,8 @@
 
 nvJPEG gets the common case, whole gray or colour JPEG files (`jpeg.py`); whatever else a folder holds goes through
 Pillow, which also judges what is damaged, so that an image is refused for the same reason with either decoder. The
-pixels are not Pillow's to the last digit: nvJPEG interpolates colour (chroma) in its own way, and the resizing
-is torch's. Hence the decoder stands in the provenance.
+pixels are not Pillow's to the last digit: nvJPEG interpolates colour (chroma) in its own way, and all geometries are
+resized by torch, in float32. Hence the decoder stands in the provenance.
 
 torchvision decodes on the CPU through the same call, and the tests do that where there is no GPU.
 """
@@ -173,7 +173,7 @@ def _upright(image: Tensor, orientation: int) -> Tensor:
 
 
 def _square(images: Tensor, side: int, geometry: str) -> Tensor:
-    """uint8 (B, 3, H, W) -> uint8 (B, 3, side, side), as `common.image` does with Pillow."""
+    """uint8 (B, 3, H, W) -> uint8 (B, 3, side, side), as `common.image` does it."""
     height, width = images.shape[2:]
     if geometry == "crop":
         short = min(height, width)

@@ -7,6 +7,7 @@ linear and each leaves alone what the other sums over, and after it there are a 
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -99,12 +100,14 @@ def pack_convolutions(trunk: nn.Module, image: Tensor, batch_size: int) -> nn.Mo
 def _take_pools(graph: fx.Graph, blocks: dict[str, BasicConv2d]) -> dict[str, dict[str, Any]]:
     """Take the means over neighbours out of a graph where only a 1 x 1 convolution comes after; say which, and how."""
     pools: dict[str, dict[str, Any]] = {}
+    called = Counter(node.target for node in graph.nodes if node.op == "call_module")
     for node in list(graph.nodes):
         before = node.args[0] if node.args else None
         if (
             node.op == "call_module"
             and node.target in blocks
-            and blocks[node.target].conv.kernel_size == (1, 1)
+            and _is_pointwise(blocks[node.target].conv)
+            and called[node.target] == 1
             and isinstance(before, fx.Node)
             and before.target is F.avg_pool2d
             and len(before.users) == 1
@@ -114,3 +117,7 @@ def _take_pools(graph: fx.Graph, blocks: dict[str, BasicConv2d]) -> dict[str, di
             node.args = before.args
             graph.erase_node(before)
     return pools
+
+
+def _is_pointwise(layer: nn.Conv2d) -> bool:
+    return layer.kernel_size == layer.stride == (1, 1) and layer.padding == (0, 0)

@@ -368,5 +368,7 @@ def _version_changes(kept: Plan, wanted: Plan) -> str:
     """Library versions that differ: two halves of one store must come from the same libraries."""
     old, new = kept.provenance["versions"], wanted.provenance["versions"]
     return ", ".join(
-        f"{k} {old.get(k)} there, {new.get(k)} here" for k in sorted({*old, *new}) if old.get(k) != new.get(k)
+        f"{k} {old.get(k, 'none')} there, {new.get(k, 'none')} here"
+        for k in sorted({*old, *new})
+        if old.get(k) != new.get(k)
     )

@@ -47,6 +47,7 @@ def take_step(
     # What torch's scaler for float16 sets, and every fused optimiser divides by.
     optimizer.grad_scale = scale  # type: ignore[attr-defined]
     optimizer.step()
+    del optimizer.grad_scale  # type: ignore[attr-defined]
     return norm
 
 

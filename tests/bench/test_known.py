@@ -33,6 +33,20 @@ def test_it_stands_in_without_what_ours_adds(decoder):
     torch.testing.assert_close(first, second)  # where a cell stands says nothing
 
 
+def test_its_looks_are_those_of_the_formula(decoder):
+    """Bahdanau's: softmax of v . tanh(key + query), from a zero state, with keys large enough to tell."""
+    with torch.no_grad():
+        decoder.key.weight.mul_(30)
+        decoder.cell.from_hidden.bias.copy_(torch.randn(decoder.cell.from_hidden.bias.shape))
+        grid = torch.randn(2, 4, 3)
+        _, looks = decoder(decoder.encode(grid), torch.full((2, 1, 1), BOS))
+        keys = torch.relu(grid @ decoder.project.weight.T + decoder.project.bias) @ decoder.key.weight.T
+        query = decoder.cell.from_hidden.bias[: CONFIG.attention_size]
+        expected = (torch.tanh(keys + query) @ decoder.cell.attention.score.weight[0]).softmax(-1)
+    assert keys.min() < -1
+    torch.testing.assert_close(looks[:, 0, 0], expected)
+
+
 def test_word_by_word_as_all_at_once(decoder):
     memory = decoder.encode(torch.randn(2, 4, 3))
     tokens = torch.randint(4, 9, (2, 1, 3))

@@ -33,7 +33,12 @@ def test_a_run_stands_only_with_the_same_arguments(quality, tmp_path):
     assert quality().is_done(run)
     del entry["beam"]["consensus"]  # of before there was one
     (tmp_path / "results.json").write_text(json.dumps({"runs": {run.name: entry}}))
-    assert not quality().is_done(run)
+    assert quality().is_done(run), "it would have to be trained anew"
+    folder = tmp_path / "runs" / run.name
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump({"train": {"epochs": 1}}))
+    (folder / "metrics.jsonl").write_text('{"epoch": 1}\n')
+    assert not quality().is_done(run), "it is there, to be captioned by the new search"
     assert [*quality().found(run)] == ["1", "3"]
     entry["arguments"][-1] = "train.ema=0.5"
     (tmp_path / "results.json").write_text(json.dumps({"runs": {run.name: entry}}))
@@ -60,4 +65,4 @@ def test_the_table_gives_mean_and_spread_of_the_seeds(quality):
     same = "10.0 ± 0.0 | 20.0 ± 0.0 | 40.0 ± 0.0 | 20.0 ± 0.0 |"
     assert lines[2:] == [f"| att2in | 2 | 41.0 ± 1.4 | 41.0 ± 1.4 | 43.0 ± 1.4 | {same}"]
     del found.scores[runs[1].name]["beam"]["consensus"]  # of before there was one
-    assert f"| 41.0 ± 1.4 | 42.0 | {same}" in table(found, runs)
+    assert f"| 41.0 ± 1.4 | 42.0 (1) | {same}" in table(found, runs)

@@ -55,17 +55,26 @@ def test_a_mean_over_neighbours_before_a_1_x_1_convolution_is_taken_of_its_fewer
     assert seen == [(8, {"kernel_size": 3, "stride": 1, "padding": 1})]
 
 
-@pytest.mark.parametrize("reads_twice", [False, True])
-def test_a_mean_that_something_else_reads_or_before_a_wider_convolution_stays_where_it_is(reads_twice: bool) -> None:
+@pytest.mark.parametrize(
+    ("why", "layer"),
+    [("pool is read twice", {"kernel_size": 1}), ("block is called twice", {"kernel_size": 1}),
+     ("wider", {"kernel_size": 3}), ("strides", {"kernel_size": 1, "stride": 2}),
+     ("pads", {"kernel_size": 1, "padding": 1})],
+)  # fmt: skip
+def test_a_mean_stays_where_it_is_when_another_order_would_compute_something_else(
+    why: str, layer: dict[str, int]
+) -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.block = BasicConv2d(8, 4, kernel_size=1 if reads_twice else 3)
+            self.block = BasicConv2d(8, 4, **layer)
 
         def forward(self, images: Tensor) -> Tensor:
             pooled = nn.functional.avg_pool2d(images, kernel_size=3, stride=1, padding=1)
             out: Tensor = self.block(pooled)
-            return out + pooled.mean() if reads_twice else out
+            if why == "pool is read twice":
+                return out + pooled.mean()
+            return out + self.block(images) if why == "block is called twice" else out
 
     torch.manual_seed(0)
     net = Net().eval()

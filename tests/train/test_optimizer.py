@@ -127,6 +127,7 @@ def test_a_step_is_the_optimisers_own_on_the_mean_gradient_clipped_by_torch(kind
             torch.nn.utils.clip_grad_value_(theirs, clips["clip_value"])
         plain.step()
         torch.testing.assert_close(ours, theirs)
+        assert not hasattr(optimizer, "grad_scale"), "a later step would divide by it"
 
 
 def test_a_step_without_a_word_is_one_without_gradient():

@@ -669,3 +669,29 @@ def test_sampling_from_a_decoder_without_attention_gives_none_and_makes_each_ste
     assert found.tokens == [4] * 6
     assert found.attention is None
     assert decoder.steps == 7
+
+
+# --- on a CPU ---
+
+
+class LinearDecoder(TableDecoder):
+    """Words from a linear layer, which notes whether it was packed."""
+
+    def __init__(self):
+        super().__init__(None)
+        self.output = torch.nn.Linear(1, V)
+        self.was_packed = []
+
+    def step(self, tokens, state, memory):
+        self.was_packed.append("forward" in vars(self.output))
+        return self.output(tokens[..., None].float()), state, None
+
+
+@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch has not oneDNN's operators")
+@pytest.mark.parametrize("search", ["beam", "sample"])
+def test_a_search_of_several_captions_packs_its_weights_and_unpacks_them(search):
+    decoder = LinearDecoder().eval()
+    search_captions(decoder, torch.zeros(4, 1, 1), CaptionConfig(search=search, beam_size=2, max_length=3))
+    assert decoder.was_packed
+    assert all(decoder.was_packed)
+    assert "forward" not in vars(decoder.output)

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 _IN_CACHE = 1 << 21  # values: four megabytes of bfloat16
 # exp(-80) to exp(80) are numbers of float32 and of bfloat16; their product may be 0 or infinite, and the energy is then
-# 1 or 0, as it should be. (A key and a query that are both larger and cancel each other are taken for smaller ones.)
+# 1 or 0, as it should be. (What is larger counts as this: beyond it a key and a query no longer cancel each other.)
 _LARGEST = 40.0
 
 
@@ -21,7 +21,7 @@ def additive_keys(keys: Tensor) -> Tensor:
     """What `additive_scores` wants of the cells: exp(-2 key), made once an image and not for every word.
 
     Args:
-        keys: (B, P, A) float.
+        keys: (B, P, A) float32 or bfloat16; in float16 the powers would overflow.
 
     Returns:
         The same shape and type, for `additive_scores` alone: the gradient that it gives for them is the one of the

@@ -49,9 +49,13 @@ class AttentionDecoder(Decoder):
         self.deep = nn.Linear(hidden + embed, embed) if config.output == "deep" else None
         self.output = nn.Linear(embed if self.deep is not None else hidden, vocabulary_size)
 
-    def _project(self, grid: Tensor) -> Memory:
+    def _cells(self, grid: Tensor) -> Tensor:
+        """(B, P, C) -> the cells (B, P, E) that are looked at."""
         projected = self.project(self.norm(grid))
-        cells = self.dropout(torch.relu(projected + self.position.to(projected.dtype)))
+        return self.dropout(torch.relu(projected + self.position.to(projected.dtype)))  # type: ignore[no-any-return]
+
+    def _project(self, grid: Tensor) -> Memory:
+        cells = self._cells(grid)
         return cells, additive_keys(self.key(cells)), *self.cell.image_part(cells.mean(1))
 
     def initial_state(self, memory: Memory) -> State:

@@ -39,11 +39,12 @@ def packed(module: nn.Module, rows: int) -> Iterator[None]:
 
 def _can_pack(layer: nn.Linear) -> bool:
     """Whether there are the operators, which torch keeps for its compiler, and for this layer."""
-    return (
+    return bool(
         layer.weight.device.type == "cpu"
         and not torch.is_grad_enabled()
         and _dtype(layer) in (torch.float32, choose_precision("auto", layer.weight.device))
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        and torch.backends.mkldnn.enabled
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
@@ -61,6 +62,8 @@ def _packed(layer: nn.Linear, rows: int) -> Callable[[Tensor], Tensor]:
 
     def forward(inputs: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
+        if torch.is_grad_enabled() or _dtype(layer) != dtype:  # another thread's call, which wants something else
+            return type(layer).forward(layer, inputs)
         return torch.ops.mkldnn._linear_pointwise(  # type: ignore[no-any-return]
             inputs.to(dtype), weight, bias, "none", [], ""
         )

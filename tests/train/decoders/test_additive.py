@@ -84,6 +84,19 @@ def test_under_autocast_the_weights_stay_float32_and_so_does_their_gradient() ->
     assert weight.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("spread", [0.3, 1.0, 2.0])
+def test_gradients_in_bfloat16_are_those_in_float64_to_two_hundredths(spread: float) -> None:
+    exact = [part * spread for part in example(3, 4, 5, 16, 64)[:2]]
+    weight = torch.randn(64, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    seen = torch.randn(4, 5, 16, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    rounded = [part.bfloat16().requires_grad_() for part in (*exact, weight)]
+    inputs = [part.detach().double().requires_grad_() for part in rounded]
+    found = torch.autograd.grad(ours(*rounded), rounded, seen.bfloat16())
+    wanted = torch.autograd.grad(formula(*inputs), inputs, seen.bfloat16().double())
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert (mine.double() - theirs).norm() < 0.02 * theirs.norm()
+
+
 @pytest.mark.parametrize("needed", [(True, False, False), (False, True, True)])
 def test_only_the_gradients_that_are_wanted(needed: tuple[bool, ...]) -> None:
     inputs = [part.requires_grad_(want) for part, want in zip(example(0, 1, 2, 3, 4), needed, strict=True)]

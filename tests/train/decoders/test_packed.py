@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -91,6 +92,40 @@ def test_a_block_inside_another_leaves_what_that_one_packed_and_an_error_leaves_
         assert net.changed() == [True, True]
     with pytest.raises(ValueError, match="stop"), packed(net, 5):
         raise ValueError("stop")
+    assert net.changed() == [False, False]
+
+
+@needs_operators
+def test_another_thread_has_its_gradient_and_its_type(net: Net) -> None:
+    inputs = torch.randn(5, 24)
+    expected = net(inputs)
+
+    def train() -> tuple[Tensor, bool]:
+        with torch.enable_grad():
+            out = net(inputs)
+        return out.detach(), out.requires_grad
+
+    def search_in_bfloat16() -> Tensor:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            return net(inputs)
+
+    with packed(net, 5), ThreadPoolExecutor(1) as pool:
+        out, has_gradient = pool.submit(train).result()
+        assert has_gradient
+        torch.testing.assert_close(out, expected)
+        assert pool.submit(search_in_bfloat16).result().dtype == torch.bfloat16
+
+
+@needs_operators
+def test_a_search_that_ends_takes_nothing_from_another_ones_result(net: Net) -> None:
+    inputs = torch.randn(5, 24)
+    expected = net(inputs)
+    first, second = packed(net, 5), packed(net, 5)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    torch.testing.assert_close(net(inputs), expected)
+    second.__exit__(None, None, None)
     assert net.changed() == [False, False]
 
 
