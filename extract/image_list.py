@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -56,10 +57,17 @@ class ImageList:
         """
         if folder is None:
             return cls._scan(images, shard_size, None)
-        with temporary_file(folder / "images.jsonl") as temporary:
-            with open(temporary, "wb") as sink:
-                made = cls._scan(images, shard_size, sink)
-            put_in_place(temporary, folder / made.file)
+        new = not folder.exists()
+        try:
+            with temporary_file(folder / "images.jsonl") as temporary:
+                with open(temporary, "wb") as sink:
+                    made = cls._scan(images, shard_size, sink)
+                put_in_place(temporary, folder / made.file)
+        except BaseException:
+            if new:  # empty, it would look like a store that was begun
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+            raise
         return made
 
     @classmethod

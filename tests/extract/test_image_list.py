@@ -57,6 +57,9 @@ def test_a_list_that_cannot_be_gone_through_leaves_no_file(tmp_path: Path) -> No
     with pytest.raises(OSError, match="gone"):
         ImageList.make(broken(), 8, tmp_path)
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(OSError, match="gone"):
+        ImageList.make(broken(), 8, tmp_path / "new")
+    assert list(tmp_path.iterdir()) == [], "an empty folder looks like a store that was begun"
 
 
 @pytest.mark.parametrize("write", [False, True])
