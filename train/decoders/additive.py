@@ -50,8 +50,8 @@ def additive_scores(keys: Tensor, query: Tensor, weight: Tensor) -> Tensor:
     # Nobody wants the energies afterwards: some images' at a time, so that a CPU's cache holds them.
     images = len(keys) if keys.is_cuda else max(1, _IN_CACHE // (query.shape[1] * keys.shape[1] * keys.shape[2]))
     double = 2 * weight.to(keys.dtype)
-    parts = zip(torch.split(keys, images), torch.split(query, images), strict=True)
-    return torch.cat([_energies(some_keys, some_queries) @ double for some_keys, some_queries in parts])
+    parts = zip(torch.split(keys, images), torch.split(_power(query), images), strict=True)
+    return torch.cat([_energies(some_keys, some_powers) @ double for some_keys, some_powers in parts])
 
 
 def _power(values: Tensor) -> Tensor:
@@ -59,9 +59,9 @@ def _power(values: Tensor) -> Tensor:
     return values.clamp(-_LARGEST, _LARGEST).mul_(-2).exp_()
 
 
-def _energies(keys: Tensor, query: Tensor) -> Tensor:
-    """1 / (1 + exp(-2 key_p) exp(-2 query)), that is sigmoid(2 (key_p + query)): (B, K, P, A)."""
-    return torch.addcmul(keys.new_ones(()), keys[:, None], _power(query)[:, :, None]).reciprocal_()
+def _energies(keys: Tensor, powers: Tensor) -> Tensor:
+    """1 / (1 + exp(-2 key_p) exp(-2 query)), that is sigmoid(2 (key_p + query)), of both powers: (B, K, P, A)."""
+    return torch.addcmul(keys.new_ones(()), keys[:, None], powers[:, :, None]).reciprocal_()
 
 
 class _AdditiveKeys(torch.autograd.Function):
@@ -80,7 +80,7 @@ class _AdditiveScores(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, keys: Tensor, query: Tensor, weight: Tensor) -> Tensor:
-        energy, weight = _energies(keys, query), weight.to(keys.dtype)
+        energy, weight = _energies(keys, _power(query)), weight.to(keys.dtype)
         ctx.save_for_backward(energy, weight)
         return energy @ (2 * weight)
 
