@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.inputs import GRID, WORDS, make_captions
-from bench.measure import Row, fresh, like_a_command, rate, rounds
+from bench.measure import Row, fresh, rate, rounds
+from common.command import tune_process
 
 BATCH, LENGTH, V = 50, 20, len(WORDS)
 RECIPE = "tutorial-gru"
@@ -77,7 +78,7 @@ def _grids(count: int, device: Any) -> Any:
 
 def captions(batch: int, beams: int) -> float:
     """Captions a second."""
-    like_a_command()
+    tune_process()
     import torch
 
     from common.device import choose_device, choose_precision
@@ -96,7 +97,7 @@ def captions(batch: int, beams: int) -> float:
 
 def self_critical(captions_file: str, how: str) -> float:
     """Images a second of a self-critical step."""
-    like_a_command()
+    tune_process()
     import json
 
     import numpy as np

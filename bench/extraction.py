@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 
 from bench.inputs import make_photos
-from bench.measure import Row, fresh, like_a_command, rate, rounds
+from bench.measure import Row, fresh, rate, rounds
+from common.command import tune_process
 
 GFLOP_AN_IMAGE = 11.42  # InceptionV3 up to Mixed_7c at 299 x 299, multiplications and additions
 SHAPES = ((147, 32, 64), (35, 64, 96), (17, 192, 192), (8, 448, 384))  # side, channels in and out: 3 x 3 in it
@@ -60,7 +61,7 @@ def measure(work: Path, quick: bool) -> Iterator[Row]:
 
 def ours(photos: str, store: str) -> float:
     """From the first image to the last, as extract-features works, without its start."""
-    like_a_command()
+    tune_process()
     from bench.device import has_gpu
     from common.annotations import FolderImages
     from common.config import load_config
@@ -105,7 +106,7 @@ def naive(photos: str, count: int) -> float:
 
 def limit() -> float:
     """Images a second if all of an image's arithmetic went as quickly as the best of its 3 x 3 convolutions."""
-    like_a_command()
+    tune_process()
     import torch
 
     from bench.device import device_rate

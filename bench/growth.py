@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from bench.inputs import make_captions, make_photos, make_store
-from bench.measure import Row, fresh, like_a_command
+from bench.measure import Row, fresh
+from common.command import tune_process
 
 _MOST = 16
 
@@ -66,7 +67,7 @@ class StandIn:
 
 def extraction(folder: str, images: int) -> tuple[float, float]:
     """Seconds and MiB of reading and writing so many images."""
-    like_a_command()
+    tune_process()
     import extract.worker
     from common.annotations import FolderImages
     from common.config import load_config
@@ -91,7 +92,7 @@ def epoch(folder: str, images: int, epochs: int) -> tuple[float, float]:
 
 def epochs_of(store_file: str, captions: str, run: str, epochs: int) -> tuple[float, float]:
     """The same, of a store that is there."""
-    like_a_command()
+    tune_process()
     from common.config import load_config
     from common.store import FeatureStore
     from train.inputs import join_captions

@@ -21,9 +21,6 @@ from typing import Any
 
 import click
 
-from common.allocator import keep_large_buffers
-from common.threads import spin_briefly
-
 LIBRARIES = ("torch", "torchvision", "numpy", "h5py", "pillow")
 
 
@@ -75,12 +72,6 @@ def rounds(count: int, sides: Mapping[str, Callable[[], float]]) -> dict[str, li
         for name, side in sides.items():
             values[name].append(side())
     return values
-
-
-def like_a_command() -> None:
-    """Tune this process as every command is tuned, before it loads torch."""
-    keep_large_buffers()
-    spin_briefly()
 
 
 def rate(items: int, work: Callable[[], object], least_seconds: float = 1.0) -> float:

@@ -9,7 +9,8 @@ from typing import Any
 
 from bench.device import device_rate, matrix_rate
 from bench.inputs import GRID, WORDS, make_captions, make_store
-from bench.measure import Row, fresh, like_a_command, rounds
+from bench.measure import Row, fresh, rounds
+from common.command import tune_process
 
 B, K, T, V, H = 13, 5, 20, len(WORDS), 512
 STEPS = {"tutorial-gru": 390.0, "att2in": 330.0, "lstm-init": 700.0}  # captions a second wanted of each
@@ -99,7 +100,7 @@ def _step_of_ours(recipe: str) -> tuple[Callable[[], object], Any]:
 
 def ours(recipe: str) -> float:
     """Captions a second."""
-    like_a_command()
+    tune_process()
     return _captions_a_second(*_step_of_ours(recipe))
 
 
@@ -124,7 +125,7 @@ def naive(recipe: str) -> float:
 
 def limit(recipe: str) -> float:
     """Captions a second if all operations of a step went at the rate of a large matrix product."""
-    like_a_command()
+    tune_process()
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 

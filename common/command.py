@@ -148,8 +148,7 @@ def pipeline_command(
             flags = {key: v for n, key in keys.items() if n and (v := values.pop(n)) is not None}
             if own_keys is not None:
                 flags.update(own_keys(values))
-            keep_large_buffers()
-            spin_briefly()
+            tune_process()
             click.get_current_context().meta[_LAYERS] = (flags, sets)
             recipe = None if own_recipe is None else own_recipe(values)
             return function(config=load_config(config_path, flags, sets, recipe), **values)
@@ -175,6 +174,12 @@ def pipeline_command(
         )(decorated)  # fmt: skip
 
     return decorate
+
+
+def tune_process() -> None:
+    """What every command does before it loads torch, and whatever is measured beside one."""
+    keep_large_buffers()
+    spin_briefly()
 
 
 def reload_config(path: Path) -> PipelineConfig:

@@ -109,6 +109,19 @@ def _missing_for_compile(device: torch.device) -> str | None:
     return None
 
 
+def has_onednn(precision: torch.dtype, *operators: str) -> bool:
+    """Whether torch computes by oneDNN on this CPU in `precision`, and has these operators, which it keeps for its
+    compiler; for bfloat16 they want a CPU that computes in it."""
+    import torch
+
+    return bool(
+        precision in (torch.float32, choose_precision("auto", torch.device("cpu")))
+        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        and torch.backends.mkldnn.enabled
+        and all(hasattr(torch.ops.mkldnn, name) for name in operators)
+    )
+
+
 @functools.cache
 def _cpu_has_bfloat16() -> bool:
     """Whether this CPU multiplies in bfloat16 itself; emulated, it is slower than float32."""

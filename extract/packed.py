@@ -15,7 +15,7 @@ import torch.nn.functional as F  # noqa: N812 (torch's own habit)
 from torch import Tensor, fx, nn
 from torchvision.models.inception import BasicConv2d
 
-from common.device import choose_precision
+from common.device import has_onednn
 
 
 class PackedConvolution(nn.Module):
@@ -50,14 +50,8 @@ class PackedConvolution(nn.Module):
 
 
 def can_pack(precision: torch.dtype) -> bool:
-    """Whether this torch has oneDNN, and the operators, which it keeps for its compiler; for bfloat16 they want a CPU
-    that computes in it."""
-    return (
-        precision in (torch.float32, choose_precision("auto", torch.device("cpu")))
-        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        and hasattr(torch._C._nn, "mkldnn_reorder_conv2d_weight")
-        and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
-    )
+    """Whether there are the operators for it."""
+    return has_onednn(precision, "_convolution_pointwise") and hasattr(torch._C._nn, "mkldnn_reorder_conv2d_weight")
 
 
 class _Tracer(fx.Tracer):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from common.device import choose_precision
+from common.device import has_onednn
 
 # With fewer a word reads every weight once and computes next to nothing: packing them takes as long as it saves.
 _FEWEST_ROWS = 4
@@ -38,15 +38,11 @@ def packed(module: nn.Module, rows: int) -> Iterator[None]:
 
 
 def _can_pack(layer: nn.Linear) -> bool:
-    """Whether there are the operators, which torch keeps for its compiler, and for this layer."""
-    return bool(
+    """Whether there are the operators for it, and no gradient is wanted."""
+    return (
         layer.weight.device.type == "cpu"
         and not torch.is_grad_enabled()
-        and _dtype(layer) in (torch.float32, choose_precision("auto", layer.weight.device))
-        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        and torch.backends.mkldnn.enabled
-        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and has_onednn(_dtype(layer), "_reorder_linear_weight", "_linear_pointwise")
     )
 
 
