@@ -55,6 +55,14 @@ def test_half_precision_logits_are_summed_in_float32():
     assert total.item() == masked_cross_entropy(logits.bfloat16().float(), targets)[0].item()
 
 
+def test_words_far_less_likely_than_any_float_still_count():
+    logits = torch.tensor([[0.0, 0.0, 300.0, 0.0], [0.0, 0.0, 300.0, 300.0]])
+    total, plain, _ = smoothed_cross_entropy(logits.requires_grad_(), torch.tensor([1, 3]), 0.0)
+    assert plain.item() == pytest.approx(300 + math.log(2), rel=1e-6)
+    total.backward()
+    torch.testing.assert_close(logits.grad, torch.tensor([[0.0, -1, 1, 0], [0, 0, 0.5, -0.5]]))
+
+
 # --- label smoothing ---
 
 

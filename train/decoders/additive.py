@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_IN_CACHE = 1 << 21  # values: four megabytes of bfloat16
+_IN_CACHE = 1 << 22  # values: eight megabytes of bfloat16
 # exp(-80) to exp(80) are numbers of float32 and of bfloat16; their product may be 0 or infinite, and the energy is then
 # 1 or 0, as it should be. (What is larger counts as this: beyond it a key and a query no longer cancel each other.)
 _LARGEST = 40.0

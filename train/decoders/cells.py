@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from common.config import AttentionConfig
 from train.decoders.additive import additive_scores
 from train.decoders.base import Memory, State
-from train.decoders.looped import LoopedLinear
+from train.decoders.looped import LoopedLinear, LoopedMean
 
 
 class Look(NamedTuple):
@@ -51,6 +51,7 @@ class Attention(nn.Module):
     def __init__(self, hidden: int, size: int, gated: bool) -> None:
         super().__init__()
         self.score = nn.Linear(size, 1, bias=False)
+        self.mean = LoopedMean()
         self.gate = nn.Linear(hidden, 1) if gated else None
 
     def forward(self, query: Tensor, hidden: Tensor, cells: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,7 +67,7 @@ class Attention(nn.Module):
             contexts (B, K, E) and weights (B, K, P) float32.
         """
         weights = additive_scores(keys, query, self.score.weight[0]).float().softmax(-1)
-        context = weights.to(cells.dtype) @ cells
+        context = self.mean(weights.to(cells.dtype), cells)
         if self.gate is not None:
             context = context * torch.sigmoid(self.gate(hidden))
         return context, weights
@@ -184,9 +185,10 @@ class Att2inCell(_LooksFirst):
 
     def _update(self, word: Tensor, hidden: Tensor, context: Tensor, state: State) -> State:
         size = state[1].shape[-1]
-        gates, candidates = (word + hidden).split_with_sizes((3 * size, 2 * size), -1)
+        gates, candidates = (word + hidden).to(state[1].dtype).split_with_sizes((3 * size, 2 * size), -1)
         into, forget, out = torch.sigmoid(gates).chunk(3, -1)
-        candidate = torch.maximum(*(candidates + context).chunk(2, -1))
+        one, other = (candidates + context).chunk(2, -1)
+        candidate = torch.relu(one - other) + other  # the larger one: torch.maximum's way back is longer
         cell = forget * state[1] + into * candidate
         return out * torch.tanh(cell), cell
 

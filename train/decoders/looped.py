@@ -1,4 +1,4 @@
-"""A linear layer that a loop over words calls again and again: its weights' gradient is made once, for all words.
+"""Products in a loop over words: the gradient of what stays the same is made once, for all words.
 
 Autograd makes a product as large as the weights for every word, rounds it to bfloat16 under autocast, and adds it to
 the sum of those before. Kept until the end, the inputs and the gradients of all words are one product, which is
@@ -7,8 +7,9 @@ quicker, and rounded once.
 
 from __future__ import annotations
 
+import abc
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,11 +17,13 @@ import torch.nn.functional as F  # noqa: N812 (torch's own habit)
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from train.decoders.packed import pack
+
 
 class LoopedLinear(nn.Linear):
     """As `nn.Linear`, with its parameters; inside `looped` as above."""
 
-    _loop: tuple[_Loop, Tensor] | None = None
+    _loop: tuple[_LinearLoop, Tensor] | None = None
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
@@ -30,70 +33,142 @@ class LoopedLinear(nn.Linear):
         return _Product.apply(inputs.to(loop.weight.dtype), token, loop)  # type: ignore[no-any-return]
 
 
+class LoopedMean(nn.Module):
+    """Weighted means of an image's cells; inside `looped` as above, for as long as the cells are the same tensor."""
+
+    _is_looped = False
+    _loop: tuple[_MeanLoop, Tensor] | None = None
+
+    def forward(self, weights: Tensor, cells: Tensor) -> Tensor:
+        """(B, K, P) and (B, P, E), of one type -> (B, K, E)."""
+        if not self._is_looped:
+            return weights @ cells
+        if self._loop is None or self._loop[0].cells is not cells:
+            loop = _MeanLoop(cells)
+            self._loop = loop, _Sources.apply(loop, cells)
+        loop, token = self._loop
+        return _Product.apply(weights, token, loop)  # type: ignore[no-any-return]
+
+
 @contextlib.contextmanager
 def looped(module: nn.Module) -> Iterator[None]:
-    """The block is a loop that calls the `LoopedLinear` layers of a module. Without gradient it changes nothing."""
-    layers = [layer for layer in module.modules() if isinstance(layer, LoopedLinear)] if torch.is_grad_enabled() else []
+    """The block is a loop that calls looped parts of a module. Without gradient it changes nothing."""
+    parts = list(module.modules()) if torch.is_grad_enabled() else []
     try:
-        for layer in layers:
-            loop = _Loop(layer)
-            layer._loop = loop, _Weights.apply(layer.weight, layer.bias, loop)
+        for part in parts:
+            if isinstance(part, LoopedLinear):
+                loop = _LinearLoop(part)
+                part._loop = loop, _Sources.apply(loop, part.weight, part.bias)
+            elif isinstance(part, LoopedMean):
+                part._is_looped = True
         yield
     finally:
-        for layer in layers:
-            layer._loop = None
+        for part in parts:
+            if isinstance(part, LoopedLinear | LoopedMean):
+                part._loop = None
+            if isinstance(part, LoopedMean):
+                part._is_looped = False
 
 
-class _Loop:
-    """One loop's calls of a layer.
+class _Loop(abc.ABC):
+    """One loop's products with the same matrix.
 
     Attributes:
-        weight, bias: in the type that the products are made in, without gradient.
-        inputs: (n, in) of each call.
-        gradients: (n, out), call -> that of its output.
+        inputs: (..., in) of each call.
+        gradients: (..., out), call -> that of its output.
     """
+
+    def __init__(self) -> None:
+        self.inputs: list[Tensor] = []
+        self.gradients: dict[int, Tensor] = {}
+
+    @abc.abstractmethod
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The product."""
+
+    @abc.abstractmethod
+    def backward(self, gradient: Tensor) -> Tensor:
+        """The gradient of its inputs."""
+
+    @abc.abstractmethod
+    def finish(self, inputs: list[Tensor], gradients: list[Tensor]) -> tuple[Tensor | None, ...]:
+        """The gradients of the sources, from those calls that the loss has seen."""
+
+
+class _LinearLoop(_Loop):
+    """inputs @ weight.t() + bias, in the type that autocast wants."""
 
     def __init__(self, layer: nn.Linear) -> None:
         kind = layer.weight.device.type
         casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if casts else layer.weight.dtype
+        super().__init__()
+        self._dtype = layer.weight.dtype
         self.weight = layer.weight.detach().to(dtype)
-        self.bias = None if layer.bias is None else layer.bias.detach().to(dtype)
-        self.inputs: list[Tensor] = []
-        self.gradients: dict[int, Tensor] = {}
+        self._bias = None if layer.bias is None else layer.bias.detach().to(dtype)
+        self._packed: Callable[[Tensor], Tensor] | None = None
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if not self.inputs:  # the first call
+            self._packed = pack(self.weight, self._bias, inputs.shape[:-1].numel())
+        return F.linear(inputs, self.weight, self._bias) if self._packed is None else self._packed(inputs)
+
+    def backward(self, gradient: Tensor) -> Tensor:
+        return gradient @ self.weight
+
+    def finish(self, inputs: list[Tensor], gradients: list[Tensor]) -> tuple[Tensor | None, ...]:
+        every = torch.cat([gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients])
+        by_weight = every.t() @ torch.cat([some.reshape(-1, some.shape[-1]) for some in inputs])
+        return by_weight.to(self._dtype), None if self._bias is None else every.sum(0).to(self._dtype)
 
 
-class _Weights(torch.autograd.Function):
+class _MeanLoop(_Loop):
+    """weights @ cells."""
+
+    def __init__(self, cells: Tensor) -> None:
+        super().__init__()
+        self.cells = cells
+        self._values = cells.detach()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs @ self._values
+
+    def backward(self, gradient: Tensor) -> Tensor:
+        return gradient @ self._values.mT
+
+    def finish(self, inputs: list[Tensor], gradients: list[Tensor]) -> tuple[Tensor | None, ...]:
+        return (torch.cat(inputs, 1).mT @ torch.cat(gradients, 1),)
+
+
+class _Sources(torch.autograd.Function):
     """Gives a token that all products of a loop depend on: autograd asks here when it has asked all of them."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, bias: Tensor | None, loop: _Loop) -> Tensor:
-        ctx.loop, ctx.dtype = loop, weight.dtype
-        return weight.new_zeros(())
+    def forward(ctx: Any, loop: _Loop, matrix: Tensor, *others: Tensor | None) -> Tensor:
+        ctx.loop, ctx.count = loop, 1 + len(others)
+        return matrix.new_zeros(())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
         loop: _Loop = ctx.loop
         asked, loop.gradients = loop.gradients, {}
         if not asked:
-            return None, None, None
-        gradients = torch.cat(list(asked.values()))
-        inputs = torch.cat([loop.inputs[call] for call in asked])
-        by_weight = (gradients.t() @ inputs).to(ctx.dtype)
-        return by_weight, None if loop.bias is None else gradients.sum(0, dtype=ctx.dtype), None
+            return None, *(None,) * ctx.count
+        return None, *loop.finish([loop.inputs[call] for call in asked], list(asked.values()))
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, token: Tensor, loop: _Loop) -> Tensor:
         ctx.loop, ctx.call, ctx.token = loop, len(loop.inputs), token
-        loop.inputs.append(inputs.detach().reshape(-1, inputs.shape[-1]))
-        return F.linear(inputs, loop.weight, loop.bias)
+        product = loop.forward(inputs)
+        loop.inputs.append(inputs.detach())
+        return product
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         loop: _Loop = ctx.loop
-        loop.gradients[ctx.call] = gradient.reshape(-1, gradient.shape[-1])
-        return gradient @ loop.weight, ctx.token.detach(), None
+        loop.gradients[ctx.call] = gradient
+        return loop.backward(gradient), ctx.token.detach(), None

@@ -27,9 +27,9 @@ def packed(module: nn.Module, rows: int) -> Iterator[None]:
     """
     changed: list[nn.Linear] = []
     try:
-        for layer in module.modules() if rows >= _FEWEST_ROWS else ():
-            if isinstance(layer, nn.Linear) and "forward" not in vars(layer) and _can_pack(layer):
-                vars(layer)["forward"] = _packed(layer, rows)
+        for layer in module.modules() if rows >= _FEWEST_ROWS and not torch.is_grad_enabled() else ():
+            if isinstance(layer, nn.Linear) and "forward" not in vars(layer) and (forward := _packed(layer, rows)):
+                vars(layer)["forward"] = forward
                 changed.append(layer)
         yield
     finally:
@@ -37,31 +37,41 @@ def packed(module: nn.Module, rows: int) -> Iterator[None]:
             vars(layer).pop("forward", None)  # None: another search with this decoder, by another thread
 
 
-def _can_pack(layer: nn.Linear) -> bool:
-    """Whether there are the operators for it, and no gradient is wanted."""
-    return (
-        layer.weight.device.type == "cpu"
-        and not torch.is_grad_enabled()
-        and has_onednn(_dtype(layer), "_reorder_linear_weight", "_linear_pointwise")
+def pack(weight: Tensor, bias: Tensor | None, rows: int) -> Callable[[Tensor], Tensor] | None:
+    """A product with weights that are laid out for oneDNN, once and for all calls.
+
+    Args:
+        weight: (out, in), in the type to compute in.
+        bias: (out,) in the same type, or none.
+        rows: vectors that it is mostly given at once.
+
+    Returns:
+        (..., in) in that type -> (..., out), without gradient; or None where this torch or this machine cannot.
+    """
+    if weight.device.type != "cpu" or not has_onednn(weight.dtype, "_reorder_linear_weight", "_linear_pointwise"):
+        return None
+    laid_out: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+    return lambda inputs: torch.ops.mkldnn._linear_pointwise(  # type: ignore[no-any-return]
+        inputs, laid_out, bias, "none", [], ""
     )
 
 
 def _dtype(layer: nn.Linear) -> torch.dtype:
-    """What the layer computes in."""
+    """What the layer computes in on a CPU."""
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else layer.weight.dtype
 
 
-def _packed(layer: nn.Linear, rows: int) -> Callable[[Tensor], Tensor]:
+def _packed(layer: nn.Linear, rows: int) -> Callable[[Tensor], Tensor] | None:
     dtype = _dtype(layer)
-    weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().to(dtype), rows)
     bias = None if layer.bias is None else layer.bias.detach().to(dtype)
+    product = pack(layer.weight.detach().to(dtype), bias, rows)
+    if product is None:
+        return None
 
     def forward(inputs: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         if torch.is_grad_enabled() or _dtype(layer) != dtype:  # another thread's call, which wants something else
             return type(layer).forward(layer, inputs)
-        return torch.ops.mkldnn._linear_pointwise(  # type: ignore[no-any-return]
-            inputs.to(dtype), weight, bias, "none", [], ""
-        )
+        return product(inputs.to(dtype))
 
     return forward

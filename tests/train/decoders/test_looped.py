@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from train.decoders.looped import LoopedLinear, looped
+from train.decoders.looped import LoopedLinear, LoopedMean, looped
 
 
 class Recurrence(nn.Module):
@@ -100,3 +100,41 @@ def test_a_loop_leaves_nothing_behind() -> None:
         assert kept() is None
     finally:
         gc.enable()
+
+
+class Looks(nn.Module):
+    """A loop through weighted means of some cells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = LoopedMean()
+
+    def forward(self, cells: Tensor, weights: Tensor, steps: int = 3) -> Tensor:
+        for _ in range(steps):
+            weights = torch.softmax(self.mean(weights, cells) @ cells.mT, -1)
+        end: Tensor = self.mean(weights, cells)
+        return end
+
+
+def test_means_and_their_gradients_are_those_of_products() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(shape, generator=generator).double().requires_grad_() for shape in ((2, 5, 4), (2, 3, 5))]
+    looks = Looks()
+    expected = looks(*inputs)
+    with looped(looks):
+        found = looks(*inputs)
+    torch.testing.assert_close(found, expected)
+    both = (torch.autograd.grad(end.square().sum(), inputs) for end in (found, expected))
+    for mine, theirs in zip(*both, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_means_of_other_cells_in_the_same_loop() -> None:
+    cells, others, weights = torch.randn(2, 5, 4), torch.randn(2, 5, 4), torch.randn(2, 3, 5)
+    looks = Looks()
+    for some in (cells, others):
+        some.requires_grad_()
+    with looped(looks):
+        (looks.mean(weights, cells).sum() + 2 * looks.mean(weights, others).sum()).backward()
+    assert cells.grad is not None
+    torch.testing.assert_close(others.grad, 2 * cells.grad)
