@@ -63,18 +63,20 @@ class AttentionDecoder(Decoder):
         # In the weights' type: under autocast the state is summed up over the words and must not be rounded.
         return start.to(self.initial.weight.dtype).chunk(self.cell.states, -1)
 
-    def _logits(self, words: Tensor, hidden: Tensor, context: Tensor) -> Tensor:
-        """(..., E) words, (..., H) states, (..., E) contexts -> (..., V)."""
+    def _logits(self, hidden: Tensor, seen: tuple[Tensor, Tensor] | None) -> Tensor:
+        """(..., H) states, and for the deep output (..., E) words and (..., E) contexts -> (..., V)."""
         features = self.dropout(hidden)
         if self.deep is not None:
-            features = self.dropout(torch.tanh(words + self.deep(torch.cat([features, context], -1))))
+            assert seen is not None
+            word, context = seen
+            features = self.dropout(torch.tanh(word + self.deep(torch.cat([features, context], -1))))
         return self.output(features)  # type: ignore[no-any-return]
 
     def step(self, tokens: Tensor, state: State, memory: Memory) -> tuple[Tensor, State, Tensor | None]:
         cells, keys, *image = memory
         words = self.dropout(self.embedding(tokens[..., None]))
         look = self.cell(self.cell.word_part(words, tuple(image))[:, :, 0], state, cells, keys)
-        return self._logits(words[:, :, 0], look.hidden, look.context), look.state, look.weights
+        return self._logits(look.hidden, (words[:, :, 0], look.context)), look.state, look.weights
 
     def forward(self, memory: Memory, tokens: Tensor, at: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         cells, keys, *image = memory
@@ -88,6 +90,7 @@ class AttentionDecoder(Decoder):
                 looks.append(self.cell(word, state, cells, keys))
                 state = looks[-1].state
         hidden = self._at(torch.stack([look.hidden for look in looks], 2), at)
-        context = self._at(torch.stack([look.context for look in looks], 2), at)
-        logits = self._logits(self._at(words, at), hidden, context)
-        return logits, torch.stack([look.weights for look in looks], 2)
+        seen = None
+        if self.deep is not None:
+            seen = self._at(words, at), self._at(torch.stack([look.context for look in looks], 2), at)
+        return self._logits(hidden, seen), torch.stack([look.weights for look in looks], 2)
