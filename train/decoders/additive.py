@@ -30,7 +30,7 @@ def additive_keys(keys: Tensor) -> Tensor:
     return _AdditiveKeys.apply(keys)  # type: ignore[no-any-return]
 
 
-def additive_scores(keys: Tensor, query: Tensor, weight: Tensor) -> Tensor:
+def additive_scores(keys: Tensor, query: Tensor, double: Tensor) -> Tensor:
     """v . tanh(key_p + query) + sum(v) (Bahdanau et al. 2015, arXiv:1409.0473, appendix A.1.2).
 
     The constant is nothing to the softmax over the cells that follows. The sum is 2 v . sigmoid(2 (key_p + query)),
@@ -40,16 +40,15 @@ def additive_scores(keys: Tensor, query: Tensor, weight: Tensor) -> Tensor:
     Args:
         keys: (B, P, A) float, from `additive_keys`.
         query: (B, K, A) in the same type.
-        weight: v, (A,) float.
+        double: 2 v, (A,) in the same type: so it is doubled and cast once, and not for every word.
 
     Returns:
         (B, K, P) in the type of the keys.
     """
     if torch.is_grad_enabled():
-        return _AdditiveScores.apply(keys, query, weight)  # type: ignore[no-any-return]
+        return _AdditiveScores.apply(keys, query, double)  # type: ignore[no-any-return]
     # Nobody wants the energies afterwards: some images' at a time, so that a CPU's cache holds them.
     images = len(keys) if keys.is_cuda else max(1, _IN_CACHE // (query.shape[1] * keys.shape[1] * keys.shape[2]))
-    double = 2 * weight.to(keys.dtype)
     parts = zip(torch.split(keys, images), torch.split(_power(query), images), strict=True)
     return torch.cat([_energies(some_keys, some_powers) @ double for some_keys, some_powers in parts])
 
@@ -79,20 +78,20 @@ class _AdditiveScores(torch.autograd.Function):
     """Autograd by itself would sum over captions and cells in passes of their own, and keep two large tensors."""
 
     @staticmethod
-    def forward(ctx: Any, keys: Tensor, query: Tensor, weight: Tensor) -> Tensor:
-        energy, weight = _energies(keys, _power(query)), weight.to(keys.dtype)
-        ctx.save_for_backward(energy, weight)
-        return energy @ (2 * weight)
+    def forward(ctx: Any, keys: Tensor, query: Tensor, double: Tensor) -> Tensor:
+        energy = _energies(keys, _power(query))
+        ctx.save_for_backward(energy, double)
+        return energy @ double
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        energy, weight = ctx.saved_tensors
+        energy, double = ctx.saved_tensors
         b, k, cells, size = energy.shape
         slope = torch.ops.aten.sigmoid_backward(gradient[..., None], energy)  # in one pass: both factors
+        inner = 2 * double  # as the sigmoid's argument is twice the sum of key and query
         # A product with ones sums over the captions in a third of the time that sum takes.
         over_captions = energy.new_ones(b, 1, k) @ slope.view(b, k, cells * size)
-        for_keys = over_captions.view(b, cells, size).mul_(4 * weight)
-        for_query = slope.sum(2).mul_(4 * weight)
-        for_weight = gradient.reshape(-1) @ energy.view(-1, size)
-        return for_keys, for_query, 2 * for_weight
+        for_keys = over_captions.view(b, cells, size).mul_(inner)
+        for_query = slope.sum(2).mul_(inner)
+        return for_keys, for_query, gradient.reshape(-1) @ energy.view(-1, size)

@@ -75,7 +75,8 @@ class AttentionDecoder(Decoder):
     def step(self, tokens: Tensor, state: State, memory: Memory) -> tuple[Tensor, State, Tensor | None]:
         cells, keys, *image = memory
         words = self.dropout(self.embedding(tokens[..., None]))
-        look = self.cell(self.cell.word_part(words, tuple(image))[:, :, 0], state, cells, keys)
+        word = self.cell.word_part(words, tuple(image))[:, :, 0]
+        look = self.cell(word, state, self.cell.attention.scene(cells, keys))
         return self._logits(look.hidden, (words[:, :, 0], look.context)), look.state, look.weights
 
     def forward(self, memory: Memory, tokens: Tensor, at: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -84,10 +85,10 @@ class AttentionDecoder(Decoder):
         state = tuple(part.expand(-1, tokens.shape[1], -1) for part in self.initial_state(memory))
         looks = []
         # unbind, since taking word after word by its number would cost a whole (B, K, T, G) each on the way back
-        each = self.cell.word_part(words, tuple(image)).unbind(2)
+        each, scene = self.cell.word_part(words, tuple(image)).unbind(2), self.cell.attention.scene(cells, keys)
         with looped(self.cell):
             for word in each:
-                looks.append(self.cell(word, state, cells, keys))
+                looks.append(self.cell(word, state, scene))
                 state = looks[-1].state
         hidden = self._at(torch.stack([look.hidden for look in looks], 2), at)
         seen = None

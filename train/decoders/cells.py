@@ -39,6 +39,20 @@ class Look(NamedTuple):
     weights: Tensor
 
 
+class Scene(NamedTuple):
+    """What the attention looks at, and what it needs for it.
+
+    Attributes:
+        cells: (B, P, E).
+        keys: (B, P, A), from `additive_keys`.
+        double: (A,), as `additive_scores` wants it.
+    """
+
+    cells: Tensor
+    keys: Tensor
+    double: Tensor
+
+
 class Attention(nn.Module):
     """Additive attention (Bahdanau et al. 2015, arXiv:1409.0473): score_p = v . tanh(key_p + query).
 
@@ -54,20 +68,23 @@ class Attention(nn.Module):
         self.mean = LoopedMean()
         self.gate = nn.Linear(hidden, 1) if gated else None
 
-    def forward(self, query: Tensor, hidden: Tensor, cells: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    def scene(self, cells: Tensor, keys: Tensor) -> Scene:
+        """What `forward` looks at, for any number of words, of cells (B, P, E) and keys (B, P, A)."""
+        return Scene(cells, keys, 2 * self.score.weight[0].to(keys.dtype))
+
+    def forward(self, query: Tensor, hidden: Tensor, scene: Scene) -> tuple[Tensor, Tensor]:
         """Look at the grid.
 
         Args:
             query: (B, K, A).
             hidden: (B, K, H), the state that the query was made from.
-            cells: (B, P, E).
-            keys: (B, P, A), from `additive_keys`.
+            scene: from `scene`.
 
         Returns:
             contexts (B, K, E) and weights (B, K, P) float32.
         """
-        weights = additive_scores(keys, query, self.score.weight[0]).float().softmax(-1)
-        context = self.mean(weights.to(cells.dtype), cells)
+        weights = additive_scores(scene.keys, query, scene.double).softmax(-1, dtype=torch.float32)
+        context = self.mean(weights.to(scene.cells.dtype), scene.cells)
         if self.gate is not None:
             context = context * torch.sigmoid(self.gate(hidden))
         return context, weights
@@ -105,14 +122,13 @@ class Cell(nn.Module, abc.ABC):
         return self.from_word(words)  # type: ignore[no-any-return]
 
     @abc.abstractmethod
-    def forward(self, word: Tensor, state: State, cells: Tensor, keys: Tensor) -> Look:
+    def forward(self, word: Tensor, state: State, scene: Scene) -> Look:
         """One step.
 
         Args:
             word: (B, K, G), from `word_part`.
             state: tensors (B, K, H).
-            cells: (B, P, E).
-            keys: (B, P, A), from `additive_keys`.
+            scene: from `Attention.scene`.
         """
 
 
@@ -132,9 +148,9 @@ class _LooksFirst(Cell):
         self.from_hidden = LoopedLinear(hidden, sum(self._split))
         self.from_context = LoopedLinear(config.embed_size, context_gates * hidden, bias=False)
 
-    def forward(self, word: Tensor, state: State, cells: Tensor, keys: Tensor) -> Look:
+    def forward(self, word: Tensor, state: State, scene: Scene) -> Look:
         query, sums = self.from_hidden(state[0]).split(self._split, -1)
-        context, weights = self.attention(query, state[0], cells, keys)
+        context, weights = self.attention(query, state[0], scene)
         after = self._update(word, sums, self.from_context(context), state)
         return Look(after, after[0], context, weights)
 
@@ -218,12 +234,12 @@ class TopDownCell(Cell):
     def word_part(self, words: Tensor, image: Memory) -> Tensor:
         return super().word_part(words, image) + image[0][:, None, None]
 
-    def forward(self, word: Tensor, state: State, cells: Tensor, keys: Tensor) -> Look:
+    def forward(self, word: Tensor, state: State, scene: Scene) -> Look:
         h2, h1, c2, c1 = state
         for_first, for_second = self.from_second(h2).chunk(2, -1)
         h1, c1 = _lstm(word + for_first + self.from_first(h1), c1)
         query, sums = self.from_hidden(h1).split(self._split, -1)
-        context, weights = self.attention(query, h1, cells, keys)
+        context, weights = self.attention(query, h1, scene)
         h2, c2 = _lstm(sums + for_second + self.from_context(context), c2)
         return Look((h2, h1, c2, c1), h2, context, weights)
 

@@ -51,9 +51,7 @@ def pack(weight: Tensor, bias: Tensor | None, rows: int) -> Callable[[Tensor], T
     if weight.device.type != "cpu" or not has_onednn(weight.dtype, "_reorder_linear_weight", "_linear_pointwise"):
         return None
     laid_out: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-    return lambda inputs: torch.ops.mkldnn._linear_pointwise(
-        inputs, laid_out, bias, "none", [], ""
-    )
+    return lambda inputs: torch.ops.mkldnn._linear_pointwise(inputs, laid_out, bias, "none", [], "")
 
 
 def _dtype(layer: nn.Linear) -> torch.dtype:

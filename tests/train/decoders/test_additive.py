@@ -12,7 +12,7 @@ from train.decoders.additive import additive_keys, additive_scores
 
 
 def ours(keys: Tensor, query: Tensor, weight: Tensor) -> Tensor:
-    return additive_scores(additive_keys(keys), query, weight)
+    return additive_scores(additive_keys(keys), query, 2 * weight.to(keys.dtype))
 
 
 def formula(keys: Tensor, query: Tensor, weight: Tensor) -> Tensor:

@@ -111,8 +111,9 @@ def test_the_gate_scales_the_context_by_a_scalar_of_the_state(cell):
     gate = gated.cell.attention.gate
     state, (cells, keys, *_) = some_state(plain), plain.encode(grid())
     query = torch.randn(B, K, A)
-    context, weights = plain.cell.attention(query, state[0], cells, keys)
-    scaled, same = gated.cell.attention(query, state[0], cells, keys)
+    scene = plain.cell.attention.scene(cells, keys)
+    context, weights = plain.cell.attention(query, state[0], scene)
+    scaled, same = gated.cell.attention(query, state[0], scene)
     torch.testing.assert_close(scaled, context * gate(state[0]).sigmoid())
     assert gate(state[0]).shape == (B, K, 1)
     assert torch.equal(weights, same), "the looks are weighed before the gate"
