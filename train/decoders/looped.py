@@ -141,11 +141,13 @@ class _MeanLoop(_Loop):
 
 
 class _Sources(torch.autograd.Function):
-    """Gives a token that all products of a loop depend on: autograd asks here when it has asked all of them."""
+    """Gives a token that all products of a loop depend on: autograd asks here when it has asked all of them. They have
+    no gradient for it, which autograd passes on as well."""
 
     @staticmethod
     def forward(ctx: Any, loop: _Loop, matrix: Tensor, *others: Tensor | None) -> Tensor:
         ctx.loop, ctx.count = loop, 1 + len(others)
+        ctx.set_materialize_grads(False)
         return matrix.new_zeros(())
 
     @staticmethod
@@ -161,14 +163,14 @@ class _Sources(torch.autograd.Function):
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, token: Tensor, loop: _Loop) -> Tensor:
-        ctx.loop, ctx.call, ctx.token = loop, len(loop.inputs), token
+        ctx.loop, ctx.call = loop, len(loop.inputs)
         product = loop.forward(inputs)
         loop.inputs.append(inputs.detach())
         return product
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         loop: _Loop = ctx.loop
         loop.gradients[ctx.call] = gradient
-        return loop.backward(gradient), ctx.token.detach(), None
+        return loop.backward(gradient), None, None
