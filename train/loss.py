@@ -62,11 +62,11 @@ class _SmoothedCrossEntropy(torch.autograd.Function):
             there = target != PAD
             values = logits[some].float()
             probs = values.softmax(-1)
-            # The logarithm of the sum: the likeliest word's probability is exp(its logit - this), and never tiny.
-            total = values.amax(-1, keepdim=True) - probs.amax(-1, keepdim=True).log()
-            plain += ((total - values.gather(-1, target)) * there).sum()
+            # A word's loss is how far its logit is below the largest, and the loss of that word, which is never tiny.
+            top, least = values.amax(-1, keepdim=True), -probs.amax(-1, keepdim=True).log()
+            plain += ((top - values.gather(-1, target) + least) * there).sum()
             if smoothing:
-                spread += ((total - values.mean(-1, keepdim=True)) * there).sum()
+                spread += ((top - values.mean(-1, keepdim=True) + least) * there).sum()
                 probs -= smoothing / words
             if gradient is not None:
                 probs.scatter_add_(-1, target, probs.new_full(target.shape, smoothing - 1))

@@ -40,7 +40,7 @@ def additive_scores(keys: Tensor, query: Tensor, double: Tensor) -> Tensor:
     Args:
         keys: (B, P, A) float, from `additive_keys`.
         query: (B, K, A) in the same type.
-        double: 2 v, (A,) in the same type: so it is doubled and cast once, and not for every word.
+        double: 2 v, (A,) float: so it is doubled once, and not for every word.
 
     Returns:
         (B, K, P) in the type of the keys.
@@ -48,6 +48,7 @@ def additive_scores(keys: Tensor, query: Tensor, double: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         return _AdditiveScores.apply(keys, query, double)  # type: ignore[no-any-return]
     # Nobody wants the energies afterwards: some images' at a time, so that a CPU's cache holds them.
+    double = double.to(keys.dtype)
     images = len(keys) if keys.is_cuda else max(1, _IN_CACHE // (query.shape[1] * keys.shape[1] * keys.shape[2]))
     parts = zip(torch.split(keys, images), torch.split(_power(query), images), strict=True)
     return torch.cat([_energies(some_keys, some_powers) @ double for some_keys, some_powers in parts])
@@ -79,19 +80,21 @@ class _AdditiveScores(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, keys: Tensor, query: Tensor, double: Tensor) -> Tensor:
-        energy = _energies(keys, _power(query))
-        ctx.save_for_backward(energy, double)
-        return energy @ double
+        energy, rounded = _energies(keys, _power(query)), double.to(keys.dtype)
+        ctx.save_for_backward(energy, rounded)
+        ctx.dtype = double.dtype  # what autograd adds up over the words, so not the rounded one's
+        return energy @ rounded
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        energy, double = ctx.saved_tensors
+        energy, rounded = ctx.saved_tensors
         b, k, cells, size = energy.shape
         slope = torch.ops.aten.sigmoid_backward(gradient[..., None], energy)  # in one pass: both factors
-        inner = 2 * double  # as the sigmoid's argument is twice the sum of key and query
+        inner = 2 * rounded  # as the sigmoid's argument is twice the sum of key and query
         # A product with ones sums over the captions in a third of the time that sum takes.
         over_captions = energy.new_ones(b, 1, k) @ slope.view(b, k, cells * size)
         for_keys = over_captions.view(b, cells, size).mul_(inner)
         for_query = slope.sum(2).mul_(inner)
-        return for_keys, for_query, gradient.reshape(-1) @ energy.view(-1, size)
+        for_double = gradient.reshape(-1) @ energy.view(-1, size)
+        return for_keys, for_query, for_double.to(ctx.dtype)

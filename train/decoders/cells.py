@@ -70,7 +70,7 @@ class Attention(nn.Module):
 
     def scene(self, cells: Tensor, keys: Tensor) -> Scene:
         """What `forward` looks at, for any number of words, of cells (B, P, E) and keys (B, P, A)."""
-        return Scene(cells, keys, 2 * self.score.weight[0].to(keys.dtype))
+        return Scene(cells, keys, 2 * self.score.weight[0])
 
     def forward(self, query: Tensor, hidden: Tensor, scene: Scene) -> tuple[Tensor, Tensor]:
         """Look at the grid.

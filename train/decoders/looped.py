@@ -17,7 +17,7 @@ import torch.nn.functional as F  # noqa: N812 (torch's own habit)
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from train.decoders.packed import pack
+from train.decoders.packed import can_pack, pack
 
 
 class LoopedLinear(nn.Linear):
@@ -109,7 +109,7 @@ class _LinearLoop(_Loop):
         self._packed: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, inputs: Tensor) -> Tensor:
-        if not self.inputs:  # the first call
+        if not self.inputs and can_pack(self.weight, self.weight.dtype):  # the first call
             self._packed = pack(self.weight, self._bias, inputs.shape[:-1].numel())
         return F.linear(inputs, self.weight, self._bias) if self._packed is None else self._packed(inputs)
 

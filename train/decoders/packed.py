@@ -37,7 +37,12 @@ def packed(module: nn.Module, rows: int) -> Iterator[None]:
             vars(layer).pop("forward", None)  # None: another search with this decoder, by another thread
 
 
-def pack(weight: Tensor, bias: Tensor | None, rows: int) -> Callable[[Tensor], Tensor] | None:
+def can_pack(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `pack` can be had for a weight on its device, to compute in `dtype`."""
+    return weight.device.type == "cpu" and has_onednn(dtype, "_reorder_linear_weight", "_linear_pointwise")
+
+
+def pack(weight: Tensor, bias: Tensor | None, rows: int) -> Callable[[Tensor], Tensor]:
     """A product with weights that are laid out for oneDNN, once and for all calls.
 
     Args:
@@ -46,10 +51,8 @@ def pack(weight: Tensor, bias: Tensor | None, rows: int) -> Callable[[Tensor], T
         rows: vectors that it is mostly given at once.
 
     Returns:
-        (..., in) in that type -> (..., out), without gradient; or None where this torch or this machine cannot.
+        (..., in) in that type -> (..., out), without gradient.
     """
-    if weight.device.type != "cpu" or not has_onednn(weight.dtype, "_reorder_linear_weight", "_linear_pointwise"):
-        return None
     laid_out: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
     return lambda inputs: torch.ops.mkldnn._linear_pointwise(inputs, laid_out, bias, "none", [], "")
 
@@ -61,10 +64,10 @@ def _dtype(layer: nn.Linear) -> torch.dtype:
 
 def _packed(layer: nn.Linear, rows: int) -> Callable[[Tensor], Tensor] | None:
     dtype = _dtype(layer)
+    if not can_pack(layer.weight, dtype):
+        return None
     bias = None if layer.bias is None else layer.bias.detach().to(dtype)
     product = pack(layer.weight.detach().to(dtype), bias, rows)
-    if product is None:
-        return None
 
     def forward(inputs: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""

@@ -12,7 +12,7 @@ from train.decoders.additive import additive_keys, additive_scores
 
 
 def ours(keys: Tensor, query: Tensor, weight: Tensor) -> Tensor:
-    return additive_scores(additive_keys(keys), query, 2 * weight.to(keys.dtype))
+    return additive_scores(additive_keys(keys), query, 2 * weight)
 
 
 def formula(keys: Tensor, query: Tensor, weight: Tensor) -> Tensor:
@@ -95,6 +95,21 @@ def test_gradients_in_bfloat16_are_those_in_float64_to_two_hundredths(spread: fl
     wanted = torch.autograd.grad(formula(*inputs), inputs, seen.bfloat16().double())
     for mine, theirs in zip(found, wanted, strict=True):
         assert (mine.double() - theirs).norm() < 0.02 * theirs.norm()
+
+
+def test_the_weights_gradient_is_summed_over_the_words_in_its_own_type() -> None:
+    generator = torch.Generator().manual_seed(6)
+    keys = torch.randn(2, 16, 32, generator=generator).bfloat16()
+    queries = torch.randn(60, 2, 3, 32, generator=generator).bfloat16()
+    by_word = []
+    weight = torch.randn(32, generator=generator).requires_grad_()
+    for words in (*queries[:, None], queries):
+        double = 2 * weight
+        total = sum(additive_scores(additive_keys(keys), query, double).float().sum() for query in words)
+        by_word += torch.autograd.grad(total, weight)
+    assert by_word[-1].dtype == torch.float32
+    exact = torch.stack(by_word[:-1]).double().sum(0)
+    torch.testing.assert_close(by_word[-1].double(), exact, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("needed", [(True, False, False), (False, True, True)])

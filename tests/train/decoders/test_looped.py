@@ -35,9 +35,10 @@ def gradients(module: Recurrence, start: Tensor, through_loop: bool) -> tuple[Te
     return end.detach(), list(torch.autograd.grad(end.float().square().sum(), [start, *module.parameters()]))
 
 
-def test_outputs_and_gradients_are_those_of_plain_layers() -> None:
-    module = Recurrence(torch.float64)
-    start = torch.randn(2, 3, 4, dtype=torch.float64)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])  # float32 is packed, where the machine can
+def test_outputs_and_gradients_are_those_of_plain_layers(dtype: torch.dtype) -> None:
+    module = Recurrence(dtype)
+    start = torch.randn(2, 3, 4, dtype=dtype)
     (ours, found), (theirs, expected) = (gradients(module, start, through) for through in (True, False))
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(found, expected, check_dtype=False, rtol=1e-5, atol=1e-5)
@@ -91,13 +92,16 @@ def test_outside_of_a_loop_and_without_gradient_it_is_a_plain_layer() -> None:
 
 def test_a_loop_leaves_nothing_behind() -> None:
     """Without Python's collector of cycles: it would come late, and the tensors of a step are large."""
-    module = Recurrence(torch.float32)
+    module, looks = Recurrence(torch.float32), Looks()
     gc.disable()
     try:
-        with looped(module):
-            kept = weakref.ref(module.first._loop[0])  # type: ignore[index]
+        with looped(module), looped(looks):
+            kept = [weakref.ref(module.first._loop[0])]  # type: ignore[index]
             module(torch.randn(2, 4)).sum().backward()
-        assert kept() is None
+            cells = torch.randn(2, 5, 4, requires_grad=True)
+            looks(2 * cells, torch.randn(2, 3, 5)).sum().backward()
+            kept.append(weakref.ref(looks.mean._loop[0]))  # type: ignore[index]
+        assert [loop() for loop in kept] == [None, None]
     finally:
         gc.enable()
 
@@ -123,6 +127,9 @@ def test_means_and_their_gradients_are_those_of_products() -> None:
     expected = looks(*inputs)
     with looped(looks):
         found = looks(*inputs)
+        assert looks.mean._loop is not None
+        assert len(looks.mean._loop[0].inputs) == 4
+    assert looks.mean._loop is None
     torch.testing.assert_close(found, expected)
     both = (torch.autograd.grad(end.square().sum(), inputs) for end in (found, expected))
     for mine, theirs in zip(*both, strict=True):
