@@ -47,8 +47,8 @@ def additive_scores(keys: Tensor, query: Tensor, double: Tensor) -> Tensor:
     """
     if torch.is_grad_enabled():
         return _AdditiveScores.apply(keys, query, double)  # type: ignore[no-any-return]
-    # Nobody wants the energies afterwards: some images' at a time, so that a CPU's cache holds them.
     double = double.to(keys.dtype)
+    # Nobody wants the energies afterwards: some images' at a time, so that a CPU's cache holds them.
     images = len(keys) if keys.is_cuda else max(1, _IN_CACHE // (query.shape[1] * keys.shape[1] * keys.shape[2]))
     parts = zip(torch.split(keys, images), torch.split(_power(query), images), strict=True)
     return torch.cat([_energies(some_keys, some_powers) @ double for some_keys, some_powers in parts])

@@ -43,12 +43,12 @@ class Scene(NamedTuple):
     """What the attention looks at, and what it needs for it.
 
     Attributes:
-        cells: (B, P, E).
+        mean: of the cells (B, P, E), weighted.
         keys: (B, P, A), from `additive_keys`.
         double: (A,), as `additive_scores` wants it.
     """
 
-    cells: Tensor
+    mean: LoopedMean
     keys: Tensor
     double: Tensor
 
@@ -65,12 +65,11 @@ class Attention(nn.Module):
     def __init__(self, hidden: int, size: int, gated: bool) -> None:
         super().__init__()
         self.score = nn.Linear(size, 1, bias=False)
-        self.mean = LoopedMean()
         self.gate = nn.Linear(hidden, 1) if gated else None
 
     def scene(self, cells: Tensor, keys: Tensor) -> Scene:
         """What `forward` looks at, for any number of words, of cells (B, P, E) and keys (B, P, A)."""
-        return Scene(cells, keys, 2 * self.score.weight[0])
+        return Scene(LoopedMean(cells), keys, 2 * self.score.weight[0])
 
     def forward(self, query: Tensor, hidden: Tensor, scene: Scene) -> tuple[Tensor, Tensor]:
         """Look at the grid.
@@ -84,7 +83,7 @@ class Attention(nn.Module):
             contexts (B, K, E) and weights (B, K, P) float32.
         """
         weights = additive_scores(scene.keys, query, scene.double).softmax(-1, dtype=torch.float32)
-        context = self.mean(weights.to(scene.cells.dtype), scene.cells)
+        context = scene.mean(weights)
         if self.gate is not None:
             context = context * torch.sigmoid(self.gate(hidden))
         return context, weights

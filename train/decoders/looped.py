@@ -17,7 +17,7 @@ import torch.nn.functional as F  # noqa: N812 (torch's own habit)
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from train.decoders.packed import can_pack, pack
+from train.decoders.packed import can_pack, computes_in, pack
 
 
 class LoopedLinear(nn.Linear):
@@ -33,41 +33,41 @@ class LoopedLinear(nn.Linear):
         return _Product.apply(inputs.to(loop.weight.dtype), token, loop)  # type: ignore[no-any-return]
 
 
-class LoopedMean(nn.Module):
-    """Weighted means of an image's cells; inside `looped` as above, for as long as the cells are the same tensor."""
+class LoopedMean:
+    """Weighted means of an image's cells, for all words of a loop as above.
 
-    _is_looped = False
-    _loop: tuple[_MeanLoop, Tensor] | None = None
+    Args:
+        cells: (B, P, E).
+    """
 
-    def forward(self, weights: Tensor, cells: Tensor) -> Tensor:
-        """(B, K, P) and (B, P, E), of one type -> (B, K, E)."""
-        if not self._is_looped:
-            return weights @ cells
-        if self._loop is None or self._loop[0].cells is not cells:
+    def __init__(self, cells: Tensor) -> None:
+        self._cells = cells
+        self._loop: tuple[_MeanLoop, Tensor] | None = None
+        if torch.is_grad_enabled():
             loop = _MeanLoop(cells)
             self._loop = loop, _Sources.apply(loop, cells)
+
+    def __call__(self, weights: Tensor) -> Tensor:
+        """(B, K, P) -> (B, K, E) in the cells' type."""
+        weights = weights.to(self._cells.dtype)
+        if self._loop is None:
+            return weights @ self._cells
         loop, token = self._loop
         return _Product.apply(weights, token, loop)  # type: ignore[no-any-return]
 
 
 @contextlib.contextmanager
 def looped(module: nn.Module) -> Iterator[None]:
-    """The block is a loop that calls looped parts of a module. Without gradient it changes nothing."""
-    parts = list(module.modules()) if torch.is_grad_enabled() else []
+    """The block is a loop that calls the `LoopedLinear` layers of a module. Without gradient it changes nothing."""
+    layers = [layer for layer in module.modules() if isinstance(layer, LoopedLinear)] if torch.is_grad_enabled() else []
     try:
-        for part in parts:
-            if isinstance(part, LoopedLinear):
-                loop = _LinearLoop(part)
-                part._loop = loop, _Sources.apply(loop, part.weight, part.bias)
-            elif isinstance(part, LoopedMean):
-                part._is_looped = True
+        for layer in layers:
+            loop = _LinearLoop(layer)
+            layer._loop = loop, _Sources.apply(loop, layer.weight, layer.bias)
         yield
     finally:
-        for part in parts:
-            if isinstance(part, LoopedLinear | LoopedMean):
-                part._loop = None
-            if isinstance(part, LoopedMean):
-                part._is_looped = False
+        for layer in layers:
+            layer._loop = None
 
 
 class _Loop(abc.ABC):
@@ -99,11 +99,8 @@ class _LinearLoop(_Loop):
     """inputs @ weight.t() + bias, in the type that autocast wants."""
 
     def __init__(self, layer: nn.Linear) -> None:
-        kind = layer.weight.device.type
-        casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if casts else layer.weight.dtype
         super().__init__()
-        self._dtype = layer.weight.dtype
+        self._dtype, dtype = layer.weight.dtype, computes_in(layer)
         self.weight = layer.weight.detach().to(dtype)
         self._bias = None if layer.bias is None else layer.bias.detach().to(dtype)
         self._packed: Callable[[Tensor], Tensor] | None = None
@@ -127,14 +124,13 @@ class _MeanLoop(_Loop):
 
     def __init__(self, cells: Tensor) -> None:
         super().__init__()
-        self.cells = cells
-        self._values = cells.detach()
+        self._cells = cells.detach()
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return inputs @ self._values
+        return inputs @ self._cells
 
     def backward(self, gradient: Tensor) -> Tensor:
-        return gradient @ self._values.mT
+        return gradient @ self._cells.mT
 
     def finish(self, inputs: list[Tensor], gradients: list[Tensor]) -> tuple[Tensor | None, ...]:
         return (torch.cat(inputs, 1).mT @ torch.cat(gradients, 1),)

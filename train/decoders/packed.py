@@ -57,13 +57,15 @@ def pack(weight: Tensor, bias: Tensor | None, rows: int) -> Callable[[Tensor], T
     return lambda inputs: torch.ops.mkldnn._linear_pointwise(inputs, laid_out, bias, "none", [], "")
 
 
-def _dtype(layer: nn.Linear) -> torch.dtype:
-    """What the layer computes in on a CPU."""
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else layer.weight.dtype
+def computes_in(layer: nn.Linear) -> torch.dtype:
+    """Its weight's type, or what autocast wants."""
+    kind = layer.weight.device.type
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if casts else layer.weight.dtype
 
 
 def _packed(layer: nn.Linear, rows: int) -> Callable[[Tensor], Tensor] | None:
-    dtype = _dtype(layer)
+    dtype = computes_in(layer)
     if not can_pack(layer.weight, dtype):
         return None
     bias = None if layer.bias is None else layer.bias.detach().to(dtype)
@@ -71,7 +73,7 @@ def _packed(layer: nn.Linear, rows: int) -> Callable[[Tensor], Tensor] | None:
 
     def forward(inputs: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        if torch.is_grad_enabled() or _dtype(layer) != dtype:  # another thread's call, which wants something else
+        if torch.is_grad_enabled() or computes_in(layer) != dtype:  # another thread's call, which wants something else
             return type(layer).forward(layer, inputs)
         return product(inputs.to(dtype))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -92,56 +93,49 @@ def test_outside_of_a_loop_and_without_gradient_it_is_a_plain_layer() -> None:
 
 def test_a_loop_leaves_nothing_behind() -> None:
     """Without Python's collector of cycles: it would come late, and the tensors of a step are large."""
-    module, looks = Recurrence(torch.float32), Looks()
+    module = Recurrence(torch.float32)
     gc.disable()
     try:
-        with looped(module), looped(looks):
+        with looped(module):
             kept = [weakref.ref(module.first._loop[0])]  # type: ignore[index]
             module(torch.randn(2, 4)).sum().backward()
-            cells = torch.randn(2, 5, 4, requires_grad=True)
-            looks(2 * cells, torch.randn(2, 3, 5)).sum().backward()
-            kept.append(weakref.ref(looks.mean._loop[0]))  # type: ignore[index]
+        mean = LoopedMean(2 * torch.randn(2, 5, 4, requires_grad=True))
+        kept.append(weakref.ref(mean._loop[0]))  # type: ignore[index]
+        through_means(mean, torch.randn(2, 5, 4), torch.randn(2, 3, 5)).sum().backward()
+        del mean
         assert [loop() for loop in kept] == [None, None]
     finally:
         gc.enable()
 
 
-class Looks(nn.Module):
-    """A loop through weighted means of some cells."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mean = LoopedMean()
-
-    def forward(self, cells: Tensor, weights: Tensor, steps: int = 3) -> Tensor:
-        for _ in range(steps):
-            weights = torch.softmax(self.mean(weights, cells) @ cells.mT, -1)
-        end: Tensor = self.mean(weights, cells)
-        return end
+def through_means(mean: Callable[[Tensor], Tensor], keys: Tensor, weights: Tensor) -> Tensor:
+    """A loop of four looks at some cells."""
+    for _ in range(3):
+        weights = torch.softmax(mean(weights) @ keys.mT, -1)
+    return mean(weights)
 
 
 def test_means_and_their_gradients_are_those_of_products() -> None:
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(shape, generator=generator).double().requires_grad_() for shape in ((2, 5, 4), (2, 3, 5))]
-    looks = Looks()
-    expected = looks(*inputs)
-    with looped(looks):
-        found = looks(*inputs)
-        assert looks.mean._loop is not None
-        assert len(looks.mean._loop[0].inputs) == 4
-    assert looks.mean._loop is None
+    cells, weights = inputs
+    expected = through_means(lambda some: some @ cells, cells, weights)
+    mean = LoopedMean(cells)
+    found = through_means(mean, cells, weights)
+    assert mean._loop is not None
+    assert len(mean._loop[0].inputs) == 4
     torch.testing.assert_close(found, expected)
     both = (torch.autograd.grad(end.square().sum(), inputs) for end in (found, expected))
     for mine, theirs in zip(*both, strict=True):
         torch.testing.assert_close(mine, theirs)
+    with torch.no_grad():
+        torch.testing.assert_close(through_means(LoopedMean(cells), cells, weights), expected)
 
 
-def test_means_of_other_cells_in_the_same_loop() -> None:
+def test_means_of_other_cells_count_for_those() -> None:
     cells, others, weights = torch.randn(2, 5, 4), torch.randn(2, 5, 4), torch.randn(2, 3, 5)
-    looks = Looks()
     for some in (cells, others):
         some.requires_grad_()
-    with looped(looks):
-        (looks.mean(weights, cells).sum() + 2 * looks.mean(weights, others).sum()).backward()
+    (LoopedMean(cells)(weights).sum() + 2 * LoopedMean(others)(weights).sum()).backward()
     assert cells.grad is not None
     torch.testing.assert_close(others.grad, 2 * cells.grad)
