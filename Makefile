@@ -36,7 +36,7 @@ bench: install
 
 # Stopped, the same command goes on where it was. QUICK=1: a tenth of the cases, or less.
 torture: install
-	@$(RUN) torture $(if $(QUICK),--quick)
+	@$(RUN) tests.torture $(if $(QUICK),--quick)
 
 lint: install
 	$(RUN) ruff check .

@@ -12,7 +12,7 @@ import click
 
 from bench.measure import Row, as_tree, machine, read_rows
 from bench.plot import cell, table
-from common.files import write_json
+from gridcap.common.files import write_json
 
 PARTS = ("extraction", "reading", "training", "decoding", "scoring", "growth", "starting")
 RESULTS = Path("bench/results")

@@ -9,7 +9,7 @@ from typing import Any
 
 from bench.inputs import GRID, WORDS, make_captions
 from bench.measure import Row, fresh, rate, rounds
-from common.command import tune_process
+from gridcap.common.process import tune_process
 
 BATCH, LENGTH, V = 50, 20, len(WORDS)
 RECIPE = "tutorial-gru"
@@ -32,13 +32,27 @@ def measure(work: Path, quick: bool) -> Iterator[Row]:
         "(evaluate-decoder computes in float32)"
     )
     yield Row(
-        "decoding", "greedy search", "captions/s", values["greedy"], values["one"],
-        baseline_is="the same, one image at a time", wanted={"value": 500}, note=sizes,
-    )  # fmt: skip
+        "decoding",
+        "greedy search",
+        "captions/s",
+        values["greedy"],
+        values["one"],
+        baseline_is="the same, one image at a time",
+        wanted={"value": 500},
+        note=sizes,
+    )
     yield Row(
-        "decoding", "beam of 5", "captions/s", values["beam"], values["beam one"], values["greedy"],
-        "the same, one image at a time", "greedy search", {"value": 200, "of limit": 1 / 3}, sizes,
-    )  # fmt: skip
+        "decoding",
+        "beam of 5",
+        "captions/s",
+        values["beam"],
+        values["beam one"],
+        values["greedy"],
+        "the same, one image at a time",
+        "greedy search",
+        {"value": 200, "of limit": 1 / 3},
+        sizes,
+    )
     captions = make_captions(work / "rewards.json", 1000)
     values = rounds(
         count,
@@ -49,18 +63,25 @@ def measure(work: Path, quick: bool) -> Iterator[Row]:
         },
     )
     yield Row(
-        "decoding", "self-critical step", "images/s", values["ours"], values["baseline"], values["limit"],
-        "sampling, scoring by pycocoevalcap and learning one after the other", "the same with free rewards",
-        {"of limit": 0.9}, "13 images x 5 captions of 20 words",
-    )  # fmt: skip
+        "decoding",
+        "self-critical step",
+        "images/s",
+        values["ours"],
+        values["baseline"],
+        values["limit"],
+        "sampling, scoring by pycocoevalcap and learning one after the other",
+        "the same with free rewards",
+        {"of limit": 0.9},
+        "13 images x 5 captions of 20 words",
+    )
 
 
 def _decoder(device: Any) -> Any:
     import torch
 
-    from common.config import load_config
-    from train.decoders.build import build_decoder
-    from train.vocabulary import EOS
+    from gridcap.common.config import load_config
+    from gridcap.train.data.vocabulary import EOS
+    from gridcap.train.decoders.build import build_decoder
 
     torch.manual_seed(0)
     decoder: Any = build_decoder(load_config(recipe=RECIPE).train.decoder, V, GRID).to(device).eval()
@@ -81,8 +102,8 @@ def captions(batch: int, beams: int) -> float:
     tune_process()
     import torch
 
-    from common.device import choose_device, choose_precision
-    from train.search import beam_search
+    from gridcap.common.device import choose_device, choose_precision
+    from gridcap.train.decoding.search import beam_search
 
     device = choose_device("auto")
     decoder, grids, precision = _decoder(device), _grids(batch, device), choose_precision("auto", device)
@@ -103,10 +124,10 @@ def self_critical(captions_file: str, how: str) -> float:
     import numpy as np
     import torch
 
-    from common.device import choose_device
-    from train.reward import CaptionReward
-    from train.scst import SelfCritical
-    from train.stream import CaptionBatch
+    from gridcap.common.device import choose_device
+    from gridcap.train.data.stream import CaptionBatch
+    from gridcap.train.objectives.reward import CaptionReward
+    from gridcap.train.objectives.scst import SelfCritical
 
     tree = json.loads(Path(captions_file).read_text())
     references: list[list[list[int]]] = [[] for _ in tree["images"]]

@@ -34,7 +34,7 @@ def matrix_rate(device: Any, seconds: float = 1.5) -> float:
     """Operations a second of a large product of matrices, in the precision that training takes here."""
     import torch
 
-    from common.device import choose_precision
+    from gridcap.common.device import choose_precision
 
     size = 8192 if device.type == "cuda" else 1536
     kind = choose_precision("auto", device)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bench.inputs import make_photos
 from bench.measure import Row, fresh, rate, rounds
-from common.command import tune_process
+from gridcap.common.process import tune_process
 
 GFLOP_AN_IMAGE = 11.42  # InceptionV3 up to Mixed_7c at 299 x 299, multiplications and additions
 SHAPES = ((147, 32, 64), (35, 64, 96), (17, 192, 192), (8, 448, 384))  # side, channels in and out: 3 x 3 in it
@@ -37,9 +37,17 @@ def measure(work: Path, quick: bool) -> Iterator[Row]:
     if not on_gpu:
         values = rounds(count, sides)
         yield Row(
-            "extraction", "JPEG files to a store", "images/s", values["ours"], values["baseline"],
-            values["limit"], baseline_is, convolutions, {"of baseline": 4.5, "of limit": 0.75}, note,
-        )  # fmt: skip
+            "extraction",
+            "JPEG files to a store",
+            "images/s",
+            values["ours"],
+            values["baseline"],
+            values["limit"],
+            baseline_is,
+            convolutions,
+            {"of baseline": 4.5, "of limit": 0.75},
+            note,
+        )
         return
     alone = {
         setting: fresh("bench.extraction:forward", *setting) for setting in (SETTINGS[1::2] if quick else SETTINGS)
@@ -48,26 +56,40 @@ def measure(work: Path, quick: bool) -> Iterator[Row]:
     settings = ", ".join(f"{b}{' compiled' * c}: {value:.0f}" for (b, c), value in alone.items())
     values = rounds(count, {**sides, "forward": partial(fresh, "bench.extraction:forward", *best)})
     yield Row(
-        "extraction", "the forward pass alone", "images/s", values["forward"], limit=values["limit"],
-        limit_is=convolutions, wanted={"value": 12000}, note=f"batch {settings}",
-    )  # fmt: skip
+        "extraction",
+        "the forward pass alone",
+        "images/s",
+        values["forward"],
+        limit=values["limit"],
+        limit_is=convolutions,
+        wanted={"value": 12000},
+        note=f"batch {settings}",
+    )
     stages = {name: fresh(f"bench.extraction:{name}", photos) for name in ("decoding", "copying", "writing")}
     said = "; ".join(f"{name} alone {value:.0f} images/s" for name, value in stages.items())
     yield Row(
-        "extraction", "JPEG files to a store", "images/s", values["ours"], values["baseline"], values["forward"],
-        baseline_is, "the forward pass alone", {"of limit": 0.6}, f"{note}; {said}",
-    )  # fmt: skip
+        "extraction",
+        "JPEG files to a store",
+        "images/s",
+        values["ours"],
+        values["baseline"],
+        values["forward"],
+        baseline_is,
+        "the forward pass alone",
+        {"of limit": 0.6},
+        f"{note}; {said}",
+    )
 
 
 def ours(photos: str, store: str) -> float:
     """From the first image to the last, as extract-features works, without its start."""
     tune_process()
     from bench.device import has_gpu
-    from common.annotations import FolderImages
-    from common.config import load_config
-    from extract.run import extract_features, prepare
+    from gridcap.common.annotations import FolderImages
+    from gridcap.common.config import load_config
+    from gridcap.extract.run import extract_features, prepare
 
-    best = {"extract.decoder": "nvjpeg", "extract.compile": "on"} if has_gpu() else {}
+    best = {"extract.jpeg_decoder": "nvjpeg", "extract.compile": "on"} if has_gpu() else {}
     config = load_config(None, {"extract.weights": "random", **best})
     folder = Path(store)
     job = prepare(config, "bench", FolderImages(Path(photos)), Path(photos), folder / "bench.h5")
@@ -83,7 +105,7 @@ def naive(photos: str, count: int) -> float:
     from PIL import Image
     from torchvision import models, transforms
 
-    from common.device import choose_device
+    from gridcap.common.device import choose_device
 
     device = choose_device("auto")
     model = models.inception_v3(weights=None, init_weights=False).eval().to(device)
@@ -110,7 +132,7 @@ def limit() -> float:
     import torch
 
     from bench.device import device_rate
-    from common.device import choose_device, choose_precision
+    from gridcap.common.device import choose_device, choose_precision
 
     device = choose_device("auto")
     kind, best = choose_precision("auto", device), 0.0
@@ -130,7 +152,7 @@ def forward(batch: int, compiled: bool) -> float:
     import torch
 
     from bench.device import device_rate
-    from extract.encoder import GridEncoder, identify_weights
+    from gridcap.extract.encoders.grid_encoder import GridEncoder, identify_weights
 
     encoder = GridEncoder(
         "inception_v3", identify_weights("inception_v3", "random"), "auto", "auto", "float16", compiled, batch
@@ -144,11 +166,11 @@ def decoding(photos: str) -> float:
     """Images a second that nvJPEG decodes."""
     import torch
 
-    from extract.nvjpeg import load_squares
+    from gridcap.extract.images.nvjpeg import load_images_gpu
 
     paths, device = sorted(Path(photos).iterdir())[:256], torch.device("cuda")
-    load_squares(paths, 299, "stretch", device)
-    return rate(len(paths), partial(load_squares, paths, 299, "stretch", device))
+    load_images_gpu(paths, 299, "stretch", device)
+    return rate(len(paths), partial(load_images_gpu, paths, 299, "stretch", device))
 
 
 def copying(photos: str) -> float:
@@ -171,17 +193,21 @@ def copying(photos: str) -> float:
 def writing(photos: str) -> float:
     """Images a second that go into shards, checked and brought to the disk, by as many threads as the worker has."""
     from bench.inputs import make_grids
-    from common.shard import ShardWriter
-    from extract.lanes import lane_count
+    from gridcap.common.store.shard import ShardWriter
+    from gridcap.extract.writer import writer_count
 
     grids, folder, rows = make_grids(64), Path(photos).parent / "written", 512
-    threads = lane_count(True, 1000)
+    threads = writer_count(True, 1000)
 
     def write(number: int) -> None:
         with ShardWriter(
-            folder / f"{number}.h5", range(rows), [f"{i}.jpg" for i in range(rows)], grids.shape[1:], "float16",
+            folder / f"{number}.h5",
+            range(rows),
+            [f"{i}.jpg" for i in range(rows)],
+            grids.shape[1:],
+            "float16",
             {"index": number, "plan": "bench", "provenance": {}},
-        ) as writer:  # fmt: skip
+        ) as writer:
             for start in range(0, rows, 64):
                 writer.write(start, grids, {})
             writer.finish()

@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 
+import gridcap.extract.worker
 from bench.inputs import make_captions, make_photos, make_store
 from bench.measure import Row, fresh
-from common.command import tune_process
+from gridcap.common.process import tune_process
 
 _MOST = 16
 
@@ -39,14 +40,21 @@ def measure(work: Path, quick: bool) -> Iterator[Row]:
             shutil.rmtree(folder)
         seconds, memory = [f[0] for f in found], [f[1] for f in found]
         yield Row(
-            "growth", f"{what}: seconds of 16 x the rows, over 16 x those of 1 x", "share",
-            [seconds[2] / (16 * seconds[0])], wanted={"at most": 1.1},
+            "growth",
+            f"{what}: seconds of 16 x the rows, over 16 x those of 1 x",
+            "share",
+            [seconds[2] / (16 * seconds[0])],
+            wanted={"at most": 1.1},
             note=f"{one}, {4 * one}, {16 * one} rows: " + ", ".join(f"{s:.1f} s" for s in seconds),
-        )  # fmt: skip
+        )
         yield Row(
-            "growth", f"{what}: memory of 16 x the rows, over that of 1 x", "share", [memory[2] / memory[0]],
-            wanted={"at most": 1.1}, note=", ".join(f"{m:.0f} MiB" for m in memory),
-        )  # fmt: skip
+            "growth",
+            f"{what}: memory of 16 x the rows, over that of 1 x",
+            "share",
+            [memory[2] / memory[0]],
+            wanted={"at most": 1.1},
+            note=", ".join(f"{m:.0f} MiB" for m in memory),
+        )
 
 
 class StandIn:
@@ -60,7 +68,7 @@ class StandIn:
 
     def submit(self, images: np.ndarray) -> Any:
         """The same grid for every image of a batch."""
-        from extract.staging import PendingGrids
+        from gridcap.extract.staging import PendingGrids
 
         return PendingGrids(lambda: np.full((len(images), *self.grid_shape), images.mean() / 255, np.float16))
 
@@ -68,13 +76,12 @@ class StandIn:
 def extraction(folder: str, images: int) -> tuple[float, float]:
     """Seconds and MiB of reading and writing so many images."""
     tune_process()
-    import extract.worker
-    from common.annotations import FolderImages
-    from common.config import load_config
-    from extract.run import extract_features, prepare
+    from gridcap.common.annotations import FolderImages
+    from gridcap.common.config import load_config
+    from gridcap.extract.run import extract_features, prepare
 
     photos = make_photos(Path(folder) / "photos", images)
-    setattr(extract.worker, "GridEncoder", StandIn)  # noqa: B010 (mypy would not have it otherwise)
+    setattr(gridcap.extract.worker, "GridEncoder", StandIn)  # noqa: B010 (mypy would not have it otherwise)
     config = load_config(None, {"extract.weights": "random", "extract.device": "cpu"})
     job = prepare(config, "growth", FolderImages(photos), photos, Path(folder) / "growth.h5")
     begin = time.perf_counter()
@@ -93,10 +100,10 @@ def epoch(folder: str, images: int, epochs: int) -> tuple[float, float]:
 def epochs_of(store_file: str, captions: str, run: str, epochs: int) -> tuple[float, float]:
     """The same, of a store that is there."""
     tune_process()
-    from common.config import load_config
-    from common.store import FeatureStore
-    from train.inputs import join_captions
-    from train.loop import fit
+    from gridcap.common.config import load_config
+    from gridcap.common.store.reader import FeatureStore
+    from gridcap.train.data.inputs import join_captions
+    from gridcap.train.engine.loop import fit
 
     decoder = {"family": "lstm", "embed_size": 64, "hidden_size": 64}
     config = load_config(None, {"train.decoder": decoder, "train.output": run, "train.epochs": epochs})

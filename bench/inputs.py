@@ -1,4 +1,4 @@
-"""What the benchmarks work on: photographs, stores and captions of the real sizes, of nothing in particular."""
+"""What the benchmarks work on: photos, stores and captions of the real sizes, of nothing in particular."""
 
 from __future__ import annotations
 
@@ -8,15 +8,20 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.shard import ShardWriter
+from gridcap.common.store.shard import ShardWriter
 
-DIFFERENT = 50  # photographs; the rest are links to them
+DIFFERENT = 50  # photos; the rest are links to them
 GRID = (8, 8, 2048)
 WORDS = [f"word{i}" for i in range(5000)]
 _PROVENANCE = {
-    "encoder": "inception_v3", "layer": "Mixed_7c", "weights": {"name": "none", "sha256": "", "random": True},
-    "preprocessing": {}, "precision": "float32", "versions": {}, "views": ["original"],
-}  # fmt: skip
+    "encoder": "inception_v3",
+    "layer": "Mixed_7c",
+    "weights": {"name": "none", "sha256": "", "random": True},
+    "preprocessing": {},
+    "precision": "float32",
+    "versions": {},
+    "views": ["original"],
+}
 
 
 def make_photos(folder: Path, count: int) -> Path:

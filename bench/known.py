@@ -2,7 +2,7 @@
 
 Luo 2020, "A Better Variant of Self-Critical Sequence Training" (arXiv:2003.09971), names that code. Trained with
 `recipes/att2in.yaml`, whose settings are the known ones, it differs from our `att2in` in what we add: the grid is not
-normalised, cells have no position, the first state is zero, words pass a ReLU, and UNK is written where it is likely.
+normalized, cells have no position, the first state is zero, words pass a ReLU, and UNK is written where it is likely.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-import train.decoders.build
-import train.search
-from common.config import AttentionConfig
-from train.decoders.attention import AttentionDecoder
-from train.decoders.base import Memory, State
-from train.vocabulary import BOS, PAD
+import gridcap.train.decoders.build
+import gridcap.train.decoding.search
+from gridcap.common.config import AttentionConfig
+from gridcap.train.data.vocabulary import BOS, PAD
+from gridcap.train.decoders.attention import AttentionDecoder
+from gridcap.train.decoders.base import Memory, State
 
 
 class Att2in2(AttentionDecoder):
@@ -37,5 +37,5 @@ class Att2in2(AttentionDecoder):
 
 def stand_in() -> None:
     """Have every attention decoder that this process builds from now on be this one."""
-    train.decoders.build.AttentionDecoder = Att2in2  # type: ignore[attr-defined]
-    train.search._NEVER = (PAD, BOS)  # type: ignore[assignment]
+    gridcap.train.decoders.build.AttentionDecoder = Att2in2  # type: ignore[attr-defined]
+    gridcap.train.decoding.search._FORBIDDEN_TOKENS = (PAD, BOS)  # type: ignore[assignment]

@@ -95,8 +95,11 @@ def fresh(function: str, *arguments: Any, threads: int | None = None) -> Any:
     environment = os.environ if threads is None else {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(
         [sys.executable, "-c", code, json.dumps(arguments, default=str)],
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         raise RuntimeError(f"{function}{arguments}: ended with {done.returncode}\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -45,10 +45,14 @@ def table(rows: Sequence[Row]) -> str:
             for name, bar in row.wanted.items()
         ]
         cells = (
-            row.name, f"{cell(row.ours)} {row.unit}", cell(row.baseline),
-            number(found["of baseline"]) if row.baseline else "", cell(row.limit),
-            number(found["of limit"]) if row.limit else "", "; ".join(bars),
-        )  # fmt: skip
+            row.name,
+            f"{cell(row.ours)} {row.unit}",
+            cell(row.baseline),
+            number(found["of baseline"]) if row.baseline else "",
+            cell(row.limit),
+            number(found["of limit"]) if row.limit else "",
+            "; ".join(bars),
+        )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -60,10 +64,11 @@ def short_table(rows: Sequence[Row]) -> str:
         if row.baseline and row.unit != "s":
             found = row.found()
             cells = (
-                row.name, f"{number(statistics.median(row.ours))} {row.unit.removesuffix('/s')}",
+                row.name,
+                f"{number(statistics.median(row.ours))} {row.unit.removesuffix('/s')}",
                 f"{number(found['of baseline'])} × {row.baseline_is}",
                 f"{number(found['of limit'])} of {row.limit_is}" if row.limit else "",
-            )  # fmt: skip
+            )
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

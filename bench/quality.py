@@ -1,9 +1,9 @@
-"""What every recipe reaches on a small data set of real photographs, and what each ingredient is worth.
+"""What every recipe reaches on a small data set of real photos, and what each ingredient is worth.
 
     python -m bench.quality --features features/ --annotations captions/ --output results/
 
 Needs stores train.h5, val.h5, test.h5 and captions_train.json, captions_val.json, captions_test.json of a data set
-that is small: some thousand photographs. Every recipe is trained with several seeds, with cross-entropy and then
+that is small: some thousand photos. Every recipe is trained with several seeds, with cross-entropy and then
 self-critically; the checkpoint is chosen on val, and test is looked at once, at the end. The recipes' sizes are
 those for COCO; SMALL makes them fit a few thousand images and a CPU, alike for all. Scores are kept in a file: the
 same command goes on where it was stopped.
@@ -28,49 +28,86 @@ import click
 import yaml
 
 from bench.measure import processor
-from common.files import write_json
+from gridcap.common.files import write_json
 
 RECIPES = (
-    "lstm-init", "show-and-tell", "lstm-inject", "tutorial-gru", "soft-attention", "att2in", "top-down", "transformer",
-)  # fmt: skip
+    "lstm-init",
+    "show-and-tell",
+    "lstm-inject",
+    "tutorial-gru",
+    "soft-attention",
+    "att2in",
+    "top-down",
+    "transformer",
+)
 SMALL = {
-    "train.max_length": 16, "train.epochs": 8, "train.batch_size": 32, "train.vocabulary.max_size": "null",
-    "train.vocabulary.min_count": 3, "train.decoder.embed_size": 256, "train.decoder.dropout": 0.3,
-    "train.optimizer": "adam", "train.learning_rate": 2e-3, "train.clip_norm": 5.0, "train.clip_value": "null",
-    "train.schedule": "{kind: cosine, warmup_steps: 50}", "train.label_smoothing": 0.1, "train.ema": 0.99,
-    "train.scheduled_sampling": "{max: 0.0}",
-}  # fmt: skip
+    "train.max_length": 16,
+    "train.epochs": 8,
+    "train.batch_size": 32,
+    "train.vocabulary.max_size": "null",
+    "train.vocabulary.min_count": 3,
+    "train.decoder.embed_size": 256,
+    "train.decoder.dropout": 0.3,
+    "train.optimizer": "adam",
+    "train.learning_rate": 2e-3,
+    "train.max_grad_norm": 5.0,
+    "train.max_grad_value": "null",
+    "train.schedule": "{kind: cosine, warmup_steps: 50}",
+    "train.label_smoothing": 0.1,
+    "train.ema_decay": 0.99,
+    "train.scheduled_sampling": "{max_prob: 0.0}",
+}
 RECURRENT = {"train.decoder.hidden_size": 256}
 ATTENTION = {**RECURRENT, "train.decoder.attention_size": 96}
 OWN: dict[str, dict[str, Any]] = {  # what the small size of each recipe's decoder is
-    "lstm-init": RECURRENT, "show-and-tell": RECURRENT, "lstm-inject": RECURRENT,
-    "tutorial-gru": ATTENTION, "soft-attention": ATTENTION,
-    "att2in": {**ATTENTION, "train.decoder.output": "deep"},  # words straight from the context: learns much sooner
-    "top-down": {**ATTENTION, "train.decoder.output": "deep", "train.epochs": 16},  # two LSTMs learn more slowly
+    "lstm-init": RECURRENT,
+    "show-and-tell": RECURRENT,
+    "lstm-inject": RECURRENT,
+    "tutorial-gru": ATTENTION,
+    "soft-attention": ATTENTION,
+    "att2in": {
+        **ATTENTION,
+        "train.decoder.output_layer": "deep",
+    },  # words straight from the context: learns much sooner
+    "top-down": {**ATTENTION, "train.decoder.output_layer": "deep", "train.epochs": 16},  # two LSTMs learn more slowly
     "transformer": {
-        "train.decoder.layers": 2, "train.decoder.feedforward_size": 512, "train.learning_rate": 1e-3,
+        "train.decoder.layers": 2,
+        "train.decoder.feedforward_size": 512,
+        "train.learning_rate": 1e-3,
     },
-}  # fmt: skip
+}
 LONGER = {
-    "train.epochs": 12, "train.batch_size": 10, "train.learning_rate": 7e-4, "train.ema": 0.995,
-    "train.decoder.embed_size": 512, "train.decoder.hidden_size": 512, "train.decoder.dropout": 0.5,
-}  # fmt: skip
+    "train.epochs": 12,
+    "train.batch_size": 10,
+    "train.learning_rate": 7e-4,
+    "train.ema_decay": 0.995,
+    "train.decoder.embed_size": 512,
+    "train.decoder.hidden_size": 512,
+    "train.decoder.dropout": 0.5,
+}
 LARGER: dict[str, dict[str, Any]] = {  # one without attention, two with: five times the steps, four times the size
     "lstm-inject": LONGER,
     "att2in": {**LONGER, "train.decoder.attention_size": 256},
     "top-down": {**LONGER, "train.decoder.attention_size": 256, "train.epochs": 16},
 }
 SCST = {
-    "train.epochs": 6, "train.learning_rate": 4e-4, "train.schedule": "{kind: cosine}", "train.ema": 0.99,
-    "train.clip_value": "null", "train.clip_norm": 5.0, "train.scst.temperature": 0.5,
-}  # fmt: skip
+    "train.epochs": 6,
+    "train.learning_rate": 4e-4,
+    "train.schedule": "{kind: cosine}",
+    "train.ema_decay": 0.99,
+    "train.max_grad_value": "null",
+    "train.max_grad_norm": 5.0,
+    "train.scst.temperature": 0.5,
+}
 SHORTER = tuple(recipe for recipe in RECIPES if "train.epochs" in OWN[recipe])  # also with the epochs of the others
 BASE = "att2in"  # the one that ingredients are taken from or added to
 INGREDIENTS: dict[str, dict[str, Any]] = {
-    "words from the state alone": {"train.decoder.output": "hidden"},
+    "words from the state alone": {"train.decoder.output_layer": "hidden"},
     "without label smoothing": {"train.label_smoothing": 0.0},
-    "without weight averaging": {"train.ema": 0.0},
-    "with scheduled sampling to 0.25": {"train.scheduled_sampling": "{max: 0.25, increase: 0.05, every: 1}"},
+    "without weight averaging": {"train.ema_decay": 0.0},
+    "with scheduled sampling to 0.25": {
+        "train.scheduled_sampling": "{max_prob: 0.25, prob_step: 0.05, step_epochs: 1}"
+    },
     "one caption an image and pass": {"train.captions_per_image": 1},
 }
 INGREDIENT_SEEDS = 2
@@ -86,8 +123,10 @@ PUBLISHED = (
     "train.max_length=16",
 )
 SEARCHES = {  # how the test images are captioned
-    "1": ("--beam-size", "1"), "3": ("--beam-size", "3"), "consensus": ("--beam-size", "15", "--consensus"),
-}  # fmt: skip
+    "1": ("--beam-size", "1"),
+    "3": ("--beam-size", "3"),
+    "consensus": ("--beam-size", "15", "--mbr"),
+}
 RESULTS = Path("bench/results/quality.json")
 
 
@@ -210,16 +249,29 @@ class Quality:
                 source = () if run.source is None else ("--init-from", str(self._output / run.source.name))
                 resume = ("--resume",) if (folder / "config.yaml").exists() else ()
                 self._command(
-                    "train_decoder", "train.cli", run,
-                    *self._data("train", ""), *self._data("val", "val-"), "--output", str(folder),
-                    "--seed", str(run.seed), *run.arguments, *source, *resume,
-                )  # fmt: skip
+                    "train_decoder",
+                    "gridcap.train.cli",
+                    run,
+                    *self._data("train", ""),
+                    *self._data("val", "val-"),
+                    "--output",
+                    str(folder),
+                    "--seed",
+                    str(run.seed),
+                    *run.arguments,
+                    *source,
+                    *resume,
+                )
             scores = {name: self._evaluate(run, name) for name in SEARCHES}
             with self._lock:
                 machine = {"platform": platform.platform(), "processor": processor(), "cores": os.cpu_count()}
                 self.scores[run.name] = {
-                    "row": run.row, "seed": run.seed, "arguments": [*run.arguments], "machine": machine, "beam": scores,
-                }  # fmt: skip
+                    "row": run.row,
+                    "seed": run.seed,
+                    "arguments": [*run.arguments],
+                    "machine": machine,
+                    "beam": scores,
+                }
                 self._results.parent.mkdir(parents=True, exist_ok=True)
                 write_json(self._results, {"runs": self.scores})
             click.echo(f"{run.name}: " + ", ".join(f"{name}: CIDEr {scores[name]['CIDEr']:.3f}" for name in SEARCHES))
@@ -231,17 +283,26 @@ class Quality:
         result = folder / f"test-{search}.json"
         if not result.exists():
             self._command(
-                "evaluate_decoder", "train.evaluate_cli", run, "--checkpoint", str(folder),
-                *self._data("test", ""), *SEARCHES[search], "--output", str(result),
-            )  # fmt: skip
+                "evaluate_decoder",
+                "gridcap.train.evaluate_cli",
+                run,
+                "--checkpoint",
+                str(folder),
+                *self._data("test", ""),
+                *SEARCHES[search],
+                "--output",
+                str(result),
+            )
         found: dict[str, float] = json.loads(result.read_text(encoding="utf-8"))["metrics"]
         return found
 
     def _data(self, split: str, prefix: str) -> tuple[str, ...]:
         return (
-            f"--{prefix}features", str(self._features / f"{split}.h5"),
-            f"--{prefix}annotations", str(self._annotations / f"captions_{split}.json"),
-        )  # fmt: skip
+            f"--{prefix}features",
+            str(self._features / f"{split}.h5"),
+            f"--{prefix}annotations",
+            str(self._annotations / f"captions_{split}.json"),
+        )
 
     def _command(self, function: str, module: str, run: Trained, *arguments: str) -> None:
         code = f"from {module} import {function}; {function}()"
@@ -273,9 +334,14 @@ def table(quality: Quality, runs: Sequence[Trained]) -> str:
             continue
         cells = []
         for search, metric, scale in (
-            ("1", "CIDEr", 100), ("3", "CIDEr", 100), ("consensus", "CIDEr", 100), ("3", "BLEU-4", 100),
-            ("3", "METEOR", 100), ("3", "ROUGE-L", 100), ("3", "perplexity", 1),
-        ):  # fmt: skip
+            ("1", "CIDEr", 100),
+            ("3", "CIDEr", 100),
+            ("consensus", "CIDEr", 100),
+            ("3", "BLEU-4", 100),
+            ("3", "METEOR", 100),
+            ("3", "ROUGE-L", 100),
+            ("3", "perplexity", 1),
+        ):
             values = [scores[search][metric] * scale for scores in found if metric in scores.get(search, {})]
             spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
             fewer = f" ({len(values)})" if len(values) < len(found) else ""
@@ -295,9 +361,16 @@ def table(quality: Quality, runs: Sequence[Trained]) -> str:
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads of each run.")
 @click.option("--ingredients/--no-ingredients", default=True, show_default=True, help="The ablations too.")
 def main(
-    features: Path, annotations: Path, output: Path, results: Path, recipes: tuple[str, ...], seeds: int, jobs: int,
-    threads: int, ingredients: bool,
-) -> None:  # fmt: skip
+    features: Path,
+    annotations: Path,
+    output: Path,
+    results: Path,
+    recipes: tuple[str, ...],
+    seeds: int,
+    jobs: int,
+    threads: int,
+    ingredients: bool,
+) -> None:
     """Train and evaluate every recipe; print the table that stands in docs/recipes.md."""
     runs = plan(recipes or RECIPES, seeds, ingredients)
     quality = Quality(features, annotations, output, results, threads)

@@ -13,7 +13,7 @@ import numpy as np
 
 from bench.inputs import GRID, make_store
 from bench.measure import Row, rate, rounds
-from common.store import FeatureStore
+from gridcap.common.store.reader import FeatureStore
 
 BATCH = 64  # rows into the buffer at a time
 
@@ -33,10 +33,16 @@ def measure(work: Path, quick: bool) -> Iterator[Row]:
             },
         )
         yield Row(
-            "reading", f"rows in random order, {threads} thread{'s' * (threads > 1)}", "rows/s", values["ours"],
-            values["baseline"], values["limit"], "h5py's dataset[i]", "os.preadv into one buffer",
+            "reading",
+            f"rows in random order, {threads} thread{'s' * (threads > 1)}",
+            "rows/s",
+            values["ours"],
+            values["baseline"],
+            values["limit"],
+            "h5py's dataset[i]",
+            "os.preadv into one buffer",
             {"of baseline": 5.0, "of limit": 0.8},
-        )  # fmt: skip
+        )
     yield from _forms(work, path, rows, orders, count)
 
 

@@ -19,20 +19,27 @@ from pathlib import Path
 
 import click
 
-from common.files import publish_text
-from common.header import HEADER_BYTES
-from common.shard import ShardInfo
-from common.store import FeatureStore
-from extract.cluster import Share
-from extract.image_list import ImageList
-from extract.plan import FILE, Plan, read_plan, settle_plan, store_folder, write_planned_index
+from gridcap.common.files import publish_text
+from gridcap.common.store.pinned_file import HEADER_BYTES
+from gridcap.common.store.reader import FeatureStore
+from gridcap.common.store.shard import ShardInfo
+from gridcap.extract.cluster.share import Share
+from gridcap.extract.manifest import ImageList
+from gridcap.extract.plan import FILE, Plan, load_or_create_plan, read_plan, store_folder, write_planned_index
 
 WORKERS = 64
 PROVENANCE = {
-    "encoder": "inception_v3", "layer": "Mixed_7c", "weights": {"name": "none", "sha256": "", "random": True},
-    "preprocessing": {}, "grid_shape": [8, 8, 2048], "dtype": "float16", "precision": "float32", "compile": False,
-    "views": ["original"], "versions": {},
-}  # fmt: skip
+    "encoder": "inception_v3",
+    "layer": "Mixed_7c",
+    "weights": {"name": "none", "sha256": "", "random": True},
+    "preprocessing": {},
+    "grid_shape": [8, 8, 2048],
+    "dtype": "float16",
+    "precision": "float32",
+    "compile": False,
+    "views": ["original"],
+    "versions": {},
+}
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,7 @@ def make_plan(output: Path, images: int, shard_size: int) -> str:
 def start_worker(output: Path, images: int, shard_size: int) -> str:
     """Any other worker: lists the images, compares them with the plan, and finds its share."""
     wanted = Plan("scale", shard_size, 32, PROVENANCE, (ImageList.make(Names(images), shard_size),))
-    plan = settle_plan(wanted, Names(images), store_folder(output))
+    plan = load_or_create_plan(wanted, Names(images), store_folder(output))
     mine = Share(7, WORKERS).of(plan.shards)
     first = plan.images_of(mine[0], store_folder(output))
     return f"{len(mine)} shards of {WORKERS} workers; the first begins with {first[0][1]}"
@@ -83,7 +90,7 @@ def resume(output: Path, images: int, shard_size: int) -> str:
     for path in gone:
         path.rename(path.with_suffix(".gone"))
     begin = time.perf_counter()
-    there = plan.shards_there(folder)
+    there = plan.existing_shards(folder)
     took = time.perf_counter() - begin
     for path in gone:
         path.with_suffix(".gone").rename(path)

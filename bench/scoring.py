@@ -15,9 +15,13 @@ def measure(work: Path, quick: bool) -> Iterator[Row]:
     captions = make_captions(work / "references.json", images)
     values = rounds(1 if quick else 3, {"ours": lambda: fresh("bench.scoring:seconds", captions)})
     yield Row(
-        "scoring", f"metrics of {images} captions", "s", values["ours"], wanted={"at most": 20},
+        "scoring",
+        f"metrics of {images} captions",
+        "s",
+        values["ours"],
+        wanted={"at most": 20},
         note="BLEU, ROUGE-L, CIDEr, CIDEr-D; without Java, so without METEOR and SPICE",
-    )  # fmt: skip
+    )
 
 
 def seconds(captions_file: str) -> float:
@@ -27,7 +31,7 @@ def seconds(captions_file: str) -> float:
     import time
 
     os.environ["PATH"] = ""
-    from train.metrics import score_captions
+    from gridcap.train.metrics.coco import score_captions
 
     tree = json.loads(Path(captions_file).read_text())
     references: dict[int, list[str]] = {image["id"]: [] for image in tree["images"]}

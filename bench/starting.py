@@ -13,9 +13,11 @@ from bench.inputs import make_captions, make_photos, make_store
 from bench.measure import Row, rounds
 
 COMMANDS = {
-    "extract-features": "extract.cli:main", "train-decoder": "train.cli:train_decoder",
-    "evaluate-decoder": "train.evaluate_cli:evaluate_decoder", "caption-images": "caption.cli:main",
-}  # fmt: skip
+    "extract-features": "gridcap.extract.cli:main",
+    "train-decoder": "gridcap.train.cli:train_decoder",
+    "evaluate-decoder": "gridcap.train.evaluate_cli:evaluate_decoder",
+    "caption-images": "gridcap.caption.cli:main",
+}
 
 
 def measure(work: Path, quick: bool) -> Iterator[Row]:

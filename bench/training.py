@@ -10,13 +10,20 @@ from typing import Any
 from bench.device import device_rate, matrix_rate
 from bench.inputs import GRID, WORDS, make_captions, make_store
 from bench.measure import Row, fresh, rounds
-from common.command import tune_process
+from gridcap.common.process import tune_process
 
 B, K, T, V, H = 13, 5, 20, len(WORDS), 512
 STEPS = {"tutorial-gru": 390.0, "att2in": 330.0, "lstm-init": 700.0}  # captions a second wanted of each
 RECIPES = (
-    "show-and-tell", "lstm-init", "lstm-inject", "tutorial-gru", "soft-attention", "att2in", "top-down", "transformer",
-)  # fmt: skip
+    "show-and-tell",
+    "lstm-init",
+    "lstm-inject",
+    "tutorial-gru",
+    "soft-attention",
+    "att2in",
+    "top-down",
+    "transformer",
+)
 
 
 def measure(work: Path, quick: bool) -> Iterator[Row]:
@@ -31,12 +38,17 @@ def measure(work: Path, quick: bool) -> Iterator[Row]:
             },
         )
         yield Row(
-            "training", f"a step of {recipe}", "captions/s", values["ours"], values["baseline"], values["limit"],
+            "training",
+            f"a step of {recipe}",
+            "captions/s",
+            values["ours"],
+            values["baseline"],
+            values["limit"],
             "float32, word by word, the grid projected anew at each",
             "the step's operations at the rate of a large matrix product",
             {"value": wanted, "of limit": 0.5},
             f"{B} images x {K} captions of {T} words, {V} words, hidden {H}, 8 x 8 x 2048",
-        )  # fmt: skip
+        )
     images = B * (8 if quick else 32)
     store, captions = make_store(work / "train.h5", images), make_captions(work / "captions.json", images)
     for recipe in RECIPES[-1:] if quick else RECIPES:
@@ -45,13 +57,17 @@ def measure(work: Path, quick: bool) -> Iterator[Row]:
             for turn in range(1 if quick else 3)
         ]
         yield Row(
-            "training", f"{recipe} waits for batches", "share", shares, wanted={"at most": 0.02},
+            "training",
+            f"{recipe} waits for batches",
+            "share",
+            shares,
+            wanted={"at most": 0.02},
             note=f"of the time of an epoch of {images // B} steps, the first included",
-        )  # fmt: skip
+        )
 
 
 def _settings(recipe: str) -> Any:
-    from common.config import load_config
+    from gridcap.common.config import load_config
 
     return load_config(None, {"train.decoder.hidden_size": H}, recipe=recipe).train
 
@@ -59,7 +75,7 @@ def _settings(recipe: str) -> Any:
 def _tensors(device: Any) -> tuple[Any, Any]:
     import torch
 
-    from train.vocabulary import BOS, EOS
+    from gridcap.train.data.vocabulary import BOS, EOS
 
     torch.manual_seed(0)
     tokens = torch.randint(4, V, (B, K, T + 1))
@@ -77,11 +93,11 @@ def _step_of_ours(recipe: str) -> tuple[Callable[[], object], Any]:
     import numpy as np
     import torch
 
-    from common.device import choose_device, choose_precision
-    from train.decoders.build import build_decoder
-    from train.objective import CrossEntropy
-    from train.optimizer import make_optimizer, take_step
-    from train.stream import CaptionBatch
+    from gridcap.common.device import choose_device, choose_precision
+    from gridcap.train.data.stream import CaptionBatch
+    from gridcap.train.decoders.build import build_decoder
+    from gridcap.train.engine.optimizer import make_optimizer, take_step
+    from gridcap.train.objectives.base import CrossEntropy
 
     settings, device = _settings(recipe), choose_device("auto")
     precision = choose_precision("auto", device)
@@ -112,7 +128,7 @@ def naive(recipe: str) -> float:
     import torch
 
     from bench.naive import NaiveAttention, NaiveInit, naive_step
-    from common.device import choose_device
+    from gridcap.common.device import choose_device
 
     decoder, device = _settings(recipe).decoder, choose_device("auto")
     if recipe == "lstm-init":
@@ -149,10 +165,26 @@ def waiting(recipe: str, store: str, captions: str, run: str) -> float:
     import subprocess
     import sys
 
-    command = "from train.cli import train_decoder; train_decoder()"
+    command = "from gridcap.train.cli import train_decoder; train_decoder()"
     subprocess.run(
-        [sys.executable, "-c", command, "--recipe", recipe, "--features", store, "--annotations", captions,
-         "--output", run, "--epochs", "1", "--batch-size", str(B)],
-        check=True, capture_output=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            command,
+            "--recipe",
+            recipe,
+            "--features",
+            store,
+            "--annotations",
+            captions,
+            "--output",
+            run,
+            "--epochs",
+            "1",
+            "--batch-size",
+            str(B),
+        ],
+        check=True,
+        capture_output=True,
+    )
     return float(json.loads((Path(run) / "metrics.jsonl").read_text().splitlines()[-1])["waited"])

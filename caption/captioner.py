@@ -13,17 +13,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.config import CaptionConfig
-from common.device import choose_device
-from common.errors import ExtractionError, WeightsError
-from common.image import decoder_name, load_square, load_view
-from common.provenance import check_same_features
-from common.quantise import as_stored
-from common.shard import returned_type
-from extract.encoder import ENCODERS, GridEncoder, describe_features, identify_weights, imagenet_name
-from train.checkpoint import Checkpoint
-from train.ensemble import load_ensemble
-from train.search import Hypothesis, search_alternatives, search_captions
+from gridcap.common.config import CaptionConfig
+from gridcap.common.device import choose_device
+from gridcap.common.errors import ExtractionError, WeightsError
+from gridcap.common.image import decoder_name, load_image, load_view
+from gridcap.common.store.provenance import check_same_features
+from gridcap.common.store.quantize import as_stored
+from gridcap.common.store.shard import read_dtype
+from gridcap.extract.encoders.grid_encoder import (
+    ENCODERS,
+    GridEncoder,
+    describe_features,
+    identify_weights,
+    imagenet_name,
+)
+from gridcap.train.decoding.search import Hypothesis, search_alternatives, search_captions
+from gridcap.train.engine.checkpoint import Checkpoint
+from gridcap.train.ensemble import load_ensemble
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class Caption:
         log_prob: natural logarithm of its probability, as for `train.search.Hypothesis`.
         attention: (words, rows, columns) float32, where the decoder looked as it wrote each word; each sums to
             1 over the grid. None for a decoder without attention.
-        image: uint8 (H, W, 3), what the grid covers of the photograph, for showing; None if it was not kept.
+        image: uint8 (H, W, 3), what the grid covers of the photo, for showing; None if it was not kept.
     """
 
     text: str
@@ -50,7 +56,7 @@ class Caption:
         said = f"{html.escape(self.text)} <small>(log-probability {self.log_prob:.2f})</small>"
         if self.image is None:
             return f"<p>{said}</p>"
-        from caption.attention import attention_png, png
+        from gridcap.caption.attention_maps import attention_png, png
 
         whole = png(self.image) if self.attention is None else attention_png(self.image, self)
         data = base64.b64encode(whole).decode()
@@ -62,7 +68,7 @@ class Caption:
 
 
 class Captioner:
-    """Captions photographs with a trained decoder and the very encoder its features came from.
+    """Captions photos with a trained decoder and the very encoder its features came from.
 
     Args:
         checkpoint: the decoder, or an ensemble of several.
@@ -86,21 +92,21 @@ class Captioner:
             raise WeightsError(
                 f"{checkpoint.path}: was trained on {provenance['encoder']} features "
                 f"({provenance['weights']['name']}), and their encoder is not known here",
-                "new photographs need a decoder trained on features made by extract-features",
+                "new photos need a decoder trained on features made by extract-features",
             )
         self._device = choose_device(device)
-        self._geometry = provenance["preprocessing"]["geometry"]
+        self._geometry = provenance["preprocessing"]["resize_mode"]
         name, dtype = provenance["encoder"], provenance["dtype"]
         identity = identify_weights(name, self._weights_source(weights))
         found = describe_features(name, identity, self._geometry, "auto", device, dtype, decoder_name())
-        # Photographs given one by one go through Pillow, also where a folder went through nvJPEG: refusing them
-        # would leave such a decoder without any new photograph. `foreign_pixels` says so.
+        # Photos given one by one go through Pillow, also where a folder went through nvJPEG: refusing them
+        # would leave such a decoder without any new photo. `foreign_pixels` says so.
         self.foreign_pixels = provenance["preprocessing"].get("decoder") == "nvjpeg"
         if self.foreign_pixels:
             found["preprocessing"]["decoder"] = "nvjpeg"
         check_same_features(provenance, found, f"{checkpoint.path} was trained on", "this encoder makes")
         self._stored = np.dtype(dtype)
-        self._encoder = GridEncoder(name, identity, "auto", device, returned_type(self._stored).name)
+        self._encoder = GridEncoder(name, identity, "auto", device, read_dtype(self._stored).name)
         self._decoder = checkpoint.decoder.to(self._device)
 
     @classmethod
@@ -131,7 +137,7 @@ class Captioner:
     @overload
     def __call__(self, images: Sequence[str | Path], **options: Any) -> list[Caption]: ...
     def __call__(self, images: str | Path | Sequence[str | Path], **options: Any) -> Caption | list[Caption]:
-        """Caption a photograph, or many, with the pictures kept for a notebook.
+        """Caption a photo, or many, with the pictures kept for a notebook.
 
             captioner = Captioner.load("runs/x")
             captioner("photo.jpg").text
@@ -145,7 +151,7 @@ class Captioner:
             A caption, or a list of them.
 
         Raises:
-            BadImageError: a file cannot be used.
+            InvalidImageError: a file cannot be used.
             pydantic.ValidationError: no such option, or no such value of it.
         """
         if isinstance(images, str | Path):
@@ -173,18 +179,18 @@ class Captioner:
             A caption an image, in their order.
 
         Raises:
-            BadImageError: a file cannot be used; filter with `load_square` first.
+            InvalidImageError: a file cannot be used; filter with `load_image` first.
         """
         return self.caption_squares(np.stack([self.square(path) for path in images]), search, generator)
 
     def square(self, image: Path) -> np.ndarray:
-        """The image as the encoder sees it, uint8 (side, side, 3). Raises BadImageError."""
-        return load_square(image, self._encoder.side, self._geometry)
+        """The image as the encoder sees it, uint8 (side, side, 3). Raises InvalidImageError."""
+        return load_image(image, self._encoder.side, self._geometry)
 
     def view(self, image: Path, longest: int = 480) -> np.ndarray:
         """What the grid covers of an image, for showing: uint8 (H, W, 3), in its own proportions.
 
-        The whole image when it was stretched, else the square that was cut or padded. Raises BadImageError.
+        The whole image when it was stretched, else the square that was cut or padded. Raises InvalidImageError.
         """
         return load_view(image, self._encoder.side, self._geometry, longest)
 
@@ -205,10 +211,10 @@ class Captioner:
             seed: for sampling; captions that are drawn twice are given once, the likeliest first.
 
         Raises:
-            BadImageError: the file cannot be used.
+            InvalidImageError: the file cannot be used.
         """
         grids = self._grids(np.stack([self.square(image)]))
-        if search.search == "beam":
+        if search.decoding == "beam":
             (found,) = search_alternatives(self._decoder, grids, search)
         else:
             generator = torch.Generator().manual_seed(seed)

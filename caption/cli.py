@@ -1,4 +1,4 @@
-"""caption-images: captions for photographs that the model never saw."""
+"""caption-images: captions for photos that the model never saw."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 import click
 import numpy as np
 
-from caption.options import warn_if_random, weights_option
-from common.annotations import list_images
-from common.command import flag, pipeline_command, show_config
-from common.config import CaptionConfig, PipelineConfig
-from common.errors import EXIT_REJECTS, UserError
-from common.files import check_writable, write_json
+from gridcap.caption.options import warn_if_random, weights_option
+from gridcap.common.annotations import list_images
+from gridcap.common.command import flag, pipeline_command, show_config
+from gridcap.common.config import CaptionConfig, PipelineConfig
+from gridcap.common.errors import EXIT_INVALID, UserError
+from gridcap.common.files import check_writable, write_json
 
 if TYPE_CHECKING:
-    from caption.captioner import Caption, Captioner
+    from gridcap.caption.captioner import Caption, Captioner
 
 EXAMPLES = """
 caption-images --checkpoint runs/mine photo.jpg
@@ -25,7 +25,7 @@ caption-images --checkpoint runs/mine holiday/ --output captions.json
 caption-images --checkpoint runs/mine photo.jpg --attention looked.png --beam-size 5
 caption-images --checkpoint runs/mine holiday/ --report report.html        (a page: hover a word to see the look)
 caption-images --checkpoint runs/a --checkpoint runs/b photo.jpg --block-trigrams
-caption-images --checkpoint runs/mine photo.jpg --search sample --top-p 0.9 --seed 1
+caption-images --checkpoint runs/mine photo.jpg --decoding sample --top-p 0.9 --seed 1
 """
 PICTURE_SUFFIXES = (".png", ".pdf", ".svg")
 _MOST_PANELS = 40  # images in one attention picture
@@ -34,9 +34,13 @@ _MOST_PANELS = 40  # images in one attention picture
 @pipeline_command("caption-images", EXAMPLES)
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
-    "--checkpoint", "checkpoints", type=click.Path(path_type=Path), required=True, multiple=True,
+    "--checkpoint",
+    "checkpoints",
+    type=click.Path(path_type=Path),
+    required=True,
+    multiple=True,
     help="Folder of a run or of a checkpoint. Several decode together: give it again.",
-)  # fmt: skip
+)
 @click.option("--output", type=click.Path(path_type=Path), help="Write the captions to this JSON file too.")
 @click.option(
     "--attention",
@@ -49,12 +53,12 @@ _MOST_PANELS = 40  # images in one attention picture
     help="Write a page with the images, their captions, and where the decoder looked: .html, in one file.",
 )
 @weights_option
-@flag("--search", "caption.search")
+@flag("--decoding", "caption.decoding")
 @flag("--beam-size", "caption.beam_size")
 @flag("--max-length", "caption.max_length")
 @flag("--length-penalty", "caption.length_penalty")
 @flag("--block-trigrams", "caption.block_trigrams")
-@flag("--consensus", "caption.consensus")
+@flag("--mbr", "caption.mbr")
 @flag("--temperature", "caption.temperature")
 @flag("--top-k", "caption.top_k")
 @flag("--top-p", "caption.top_p")
@@ -62,10 +66,16 @@ _MOST_PANELS = 40  # images in one attention picture
 @flag("--batch-size", "caption.batch_size")
 @flag("--device", "extract.device")
 def main(
-    config: PipelineConfig, dry_run: bool, images: tuple[Path, ...], checkpoints: tuple[Path, ...],
-    output: Path | None, attention: Path | None, report: Path | None, weights: Path | None,
-) -> None:  # fmt: skip
-    """Caption photographs: files, or folders of them.
+    config: PipelineConfig,
+    dry_run: bool,
+    images: tuple[Path, ...],
+    checkpoints: tuple[Path, ...],
+    output: Path | None,
+    attention: Path | None,
+    report: Path | None,
+    weights: Path | None,
+) -> None:
+    """Caption photos: files, or folders of them.
 
     Prints a line an image: path, tab, caption. An image that cannot be read is named and left out. Exit status:
     0 all captioned, 3 some images could not be read, 1 failure, 2 wrong use.
@@ -77,12 +87,12 @@ def main(
         raise UserError(
             f"--attention: {len(paths)} images are too many for one picture", f"give at most {_MOST_PANELS}"
         )
-    from common.report import check_is_html
+    from gridcap.common.report.page import check_is_html
 
     if report is not None:
         check_is_html(report)
-    from caption.captioner import Captioner
-    from train.checkpoint import find_checkpoint
+    from gridcap.caption.captioner import Captioner
+    from gridcap.train.engine.checkpoint import find_checkpoint
 
     if dry_run:
         click.echo("configuration")
@@ -102,8 +112,9 @@ def main(
     if captioner.foreign_pixels:
         click.echo(
             "note: the decoder was trained on images decoded by nvJPEG, and these go through Pillow: their pixels "
-            "differ a little", err=True,
-        )  # fmt: skip
+            "differ a little",
+            err=True,
+        )
     found, bad = _caption_all(captioner, paths, config.caption, config.seed)
     if output is not None:
         write_json(output, [{"file_name": str(p), "caption": c.text, "log_prob": c.log_prob} for p, c in found.items()])
@@ -113,7 +124,7 @@ def main(
     if report is not None and found:
         _report(captioner, found, config.caption, report)
     if bad:
-        sys.exit(EXIT_REJECTS)
+        sys.exit(EXIT_INVALID)
 
 
 def _expand(images: tuple[Path, ...]) -> list[Path]:
@@ -135,7 +146,7 @@ def _caption_all(
     """Caption in batches; print each caption as it comes."""
     import torch
 
-    from common.image import BadImageError
+    from gridcap.common.image import InvalidImageError
 
     generator = torch.Generator().manual_seed(seed)
     found: dict[Path, Caption] = {}
@@ -145,7 +156,7 @@ def _caption_all(
         for path in paths[start : start + search.batch_size]:
             try:
                 squares[path] = captioner.square(path)
-            except BadImageError as error:
+            except InvalidImageError as error:
                 bad[path] = str(error)
                 click.echo(f"{path}: left out: {error}", err=True)
         if squares:
@@ -157,21 +168,21 @@ def _caption_all(
 
 
 def _draw(captioner: Captioner, found: dict[Path, Caption], path: Path) -> None:
-    from caption.attention import draw_attention
+    from gridcap.caption.attention_maps import plot_attention
 
     views = [captioner.view(image) for image in found]
     titles = [f"{image.name}: {caption.text}" for image, caption in found.items()]
-    draw_attention(views, list(found.values()), titles, path)
+    plot_attention(views, list(found.values()), titles, path)
     click.echo(f"attention: {path}", err=True)
 
 
 def _report(captioner: Captioner, found: dict[Path, Caption], search: CaptionConfig, path: Path) -> None:
-    from common.report import LONGEST, ReportImage, describe_encoder, write_report
+    from gridcap.common.report.page import LONGEST, ReportImage, describe_encoder, write_report
 
     facts = {
         "checkpoint": str(captioner.checkpoint.path),
         "encoder": describe_encoder(captioner.provenance),
-        "search": f"beam {search.beam_size}" if search.search == "beam" else "sampled",
+        "search": f"beam {search.beam_size}" if search.decoding == "beam" else "sampled",
     }
     shown = (
         ReportImage(str(image), captioner.view(image, LONGEST), caption.text, caption.tokens, caption.attention)

@@ -1,4 +1,4 @@
-"""What the commands that caption photographs share."""
+"""What the commands that caption photos share."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from caption.captioner import Captioner
+    from gridcap.caption.captioner import Captioner
 
 weights_option = click.option(
-    "--weights", type=click.Path(path_type=Path),
+    "--weights",
+    type=click.Path(path_type=Path),
     help="The encoder's weights file, when the features came from a local one; else found by the checkpoint.",
-)  # fmt: skip
+)
 
 
 def warn_if_random(captioners: Sequence[Captioner]) -> None:
     """Say on the screen that a decoder was trained on features of an encoder that never was."""
     if any(captioner.provenance["weights"]["random"] for captioner in captioners):
         click.secho(
-            "WARNING: this decoder was trained on random encoder weights: its captions mean nothing for photographs.",
-            fg="yellow", err=True,
-        )  # fmt: skip
+            "WARNING: this decoder was trained on random encoder weights: its captions mean nothing for photos.",
+            fg="yellow",
+            err=True,
+        )

@@ -1,4 +1,4 @@
-"""The page: a photograph in, captions out, and where the decoders looked. Made with Gradio.
+"""The page: a photo in, captions out, and where the decoders looked. Made with Gradio.
 
 Gradio asks its makers' servers for versions, fonts and analytics unless it is told not to; here it is, before it is
 imported.
@@ -20,10 +20,10 @@ os.environ.update({"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1", "
 import gradio as gr
 from PIL import Image
 
-from caption.captioner import Caption, Captioner
-from common.config import CaptionConfig
-from common.image import FORMATS, BadImageError
-from common.report import ReportImage, describe_encoder, render_image
+from gridcap.caption.captioner import Caption, Captioner
+from gridcap.common.config import CaptionConfig
+from gridcap.common.image import FORMATS, InvalidImageError
+from gridcap.common.report.page import ReportImage, describe_encoder, render_image
 
 MOST_BYTES = 20 << 20
 MOST_PIXELS = 50_000_000
@@ -50,26 +50,28 @@ def make_page(captioners: Sequence[Captioner], names: Sequence[str], defaults: C
             return [""] * len(captioners)
         try:
             _check(Path(path))
-            changes: dict[str, Any] = {"search": search, "beam_size": int(beams), "max_length": int(length)}
+            changes: dict[str, Any] = {"decoding": search, "beam_size": int(beams), "max_length": int(length)}
             changes["temperature"] = temperature if search == "sample" else 1.0
             settings = defaults.model_copy(update=changes)
             with turn:
                 found = [captioner.alternatives(Path(path), settings, int(seed)) for captioner in captioners]
-        except (BadImageError, _RefusedError) as error:
+        except (InvalidImageError, _RefusedError) as error:
             raise gr.Error(f"This file cannot be captioned: {error}.", print_exception=False) from None
         return [_shown(captions) for captions in found]
 
     with gr.Blocks(title="Gridcap", analytics_enabled=False) as page:
-        gr.Markdown("# Gridcap\nDrop a photograph, choose one, or paste one.")
+        gr.Markdown("# Gridcap\nDrop a photo, choose one, or paste one.")
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
-                photo = gr.Image(label="Photograph", sources=["upload", "clipboard"], elem_id="photo", buttons=[])
+                photo = gr.Image(label="Photo", sources=["upload", "clipboard"], elem_id="photo", buttons=[])
                 photo.preprocess = _path  # type: ignore[method-assign]  # the file as it came: opening and judging it is ours
                 with gr.Accordion("Settings", open=False):
                     search = gr.Radio(
-                        [("likeliest (beam search)", "beam"), ("drawn by chance", "sample")], value=defaults.search,
-                        label="Captions", elem_id="search",
-                    )  # fmt: skip
+                        [("likeliest (beam search)", "beam"), ("drawn by chance", "sample")],
+                        value=defaults.decoding,
+                        label="Captions",
+                        elem_id="search",
+                    )
                     beams = gr.Slider(1, 10, max(3, defaults.beam_size), step=1, label="How many (beam size)")
                     length = gr.Slider(1, 40, defaults.max_length, step=1, label="Longest caption, in words")
                     temperature = gr.Slider(0.1, 2.0, 1.0, step=0.1, label="Temperature (by chance: lower is bolder)")
@@ -96,10 +98,21 @@ def serve(page: Any, host: str, port: int) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         _, url, _ = page.launch(
-            server_name=host, server_port=port, share=False, max_file_size=MOST_BYTES, theme=theme, show_error=True,
-            quiet=True, footer_links=[], inbrowser=False, prevent_thread_lock=True, ssr_mode=False, pwa=False,
-            enable_monitoring=False, mcp_server=False,
-        )  # fmt: skip
+            server_name=host,
+            server_port=port,
+            share=False,
+            max_file_size=MOST_BYTES,
+            theme=theme,
+            show_error=True,
+            quiet=True,
+            footer_links=[],
+            inbrowser=False,
+            prevent_thread_lock=True,
+            ssr_mode=False,
+            pwa=False,
+            enable_monitoring=False,
+            mcp_server=False,
+        )
     return str(url)
 
 

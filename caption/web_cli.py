@@ -7,10 +7,10 @@ from pathlib import Path
 
 import click
 
-from caption.options import warn_if_random, weights_option
-from common.command import flag, pipeline_command, show_config
-from common.config import PipelineConfig
-from common.errors import UserError
+from gridcap.caption.options import warn_if_random, weights_option
+from gridcap.common.command import flag, pipeline_command, show_config
+from gridcap.common.config import PipelineConfig
+from gridcap.common.errors import UserError
 
 EXAMPLES = """
 caption-web --checkpoint runs/mine
@@ -21,13 +21,17 @@ caption-web --checkpoint runs/mine --host 0.0.0.0 --port 8000         (for every
 
 @pipeline_command("caption-web", EXAMPLES)
 @click.option(
-    "--checkpoint", "checkpoints", type=click.Path(path_type=Path), required=True, multiple=True,
+    "--checkpoint",
+    "checkpoints",
+    type=click.Path(path_type=Path),
+    required=True,
+    multiple=True,
     help="Folder of a run or of a checkpoint. Several are shown side by side: give it again.",
-)  # fmt: skip
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is everywhere.")
 @click.option("--port", type=click.IntRange(1, 65535), default=7860, show_default=True, help="Port to listen on.")
 @weights_option
-@flag("--search", "caption.search")
+@flag("--decoding", "caption.decoding")
 @flag("--beam-size", "caption.beam_size")
 @flag("--length-penalty", "caption.length_penalty")
 @flag("--max-length", "caption.max_length")
@@ -35,11 +39,11 @@ caption-web --checkpoint runs/mine --host 0.0.0.0 --port 8000         (for every
 def main(
     config: PipelineConfig, dry_run: bool, checkpoints: tuple[Path, ...], host: str, port: int, weights: Path | None
 ) -> None:
-    """Serve a web page: a photograph in, captions out, and where the decoder looked.
+    """Serve a web page: a photo in, captions out, and where the decoder looked.
 
     Nothing leaves this machine. Ctrl-C ends it.
     """
-    from train.checkpoint import find_checkpoint
+    from gridcap.train.engine.checkpoint import find_checkpoint
 
     if dry_run:
         click.echo("configuration")
@@ -49,11 +53,11 @@ def main(
         return
     if importlib.util.find_spec("gradio") is None:
         raise UserError("caption-web needs Gradio, and it is not installed", "pip install 'gridcap[web]'")
-    from caption.captioner import Captioner
+    from gridcap.caption.captioner import Captioner
 
     captioners = [Captioner.load(path, device=config.extract.device, weights=weights) for path in checkpoints]
     warn_if_random(captioners)
-    from caption.web import make_page, serve
+    from gridcap.caption.web import make_page, serve
 
     page = make_page(captioners, [str(path) for path in checkpoints], config.caption)
     try:

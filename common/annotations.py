@@ -1,7 +1,7 @@
 """Caption files -> image records: COCO JSON, Karpathy's split file, CSV, or a folder without captions.
 
 Nothing bad in a file is silent: every problem is counted by kind with the first examples, and is fatal only
-above `max_bad`.
+above `max_invalid`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from common.config import SplitConfig, allowed_bad
-from common.errors import AnnotationError
+from gridcap.common.config import SplitConfig, max_invalid_count
+from gridcap.common.errors import AnnotationError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 _EXAMPLES_KEPT = 3
@@ -68,7 +68,7 @@ class AnnotationSet:
     problems: Problems
 
 
-def load_split(split: SplitConfig, name: str, seed: int = 0, max_bad: str = "20%") -> AnnotationSet:
+def load_split(split: SplitConfig, name: str, seed: int = 0, max_invalid: str = "20%") -> AnnotationSet:
     """Load a split's images and captions, take its subset, and stop if too much is bad.
 
     Args:
@@ -76,14 +76,14 @@ def load_split(split: SplitConfig, name: str, seed: int = 0, max_bad: str = "20%
         name: the split's name; it picks the part of a Karpathy file (`karpathy-train`, or just `train`).
         seed: of the random order that `skip` and `limit` cut. The subset is cut by images, never by captions,
             so no image stands in two disjoint subsets.
-        max_bad: how many problems are allowed, "10" or "5%" of the images and captions.
+        max_invalid: how many problems are allowed, "10" or "5%" of the images and captions.
 
     Raises:
         AnnotationError: unreadable, of no known layout, or too many problems.
     """
     loaded = load_annotations(split.annotations, name) if split.annotations else list_images(split.images)
     source = split.annotations or split.images
-    _check_problems(source, loaded.problems, sum(max(1, len(r.captions)) for r in loaded.records), max_bad)
+    _check_problems(source, loaded.problems, sum(max(1, len(r.captions)) for r in loaded.records), max_invalid)
     records = loaded.records
     if split.limit is not None or split.skip:
         order = np.random.default_rng([seed, 0x5B5E7]).permutation(len(records))
@@ -94,7 +94,7 @@ def load_split(split: SplitConfig, name: str, seed: int = 0, max_bad: str = "20%
     return AnnotationSet(records, loaded.problems)
 
 
-def captions_alone(path: Path) -> SplitConfig:
+def captions_only(path: Path) -> SplitConfig:
     """A split for a captions file given by itself, where nobody looks at the images."""
     return SplitConfig(images=path.parent, annotations=path)
 
@@ -135,12 +135,12 @@ def load_annotations(path: Path, part: str = "train") -> AnnotationSet:
 
 
 def split_images(
-    split: SplitConfig, name: str, seed: int = 0, max_bad: str = "20%"
+    split: SplitConfig, name: str, seed: int = 0, max_invalid: str = "20%"
 ) -> tuple[Iterable[ImageRecord], Problems]:
     """The images of a split for extraction, where captions do not matter: of a whole folder as a stream.
 
     Args:
-        split, name, seed, max_bad: as for `load_split`.
+        split, name, seed, max_invalid: as for `load_split`.
 
     Returns:
         The images, which may be gone through more than once, and what was wrong; of a folder, known at their end.
@@ -149,9 +149,9 @@ def split_images(
         AnnotationError: as for `load_split`; of a folder, when its images are gone through.
     """
     if split.annotations is None and split.limit is None and not split.skip:
-        images = FolderImages(split.images, max_bad)
+        images = FolderImages(split.images, max_invalid)
         return images, images.problems
-    loaded = load_split(split, name, seed, max_bad)
+    loaded = load_split(split, name, seed, max_invalid)
     return loaded.records, loaded.problems
 
 
@@ -162,7 +162,7 @@ class FolderImages:
 
     Args:
         folder: to look in; links to folders are not followed.
-        max_bad: how many file names may be bad.
+        max_invalid: how many file names may be bad.
 
     Attributes:
         problems: what was wrong, after the images were gone through.
@@ -172,9 +172,9 @@ class FolderImages:
         AnnotationError: on iteration: the folder is missing or holds no images, or too many names are bad.
     """
 
-    def __init__(self, folder: Path, max_bad: str = "100%") -> None:
+    def __init__(self, folder: Path, max_invalid: str = "100%") -> None:
         self._folder = folder
-        self._max_bad = max_bad
+        self._max_bad = max_invalid
         self.problems = Problems()
         self.left_out: Counter[str] = Counter()
 
@@ -226,12 +226,12 @@ def list_images(folder: Path) -> AnnotationSet:
     return AnnotationSet(list(images), images.problems)
 
 
-def _check_problems(source: Path, problems: Problems, good: int, max_bad: str) -> None:
+def _check_problems(source: Path, problems: Problems, good: int, max_invalid: str) -> None:
     bad = sum(problems.counts.values())
-    if bad > allowed_bad(max_bad, good + bad):
+    if bad > max_invalid_count(max_invalid, good + bad):
         raise AnnotationError(
-            f"{source}: {bad} of {good + bad} items are bad, more than {max_bad}: {'; '.join(problems.lines())}",
-            "mend the file, or allow more with --set data.max_bad=50%",
+            f"{source}: {bad} of {good + bad} items are bad, more than {max_invalid}: {'; '.join(problems.lines())}",
+            "mend the file, or allow more with --set data.max_invalid=50%",
         )
 
 

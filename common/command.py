@@ -17,10 +17,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import click
 from pydantic_core import PydanticUndefined
 
-from common.allocator import keep_large_buffers
-from common.config import PipelineConfig, describe_key, load_config
-from common.errors import EXIT_FAILURE, EXIT_INTERRUPTED, GridcapError, from_os_error
-from common.threads import spin_briefly
+from gridcap.common.config import PipelineConfig, describe_key, load_config
+from gridcap.common.errors import EXIT_FAILURE, EXIT_INTERRUPTED, GridcapError, from_os_error
+from gridcap.common.process import tune_process
 
 _LAYERS = "gridcap.layers"  # the flags and --set values of the running command
 
@@ -89,7 +88,7 @@ class PipelineCommand(click.Command):
             else:
                 hint = "this is a defect in gridcap: run again with --debug and report what it prints"
                 shown = GridcapError(f"{type(error).__name__}: {error}", hint)
-            click.echo(f"error: {shown.what}\n  what to do: {shown.hint}", err=True)
+            click.echo(f"error: {shown.message}\n  what to do: {shown.hint}", err=True)
             ctx.exit(shown.exit_status)
         return EXIT_FAILURE
 
@@ -129,9 +128,11 @@ def flag(name: str, key: str) -> Callable[[Any], Any]:
 
 
 def pipeline_command(
-    name: str, examples: str, own_keys: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    name: str,
+    examples: str,
+    own_keys: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     own_recipe: Callable[[dict[str, Any]], str | None] | None = None,
-) -> Callable[[Callable[..., Any]], PipelineCommand]:  # fmt: skip
+) -> Callable[[Callable[..., Any]], PipelineCommand]:
     """Declare a command. The function gets `config` and `dry_run`, and its own options that are no ConfigFlag.
 
     Args:
@@ -159,27 +160,27 @@ def pipeline_command(
             click.version_option(None, "--version", package_name="gridcap", prog_name=name),
             click.option("--debug", is_flag=True, help="Show the traceback of an error."),
             click.option("--dry-run", is_flag=True, help="Print the configuration and what would be done, then stop."),
-            click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Set any key: train.clip_norm=1."),
             click.option(
-                "--config", "config_path", type=click.Path(path_type=Path),
+                "--set", "sets", multiple=True, metavar="KEY=VALUE", help="Set any key: train.max_grad_norm=1."
+            ),
+            click.option(
+                "--config",
+                "config_path",
+                type=click.Path(path_type=Path),
                 help="YAML file with the whole run  [default: pipeline.yaml if it is here]; flags go over it.",
             ),
-        )  # fmt: skip
+        )
         decorated: Any = run
         for decorator in decorators:
             decorated = decorator(decorated)
         return click.command(
-            name, cls=PipelineCommand, epilog=examples,
+            name,
+            cls=PipelineCommand,
+            epilog=examples,
             context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": False},
-        )(decorated)  # fmt: skip
+        )(decorated)
 
     return decorate
-
-
-def tune_process() -> None:
-    """What every command does before it loads torch, and whatever is measured beside one."""
-    keep_large_buffers()
-    spin_briefly()
 
 
 def reload_config(path: Path) -> PipelineConfig:

@@ -12,7 +12,7 @@ import sysconfig
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.errors import UserError
+from gridcap.common.errors import UserError
 
 if TYPE_CHECKING:
     import torch

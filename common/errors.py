@@ -10,8 +10,8 @@ import errno
 from pathlib import Path
 
 EXIT_FAILURE = 1
-EXIT_USER = 2
-EXIT_REJECTS = 3
+EXIT_USAGE = 2
+EXIT_INVALID = 3
 EXIT_INTERRUPTED = 130
 
 
@@ -19,22 +19,22 @@ class GridcapError(Exception):
     """An error with a message made for the user.
 
     Args:
-        what: one line that names the file or option and says what is wrong.
+        message: one line that names the file or option and says what is wrong.
         hint: one line that says what to do next.
     """
 
     exit_status = EXIT_FAILURE
 
-    def __init__(self, what: str, hint: str) -> None:
-        super().__init__(what)
-        self.what = what
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.message = message
         self.hint = hint
 
 
 class UserError(GridcapError):
     """The user asked for something that cannot be: a wrong path, option, file or combination."""
 
-    exit_status = EXIT_USER
+    exit_status = EXIT_USAGE
 
 
 class ConfigError(UserError):

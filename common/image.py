@@ -16,7 +16,7 @@ import PIL
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 
-LETTERBOX_GREY = 128
+LETTERBOX_GRAY = 128
 MAX_PIXELS = 89_478_485  # Pillow's own limit, where it only warns: a quarter of a GiB of RGB
 MAX_SECONDS = 10  # of computing for one image; waiting for a disk is not counted
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # Pillow would run Ghostscript for an EPS under any name
@@ -34,7 +34,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # th
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # on odd metadata, in the middle of a bar
 
 
-class BadImageError(Exception):
+class InvalidImageError(Exception):
     """An image that cannot be used; the message is the reason, in a few words."""
 
 
@@ -55,13 +55,13 @@ class WatchedFile(io.BufferedReader):
         self.scans: int | None = None
         if not stat.S_ISREG(os.fstat(self.fileno()).st_mode):
             self.close()
-            raise BadImageError("not a regular file")
+            raise InvalidImageError("not a regular file")
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and 0 <= size < _PIECE:
             return super().read(size)
         if time.thread_time() - self._begin > MAX_SECONDS:
-            raise BadImageError(f"takes more than {MAX_SECONDS} s to decode")
+            raise InvalidImageError(f"takes more than {MAX_SECONDS} s to decode")
         piece = super().read(size)
         if self.scans is not None and piece.count(SCAN) > self.scans:
             whole, end = len(piece), 0
@@ -76,17 +76,17 @@ def image_path(folder: Path, name: str, follow_links: bool) -> Path:
     """Where an image of a folder is.
 
     Raises:
-        BadImageError: its name leads out of the folder; or a link does, and that is not allowed.
+        InvalidImageError: its name leads out of the folder; or a link does, and that is not allowed.
     """
     if name.startswith("/") or ".." in name.split("/"):
-        raise BadImageError("its name leads out of the image folder")
+        raise InvalidImageError("its name leads out of the image folder")
     if _NO_NAME.search(name):
-        raise BadImageError("its name cannot be one of a file")
+        raise InvalidImageError("its name cannot be one of a file")
     path = folder / name
     if follow_links or not _has_link(folder, name):
         return path
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
-        raise BadImageError("a link leads out of the image folder (--set data.follow_links=true allows it)")
+        raise InvalidImageError("a link leads out of the image folder (--set data.follow_links=true allows it)")
     return path
 
 
@@ -100,52 +100,52 @@ def _has_link(folder: Path, name: str) -> bool:
     return False
 
 
-def load_square(path: Path, side: int, geometry: str) -> np.ndarray:
+def load_image(path: Path, side: int, resize_mode: str) -> np.ndarray:
     """Decode an image and make it square. Resizing is bilinear and antialiased, as Pillow does it, to one level.
 
     Args:
         path: JPEG, PNG, WebP, BMP, TIFF or GIF.
         side: of the result, in pixels.
-        geometry: "stretch" (the whole image, its aspect ratio changed: the habit of the Keras and TensorFlow
-            line), "crop" (the centre square) or "letterbox" (the whole image, grey bars).
+        resize_mode: "stretch" (the whole image, its aspect ratio changed: the habit of the Keras and TensorFlow
+            line), "crop" (the center square) or "letterbox" (the whole image, gray bars).
 
     Returns:
         uint8 (side, side, 3), RGB.
 
     Raises:
-        BadImageError: missing, empty, truncated, no image, too large, or takes too long.
+        InvalidImageError: missing, empty, truncated, no image, too large, or takes too long.
     """
     picture = load_rgb(path)
-    return _stretched(picture, side) if geometry == "stretch" else np.asarray(_square(picture, side, geometry))
+    return _stretched(picture, side) if resize_mode == "stretch" else np.asarray(_square(picture, side, resize_mode))
 
 
-def load_view(path: Path, side: int, geometry: str, longest: int) -> np.ndarray:
-    """What `load_square` covers of an image, for showing: the whole image in its own proportions when it was
+def load_view(path: Path, side: int, resize_mode: str, longest: int) -> np.ndarray:
+    """What `load_image` covers of an image, for showing: the whole image in its own proportions when it was
     stretched, else the square that was cut or padded.
 
     Args:
-        path, side, geometry: as for `load_square`.
+        path, side, resize_mode: as for `load_image`.
         longest: the result's longer side in pixels, at most.
 
     Returns:
         uint8 (H, W, 3), RGB.
 
     Raises:
-        BadImageError: as for `load_square`.
+        InvalidImageError: as for `load_image`.
     """
     picture = load_rgb(path)
-    if geometry != "stretch":
-        picture = _square(picture, side, geometry)
+    if resize_mode != "stretch":
+        picture = _square(picture, side, resize_mode)
     picture.thumbnail((longest, longest))
     return np.asarray(picture)
 
 
 def load_rgb(path: Path) -> Image.Image:
-    """Decode an image: EXIF rotation applied, transparency over white, 16-bit grey scaled to 8 bits, the first
+    """Decode an image: EXIF rotation applied, transparency over white, 16-bit gray scaled to 8 bits, the first
     frame of an animation.
 
     Raises:
-        BadImageError: missing, empty, truncated, no image, too large, or takes too long.
+        InvalidImageError: missing, empty, truncated, no image, too large, or takes too long.
     """
     try:
         with WatchedFile(path) as file, Image.open(file, formats=FORMATS) as image:
@@ -157,32 +157,32 @@ def load_rgb(path: Path) -> Image.Image:
                 else 1
             )
             if max(pixels, tile) > MAX_PIXELS:
-                raise BadImageError("too many pixels")
+                raise InvalidImageError("too many pixels")
             file.scans = max(1, _SCANS_TIMES_PIXELS // max(1, pixels)) if image.format in ("JPEG", "MPO") else None
             ImageOps.exif_transpose(image, in_place=True)
             return _to_rgb(image)
-    except (BadImageError, MemoryError):
+    except (InvalidImageError, MemoryError):
         raise
     except FileNotFoundError as error:
-        raise BadImageError("missing") from error
+        raise InvalidImageError("missing") from error
     except IsADirectoryError as error:
-        raise BadImageError("is a folder") from error
+        raise InvalidImageError("is a folder") from error
     except PermissionError as error:
-        raise BadImageError("no permission to read") from error
+        raise InvalidImageError("no permission to read") from error
     except Image.DecompressionBombError as error:
-        raise BadImageError("too many pixels") from error
+        raise InvalidImageError("too many pixels") from error
     except UnidentifiedImageError as error:
-        raise BadImageError("empty file" if path.stat().st_size == 0 else "not an image") from error
+        raise InvalidImageError("empty file" if path.stat().st_size == 0 else "not an image") from error
     except OSError as error:
         if error.errno in (errno.ENXIO, errno.ENODEV):  # a socket, or a device that nothing drives
-            raise BadImageError("not a regular file") from error
+            raise InvalidImageError("not a regular file") from error
         if error.errno in (errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP):
-            raise BadImageError(os.strerror(error.errno).lower()) from error
+            raise InvalidImageError(os.strerror(error.errno).lower()) from error
         if error.errno is not None:  # the machine's trouble, not the image's: a network folder that is gone
             raise
-        raise BadImageError(_reason(error)) from error
+        raise InvalidImageError(_reason(error)) from error
     except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
-        raise BadImageError(_reason(error)) from error
+        raise InvalidImageError(_reason(error)) from error
 
 
 def _reason(error: Exception) -> str:
@@ -214,13 +214,13 @@ def _stretched(image: Image.Image, side: int) -> np.ndarray:
     return square
 
 
-def _square(image: Image.Image, side: int, geometry: str) -> Image.Image:
-    """The centre square, or the whole image between grey bars."""
-    if geometry == "crop":
+def _square(image: Image.Image, side: int, resize_mode: str) -> Image.Image:
+    """The center square, or the whole image between gray bars."""
+    if resize_mode == "crop":
         return ImageOps.fit(image, (side, side), Image.Resampling.BILINEAR)
     scale = side / max(image.size)
     width, height = (max(1, round(length * scale)) for length in image.size)
-    whole = Image.new("RGB", (side, side), (LETTERBOX_GREY,) * 3)
+    whole = Image.new("RGB", (side, side), (LETTERBOX_GRAY,) * 3)
     fitted = image.resize((width, height), Image.Resampling.BILINEAR)
     whole.paste(fitted, ((side - width) // 2, (side - height) // 2))
     return whole

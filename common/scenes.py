@@ -1,6 +1,6 @@
 """Rendered scenes: one coloured object at one place, and sentences that describe it.
 
-They serve two ends: the demo's data set (`demo/`), and the fixed batch on which randomly initialised
+They serve two ends: the demo's data set (`demo/`), and the fixed batch on which randomly initialized
 encoders calibrate their BatchNorm statistics (`extract/encoder.py`). Everything is a pure function of the
 seed, down to the last pixel, on every machine.
 """
@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 SIZES = {"small": 0.24, "large": 0.44}  # side of the object over the side of the picture
-COLOURS = {
+COLORS = {
     "red": (214, 32, 32),
     "green": (24, 150, 54),
     "blue": (30, 60, 214),
@@ -23,10 +23,10 @@ COLOURS = {
     "black": (12, 12, 12),
 }
 SHAPES = ("ring", "square", "triangle", "cross")
-PLACES = {  # centre of the object, (x, y) over the side of the picture
+PLACES = {  # center of the object, (x, y) over the side of the picture
     "top left": (0.25, 0.25),
     "top right": (0.75, 0.25),
-    "centre": (0.50, 0.50),
+    "center": (0.50, 0.50),
     "bottom left": (0.25, 0.75),
     "bottom right": (0.75, 0.75),
 }
@@ -35,14 +35,14 @@ PLACES = {  # centre of the object, (x, y) over the side of the picture
 SYNONYMS = {
     "small": ("small", "little", "tiny"),
     "large": ("large", "big", "huge"),
-    "centre": ("centre", "middle"),
+    "center": ("center", "middle"),
 }
 TEMPLATES = (
-    "a {size} {colour} {shape} in the {place}",
-    "there is a {size} {colour} {shape} in the {place} of the picture",
-    "in the {place} sits a {size} {shape} painted {colour}",
-    "the {shape} in the {place} is {size} and {colour}",
-    "this picture shows one {colour} {shape} , {size} , in the {place}",
+    "a {size} {color} {shape} in the {place}",
+    "there is a {size} {color} {shape} in the {place} of the picture",
+    "in the {place} sits a {size} {shape} painted {color}",
+    "the {shape} in the {place} is {size} and {color}",
+    "this picture shows one {color} {shape} , {size} , in the {place}",
 )
 
 
@@ -51,41 +51,41 @@ class Scene:
     """The four attributes of one scene."""
 
     size: str
-    colour: str
+    color: str
     shape: str
     place: str
 
 
 def all_scenes() -> list[Scene]:
     """Every combination of attributes, in a fixed order: 2 x 6 x 4 x 5 = 240."""
-    return [Scene(*parts) for parts in itertools.product(SIZES, COLOURS, SHAPES, PLACES)]
+    return [Scene(*parts) for parts in itertools.product(SIZES, COLORS, SHAPES, PLACES)]
 
 
 def render(scene: Scene, rng: np.random.Generator, side: int = 320) -> Image.Image:
-    """Draw a scene: the object, slightly moved and scaled, on a noisy grey background with a gradient.
+    """Draw a scene: the object, slightly moved and scaled, on a noisy gray background with a gradient.
 
     Returns an RGB image of `side` x `side` pixels.
     """
     base, slope_x, slope_y = rng.uniform(105, 165), *rng.uniform(-25, 25, 2)
     ramp = np.linspace(-0.5, 0.5, side)
-    grey = base + slope_x * ramp[None, :] + slope_y * ramp[:, None] + rng.normal(0, 4, (side, side))
-    picture = Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8)).convert("RGB")
+    gray = base + slope_x * ramp[None, :] + slope_y * ramp[:, None] + rng.normal(0, 4, (side, side))
+    picture = Image.fromarray(np.clip(gray, 0, 255).astype(np.uint8)).convert("RGB")
 
     x, y = (np.array(PLACES[scene.place]) + rng.uniform(-0.03, 0.03, 2)) * side
     half = SIZES[scene.size] * rng.uniform(0.92, 1.08) * side / 2
-    colour = tuple(int(c) for c in np.clip(np.array(COLOURS[scene.colour]) + rng.integers(-8, 9, 3), 0, 255))
+    color = tuple(int(c) for c in np.clip(np.array(COLORS[scene.color]) + rng.integers(-8, 9, 3), 0, 255))
     draw = ImageDraw.Draw(picture)
     box = (x - half, y - half, x + half, y + half)
     if scene.shape == "ring":
-        draw.ellipse(box, outline=colour, width=round(half * 0.36))
+        draw.ellipse(box, outline=color, width=round(half * 0.36))
     elif scene.shape == "square":
-        draw.rectangle(box, fill=colour)
+        draw.rectangle(box, fill=color)
     elif scene.shape == "triangle":
-        draw.polygon([(x, y - half), (x - half, y + half), (x + half, y + half)], fill=colour)
+        draw.polygon([(x, y - half), (x - half, y + half), (x + half, y + half)], fill=color)
     else:
         arm = half * 0.30
-        draw.rectangle((x - arm, y - half, x + arm, y + half), fill=colour)
-        draw.rectangle((x - half, y - arm, x + half, y + arm), fill=colour)
+        draw.rectangle((x - arm, y - half, x + arm, y + half), fill=color)
+        draw.rectangle((x - half, y - arm, x + half, y + arm), fill=color)
     return picture
 
 
@@ -98,8 +98,8 @@ def describe(scene: Scene, rng: np.random.Generator) -> list[str]:
 
     captions = []
     for template in TEMPLATES:
-        place = word(scene.place) if scene.place == "centre" else f"{scene.place} corner"
-        captions.append(template.format(size=word(scene.size), colour=scene.colour, shape=scene.shape, place=place))
+        place = word(scene.place) if scene.place == "center" else f"{scene.place} corner"
+        captions.append(template.format(size=word(scene.size), color=scene.color, shape=scene.shape, place=place))
     return captions
 
 
@@ -114,7 +114,7 @@ def parse(caption: str) -> dict[str, str | None]:
 
     return {
         "size": named(SIZES),
-        "colour": named(tuple(COLOURS)),
+        "color": named(tuple(COLORS)),
         "shape": named(SHAPES),
         "place": named(tuple(PLACES)),
     }

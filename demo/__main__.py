@@ -16,15 +16,15 @@ from pathlib import Path
 import click
 import yaml
 
-from common.config import PipelineConfig
-from common.scenes import COLOURS, PLACES, SHAPES, SIZES, Scene, parse
 from demo.shapes import ShapesSplit, write_shapes
+from gridcap.common.config import PipelineConfig
+from gridcap.common.scenes import COLORS, PLACES, SHAPES, SIZES, Scene, parse
 
 IMAGES = {"train": 960, "val": 60, "test": 160}
 EPOCHS = 8
 SEEN = "decoder"
 BLIND = "blind"
-CHANCE = {"size": 1 / len(SIZES), "colour": 1 / len(COLOURS), "shape": 1 / len(SHAPES), "place": 1 / len(PLACES)}
+CHANCE = {"size": 1 / len(SIZES), "color": 1 / len(COLORS), "shape": 1 / len(SHAPES), "place": 1 / len(PLACES)}
 EXAMPLES_SHOWN = 5
 MARKER = ".gridcap-demo"  # only a folder that holds it is ever emptied
 
@@ -51,7 +51,7 @@ def main(weights: str, output: Path) -> None:
     for split in IMAGES:
         _run(["extract-features", *shared, "--split", split], seconds, "extract the features")
     _run(["train-decoder", *shared], seconds, "train the decoder")
-    blind_flags = ["--output", str(output / BLIND), "--set", "train.decoder.blind=true"]
+    blind_flags = ["--output", str(output / BLIND), "--set", "train.decoder.zero_features=true"]
     _run(["train-decoder", *shared, *blind_flags], seconds, "train it blind")
     for name in (SEEN, BLIND):
         test = ["--checkpoint", str(output / name), "--features", str(output / "features" / "test.h5")]
@@ -73,13 +73,20 @@ def _pipeline(output: Path, shapes: dict[str, ShapesSplit], weights: str) -> str
         },
         "extract": {"weights": weights, "shard_size": 256},
         "train": {
-            "output": str(output / SEEN), "epochs": EPOCHS, "captions_per_image": 3, "ema": 0.98,
+            "output": str(output / SEEN),
+            "epochs": EPOCHS,
+            "captions_per_image": 3,
+            "ema_decay": 0.98,
             "decoder": {
-                "family": "attention", "cell": "att2in", "output": "hidden",
-                "embed_size": 192, "hidden_size": 256, "attention_size": 96,
+                "family": "attention",
+                "cell": "att2in",
+                "output": "hidden",
+                "embed_size": 192,
+                "hidden_size": 256,
+                "attention_size": 96,
             },
         },
-    }  # fmt: skip
+    }
     PipelineConfig.model_validate(tree)
     return yaml.safe_dump(tree, sort_keys=False)
 
@@ -135,8 +142,8 @@ def _show(output: Path, test: ShapesSplit, seconds: dict[str, float], weights: s
     lines += ["", f"the picture of where the decoder looked: {picture}"]
     if weights.startswith("random"):
         lines += [
-            "The encoder has random weights: it separates simple shapes and colours, and would know nothing of a",
-            "photograph. The blind decoder never sees the grid: it knows the language alone.",
+            "The encoder has random weights: it separates simple shapes and colors, and would know nothing of a",
+            "photo. The blind decoder never sees the grid: it knows the language alone.",
         ]
     click.echo("\n".join(lines))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.scenes import Scene, all_scenes, describe, render
+from gridcap.common.scenes import Scene, all_scenes, describe, render
 
 COMBINATIONS = {"train": 180, "val": 20, "test": 40}  # of the 240
 FIRST_ID = {"train": 100_000, "val": 200_000, "test": 300_000}

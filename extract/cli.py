@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from common.annotations import FolderImages, split_images
-from common.command import flag, pipeline_command, show_config
-from common.config import PipelineConfig, SplitConfig
-from common.errors import EXIT_REJECTS, GridcapError, UserError
-from extract.cluster import WHOLE, find_share, local_device, local_number
+from gridcap.common.annotations import FolderImages, split_images
+from gridcap.common.command import flag, pipeline_command, show_config
+from gridcap.common.config import PipelineConfig, SplitConfig
+from gridcap.common.errors import EXIT_INVALID, GridcapError, UserError
+from gridcap.extract.cluster.share import WHOLE, find_share, local_device, local_number
 
 if TYPE_CHECKING:
-    from extract.plan import Plan
-    from extract.worker import Job, Summary
+    from gridcap.extract.plan import Plan
+    from gridcap.extract.worker import Job, Summary
 
 EXTRACT_EXAMPLES = """
 extract-features --split train                                   (paths from pipeline.yaml)
@@ -67,16 +67,19 @@ def _checked_devices(context: click.Context, parameter: click.Parameter, value: 
 @click.option("--split", help="Name of the split: train, val, test, karpathy-train, ... or your own.")
 @click.option("--images", type=click.Path(path_type=Path), help="Folder with the images  [data.splits.<split>.images]")
 @click.option(
-    "--annotations", type=click.Path(path_type=Path),
+    "--annotations",
+    type=click.Path(path_type=Path),
     help="Captions file: COCO JSON, Karpathy's JSON, or CSV image,caption  [data.splits.<split>.annotations]",
-)  # fmt: skip
+)
 @click.option(
     "--limit",
     type=click.IntRange(min=1),
     help="A seeded random subset of this many images  [data.splits.<split>.limit]",
 )
 @click.option(
-    "--output", type=click.Path(path_type=Path), help="The store's index file  [default: <data.features>/<split>.h5]"
+    "--output",
+    type=click.Path(path_type=Path),
+    help="The store's index file  [default: <data.features_dir>/<split>.h5]",
 )
 @flag("--encoder", "extract.encoder")
 @flag("--weights", "extract.weights")
@@ -85,13 +88,13 @@ def _checked_devices(context: click.Context, parameter: click.Parameter, value: 
 @flag("--shard-size", "extract.shard_size")
 @flag("--batch-size", "extract.batch_size")
 @flag("--device", "extract.device")
-@flag("--max-bad", "data.max_bad")
+@flag("--max-invalid", "data.max_invalid")
 @flag("--views", "extract.views")
 @flag("--compile", "extract.compile")
-@flag("--decoder", "extract.decoder")
+@flag("--jpeg-decoder", "extract.jpeg_decoder")
 @click.option("--append", is_flag=True, help="Add the images that are new in the list as new shards.")
-@click.option("--retry-rejected", is_flag=True, help="Try images again that were rejected before, and just those.")
-@click.option("--allow-rejects", is_flag=True, help="Exit with 0, not 3, when some images were rejected.")
+@click.option("--retry-invalid", is_flag=True, help="Try images again that were rejected before, and just those.")
+@click.option("--allow-invalid", is_flag=True, help="Exit with 0, not 3, when some images were rejected.")
 @click.option(
     "--worker",
     type=int,
@@ -99,9 +102,11 @@ def _checked_devices(context: click.Context, parameter: click.Parameter, value: 
 )
 @click.option("--workers", type=int, help="How many workers share the work; with --submit, how many to start.")
 @click.option(
-    "--devices", metavar="auto|N", callback=_checked_devices,
+    "--devices",
+    metavar="auto|N",
+    callback=_checked_devices,
     help="Start N processes on this machine that share the work; auto: one for each GPU.",
-)  # fmt: skip
+)
 @click.option("--submit", type=click.Choice(["slurm"]), help="Run as an array of jobs: writes the script, submits it.")
 @click.option("--partition", help="Slurm partition of the jobs.")
 @click.option("--time", help="Time limit of a job, as 2:00:00; a job that reaches it is requeued.")
@@ -111,11 +116,24 @@ def _checked_devices(context: click.Context, parameter: click.Parameter, value: 
 @click.option("--wait", is_flag=True, help="With --submit: follow the jobs until the store is complete.")
 @click.option("--brief", is_flag=True, hidden=True, help="Say only what happens: --devices says the rest once.")
 def main(
-    config: PipelineConfig, dry_run: bool, split: str | None, images: Path | None, annotations: Path | None,
-    limit: int | None, output: Path | None, append: bool, retry_rejected: bool, allow_rejects: bool,
-    worker: int | None, workers: int | None, devices: str | None, submit: str | None, brief: bool, wait: bool,
+    config: PipelineConfig,
+    dry_run: bool,
+    split: str | None,
+    images: Path | None,
+    annotations: Path | None,
+    limit: int | None,
+    output: Path | None,
+    append: bool,
+    retry_invalid: bool,
+    allow_invalid: bool,
+    worker: int | None,
+    workers: int | None,
+    devices: str | None,
+    submit: str | None,
+    brief: bool,
+    wait: bool,
     **slurm: Any,
-) -> None:  # fmt: skip
+) -> None:
     """Run a frozen CNN once over every image and store its grids.
 
     Writes the shards into a folder beside the index file, and the index last: when it is there, the store is
@@ -132,17 +150,17 @@ def main(
         raise UserError(
             "--submit slurm: how many jobs?", "give --workers with their number; each finds its own --worker"
         )
-    elif retry_rejected:
-        raise UserError("--retry-rejected: not with --submit", "run it here: it reads just the rejected images")
+    elif retry_invalid:
+        raise UserError("--retry-invalid: not with --submit", "run it here: it reads just the rejected images")
     config, name, chosen, output = _chosen(config, split, images, annotations, limit, output)
     quiet = brief or bool(local_number(os.environ))
     if not quiet:
         click.echo("configuration")
         show_config(config, "data", "extract")
-    records, problems = split_images(chosen, name, config.seed, config.data.max_bad)
+    records, problems = split_images(chosen, name, config.seed, config.data.max_invalid)
 
-    from extract import launch
-    from extract.run import extract_features, prepare, settled_plan
+    from gridcap.extract.cluster import launch
+    from gridcap.extract.run import extract_features, prepare, settled_plan
 
     processes = 1
     threads = None
@@ -168,7 +186,7 @@ def main(
         _announce(job, plan)
     if submit is not None:
         assert workers is not None
-        _submit(config, job, plan, workers, devices, slurm, wait, dry_run, append, allow_rejects)
+        _submit(config, job, plan, workers, devices, slurm, wait, dry_run, append, allow_invalid)
         return
     if share.workers > 1:
         click.echo(f"{share}: {len(share.of(plan.shards))} of {plan.shards} shards are mine")
@@ -178,23 +196,29 @@ def main(
     plan = settled_plan(config, job, append)
     if processes > 1:
         command = _command_again(frozenset(("devices", "worker", "workers", "brief")), "--brief")
-        summary = launch.extract_by_processes(
-            config, job, plan, share, processes, command, append, retry_rejected
-        )  # fmt: skip
+        summary = launch.extract_by_processes(config, job, plan, share, processes, command, append, retry_invalid)
     else:
         # A bar for each of several processes on one terminal, or in logs, could not be read.
         alone = share.workers == 1 or sys.stderr.isatty()
-        summary = extract_features(config, job, share, alone and not quiet, append, retry_rejected)
-    _end(job, plan, summary, allow_rejects, brief)
+        summary = extract_features(config, job, share, alone and not quiet, append, retry_invalid)
+    _end(job, plan, summary, allow_invalid, brief)
 
 
 def _submit(
-    config: PipelineConfig, job: Job, plan: Plan, workers: int, devices: str | None, slurm: dict[str, Any], wait: bool,
-    dry_run: bool, append: bool, allow_rejects: bool,
-) -> None:  # fmt: skip
+    config: PipelineConfig,
+    job: Job,
+    plan: Plan,
+    workers: int,
+    devices: str | None,
+    slurm: dict[str, Any],
+    wait: bool,
+    dry_run: bool,
+    append: bool,
+    allow_invalid: bool,
+) -> None:
     """Give the work to an array of jobs."""
-    from extract import launch
-    from extract.submit import SlurmRequest
+    from gridcap.extract.cluster import launch
+    from gridcap.extract.cluster.slurm import SlurmRequest
 
     jobs = min(workers, plan.shards)
     if jobs < workers:
@@ -205,16 +229,20 @@ def _submit(
     command = _command_again(frozenset(("submit", "workers", "wait", "dry_run", "precision", *slurm)), *more)
 
     def end(summary: Summary) -> None:
-        _end(job, plan, summary, allow_rejects)
+        _end(job, plan, summary, allow_invalid)
 
     request = SlurmRequest(jobs, **slurm)
     launch.submit_jobs(config, job, plan, request, command, wait, dry_run, append, end)
 
 
 def _chosen(
-    config: PipelineConfig, split: str | None, images: Path | None, annotations: Path | None, limit: int | None,
+    config: PipelineConfig,
+    split: str | None,
+    images: Path | None,
+    annotations: Path | None,
+    limit: int | None,
     output: Path | None,
-) -> tuple[PipelineConfig, str, SplitConfig, Path]:  # fmt: skip
+) -> tuple[PipelineConfig, str, SplitConfig, Path]:
     """The configuration with just the chosen split, the split's name, the split, and the index file."""
     name = _split_name({"split": split, "output": output, "images": images})
     if name is None:
@@ -227,7 +255,7 @@ def _chosen(
         )
     given = {key: value for key, value in (("annotations", annotations), ("limit", limit)) if value is not None}
     chosen = config.data.splits[name].model_copy(update=given)
-    output = output or config.data.features / f"{name}.h5"
+    output = output or config.data.features_dir / f"{name}.h5"
     if output.suffix != ".h5":
         raise UserError(
             f"--output {output}: the index file must end in .h5", f"use --output {output.with_suffix('.h5')}"
@@ -243,8 +271,8 @@ def _chosen(
 
 def _known_plan(config: PipelineConfig, job: Job, append: bool) -> Plan:
     """The plan on disk, with what is to be appended; the job's own if there is none. Nothing is written yet."""
-    from extract.plan import FILE
-    from extract.run import settled_plan
+    from gridcap.extract.plan import FILE
+    from gridcap.extract.run import settled_plan
 
     if not (job.folder / FILE).exists():
         return job.plan
@@ -252,8 +280,8 @@ def _known_plan(config: PipelineConfig, job: Job, append: bool) -> Plan:
 
 
 def _announce(job: Job, plan: Plan) -> None:
-    from extract.plan import read_plan
-    from extract.run import survey
+    from gridcap.extract.plan import read_plan
+    from gridcap.extract.run import survey
 
     found, provenance = survey(job, plan), plan.provenance
     arithmetic = [str(provenance["precision"])]
@@ -285,19 +313,21 @@ def _announce(job: Job, plan: Plan) -> None:
         )
     if job.identity.random:
         click.secho(
-            "WARNING: random weights. These features do not know what is in a photograph; they are for the demo and "
-            "for tests, not for real captions. Use --weights imagenet for those.", fg="yellow", err=True,
-        )  # fmt: skip
+            "WARNING: random weights. These features do not know what is in a photo; they are for the demo and "
+            "for tests, not for real captions. Use --weights imagenet for those.",
+            fg="yellow",
+            err=True,
+        )
 
 
-def _end(job: Job, plan: Plan, summary: Summary, allow_rejects: bool, brief: bool = False) -> None:
+def _end(job: Job, plan: Plan, summary: Summary, allow_invalid: bool, brief: bool = False) -> None:
     """Say what was done; end with the status for rejects if the store is complete and has some."""
     if brief:
         click.echo(f"share done: {summary.made} shards made now, {summary.done_before} were there")
         return
     if not summary.complete:
         # Status 0 even with rejects: the store is not complete, and torchrun would kill the others for anything else.
-        missing = plan.shards - len(plan.shards_there(job.folder))
+        missing = plan.shards - len(plan.existing_shards(job.folder))
         click.echo(
             f"my share is done: {summary.done_before + summary.made} shards ({summary.made} made now, "
             f"{summary.done_before} were there), {summary.seconds:.1f} s; {missing} shards of other workers are still "
@@ -323,8 +353,8 @@ def _end(job: Job, plan: Plan, summary: Summary, allow_rejects: bool, brief: boo
             shown = ", ".join(summary.examples.get(reason, []))
             more = ", ..." if count > len(summary.examples.get(reason, [])) and shown else ""
             click.echo(f"  {count:6d}  {reason}" + (f"  ({shown}{more})" if shown else ""))
-        if summary.complete and not allow_rejects:
-            sys.exit(EXIT_REJECTS)
+        if summary.complete and not allow_invalid:
+            sys.exit(EXIT_INVALID)
 
 
 def _refuse_slurm_options(wait: bool, slurm: dict[str, Any]) -> None:

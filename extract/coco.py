@@ -12,10 +12,10 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from common.errors import DownloadError, UserError
-from common.files import temporary_file
-from common.progress import progress_bar
-from common.transfer import Remote, fetch
+from gridcap.common.download import Remote, fetch
+from gridcap.common.errors import DownloadError, UserError
+from gridcap.common.files import temporary_file
+from gridcap.common.progress import progress_bar
 
 OFFICIAL = "http://images.cocodataset.org"  # its https has another host's certificate; checksums serve instead
 KARPATHY = "https://cs.stanford.edu/people/karpathy/deepimagesent"
@@ -68,34 +68,56 @@ class Archive:
 
 IMAGES = {
     ("2014", "train"): Archive(
-        "zips/train2014.zip", 13_510_573_713, "md5:0da8c0bd3d6becc4dcb32757491aca88", ("train2014/",), 82_783,
+        "zips/train2014.zip",
+        13_510_573_713,
+        "md5:0da8c0bd3d6becc4dcb32757491aca88",
+        ("train2014/",),
+        82_783,
         13_500_000_000,
     ),
     ("2014", "val"): Archive(
         "zips/val2014.zip", 6_645_013_297, "md5:a3d79f5ed8d289b7a7554ce06a5782b3", ("val2014/",), 40_504, 6_640_000_000
     ),
     ("2017", "train"): Archive(
-        "zips/train2017.zip", 19_336_861_798, "md5:cced6f7f71b7629ddf16f17bbcfab6b2", ("train2017/",), 118_287,
+        "zips/train2017.zip",
+        19_336_861_798,
+        "md5:cced6f7f71b7629ddf16f17bbcfab6b2",
+        ("train2017/",),
+        118_287,
         19_300_000_000,
     ),
     ("2017", "val"): Archive(
         "zips/val2017.zip", 815_585_330, "md5:442b8da7639aecaf257c1dceb8ba8c80", ("val2017/",), 5_000, 815_000_000
     ),
-}  # fmt: skip
+}
 ANNOTATIONS = {
     "2014": Archive(
-        "annotations/annotations_trainval2014.zip", 252_872_794, "md5:0a379cfc70b0e71301e0f377548639bd",
-        ("annotations/captions_train2014.json", "annotations/captions_val2014.json"), 2, 100_000_000,
+        "annotations/annotations_trainval2014.zip",
+        252_872_794,
+        "md5:0a379cfc70b0e71301e0f377548639bd",
+        ("annotations/captions_train2014.json", "annotations/captions_val2014.json"),
+        2,
+        100_000_000,
     ),
     "2017": Archive(
-        "annotations/annotations_trainval2017.zip", 252_907_541, "md5:f4bbac642086de4f52a3fdda2de5fa2c",
-        ("annotations/captions_train2017.json", "annotations/captions_val2017.json"), 2, 100_000_000,
+        "annotations/annotations_trainval2017.zip",
+        252_907_541,
+        "md5:f4bbac642086de4f52a3fdda2de5fa2c",
+        ("annotations/captions_train2017.json", "annotations/captions_val2017.json"),
+        2,
+        100_000_000,
     ),
-}  # fmt: skip
+}
 KARPATHY_SPLITS = Archive(
-    "caption_datasets.zip", 36_745_453, "sha256:4cfd70132527b80933105e5829dc9034eaab9573482e2e680abbab6130244817",
-    ("dataset_coco.json",), 1, 150_000_000, "annotations", KARPATHY,
-)  # fmt: skip
+    "caption_datasets.zip",
+    36_745_453,
+    "sha256:4cfd70132527b80933105e5829dc9034eaab9573482e2e680abbab6130244817",
+    ("dataset_coco.json",),
+    1,
+    150_000_000,
+    "annotations",
+    KARPATHY,
+)
 
 
 def choose(year: str, splits: tuple[str, ...], annotations_only: bool, karpathy: bool) -> list[Archive]:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from common.command import pipeline_command
-from common.config import PipelineConfig
-from common.errors import UserError
+from gridcap.common.command import pipeline_command
+from gridcap.common.config import PipelineConfig
+from gridcap.common.errors import UserError
 
 EXAMPLES = """
 download-coco --karpathy                                              (COCO 2014 and Karpathy's splits into data/coco)
@@ -22,21 +22,33 @@ _SPLITS = ("train", "val")
 @pipeline_command("download-coco", EXAMPLES)
 @click.option("--year", type=click.Choice(["2014", "2017"]), default="2014", show_default=True, help="Of COCO.")
 @click.option("--splits", default="train,val", show_default=True, help="Whose images: train, val, or both.")
-@click.option("--to", type=click.Path(path_type=Path, file_okay=False), default=Path("data/coco"), show_default=True,
-              help="Folder for images and annotations.")  # fmt: skip
+@click.option(
+    "--to",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("data/coco"),
+    show_default=True,
+    help="Folder for images and annotations.",
+)
 @click.option("--annotations-only", is_flag=True, help="The captions, without any image.")
 @click.option("--karpathy", is_flag=True, help="Karpathy's splits of COCO 2014 too: annotations/dataset_coco.json.")
 @click.option("--mirror", help="Fetch everything below this address instead of the official ones.")
 @click.option("--keep-archives", is_flag=True, help="Keep the zip files after they are unpacked.")
 def main(
-    config: PipelineConfig, dry_run: bool, year: str, splits: str, to: Path, annotations_only: bool, karpathy: bool,
-    mirror: str | None, keep_archives: bool,
-) -> None:  # fmt: skip
+    config: PipelineConfig,
+    dry_run: bool,
+    year: str,
+    splits: str,
+    to: Path,
+    annotations_only: bool,
+    karpathy: bool,
+    mirror: str | None,
+    keep_archives: bool,
+) -> None:
     """Download COCO's images and captions, check and unpack them.
 
     Stopped at any moment, the same command goes on where it was. Exit status: 0 all is there, 1 failure, 2 wrong use.
     """
-    from extract.coco import check_space, choose, download, space_needed
+    from gridcap.extract.coco import check_space, choose, download, space_needed
 
     del config  # COCO's places are the defaults of pipeline.yaml
     names = tuple(dict.fromkeys(name.strip() for name in splits.split(",")))

@@ -25,12 +25,12 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import MismatchError, StoreError
-from common.files import publish_text, write_text
-from common.index import write_index
-from common.provenance import MATCHED, differences
-from common.shard import ShardWriter
-from extract.image_list import Image, ImageList
+from gridcap.common.errors import MismatchError, StoreError
+from gridcap.common.files import publish_text, write_text
+from gridcap.common.store.index import write_index
+from gridcap.common.store.provenance import MATCHED, differences
+from gridcap.common.store.shard import ShardWriter
+from gridcap.extract.manifest import Image, ImageList
 
 FORMAT = "gridcap-plan"
 VERSION = 2
@@ -111,7 +111,7 @@ class Plan:
         part = self._list_of(shard)
         return self.lists[part].of(shard - self._first_shards[part], folder)
 
-    def shards_there(self, folder: Path) -> list[int]:
+    def existing_shards(self, folder: Path) -> list[int]:
         """The numbers of the shards that are there, in order, by listing folders, not by asking for each file."""
         there: list[int] = []
         for number, inside in enumerate(folder / part for part in self.folders):
@@ -129,9 +129,13 @@ class Plan:
 
     def _head(self) -> dict[str, Any]:
         return {
-            "format": FORMAT, "version": VERSION, "split": self.split, "shard_size": self.shard_size,
-            "batch_size": self.batch_size, "provenance": self.provenance,
-        }  # fmt: skip
+            "format": FORMAT,
+            "version": VERSION,
+            "split": self.split,
+            "shard_size": self.shard_size,
+            "batch_size": self.batch_size,
+            "provenance": self.provenance,
+        }
 
     def digest(self) -> str:
         """The SHA-256 of the plan; the index carries it."""
@@ -186,10 +190,14 @@ def read_plan(folder: Path) -> Plan:
         ) from error
 
 
-def settle_plan(
-    wanted: Plan, images: Iterable[Image], folder: Path, free: Collection[str] = (), append: bool = False,
+def load_or_create_plan(
+    wanted: Plan,
+    images: Iterable[Image],
+    folder: Path,
+    free: Collection[str] = (),
+    append: bool = False,
     write: bool = True,
-) -> Plan:  # fmt: skip
+) -> Plan:
     """Keep the plan on disk if the wanted one agrees with it; write the wanted one if there is none.
 
     The shard size and the batch size of the plan on disk are kept: they belong to the store once it is begun.
@@ -245,7 +253,7 @@ def _append(kept: Plan, images: Iterable[Image], folder: Path, write: bool) -> P
     old = np.sort(_hashes(_images_of(kept, folder)))
     ids = np.sort(np.fromiter((image_id for image_id, _ in _images_of(kept, folder)), np.int64))
     gone = len(np.setdiff1d(old, _hashes(images)))
-    if gone and len(there := kept.shards_there(folder)) < kept.shards:
+    if gone and len(there := kept.existing_shards(folder)) < kept.shards:
         raise MismatchError(
             f"{folder}: {kept.shards - len(there)} shards are still to be made, and {gone} of their images are "
             "not in this list",
@@ -284,12 +292,20 @@ def shard_writer(folder: Path, plan: Plan, shard: int) -> ShardWriter:
     """The writer of a planned shard."""
     images, provenance = plan.images_of(shard, folder), plan.provenance
     attributes = {
-        "index": shard, "split": plan.split, "plan": plan.digest_of(shard), "provenance": provenance,
-    }  # fmt: skip
+        "index": shard,
+        "split": plan.split,
+        "plan": plan.digest_of(shard),
+        "provenance": provenance,
+    }
     return ShardWriter(
-        folder / plan.shard_name(shard), [i for i, _ in images], [n for _, n in images],
-        provenance["grid_shape"], provenance["dtype"], attributes, provenance["views"],
-    )  # fmt: skip
+        folder / plan.shard_name(shard),
+        [i for i, _ in images],
+        [n for _, n in images],
+        provenance["grid_shape"],
+        provenance["dtype"],
+        attributes,
+        provenance["views"],
+    )
 
 
 def store_folder(output: Path) -> Path:

@@ -13,21 +13,21 @@ from pathlib import Path
 
 import torch
 
-from common.annotations import ImageRecord
-from common.config import PipelineConfig
-from common.device import choose_batch_size, choose_compile, choose_device
-from common.errors import ExtractionError, MismatchError, StoreError, UserError
-from common.files import TEMPORARY_SUFFIX, remove_leftovers, write_text
-from common.image import decoder_name
-from common.index import INDEX_FORMAT, open_index
-from common.shard import ShardReader, read_header, stored_bytes
-from common.store import FeatureStore
-from extract.cluster import WHOLE, Share
-from extract.encoder import describe_features, identify_weights
-from extract.image_list import Image, ImageList
-from extract.nvjpeg import nvjpeg_name
-from extract.plan import FILE, Plan, read_plan, settle_plan, store_folder, write_planned_index
-from extract.worker import Job, Summary, Worker, check_arithmetic
+from gridcap.common.annotations import ImageRecord
+from gridcap.common.config import PipelineConfig
+from gridcap.common.device import choose_batch_size, choose_compile, choose_device
+from gridcap.common.errors import ExtractionError, MismatchError, StoreError, UserError
+from gridcap.common.files import TEMPORARY_SUFFIX, remove_leftovers, write_text
+from gridcap.common.image import decoder_name
+from gridcap.common.store.index import INDEX_FORMAT, open_index
+from gridcap.common.store.reader import FeatureStore
+from gridcap.common.store.shard import ShardReader, read_header, stored_bytes
+from gridcap.extract.cluster.share import WHOLE, Share
+from gridcap.extract.encoders.grid_encoder import describe_features, identify_weights
+from gridcap.extract.images.nvjpeg import nvjpeg_name
+from gridcap.extract.manifest import Image, ImageList
+from gridcap.extract.plan import FILE, Plan, load_or_create_plan, read_plan, store_folder, write_planned_index
+from gridcap.extract.worker import Job, Summary, Worker, check_arithmetic
 
 _EXAMPLES = 3
 _INDEX_ATTEMPTS = 5
@@ -44,9 +44,14 @@ class _Pairs:
 
 
 def prepare(
-    config: PipelineConfig, split: str, records: Iterable[ImageRecord], images: Path, output: Path,
-    dry_run: bool = False, threads: int | None = None,
-) -> Job:  # fmt: skip
+    config: PipelineConfig,
+    split: str,
+    records: Iterable[ImageRecord],
+    images: Path,
+    output: Path,
+    dry_run: bool = False,
+    threads: int | None = None,
+) -> Job:
     """Find the weights (downloading them) and make the plan, whose image list is written if there is no plan yet.
 
     Args:
@@ -65,14 +70,21 @@ def prepare(
     extract, folder, pairs = config.extract, store_folder(output), _Pairs(records)
     identity = identify_weights(extract.encoder, extract.weights, download=not dry_run)
     device = choose_device(extract.device)
-    decoder = nvjpeg_name(device) if extract.decoder == "nvjpeg" else decoder_name()
+    decoder = nvjpeg_name(device) if extract.jpeg_decoder == "nvjpeg" else decoder_name()
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file, and the shards need a folder of that name", "choose another --output")
     begun = dry_run or (folder / FILE).exists()
     listed = ImageList.make(pairs, extract.shard_size, None if begun else folder)
     compiled = choose_compile(extract.compile, listed.images, device)
     provenance = describe_features(
-        extract.encoder, identity, extract.geometry, extract.precision, extract.device, extract.dtype, decoder, compiled
+        extract.encoder,
+        identity,
+        extract.resize_mode,
+        extract.precision,
+        extract.device,
+        extract.dtype,
+        decoder,
+        compiled,
     )
     provenance["views"] = list(extract.views)
     # Sums round by how many threads share them, so the number belongs to the plan, and every worker keeps to it.
@@ -101,7 +113,7 @@ def settled_plan(config: PipelineConfig, job: Job, append: bool = False, write: 
     free = {"compile"} if config.extract.compile == "auto" else set()
     if config.extract.precision == "auto" and job.output.exists() and not append:
         free.add("precision")
-    return settle_plan(job.plan, job.records, job.folder, free, append, write)
+    return load_or_create_plan(job.plan, job.records, job.folder, free, append, write)
 
 
 @dataclass(frozen=True)
@@ -127,7 +139,7 @@ def survey(job: Job, plan: Plan, share: Share = WHOLE) -> Survey:
     Raises:
         ExtractionError: what is missing does not fit on the disk.
     """
-    there = plan.shards_there(job.folder)
+    there = plan.existing_shards(job.folder)
     missing = sorted(set(range(plan.shards)).difference(there))
     row = len(plan.provenance["views"]) * stored_bytes(plan.provenance["grid_shape"], plan.provenance["dtype"])
     needed = sum(len(plan.rows_of(shard)) for shard in missing) * row
@@ -148,9 +160,13 @@ def survey(job: Job, plan: Plan, share: Share = WHOLE) -> Survey:
 
 
 def extract_features(
-    config: PipelineConfig, job: Job, share: Share = WHOLE, progress: bool = True, append: bool = False,
+    config: PipelineConfig,
+    job: Job,
+    share: Share = WHOLE,
+    progress: bool = True,
+    append: bool = False,
     retry: bool = False,
-) -> Summary:  # fmt: skip
+) -> Summary:
     """Make the store, or finish it: shards that are there and sound are never made twice.
 
     With several workers each makes its own share, and whoever finds all shards there at its end writes the index.
@@ -168,7 +184,7 @@ def extract_features(
 
     Raises:
         MismatchError: the store on disk was planned differently.
-        ExtractionError: more than `data.max_bad` images were bad, a value that the stored type cannot hold, or
+        ExtractionError: more than `data.max_invalid` images were bad, a value that the stored type cannot hold, or
             the store does not fit on the disk.
         WeightsError: the weights do not fit the encoder.
     """
@@ -196,7 +212,7 @@ def extract_features(
         worker.make(found.missing)
     if retry:
         worker.retry(mine)
-    whole = len(plan.shards_there(job.folder)) == plan.shards
+    whole = len(plan.existing_shards(job.folder)) == plan.shards
     # If images were appended meanwhile, the index is for those who make them to write.
     summary.complete = whole and read_plan(job.folder).digest() == plan.digest()
     if summary.complete:

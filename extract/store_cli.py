@@ -8,11 +8,11 @@ from pathlib import Path
 
 import click
 
-from common.annotations import captions_alone, load_split
-from common.command import flag, pipeline_command, show_config
-from common.config import PipelineConfig
-from common.errors import EXIT_FAILURE, UserError
-from common.progress import progress_bar
+from gridcap.common.annotations import captions_only, load_split
+from gridcap.common.command import flag, pipeline_command, show_config
+from gridcap.common.config import PipelineConfig
+from gridcap.common.errors import EXIT_FAILURE, UserError
+from gridcap.common.progress import progress_bar
 
 IMPORT_EXAMPLES = """
 import-features tutorial_npy/ --annotations captions_train.json --output features/train.h5
@@ -52,14 +52,14 @@ def import_features(
     """
     if output.suffix != ".h5":
         raise UserError(f"--output {output}: the index file must end in .h5", f"use --output {output}.h5")
-    from extract import importers
+    from gridcap.extract.importers import features as importers
 
     click.echo("configuration")
     show_config(config, "extract")
     name = split or output.stem
     records = None
     if annotations is not None:
-        loaded = load_split(captions_alone(annotations), name, config.seed, config.data.max_bad)
+        loaded = load_split(captions_only(annotations), name, config.seed, config.data.max_invalid)
         for line in loaded.problems.lines():
             click.echo(f"note: {annotations}: {line}", err=True)
         records = loaded.records
@@ -92,13 +92,13 @@ def verify_features(
 
     Exit status: 0 sound, 1 something is broken or missing, 2 wrong use.
     """
-    from extract import verify
+    from gridcap.extract import verify
 
     click.echo("configuration")
     show_config(config, "data")
     wanted = None
     if annotations is not None:
-        loaded = load_split(captions_alone(annotations), features.stem, config.seed, config.data.max_bad)
+        loaded = load_split(captions_only(annotations), features.stem, config.seed, config.data.max_invalid)
         wanted = {record.image_id for record in loaded.records}
     if dry_run:
         plan = verify.plan_of(features)
@@ -129,7 +129,7 @@ def verify_features(
 @click.argument("features", type=click.Path(path_type=Path))
 @click.option("--rejected", is_flag=True, help="List the rejected images instead, a line each: file, tab, reason.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw a handful of images' grids to this picture.")
-@click.option("--images", type=click.Path(path_type=Path), help="Image folder: --plot shows the photographs beside.")
+@click.option("--images", type=click.Path(path_type=Path), help="Image folder: --plot shows the photos beside.")
 def inspect_features(
     config: PipelineConfig, dry_run: bool, features: Path, rejected: bool, plot: Path | None, images: Path | None
 ) -> None:
@@ -143,8 +143,8 @@ def inspect_features(
         raise UserError(f"--images {images}: only with --plot", "add --plot grids.png, or leave it away")
     if images is not None and not images.is_dir():
         raise UserError(f"--images {images}: no such folder", "give the folder that the features were extracted from")
-    from common.store import FeatureStore
-    from extract import inspect
+    from gridcap.common.store.reader import FeatureStore
+    from gridcap.extract import describe as inspect
 
     with FeatureStore(features) as store:
         if dry_run:
@@ -154,10 +154,10 @@ def inspect_features(
             for row, reason in store.rejects.items():
                 click.echo(f"{store.file_names[row]}\t{reason}")
             return
-        for line in inspect.describe(store, inspect.inspect_store(store)):
+        for line in inspect.describe(store, inspect.summarize_store(store)):
             click.echo(line)
         if plot is not None and not store.valid.any():
             raise UserError(f"--plot {plot}: {features} has no valid image to draw", "leave --plot away")
         if plot is not None:
-            drawn = inspect.draw_grids(store, plot, images)
+            drawn = inspect.plot_grids(store, plot, images)
             click.echo(f"drawn: {drawn} images in {plot}")

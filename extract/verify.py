@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from common.errors import StoreError
-from common.files import sha256_of
-from common.header import HEADER_BYTES
-from common.index import INDEX_FORMAT, check_index, open_index
-from common.shard import ShardReader, decode_texts, read_header
-from extract.plan import FILE, Plan, read_plan, store_folder
+from gridcap.common.errors import StoreError
+from gridcap.common.files import sha256_of
+from gridcap.common.store.index import INDEX_FORMAT, check_index, open_index
+from gridcap.common.store.pinned_file import HEADER_BYTES
+from gridcap.common.store.shard import ShardReader, decode_texts, read_header
+from gridcap.extract.plan import FILE, Plan, read_plan, store_folder
 
 # What is checked, in the order of the table; each names one kind of problem.
 CHECKS = (
@@ -153,7 +153,7 @@ def _read_index(path: Path, plan: Plan, report: Report) -> _Index | None:
     try:
         check_index(path)
     except StoreError as error:
-        report.note("whole-file SHA-256", 1, "", error.what)
+        report.note("whole-file SHA-256", 1, "", error.message)
         return None
     report.note("whole-file SHA-256", 1, "", None)
     with open_index(path, INDEX_FORMAT) as (file, _):

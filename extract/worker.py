@@ -1,7 +1,7 @@
 """The extraction pipeline: read ‖ encode ‖ write, three stages with bounded queues between them.
 
 A pool of threads decodes images some batches ahead; this thread encodes; other threads write, check and name the
-shards (`lanes.py`). Memory holds a few batches for each.
+shards (`writers.py`). Memory holds a few batches for each.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.config import PipelineConfig, allowed_bad
-from common.device import choose_device, cores
-from common.errors import ExtractionError, MismatchError
-from common.image import BadImageError, image_path, load_square
-from common.progress import progress_bar
-from common.shard import ORIGINAL, ShardReader, UnstorableError, returned_type
-from extract.cluster import Share
-from extract.encoder import GridEncoder, WeightsIdentity
-from extract.image_list import Image
-from extract.lanes import Batch, Lane, batches_of, lane_count
-from extract.nvjpeg import load_squares
-from extract.plan import Plan, shard_writer
-from extract.staging import PendingGrids
+from gridcap.common.config import PipelineConfig, max_invalid_count
+from gridcap.common.device import choose_device, cores
+from gridcap.common.errors import ExtractionError, MismatchError
+from gridcap.common.image import InvalidImageError, image_path, load_image
+from gridcap.common.progress import progress_bar
+from gridcap.common.store.shard import ORIGINAL, InvalidGridError, ShardReader, read_dtype
+from gridcap.extract.cluster.share import Share
+from gridcap.extract.encoders.grid_encoder import GridEncoder, WeightsIdentity
+from gridcap.extract.images.nvjpeg import load_images_gpu
+from gridcap.extract.manifest import Image
+from gridcap.extract.plan import Plan, shard_writer
+from gridcap.extract.staging import PendingGrids
+from gridcap.extract.writer import Batch, ShardWriterThread, batches_of, writer_count
 
 _BATCHES_AHEAD = 3
 _FEW_READERS = 4
@@ -97,7 +97,7 @@ def _explained(method: Callable[[Worker, list[int]], None]) -> Callable[[Worker,
     def explained(self: Worker, shards: list[int]) -> None:
         try:
             method(self, shards)
-        except UnstorableError as error:
+        except InvalidGridError as error:
             hint = "store float32 instead: --dtype float32, into another --output"
             raise ExtractionError(str(error), hint) from error
 
@@ -113,8 +113,10 @@ class Worker:
         self._config, self._job, self._plan, self._summary, self._progress = config, job, plan, summary, progress
         self._rows = sum(len(plan.rows_of(shard)) for shard in share.of(plan.shards))
         # A small share is not stopped by a few bad images that the whole store would allow.
-        max_bad = config.data.max_bad
-        self._limit = max(allowed_bad(max_bad, self._rows), min(_A_FEW, allowed_bad(max_bad, plan.images)))
+        max_invalid = config.data.max_invalid
+        self._limit = max(
+            max_invalid_count(max_invalid, self._rows), min(_A_FEW, max_invalid_count(max_invalid, plan.images))
+        )
         self._views: list[str] = plan.provenance["views"]
         self._built: GridEncoder | None = None
 
@@ -125,7 +127,7 @@ class Worker:
         encoder = self._encoder()
         plan, summary, todo = self._plan, self._summary, sum(len(self._plan.rows_of(s)) for s in shards)
         on_gpu = choose_device(self._config.extract.device).type == "cuda"
-        lanes = [Lane(self._job.folder, plan) for _ in range(lane_count(on_gpu, len(shards)))]
+        writers = [ShardWriterThread(self._job.folder, plan) for _ in range(writer_count(on_gpu, len(shards)))]
         readers = ThreadPoolExecutor(self._readers(on_gpu), "read")
         bar = progress_bar(
             total=self._rows, initial=self._rows - todo, unit="image", desc=plan.split, disable=not self._progress
@@ -137,37 +139,37 @@ class Worker:
             sys.setswitchinterval(_SHORT_TURNS)
         try:
             writes: deque[Future[None]] = deque()
-            for batch, images, rejects in self._read_ahead(shards, len(lanes), encoder.side, readers):
+            for batch, images, rejects in self._read_ahead(shards, len(writers), encoder.side, readers):
                 summary.rejects.update(rejects.values())
                 self._check_limit(next(iter(rejects), None), batch)
-                writes.append(lanes[batch.lane].write(batch, self._encode(images), rejects))
+                writes.append(writers[batch.writer].write(batch, self._encode(images), rejects))
                 with self._waiting():
-                    while len(writes) > _BATCHES_AHEAD * len(lanes):
+                    while len(writes) > _BATCHES_AHEAD * len(writers):
                         writes.popleft().result()
                 bar.update(len(images))
                 done += len(images)
-                summary.made = sum(lane.finished for lane in lanes)
+                summary.made = sum(writer.finished for writer in writers)
                 if batch.stop == plan.rows_of(shards[0]).stop and len(shards) > 1:
                     took = time.perf_counter() - begin
                     said = f"first shard after {_duration(took)}; about {_duration(took / done * (todo - done))}"
                     tqdm.write(f"{said} for the rest", file=sys.stderr)
             while writes:
                 writes.popleft().result()
-            summary.made = sum(lane.finished for lane in lanes)
+            summary.made = sum(writer.finished for writer in writers)
         finally:
             sys.setswitchinterval(turns)
             bar.close()
             readers.shutdown(cancel_futures=True)
-            for lane in lanes:
-                lane.end()
+            for writer in writers:
+                writer.end()
         summary.running += time.perf_counter() - begin
 
     def _readers(self, on_gpu: bool) -> int:
         """Threads that decode images: a GPU wants more of them than the few that a CPU which encodes can spare."""
-        readers = self._config.extract.readers
+        readers = self._config.extract.num_workers
         if readers is not None:
             return readers
-        return max(_FEW_READERS, cores()) if on_gpu and self._config.extract.decoder == "pillow" else _FEW_READERS
+        return max(_FEW_READERS, cores()) if on_gpu and self._config.extract.jpeg_decoder == "pillow" else _FEW_READERS
 
     @_explained
     def retry(self, shards: list[int]) -> None:
@@ -235,11 +237,16 @@ class Worker:
         extract, provenance = self._config.extract, self._plan.provenance
         if provenance["threads"]:
             torch.set_num_threads(provenance["threads"])
-        returned = returned_type(np.dtype(extract.dtype)).name  # the shard's writer makes the 8 bits of uint8
+        returned = read_dtype(np.dtype(extract.dtype)).name  # the shard's writer makes the 8 bits of uint8
         self._built = GridEncoder(
-            extract.encoder, self._job.identity, extract.precision, extract.device, returned,
-            bool(provenance["compile"]), self._plan.batch_size,
-        )  # fmt: skip
+            extract.encoder,
+            self._job.identity,
+            extract.precision,
+            extract.device,
+            returned,
+            bool(provenance["compile"]),
+            self._plan.batch_size,
+        )
         return self._built
 
     def _encode(self, images: np.ndarray | Tensor) -> dict[str, PendingGrids]:
@@ -256,14 +263,14 @@ class Worker:
         self._summary.waiting += time.perf_counter() - begin
 
     def _check_limit(self, row: int | None, batch: Batch | None = None) -> None:
-        bad, max_bad = self._summary.rejects, self._config.data.max_bad
+        bad, max_invalid = self._summary.rejects, self._config.data.max_invalid
         if bad.total() <= self._limit:
             return
         worst = ", ".join(f"{count} x {why}" for why, count in bad.most_common(3))
         shown = f" ({self._job.images / self._name(row, batch.shard)})" if row is not None and batch else ""
         raise ExtractionError(
-            f"{self._job.images}: {bad.total()} of {self._rows} images are bad, more than {max_bad}: {worst}{shown}",
-            "check the image folder and the list, or allow more with --max-bad",
+            f"{self._job.images}: {bad.total()} of {self._rows} images are bad, more than {max_invalid}: {worst}{shown}",
+            "check the image folder and the list, or allow more with --max-invalid",
         )
 
     def _name(self, row: int, shard: int) -> str:
@@ -273,19 +280,19 @@ class Worker:
         """An image, or the reason why it is none."""
         path = self._path(row, shard)
         try:
-            return path if isinstance(path, str) else load_square(path, side, self._config.extract.geometry)
-        except BadImageError as error:
+            return path if isinstance(path, str) else load_image(path, side, self._config.extract.resize_mode)
+        except InvalidImageError as error:
             return str(error)
 
     def _path(self, row: int, shard: int) -> Path | str:
         """Where an image is, or the reason why it is not read."""
         try:
             return image_path(self._job.images, self._name(row, shard), self._config.data.follow_links)
-        except BadImageError as error:
+        except InvalidImageError as error:
             return str(error)
 
     def _read_ahead(
-        self, shards: list[int], lanes: int, side: int, pool: ThreadPoolExecutor
+        self, shards: list[int], writers: int, side: int, pool: ThreadPoolExecutor
     ) -> Iterator[tuple[Batch, np.ndarray | Tensor, dict[int, str]]]:
         """Decoded batches in order, with the reasons of refused rows (whose image is all zero), read some ahead."""
         ahead: deque[tuple[Batch, Callable[[], _Loaded]]] = deque()
@@ -296,7 +303,7 @@ class Worker:
                 images, rejects = begun()
             return batch, images, {batch.start + place: why for place, why in rejects.items()}
 
-        for batch in batches_of(self._plan, shards, lanes):
+        for batch in batches_of(self._plan, shards, writers):
             ahead.append((batch, self._begin_to_load(range(batch.start, batch.stop), batch.shard, side, pool)))
             if len(ahead) > _BATCHES_AHEAD:
                 yield collect()
@@ -310,7 +317,7 @@ class Worker:
 
         With Pillow each image by a thread; nvJPEG decodes many files at once, and leaves them on the GPU.
         """
-        if self._config.extract.decoder == "nvjpeg":
+        if self._config.extract.jpeg_decoder == "nvjpeg":
             return pool.submit(self._load_many, rows, shard, side).result
         futures = [pool.submit(self._load, row, shard, side) for row in rows]
 
@@ -329,9 +336,9 @@ class Worker:
 
     def _load_many(self, rows: Sequence[int], shard: int, side: int) -> _Loaded:
         found = [self._path(row, shard) for row in rows]
-        device, geometry = choose_device(self._config.extract.device), self._config.extract.geometry
+        device, resize_mode = choose_device(self._config.extract.device), self._config.extract.resize_mode
         paths = [path if isinstance(path, Path) else None for path in found]
-        images, rejects = load_squares(paths, side, geometry, device)
+        images, rejects = load_images_gpu(paths, side, resize_mode, device)
         return images, rejects | {place: why for place, why in enumerate(found) if isinstance(why, str)}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from torture.forge import sign_checkpoint
+from tests.torture.forge import sign_checkpoint
 
 _NODE = Path(__file__).parent / "slurm_one_node.sh"
 _PATIENCE = 300  # seconds until starting or stopping it counts as failed
@@ -44,9 +44,14 @@ def sign() -> Callable[[Path], None]:
 
 
 _BROWSER = (
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-)  # fmt: skip
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
 
 
 @pytest.fixture(scope="module")

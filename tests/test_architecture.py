@@ -102,22 +102,22 @@ def test_recipes_hold_no_code() -> None:
 @pytest.mark.parametrize(
     ("package", "source", "bad"),
     [
-        ("extract", "import numpy, common.store\nfrom common import config", []),
-        ("extract", "from train.loop import fit", ["train.loop", "train.loop.fit"]),
+        ("extract", "import numpy, common.store\nfrom gridcap.common import config", []),
+        ("extract", "from train.loop import fit", ["gridcap.train.engine.loop", "gridcap.train.engine.loop.fit"]),
         ("extract", "def f():\n    import train", ["train"]),
-        ("extract", "if TYPE_CHECKING:\n    from caption import captioner", ["caption", "caption.captioner"]),
+        ("extract", "if TYPE_CHECKING:\n    from caption import captioner", ["caption", "gridcap.caption.captioner"]),
         ("train.decoders", "from .base import Decoder\nfrom ..loss import loss", []),
-        ("train.decoders", "from .. import cli", ["train.cli"]),
+        ("train.decoders", "from .. import cli", ["gridcap.train.cli"]),
         ("train", "import extract.encoder as e", ["extract.encoder"]),
         ("train", "import recipes", ["recipes"]),
         ("common.config", "from common.config.section import Section\nfrom ..errors import ConfigError", []),
-        ("common.config", "from train.loop import fit", ["train.loop", "train.loop.fit"]),
+        ("common.config", "from train.loop import fit", ["gridcap.train.engine.loop", "gridcap.train.engine.loop.fit"]),
         ("common", "import extract", ["extract"]),
         ("common", "from demo.shapes import x", ["demo.shapes", "demo.shapes.x"]),
         ("caption", "import extract.encoder, train.search, common.files", []),
-        ("caption", "from extract import cli", ["extract.cli"]),
-        ("caption", "from train.cli import main", ["train.cli", "train.cli.main"]),
-        ("demo", "import extract.cli", ["extract.cli"]),
+        ("caption", "from extract import cli", ["gridcap.extract.cli"]),
+        ("caption", "from train.cli import main", ["gridcap.train.cli", "gridcap.train.cli.main"]),
+        ("demo", "import extract.cli", ["gridcap.extract.cli"]),
         ("demo", "import train.loop", []),
     ],
 )
@@ -141,7 +141,13 @@ def run_python(code: str, folder: Path) -> str:
 def test_all_of_common_loads_without_torch_and_without_the_other_packages(tmp_path: Path) -> None:
     paths = [path.relative_to(ROOT).with_suffix("") for path in sorted((ROOT / "common").rglob("*.py"))]
     names = [".".join(path.parts).removesuffix(".__init__") for path in paths]
-    assert {"common", "common.store", "common.config", "common.config.load", "common.config.train"} <= set(names)
+    assert {
+        "common",
+        "gridcap.common.store.reader",
+        "common.config",
+        "gridcap.common.config.load",
+        "common.config.train",
+    } <= set(names)
     code = f"import sys, {', '.join(names)}\nprint(*sys.modules)"
     loaded = run_python(code, tmp_path).split()
     assert set(names) <= set(loaded)

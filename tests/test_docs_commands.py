@@ -19,9 +19,9 @@ import yaml
 from click.testing import CliRunner
 from torchvision import models
 
-import extract.encoder as encoder_module
+import gridcap.extract.encoders.grid_encoder as encoder_module
 from demo.shapes import write_shapes
-from extract.encoder import ENCODERS, EncoderSpec
+from gridcap.extract.encoders.grid_encoder import ENCODERS, EncoderSpec
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/recipes.md", "docs/cluster.md", "docs/speed.md")  # in this order: the first makes the data
@@ -54,7 +54,7 @@ def commands(block: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A folder as after download-coco, and one with photographs of one's own; weights random in both."""
+    """A folder as after download-coco, and one with photos of one's own; weights random in both."""
     folder = tmp_path_factory.mktemp("docs")
     shapes = write_shapes(folder / "shapes", {"train": 8, "val": 8, "test": 4})
 

@@ -7,15 +7,22 @@ import pytest
 import torch
 import yaml
 
-from common.config import AttentionConfig, LstmConfig, TransformerConfig, load_config, recipe_names
-from common.config.train import NOT_OF_A_RECIPE
-from train.decoders.build import build_decoder
+from gridcap.common.config import AttentionConfig, LstmConfig, TransformerConfig, load_config, recipe_names
+from gridcap.common.config.train import NOT_OF_A_RECIPE
+from gridcap.train.decoders.build import build_decoder
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 NAMES = (
-    "show-and-tell", "lstm-init", "lstm-inject", "tutorial-gru", "soft-attention", "att2in", "top-down", "transformer",
+    "show-and-tell",
+    "lstm-init",
+    "lstm-inject",
+    "tutorial-gru",
+    "soft-attention",
+    "att2in",
+    "top-down",
+    "transformer",
     "scst",
-)  # fmt: skip
+)
 DECODERS = [name for name in NAMES if name != "scst"]
 
 
@@ -84,11 +91,11 @@ def test_each_is_the_decoder_of_its_paper(load):
     assert all(isinstance(decoder[name], AttentionConfig) for name in attentive)
     assert [decoder[name].cell for name in attentive] == ["gru", "lstm", "att2in", "top-down"]
     xu = decoder["soft-attention"]
-    assert (xu.gate, xu.output, xu.doubly_stochastic) == (True, "deep", 1.0)
+    assert (xu.context_gate, xu.output_layer, xu.attention_reg) == (True, "deep", 1.0)
     assert isinstance(decoder["transformer"], TransformerConfig)
 
 
 def test_scst_takes_its_decoder_from_another_run(load):
     assert keys("scst").keys() & {"decoder", "vocabulary"} == set()
     train = load("scst", sets=["train.init_from=runs/att2in"])
-    assert (train.objective, train.init_from, train.clip_norm) == ("scst", Path("runs/att2in"), None)
+    assert (train.objective, train.init_from, train.max_grad_norm) == ("scst", Path("runs/att2in"), None)

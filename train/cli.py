@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from common.command import flag, pipeline_command, reload_config, show_config
-from common.config import PipelineConfig, TrainConfig, recipe_names
-from common.errors import CheckpointError, ConfigError, MismatchError, UserError
-from common.store import FeatureStore
+from gridcap.common.command import flag, pipeline_command, reload_config, show_config
+from gridcap.common.config import PipelineConfig, TrainConfig, recipe_names
+from gridcap.common.errors import CheckpointError, ConfigError, MismatchError, UserError
+from gridcap.common.store.reader import FeatureStore
 
 if TYPE_CHECKING:
-    from train.log import Row
+    from gridcap.train.engine.log import Row
 
 EXAMPLES = f"""
 train-decoder --features features/train.h5                 (captions and validation from pipeline.yaml)
@@ -43,7 +43,7 @@ def _recipe(values: dict[str, Any]) -> str | None:
 def _check_beginning_of_another() -> None:
     """Who goes on from a decoder cannot choose another one, nor other words."""
     parameters = click.get_current_context().params
-    fixed = ("train.decoder", "train.vocabulary", "train.max_length")
+    fixed = ("train.decoder", "gridcap.train.data.vocabulary", "train.max_length")
     named = [text for text in parameters["sets"] if text.startswith(fixed)]
     if parameters["decoder"] is not None:
         named.append("--decoder")
@@ -69,7 +69,7 @@ def _check_beginning_of_another() -> None:
 @flag("--decoder", "train.decoder.family")
 @flag("--epochs", "train.epochs")
 @flag("--batch-size", "train.batch_size")
-@flag("--accumulate", "train.accumulate")
+@flag("--grad-accum-steps", "train.grad_accum_steps")
 @flag("--learning-rate", "train.learning_rate")
 @flag("--shuffle", "train.shuffle")
 @flag("--patience", "train.patience")
@@ -85,7 +85,7 @@ def train_decoder(config: PipelineConfig, dry_run: bool, resume: bool, recipe: s
     Each epoch ends with the loss, perplexity and CIDEr on the validation store, if there is one, and with a
     checkpoint; the best by CIDEr and the last are kept. Exit status: 0 done, 1 failure, 2 wrong use.
     """
-    from train.ranks import find_ranks
+    from gridcap.train.engine.distributed import find_ranks
 
     _check_beginning_of_another()
     with contextlib.ExitStack() as stack:
@@ -98,7 +98,7 @@ def train_decoder(config: PipelineConfig, dry_run: bool, resume: bool, recipe: s
 
 def _placed(config: PipelineConfig) -> PipelineConfig:
     """What goes on from a run goes beside it, unless the command line says where."""
-    from train.checkpoint import run_folder
+    from gridcap.train.engine.checkpoint import run_folder
 
     parameters, source = click.get_current_context().params, config.train.init_from
     if source is None or parameters["output"] is not None:
@@ -116,7 +116,7 @@ def _with_train(config: PipelineConfig, **changes: Any) -> PipelineConfig:
 
 
 def _train(config: PipelineConfig, recipe: str | None, dry_run: bool, resume: bool) -> None:
-    from train.inputs import captions_for, warn_if_random
+    from gridcap.train.data.inputs import captions_for, warn_if_random
 
     if resume:
         saved = config.train.output / "config.yaml"
@@ -130,11 +130,11 @@ def _train(config: PipelineConfig, recipe: str | None, dry_run: bool, resume: bo
     settings = config.train
     click.echo("configuration")
     show_config(config, "train")
-    store = FeatureStore(settings.features or config.data.features / "train.h5")
+    store = FeatureStore(settings.features or config.data.features_dir / "train.h5")
     train = captions_for(store, settings.annotations, [config], "train", "--annotations")
     val = None
     sibling = store.split.replace("train", "val") if "train" in store.split else "val"
-    val_path = settings.val_features or config.data.features / f"{sibling}.h5"
+    val_path = settings.val_features or config.data.features_dir / f"{sibling}.h5"
     if settings.val_features is not None or val_path.exists():
         val = captions_for(FeatureStore(val_path), settings.val_annotations, [config], "val", "--val-annotations")
     elif settings.val_annotations is not None:
@@ -149,7 +149,7 @@ def _train(config: PipelineConfig, recipe: str | None, dry_run: bool, resume: bo
             "validate on images that are not trained on: give another --val-features",
         )
     warn_if_random(store)
-    from train.loop import check_beginning, fit
+    from gridcap.train.engine.loop import check_beginning, fit
 
     check_beginning(settings)
     if dry_run:
@@ -164,7 +164,7 @@ def _train(config: PipelineConfig, recipe: str | None, dry_run: bool, resume: bo
 
 def _with_decoder_of(config: PipelineConfig, source: Path, recipe: str | None) -> PipelineConfig:
     """Who goes on from a decoder trains that decoder, with its vocabulary and its longest caption."""
-    from train.checkpoint import load_checkpoint
+    from gridcap.train.engine.checkpoint import load_checkpoint
 
     then = load_checkpoint(source).config.train
     if recipe is not None and config.train.decoder not in (TrainConfig().decoder, then.decoder):
@@ -176,7 +176,7 @@ def _with_decoder_of(config: PipelineConfig, source: Path, recipe: str | None) -
 
 
 def _summary(config: PipelineConfig, history: list[Row]) -> str:
-    from train.history import best_row
+    from gridcap.train.engine.history import best_row
 
     settings, best, last = config.train, best_row(history), history[-1]
     lines = [f"done: {settings.output}: {last['epoch']} epochs, best is epoch {best['epoch']}"]

@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.errors import MismatchError
-from common.provenance import check_same_features
-from train.checkpoint import Checkpoint, load_checkpoint
-from train.decoders.ensemble import Ensemble
+from gridcap.common.errors import MismatchError
+from gridcap.common.store.provenance import check_same_features
+from gridcap.train.decoders.ensemble import Ensemble
+from gridcap.train.engine.checkpoint import Checkpoint, load_checkpoint
 
 
 def load_ensemble(paths: Sequence[Path]) -> Checkpoint:

@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.config import CaptionConfig
-from common.device import choose_device
-from common.files import write_json, write_text
-from common.progress import progress_bar
-from common.provenance import check_same_features
-from train.checkpoint import Checkpoint
-from train.loss import masked_cross_entropy, perplexity
-from train.metrics import Scores, score_captions
-from train.search import search_captions
-from train.stream import CaptionedImages, CaptionStream
-from train.vocabulary import SPECIALS, tokenize
+from gridcap.common.config import CaptionConfig
+from gridcap.common.device import choose_device
+from gridcap.common.files import write_json, write_text
+from gridcap.common.progress import progress_bar
+from gridcap.common.store.provenance import check_same_features
+from gridcap.train.data.stream import CaptionedImages, CaptionStream
+from gridcap.train.data.vocabulary import SPECIALS, tokenize
+from gridcap.train.decoding.search import search_captions
+from gridcap.train.engine.checkpoint import Checkpoint
+from gridcap.train.metrics.coco import Scores, score_captions
+from gridcap.train.objectives.loss import masked_cross_entropy, perplexity
 
 NOVEL = "novel_captions"
 
@@ -53,12 +53,14 @@ class Evaluation:
         """Everything but the scores of single images, for a file."""
         return {
             "metrics": {name: value if math.isfinite(value) else None for name, value in self.scores.values.items()},
-            "language": self.language, "tokenizer": self.scores.tokenizer, "left_out": self.scores.left_out,
+            "language": self.language,
+            "tokenizer": self.scores.tokenizer,
+            "left_out": self.scores.left_out,
             "captions": [
                 {"image_id": i, "file_name": self.file_names[i], "caption": text, "references": [*self.references[i]]}
                 for i, text in self.captions.items()
             ],
-        }  # fmt: skip
+        }
 
     def as_csv(self) -> str:
         """A line an image: image_id, file_name, caption, and every metric's score of it."""

@@ -8,30 +8,30 @@ from typing import TYPE_CHECKING
 
 import click
 
-from common.command import flag, pipeline_command, show_config
-from common.config import PipelineConfig
-from common.errors import GridcapError, UserError
-from common.files import check_writable
-from common.provenance import check_same_features
-from common.store import FeatureStore
+from gridcap.common.command import flag, pipeline_command, show_config
+from gridcap.common.config import PipelineConfig
+from gridcap.common.errors import GridcapError, UserError
+from gridcap.common.files import check_writable
+from gridcap.common.store.provenance import check_same_features
+from gridcap.common.store.reader import FeatureStore
 
 if TYPE_CHECKING:
-    from train.evaluate import Evaluation
+    from gridcap.train.evaluate import Evaluation
 
 EXAMPLES = """
 evaluate-decoder --checkpoint runs/mine --features features/test.h5
 evaluate-decoder --checkpoint runs/mine --features test.h5 --annotations captions_test.json --beam-size 5
 evaluate-decoder --checkpoint runs/mine --features features/test.h5 --report report.html      (a page to look at)
 evaluate-decoder --checkpoint runs/a --checkpoint runs/b --features features/test.h5     (both decode together)
-evaluate-decoder --checkpoint runs/mine --features features/test.h5 --search sample --top-p 0.9 --seed 1
+evaluate-decoder --checkpoint runs/mine --features features/test.h5 --decoding sample --top-p 0.9 --seed 1
 """
 
 
 def _training_captions(config: PipelineConfig) -> tuple[list[str] | None, str]:
     """The captions that a run was trained on, or None and why not: those of the images in its feature store."""
-    from train.inputs import join_captions
+    from gridcap.train.data.inputs import join_captions
 
-    path = config.train.features or config.data.features / "train.h5"
+    path = config.train.features or config.data.features_dir / "train.h5"
     try:
         with FeatureStore(path) as store:
             data = join_captions(store, config.train.annotations, [config], "train", "--annotations").data
@@ -42,9 +42,13 @@ def _training_captions(config: PipelineConfig) -> tuple[list[str] | None, str]:
 
 @pipeline_command("evaluate-decoder", EXAMPLES)
 @click.option(
-    "--checkpoint", "checkpoints", type=click.Path(path_type=Path), required=True, multiple=True,
+    "--checkpoint",
+    "checkpoints",
+    type=click.Path(path_type=Path),
+    required=True,
+    multiple=True,
     help="Folder of a run or of a checkpoint; given several times, their predictions are averaged.",
-)  # fmt: skip
+)
 @click.option("--features", type=click.Path(path_type=Path), required=True, help="Feature store to evaluate on.")
 @click.option("--annotations", type=click.Path(path_type=Path), help="Its captions  [default: those of its split]")
 @click.option(
@@ -62,11 +66,11 @@ def _training_captions(config: PipelineConfig) -> tuple[list[str] | None, str]:
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="Image folder, for the report  [default: that of the store's split]",
 )
-@flag("--search", "caption.search")
+@flag("--decoding", "caption.decoding")
 @flag("--beam-size", "caption.beam_size")
 @flag("--length-penalty", "caption.length_penalty")
 @flag("--block-trigrams", "caption.block_trigrams")
-@flag("--consensus", "caption.consensus")
+@flag("--mbr", "caption.mbr")
 @flag("--temperature", "caption.temperature")
 @flag("--top-k", "caption.top_k")
 @flag("--top-p", "caption.top_p")
@@ -90,12 +94,12 @@ def evaluate_decoder(
     and the captions in COCO's results format; with --report a page that shows it all. Exit status: 0 done,
     1 failure, 2 wrong use.
     """
-    from common.report import check_is_html
-    from train.checkpoint import find_checkpoint, run_folder
-    from train.ensemble import load_ensemble
-    from train.evaluate import NOVEL, evaluate, write_evaluation
-    from train.inputs import captions_for, warn_if_random
-    from train.report import find_images, report_evaluation
+    from gridcap.common.report.page import check_is_html
+    from gridcap.train.data.inputs import captions_for, warn_if_random
+    from gridcap.train.engine.checkpoint import find_checkpoint, run_folder
+    from gridcap.train.ensemble import load_ensemble
+    from gridcap.train.evaluate import NOVEL, evaluate, write_evaluation
+    from gridcap.train.report import find_images, write_evaluation_report
 
     if report is not None:
         check_is_html(report)
@@ -126,19 +130,23 @@ def evaluate_decoder(
     if training is None:
         result.scores.left_out[NOVEL] = why
     made_by = {
-        "checkpoints": [str(folder) for folder in folders], "features": str(features),
-        "search": config.caption.model_dump(mode="json"), "seed": config.seed,
-    }  # fmt: skip
+        "checkpoints": [str(folder) for folder in folders],
+        "features": str(features),
+        "search": config.caption.model_dump(mode="json"),
+        "seed": config.seed,
+    }
     written = write_evaluation(result, output, made_by)
     click.echo(f"{what} on {len(data)} images, {_search(config)}, tokens by {result.scores.tokenizer}")
     _show(result)
     if report is not None and photos is not None:
         facts = {
-            "checkpoint": what, "features": f"{features}: {len(data)} images", "search": _search(config),
+            "checkpoint": what,
+            "features": f"{features}: {len(data)} images",
+            "search": _search(config),
             "tokens": result.scores.tokenizer,
-        }  # fmt: skip
+        }
         curves = run_folder(checkpoints[0]) / "curves.png"
-        report_evaluation(report, result, loaded, store, photos, facts, curves, config.seed)
+        write_evaluation_report(report, result, loaded, store, photos, facts, curves, config.seed)
         written.append(report)
     click.echo(f"done: {', '.join(map(str, written))}")
 
@@ -146,16 +154,16 @@ def evaluate_decoder(
 def _short(config: PipelineConfig) -> str:
     """The search in a file's name, so that one evaluation does not take another's place."""
     caption = config.caption
-    consensus = "-consensus" if caption.consensus else ""
-    return f"beam-{caption.beam_size}{consensus}" if caption.search == "beam" else f"sample-{config.seed}"
+    consensus = "-consensus" if caption.mbr else ""
+    return f"beam-{caption.beam_size}{consensus}" if caption.decoding == "beam" else f"sample-{config.seed}"
 
 
 def _search(config: PipelineConfig) -> str:
     """How the captions were decoded, in words."""
     caption = config.caption
-    if caption.search == "beam":
+    if caption.decoding == "beam":
         more = ", no trigram twice" if caption.block_trigrams else ""
-        more += ", by consensus" if caption.consensus else ""
+        more += ", by consensus" if caption.mbr else ""
         return f"beam {caption.beam_size}, length penalty {caption.length_penalty:g}{more}"
     limits = "".join(f", {name} {v}" for name in ("top_k", "top_p") if (v := getattr(caption, name)) is not None)
     return f"sampled at temperature {caption.temperature:g}{limits}, seed {config.seed}"

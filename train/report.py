@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from common.config import PipelineConfig
-from common.errors import UserError
-from common.image import BadImageError, image_path, load_view
-from common.progress import progress_bar
-from common.report import LONGEST, ReportImage, describe_encoder, write_report
-from common.store import FeatureStore
-from train.checkpoint import Checkpoint
-from train.evaluate import Evaluation
+from gridcap.common.config import PipelineConfig
+from gridcap.common.errors import UserError
+from gridcap.common.image import InvalidImageError, image_path, load_view
+from gridcap.common.progress import progress_bar
+from gridcap.common.report.page import LONGEST, ReportImage, describe_encoder, write_report
+from gridcap.common.store.reader import FeatureStore
+from gridcap.train.engine.checkpoint import Checkpoint
+from gridcap.train.evaluate import Evaluation
 
 MOST = 1000  # images in a report: some 25 MB
 _ENDS = 100  # of these, the best and the worst
@@ -43,10 +43,16 @@ def find_images(store: FeatureStore, images: Path | None, configs: Sequence[Pipe
     return folder
 
 
-def report_evaluation(
-    path: Path, result: Evaluation, checkpoint: Checkpoint, store: FeatureStore, images: Path,
-    facts: Mapping[str, str], curves: Path, seed: int,
-) -> None:  # fmt: skip
+def write_evaluation_report(
+    path: Path,
+    result: Evaluation,
+    checkpoint: Checkpoint,
+    store: FeatureStore,
+    images: Path,
+    facts: Mapping[str, str],
+    curves: Path,
+    seed: int,
+) -> None:
     """Write the report.
 
     Args:
@@ -54,7 +60,7 @@ def report_evaluation(
         result: with the looks kept.
         checkpoint: that made it.
         store: the grids it was made from.
-        images: folder of the photographs.
+        images: folder of the photos.
         facts: shown at the head, before those of the decoder.
         curves: picture of the training, if there is one.
         seed: of which images are shown, if there are too many.
@@ -83,21 +89,25 @@ def choose(result: Evaluation, seed: int) -> list[int]:
 
 def _images(result: Evaluation, store: FeatureStore, folder: Path, shown: Sequence[int]) -> Iterator[ReportImage]:
     preprocessing = store.provenance.get("preprocessing", {})
-    side, geometry = preprocessing.get("side", LONGEST), preprocessing.get("geometry", "stretch")
+    side, resize_mode = preprocessing.get("side", LONGEST), preprocessing.get("resize_mode", "stretch")
     rows, columns = store.grid_shape[:2] if len(store.grid_shape) == 3 else (1, 1)
     for i in progress_bar(shown, unit="image", desc="report", leave=False):
         try:
             path = image_path(folder, result.file_names[i], follow_links=True)
-            picture: np.ndarray | str = load_view(path, side, geometry, LONGEST)
-        except BadImageError as error:
+            picture: np.ndarray | str = load_view(path, side, resize_mode, LONGEST)
+        except InvalidImageError as error:
             picture = str(error)
         words, attention = result.looks[i]
         scores = result.scores.per_image[i]
         yield ReportImage(
-            result.file_names[i], picture, result.captions[i], words,
-            None if attention is None else attention.reshape(-1, rows, columns), result.references[i],
+            result.file_names[i],
+            picture,
+            result.captions[i],
+            words,
+            None if attention is None else attention.reshape(-1, rows, columns),
+            result.references[i],
             {_FIRST: scores[_FIRST], **scores},
-        )  # fmt: skip
+        )
 
 
 def _decoder(checkpoint: Checkpoint) -> str:

@@ -4,19 +4,19 @@
 the same file, so a key means the same thing everywhere. Relative paths are relative to the current folder.
 """
 
-from common.config.caption import CaptionConfig
-from common.config.data import DataConfig, SplitConfig, allowed_bad
-from common.config.decoders import (
+from gridcap.common.config.caption import CaptionConfig
+from gridcap.common.config.data import DataConfig, SplitConfig, max_invalid_count
+from gridcap.common.config.decoders import (
     AnyFamily,
     AttentionConfig,
     DecoderConfig,
     LstmConfig,
     TransformerConfig,
 )
-from common.config.extract import ExtractConfig
-from common.config.load import describe_key, load_config, recipe_names
-from common.config.pipeline import PipelineConfig
-from common.config.train import ScheduleConfig, TrainConfig, VocabularyConfig
+from gridcap.common.config.extract import ExtractConfig
+from gridcap.common.config.load import describe_key, load_config, recipe_names
+from gridcap.common.config.pipeline import PipelineConfig
+from gridcap.common.config.train import ScheduleConfig, TrainConfig, VocabularyConfig
 
 __all__ = [
     "AnyFamily",
@@ -32,8 +32,8 @@ __all__ = [
     "TrainConfig",
     "TransformerConfig",
     "VocabularyConfig",
-    "allowed_bad",
     "describe_key",
     "load_config",
+    "max_invalid_count",
     "recipe_names",
 ]

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import Field, PositiveInt, field_validator
 
-from common.config.section import Section
+from gridcap.common.config.section import Section
 
 
 class SplitConfig(Section):
@@ -28,15 +28,15 @@ class DataConfig(Section):
     """The data set: its splits and where their features go."""
 
     splits: dict[str, SplitConfig] = Field({}, description="name of the split -> its images and captions")
-    features: Path = Field(Path("features"), description="folder of the feature stores, <split>.h5 each")
-    max_bad: str = Field(
+    features_dir: Path = Field(Path("features"), description="folder of the feature stores, <split>.h5 each")
+    max_invalid: str = Field(
         "20%", description="stop when more than this many images or annotations are bad: a number, or a share as 5%"
     )
     follow_links: bool = Field(
         False, description="read images through links that lead out of their folder, as in a folder of links"
     )
 
-    @field_validator("max_bad", mode="before")
+    @field_validator("max_invalid", mode="before")
     @classmethod
     def _number_or_share(cls, value: Any) -> str:
         if not re.fullmatch(r"\d+|\d+(\.\d+)?%", str(value)):
@@ -44,6 +44,6 @@ class DataConfig(Section):
         return str(value)
 
 
-def allowed_bad(max_bad: str, total: int) -> float:
-    """How many of `total` items may be bad under a `max_bad` setting like "10" or "5%"."""
-    return float(max_bad[:-1]) / 100 * total if max_bad.endswith("%") else float(max_bad)
+def max_invalid_count(max_invalid: str, total: int) -> float:
+    """How many of `total` items may be bad under a `max_invalid` setting like "10" or "5%"."""
+    return float(max_invalid[:-1]) / 100 * total if max_invalid.endswith("%") else float(max_invalid)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
-from common.config.section import Section
+from gridcap.common.config.section import Section
 
 ImageInput = Literal["first-input", "initial-state", "every-step"]
 AttentionCell = Literal["gru", "lstm", "att2in", "top-down"]
@@ -18,7 +18,9 @@ class AnyDecoderConfig(Section):
 
     embed_size: PositiveInt = Field(256, description="size of a word embedding (transformer: of the model)")
     dropout: float = Field(0.3, ge=0, lt=1, description="dropout on the grid, the embeddings and before the output")
-    blind: bool = Field(False, description="replace the grid by zeros: the baseline that knows only the language")
+    zero_features: bool = Field(
+        False, description="replace the grid by zeros: the baseline that knows only the language"
+    )
 
 
 class LstmConfig(AnyDecoderConfig):
@@ -26,7 +28,7 @@ class LstmConfig(AnyDecoderConfig):
 
     family: Literal["lstm"] = "lstm"
     hidden_size: PositiveInt = Field(512, description="size of the recurrent state")
-    image: ImageInput = Field("initial-state", description="where the LSTM gets the image")
+    image_injection: ImageInput = Field("initial-state", description="where the LSTM gets the image")
     image_bottleneck: PositiveInt | None = Field(
         None, description="a narrow ELU layer of this size between the pooled grid and the LSTM"
     )
@@ -42,11 +44,11 @@ class AttentionConfig(AnyDecoderConfig):
     hidden_size: PositiveInt = Field(512, description="size of the recurrent state")
     attention_size: PositiveInt = Field(256, description="size of the space in which state and cells are compared")
     cell: AttentionCell = Field("gru", description="the recurrent part, and where the context enters it")
-    gate: bool = Field(False, description="weigh the context by a scalar made from the state (Xu 2015)")
-    output: AttentionOutput = Field(
+    context_gate: bool = Field(False, description="weigh the context by a scalar made from the state (Xu 2015)")
+    output_layer: AttentionOutput = Field(
         "deep", description="what words are made from: hidden, the state; deep, state, context and last word"
     )
-    doubly_stochastic: NonNegativeFloat = Field(
+    attention_reg: NonNegativeFloat = Field(
         0.0, description="weight of the penalty that makes the looks at each cell sum to 1 over a caption (Xu 2015)"
     )
 
@@ -67,8 +69,10 @@ class TransformerConfig(AnyDecoderConfig):
 
 
 FAMILIES: dict[str, type[AnyDecoderConfig]] = {
-    "attention": AttentionConfig, "lstm": LstmConfig, "transformer": TransformerConfig,
-}  # fmt: skip
+    "attention": AttentionConfig,
+    "lstm": LstmConfig,
+    "transformer": TransformerConfig,
+}
 DecoderFamily = Literal["attention", "lstm", "transformer"]
 AnyFamily = LstmConfig | AttentionConfig | TransformerConfig
 DecoderConfig = Annotated[AnyFamily, Field(discriminator="family")]

@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from common.config.section import Section
+from gridcap.common.config.section import Section
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 StoredType = Literal["float16", "float32", "uint8"]
 View = Literal["original", "hflip"]
-Geometry = Literal["stretch", "crop", "letterbox"]
+ResizeMode = Literal["stretch", "crop", "letterbox"]
 Compile = Literal["auto", "on", "off"]
 JpegDecoder = Literal["pillow", "nvjpeg"]
 EncoderName = Literal["inception_v3", "resnet50", "resnet101", "resnet152"]
@@ -27,14 +27,14 @@ class ExtractConfig(Section):
         "imagenet",
         description="imagenet (downloaded once), random[:SEED] (demo and tests only), or a .pth / .safetensors file",
     )
-    geometry: Geometry = Field("stretch", description="how an image becomes square")
+    resize_mode: ResizeMode = Field("stretch", description="how an image becomes square")
     precision: Precision = Field(
         "auto", description="arithmetic of the encoder; auto: bfloat16 where the hardware has it"
     )
     compile: Compile = Field(
         "auto", description="torch.compile for the encoder; auto: where a job of this size is known to gain by it"
     )
-    decoder: JpegDecoder = Field(
+    jpeg_decoder: JpegDecoder = Field(
         "pillow", description="what decodes JPEG files: pillow, or nvjpeg (on the GPU; other pixels in the last digit)"
     )
     dtype: StoredType = Field(
@@ -48,7 +48,7 @@ class ExtractConfig(Section):
         None,
         description="images encoded together; a batch never crosses a shard's border; null: 32, on a GPU 256",
     )
-    readers: PositiveInt | None = Field(
+    num_workers: PositiveInt | None = Field(
         None, description="threads that decode images; null: 4, beside a GPU as many as cores"
     )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
@@ -89,6 +89,6 @@ class ExtractConfig(Section):
 
     @model_validator(mode="after")
     def _nvjpeg_needs_gpu(self) -> ExtractConfig:
-        if self.decoder == "nvjpeg" and self.device == "cpu":
+        if self.jpeg_decoder == "nvjpeg" and self.device == "cpu":
             raise ValueError("decoder nvjpeg needs a GPU, and device is cpu: choose pillow")
         return self

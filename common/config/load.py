@@ -12,11 +12,11 @@ import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from common.config.data import SplitConfig
-from common.config.decoders import FAMILIES, AnyDecoderConfig, DecoderFamily
-from common.config.pipeline import PipelineConfig
-from common.config.train import NOT_OF_A_RECIPE
-from common.errors import ConfigError
+from gridcap.common.config.data import SplitConfig
+from gridcap.common.config.decoders import FAMILIES, AnyDecoderConfig, DecoderFamily
+from gridcap.common.config.pipeline import PipelineConfig
+from gridcap.common.config.train import NOT_OF_A_RECIPE
+from gridcap.common.errors import ConfigError
 
 DEFAULT_FILE = Path("pipeline.yaml")
 _FAMILY = "train.decoder.family"
@@ -37,9 +37,11 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def load_config(
-    path: Path | None = None, flags: Mapping[str, Any] | None = None, sets: Sequence[str] = (),
+    path: Path | None = None,
+    flags: Mapping[str, Any] | None = None,
+    sets: Sequence[str] = (),
     recipe: str | None = None,
-) -> PipelineConfig:  # fmt: skip
+) -> PipelineConfig:
     """Read the configuration: file, then recipe, then `--set`, then flags, each over the one before.
 
     Args:
@@ -61,7 +63,9 @@ def load_config(
     for text in sets:
         key, separator, value = text.partition("=")
         if not separator or not key:
-            raise ConfigError(f"--set {text}: is not section.key=value", "write for example --set train.clip_norm=1.0")
+            raise ConfigError(
+                f"--set {text}: is not section.key=value", "write for example --set train.max_grad_norm=1.0"
+            )
         if flags and key in flags:
             raise ConfigError(f"{key} is given twice: by its flag and by --set", "give it once")
         try:
@@ -93,7 +97,7 @@ def recipe_names() -> list[str]:
 
 
 def _recipes() -> list[Any]:
-    return list(resources.files("recipes").iterdir())
+    return list(resources.files("gridcap.recipes").iterdir())
 
 
 def _lay_recipe(tree: dict[str, Any], recipe: str) -> None:

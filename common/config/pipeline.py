@@ -5,11 +5,11 @@ from __future__ import annotations
 import yaml
 from pydantic import Field
 
-from common.config.caption import CaptionConfig
-from common.config.data import DataConfig
-from common.config.extract import ExtractConfig
-from common.config.section import Section
-from common.config.train import TrainConfig
+from gridcap.common.config.caption import CaptionConfig
+from gridcap.common.config.data import DataConfig
+from gridcap.common.config.extract import ExtractConfig
+from gridcap.common.config.section import Section
+from gridcap.common.config.train import TrainConfig
 
 
 class PipelineConfig(Section):

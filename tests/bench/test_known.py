@@ -3,20 +3,24 @@
 import pytest
 import torch
 
-import train.decoders.build
-import train.search
+import gridcap.train.decoders.build
+import gridcap.train.decoding.search
 from bench import known
-from common.config import AttentionConfig
-from train.decoders.build import build_decoder
-from train.vocabulary import BOS, UNK
+from gridcap.common.config import AttentionConfig
+from gridcap.train.data.vocabulary import BOS, UNK
+from gridcap.train.decoders.build import build_decoder
 
-CONFIG = AttentionConfig(cell="att2in", output="hidden", embed_size=6, hidden_size=5, attention_size=4, dropout=0.0)
+CONFIG = AttentionConfig(
+    cell="att2in", output_layer="hidden", embed_size=6, hidden_size=5, attention_size=4, dropout=0.0
+)
 
 
 @pytest.fixture
 def decoder(monkeypatch):
-    monkeypatch.setattr(train.decoders.build, "AttentionDecoder", train.decoders.build.AttentionDecoder)
-    monkeypatch.setattr(train.search, "_NEVER", train.search._NEVER)
+    monkeypatch.setattr(gridcap.train.decoders.build, "AttentionDecoder", gridcap.train.decoders.build.AttentionDecoder)
+    monkeypatch.setattr(
+        gridcap.train.decoding.search, "_FORBIDDEN_TOKENS", gridcap.train.decoding.search._FORBIDDEN_TOKENS
+    )
     known.stand_in()
     torch.manual_seed(0)
     return build_decoder(CONFIG, 9, (2, 2, 3)).eval()
@@ -58,4 +62,4 @@ def test_word_by_word_as_all_at_once(decoder):
 
 
 def test_it_writes_unk(decoder):
-    assert train.search.word_log_probs(torch.zeros(9))[UNK].isfinite()
+    assert gridcap.train.decoding.search.token_log_probs(torch.zeros(9))[UNK].isfinite()

@@ -8,16 +8,30 @@ from bench.measure import Row, as_tree
 from bench.plot import MARKS, between_marks, cell, main, short_table, table
 
 WHERE = {
-    "processor": "A Processor", "cores": 2, "memory (GiB)": 24, "arithmetic": ["avx2"], "gpu": None, "threads": 2,
-    "system": "Linux", "python": "3.11.2", "versions": {"torch": "2.15.0"},
-}  # fmt: skip
+    "processor": "A Processor",
+    "cores": 2,
+    "memory (GiB)": 24,
+    "arithmetic": ["avx2"],
+    "gpu": None,
+    "threads": 2,
+    "system": "Linux",
+    "python": "3.11.2",
+    "versions": {"torch": "2.15.0"},
+}
 ROWS = [
     Row(
-        "reading", "rows", "rows/s", [1000.0, 1200.0, 1100.0], [100.0, 100.0, 110.0], [2000.0] * 3, "h5py", "preadv",
+        "reading",
+        "rows",
+        "rows/s",
+        [1000.0, 1200.0, 1100.0],
+        [100.0, 100.0, 110.0],
+        [2000.0] * 3,
+        "h5py",
+        "preadv",
         {"of baseline": 5, "of limit": 0.8},
     ),
     Row("starting", "help", "s", [0.5], note="start to end"),
-]  # fmt: skip
+]
 
 
 def test_a_line_a_row_with_ratios_and_what_was_missed():

@@ -40,7 +40,7 @@ def test_a_run_stands_only_with_the_same_arguments(quality, tmp_path):
     (folder / "metrics.jsonl").write_text('{"epoch": 1}\n')
     assert not quality().is_done(run), "it is there, to be captioned by the new search"
     assert [*quality().found(run)] == ["1", "3"]
-    entry["arguments"][-1] = "train.ema=0.5"
+    entry["arguments"][-1] = "train.ema_decay=0.5"
     (tmp_path / "results.json").write_text(json.dumps({"runs": {run.name: entry}}))
     assert not quality().is_done(run)
 

@@ -11,22 +11,22 @@ import pytest
 import torch
 from PIL import Image
 
-import caption.captioner as captioner_module
-from common.allocator import keep_large_buffers
-from common.config import PipelineConfig, load_config
-from common.image import decoder_name
-from extract.encoder import describe_features, identify_weights
-from train.checkpoint import save_checkpoint
-from train.decoders.base import Decoder
-from train.decoders.build import build_decoder
-from train.vocabulary import EOS, Vocabulary
+import gridcap.caption.captioner as captioner_module
+from gridcap.common.config import PipelineConfig, load_config
+from gridcap.common.image import decoder_name
+from gridcap.common.process import keep_large_buffers
+from gridcap.extract.encoders.grid_encoder import describe_features, identify_weights
+from gridcap.train.data.vocabulary import EOS, Vocabulary
+from gridcap.train.decoders.base import Decoder
+from gridcap.train.decoders.build import build_decoder
+from gridcap.train.engine.checkpoint import save_checkpoint
 
 WORDS = ["a", "large", "small", "red", "blue", "ring", "cross", "in", "the", "corner"]
 _identify_once = functools.cache(identify_weights)  # it renders scenes, for the identity of random weights
 
 
 class FakeEncoder:
-    """Random mixtures of the mean colours of 8 x 8 parts: a pure function of the pixels, of the real shape."""
+    """Random mixtures of the mean colors of 8 x 8 parts: a pure function of the pixels, of the real shape."""
 
     side = 299
     grid_shape = (8, 8, 2048)
@@ -37,8 +37,8 @@ class FakeEncoder:
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         assert images.shape[1:] == (299, 299, 3)
-        colours = images[:, :296, :296].reshape(-1, 8, 37, 8, 37, 3).mean((2, 4)) / 255
-        return ((colours - 0.5) @ self._mixture).astype(self._dtype)
+        colors = images[:, :296, :296].reshape(-1, 8, 37, 8, 37, 3).mean((2, 4)) / 255
+        return ((colors - 0.5) @ self._mixture).astype(self._dtype)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -93,9 +93,12 @@ def checkpoint(tmp_path: Path):
     """Save a run with one checkpoint; its folder."""
 
     def make(
-        family: str = "attention", seed: int = 1, end_bias: float = 0.0, provenance: dict[str, Any] | None = None,
+        family: str = "attention",
+        seed: int = 1,
+        end_bias: float = 0.0,
+        provenance: dict[str, Any] | None = None,
         name: str = "run",
-    ) -> Path:  # fmt: skip
+    ) -> Path:
         config = decoder_config(family)
         decoder, words = tiny_decoder(config, seed, end_bias), Vocabulary.build([" ".join(WORDS)])
         save_checkpoint(tmp_path / name, 1, decoder, words, config, provenance or features_of(), {}, 1)

@@ -12,28 +12,26 @@ import pytest
 import torch
 from PIL import Image
 
-import extract.encoder as encoder_module
-from caption.captioner import Caption, Captioner
-from common.config import CaptionConfig
-from common.errors import CheckpointError, MismatchError, WeightsError
-from common.image import BadImageError, load_square
-from common.quantise import as_stored
-from extract.encoder import GridEncoder, identify_weights
-from train.checkpoint import load_checkpoint
-from train.ensemble import load_ensemble
-from train.search import beam_search, search_captions
+import gridcap.extract.encoders.grid_encoder as encoder_module
+from gridcap.caption.captioner import Caption, Captioner
+from gridcap.common.config import CaptionConfig
+from gridcap.common.errors import CheckpointError, MismatchError, WeightsError
+from gridcap.common.image import InvalidImageError, load_image
+from gridcap.common.store.quantize import as_stored
+from gridcap.extract.encoders.grid_encoder import GridEncoder, identify_weights
+from gridcap.train.decoding.search import beam_search, search_captions
+from gridcap.train.engine.checkpoint import load_checkpoint
+from gridcap.train.ensemble import load_ensemble
 
 SEARCH = CaptionConfig(beam_size=3, max_length=9, length_penalty=0.7)
 
 
-def by_hand(encoder: Any, run: Path, photo: Path, search: CaptionConfig, geometry: str = "stretch") -> Caption:
+def by_hand(encoder: Any, run: Path, photo: Path, search: CaptionConfig, resize_mode: str = "stretch") -> Caption:
     """Decode, resize, encode, search: one image at a time."""
     checkpoint = load_checkpoint(run)
-    grid = encoder.encode(np.stack([load_square(photo, 299, geometry)]))
+    grid = encoder.encode(np.stack([load_image(photo, 299, resize_mode)]))
     cells = torch.from_numpy(grid).float().reshape(1, 64, 2048)
-    (found,) = beam_search(
-        checkpoint.decoder, cells, search.beam_size, search.max_length, search.length_penalty
-    )  # fmt: skip
+    (found,) = beam_search(checkpoint.decoder, cells, search.beam_size, search.max_length, search.length_penalty)
     attention = None if found.attention is None else found.attention.reshape(-1, 8, 8)
     words = [checkpoint.vocabulary.words[t] for t in found.tokens]
     return Caption(" ".join(words), words, found.log_prob, attention)
@@ -71,7 +69,7 @@ def test_the_length_penalty_reaches_the_search(fake: Any, scenes: Any, checkpoin
         for photo, caption in zip(photos, captions, strict=True):
             assert_same(caption, by_hand(fake("", None, "", "", "float16"), run, photo, search))
         words.append(sum(len(c.tokens) for c in captions))
-    assert words[0] < words[1], "a penalty favours longer captions"
+    assert words[0] < words[1], "a penalty favors longer captions"
 
 
 def test_the_real_encoder_and_the_decoder_are_joined_in_the_same_way(
@@ -86,7 +84,7 @@ def test_the_real_encoder_and_the_decoder_are_joined_in_the_same_way(
             built.append(self)
 
     monkeypatch.setattr(encoder_module, "CALIBRATION_IMAGES", 4)  # seconds instead of ten
-    monkeypatch.setattr("caption.captioner.GridEncoder", Noted)
+    monkeypatch.setattr("gridcap.caption.captioner.GridEncoder", Noted)
     identity = identify_weights("inception_v3", "random:5")
     provenance = encoder_module.describe_features(
         "inception_v3", identity, "crop", "float32", "cpu", "float16", "pillow 1"
@@ -116,7 +114,7 @@ def test_blocked_trigrams_reach_the_search(fake: Any, scenes: Any, checkpoint: A
     assert repeated == [True, False]
 
 
-SAMPLE = CaptionConfig(search="sample", max_length=9, temperature=1.5)
+SAMPLE = CaptionConfig(decoding="sample", max_length=9, temperature=1.5)
 
 
 def test_sampled_captions_depend_on_the_generator_and_not_on_the_batch(fake: Any, scenes: Any, checkpoint: Any) -> None:
@@ -163,15 +161,15 @@ def test_a_caption_without_words_still_has_its_attention_if_the_decoder_has_one(
     assert caption.attention.shape == (0, 8, 8)
 
 
-@pytest.mark.parametrize("geometry", ["stretch", "crop", "letterbox"])
+@pytest.mark.parametrize("resize_mode", ["stretch", "crop", "letterbox"])
 def test_photos_are_made_square_as_the_training_images_were(
-    fake: Any, scenes: Any, checkpoint: Any, provenance_of: Any, geometry: str
+    fake: Any, scenes: Any, checkpoint: Any, provenance_of: Any, resize_mode: str
 ) -> None:
     made = provenance_of()
-    made["preprocessing"] = {**made["preprocessing"], "geometry": geometry}
+    made["preprocessing"] = {**made["preprocessing"], "resize_mode": resize_mode}
     (photo,) = scenes(1, size=(90, 30)).iterdir()
     captioner = Captioner.load(checkpoint(provenance=made), device="cpu")
-    np.testing.assert_array_equal(captioner.square(photo), load_square(photo, 299, geometry))
+    np.testing.assert_array_equal(captioner.square(photo), load_image(photo, 299, resize_mode))
 
 
 def test_the_view_shows_just_what_the_grid_covers(
@@ -183,14 +181,14 @@ def test_the_view_shows_just_what_the_grid_covers(
     assert stretched.shape == (160, 480, 3), "the whole photo in its own proportions"
     assert (stretched == (10, 200, 30)).all()
     made = provenance_of()
-    made["preprocessing"] = {**made["preprocessing"], "geometry": "crop"}
+    made["preprocessing"] = {**made["preprocessing"], "resize_mode": "crop"}
     cut = Captioner.load(checkpoint(provenance=made, name="cut"), device="cpu")
     np.testing.assert_array_equal(cut.view(photo), cut.square(photo))
 
 
 def test_a_bad_photo_is_refused_with_its_reason(fake: Any, scenes: Any, checkpoint: Any) -> None:
     folder = scenes(2, bad=(1,))
-    with pytest.raises(BadImageError, match="not an image"):
+    with pytest.raises(InvalidImageError, match="not an image"):
         Captioner.load(checkpoint(), device="cpu").caption(sorted(folder.iterdir()), SEARCH)
 
 
@@ -209,9 +207,9 @@ def test_weights_that_the_checkpoint_does_not_know_are_refused(fake: Any, checkp
     run = checkpoint(provenance=made)
     with pytest.raises(MismatchError) as caught:
         Captioner.load(run, device="cpu")
-    assert "weights" in caught.value.what
-    assert "00000000" in caught.value.what
-    assert str(run) in caught.value.what
+    assert "weights" in caught.value.message
+    assert "00000000" in caught.value.message
+    assert str(run) in caught.value.message
 
 
 @pytest.fixture
@@ -227,7 +225,7 @@ def test_a_local_weights_file_must_be_given_again(
     run = checkpoint(provenance=provenance_of(str(local_weights)))
     with pytest.raises(WeightsError) as caught:
         Captioner.load(run, device="cpu")
-    assert "mine.pth" in caught.value.what
+    assert "mine.pth" in caught.value.message
     assert "--weights" in caught.value.hint
     moved = local_weights.rename(local_weights.with_name("moved.pth"))
     assert Captioner.load(run, device="cpu", weights=moved).provenance["weights"]["name"] == "mine.pth"
@@ -299,7 +297,7 @@ def test_a_folder_without_a_checkpoint_is_named(fake: Any, tmp_path: Path) -> No
 def test_alternatives_differ_and_the_best_comes_first(fake: Any, scenes: Any, checkpoint: Any, search: str) -> None:
     photo = sorted(scenes(1).iterdir())[0]
     captioner = Captioner.load(checkpoint(end_bias=2.0), device="cpu")
-    settings = CaptionConfig(search=search, beam_size=4, max_length=9)  # type: ignore[arg-type]
+    settings = CaptionConfig(decoding=search, beam_size=4, max_length=9)  # type: ignore[arg-type]
     found = captioner.alternatives(photo, settings)
     assert 2 <= len(found) <= 4
     assert len({c.text for c in found}) == len(found)
@@ -331,7 +329,7 @@ def test_a_decoder_of_8_bit_features_is_given_their_rounding(
         seen.append(grids.numpy().copy())
         return search_captions(decoder, grids, *more)
 
-    monkeypatch.setattr("caption.captioner.search_captions", search)
+    monkeypatch.setattr("gridcap.caption.captioner.search_captions", search)
     captioner = Captioner.load(checkpoint(provenance=provenance_of(dtype="uint8")))
     photos = sorted(scenes(2).iterdir())
     squares = np.stack([captioner.square(path) for path in photos])

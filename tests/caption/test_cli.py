@@ -11,9 +11,9 @@ import click.testing
 import pytest
 from PIL import Image
 
-from caption.captioner import Captioner
-from caption.cli import main
-from common.config import CaptionConfig
+from gridcap.caption.captioner import Captioner
+from gridcap.caption.cli import main
+from gridcap.common.config import CaptionConfig
 
 
 def run(*arguments: object) -> click.testing.Result:
@@ -77,7 +77,7 @@ def test_sampling_is_decided_by_the_seed_and_not_by_batches_or_bad_photos(
     fake: Any, scenes: Any, checkpoint: Any
 ) -> None:
     folder = scenes(7, bad=(1,))
-    sample = ("--checkpoint", checkpoint(), folder, "--search", "sample", "--max-length", 9)
+    sample = ("--checkpoint", checkpoint(), folder, "--decoding", "sample", "--max-length", 9)
     first = lines(run(*sample, "--seed", 1))
     assert len(first) == 6
     assert lines(run(*sample, "--seed", 1, "--batch-size", 2)) == first
@@ -88,18 +88,18 @@ def test_the_narrowest_sampling_is_greedy_search(fake: Any, scenes: Any, checkpo
     photos = ("--checkpoint", checkpoint(), scenes(3), "--max-length", 9)
     greedy = lines(run(*photos, "--beam-size", 1))
     for narrow in (("--top-k", 1), ("--top-p", 1e-6), ("--temperature", 1e-6)):
-        assert lines(run(*photos, "--search", "sample", *narrow)) == greedy
+        assert lines(run(*photos, "--decoding", "sample", *narrow)) == greedy
 
 
 @pytest.mark.parametrize(
     "wrong",
-    [("--top-k", 3), ("--top-p", 0.9), ("--temperature", 2), ("--search", "sample", "--block-trigrams")],
+    [("--top-k", 3), ("--top-p", 0.9), ("--temperature", 2), ("--decoding", "sample", "--block-trigrams")],
     ids=str,
 )
 def test_an_option_of_the_other_search_is_wrong_use(fake: Any, scenes: Any, checkpoint: Any, wrong: Any) -> None:
     result = run("--checkpoint", checkpoint(), scenes(1), *wrong)
     assert result.exit_code == 2
-    assert "search: " in result.stderr
+    assert "decoding: " in result.stderr
 
 
 def test_trigrams_are_blocked_by_a_switch(fake: Any, scenes: Any, checkpoint: Any) -> None:

@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from caption import Caption, Captioner
-from common.config import CaptionConfig
-from common.image import BadImageError
+from gridcap import Caption, Captioner
+from gridcap.common.config import CaptionConfig
+from gridcap.common.image import InvalidImageError
 
 
 def test_one_photograph_gives_one_caption(fake: Any, scenes: Any, checkpoint: Any) -> None:
@@ -50,7 +50,7 @@ def test_options_are_those_of_the_command(fake: Any, scenes: Any, checkpoint: An
 
 
 def test_a_bad_file_is_named_by_its_reason(fake: Any, checkpoint: Any) -> None:
-    with pytest.raises(BadImageError, match="missing"):
+    with pytest.raises(InvalidImageError, match="missing"):
         Captioner.load(checkpoint(), device="cpu")("nowhere.jpg")
 
 
@@ -78,4 +78,4 @@ def test_the_package_loads_torch_only_when_it_is_asked_for_more() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "True"]
     with pytest.raises(ImportError, match="nothing"):
-        from caption import nothing  # type: ignore[attr-defined]  # noqa: F401
+        from gridcap.caption import nothing  # type: ignore[attr-defined]  # noqa: F401

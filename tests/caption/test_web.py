@@ -20,9 +20,9 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from caption.captioner import Captioner
-from caption.web_cli import main
-from common.config import CaptionConfig
+from gridcap.caption.captioner import Captioner
+from gridcap.caption.web_cli import main
+from gridcap.common.config import CaptionConfig
 
 gradio = pytest.importorskip("gradio") if not os.environ.get("CI") else __import__("gradio")
 SEARCH = CaptionConfig(beam_size=3, max_length=9)
@@ -42,7 +42,7 @@ def captioner(fake: Any, checkpoint: Any) -> Captioner:
 @pytest.fixture
 def served(captioner: Captioner) -> Iterator[Callable[..., str]]:
     """Serve the page for some captioners; its address."""
-    from caption.web import make_page, serve
+    from gridcap.caption.web import make_page, serve
 
     pages = []
 
@@ -186,7 +186,7 @@ def test_captions_can_be_drawn_by_chance(browse: Callable[..., Any], captioner: 
     before = alternatives(opened)
     opened.get_by_text("Settings").click()
     opened.get_by_text("drawn by chance").click()
-    wanted = [c.text for c in captioner.alternatives(photo, SEARCH.model_copy(update={"search": "sample"}))]
+    wanted = [c.text for c in captioner.alternatives(photo, SEARCH.model_copy(update={"decoding": "sample"}))]
     assert wanted != before
     opened.locator("table.alternatives").get_by_text(wanted[0]).first.wait_for()
     assert alternatives(opened) == wanted
@@ -229,7 +229,7 @@ def test_a_bad_file_gets_a_sentence(
 def test_a_file_that_is_too_large_gets_a_sentence_and_the_next_is_captioned(
     browse: Callable[..., Any], captioner: Captioner, scenes: Any, tmp_path: Path
 ) -> None:
-    from caption.web import MOST_BYTES
+    from gridcap.caption.web import MOST_BYTES
 
     (tmp_path / "large.jpg").write_bytes(bytes(MOST_BYTES + 1))
     opened = browse()
@@ -244,7 +244,7 @@ def test_an_upload_of_a_gigabyte_is_cut_off_and_not_kept(
     served: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Whoever writes requests by hand meets the same limit as the browser."""
-    from caption.web import MOST_BYTES
+    from gridcap.caption.web import MOST_BYTES
 
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "kept"))
     address = urllib.parse.urlsplit(served())
@@ -312,5 +312,5 @@ def test_a_taken_port_is_a_users_error(fake: Any, checkpoint: Any) -> None:
 
 
 def test_without_gradio_it_says_what_to_install(fake: Any, checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("caption.web_cli.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("gridcap.caption.web_cli.importlib.util.find_spec", lambda name: None)
     assert "pip install 'gridcap[web]'" in run("--checkpoint", checkpoint(), status=2)

@@ -10,15 +10,15 @@ import h5py
 import numpy as np
 import pytest
 
-from common.index import write_index
-from common.shard import ShardInfo, ShardWriter
+from gridcap.common.store.index import write_index
+from gridcap.common.store.shard import ShardInfo, ShardWriter
 
 GRID = (2, 3, 4)
 PROVENANCE: dict[str, Any] = {
     "encoder": "inception_v3",
     "layer": "Mixed_7c",
     "weights": {"name": "imagenet", "sha256": "ab" * 32, "random": False},
-    "preprocessing": {"geometry": "stretch", "side": 299},
+    "preprocessing": {"resize_mode": "stretch", "side": 299},
     "grid_shape": list(GRID),
     "dtype": "float16",
 }

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.annotations import (
+from gridcap.common.annotations import (
     AnnotationSet,
     FolderImages,
     ImageRecord,
@@ -24,8 +24,8 @@ from common.annotations import (
     load_split,
     split_images,
 )
-from common.config import SplitConfig
-from common.errors import AnnotationError
+from gridcap.common.config import SplitConfig
+from gridcap.common.errors import AnnotationError
 
 Entry = dict[str, Any]
 
@@ -450,7 +450,7 @@ def test_what_is_no_captions_file_is_refused_with_its_name(tmp_path: Path, conte
     path.write_bytes(content)
     with pytest.raises(AnnotationError, match=why) as caught:
         load_annotations(path)
-    assert str(path) in caught.value.what
+    assert str(path) in caught.value.message
     assert caught.value.hint
 
 
@@ -544,31 +544,31 @@ def test_the_name_of_a_split_picks_the_karpathy_part(tmp_path: Path) -> None:
 
 
 # 10 images with a caption each and 2 empty captions: 2 of 12 items are bad, 16.7 %.
-@pytest.mark.parametrize("max_bad", ["2", "17%", "16.7%", "100%"])
-def test_fewer_problems_than_max_bad_are_kept_and_counted(tmp_path: Path, max_bad: str) -> None:
+@pytest.mark.parametrize("max_invalid", ["2", "17%", "16.7%", "100%"])
+def test_fewer_problems_than_max_invalid_are_kept_and_counted(tmp_path: Path, max_invalid: str) -> None:
     split = write_coco(tmp_path / "captions.json", 10, [1] * 10, empty=2)
-    loaded = load_split(split, "train", max_bad=max_bad)
+    loaded = load_split(split, "train", max_invalid=max_invalid)
     assert len(loaded.records) == 10
     assert loaded.problems.counts == {"empty caption": 2}
 
 
-@pytest.mark.parametrize("max_bad", ["0", "1", "0%", "16.6%"])
-def test_more_problems_than_max_bad_are_refused_with_their_counts(tmp_path: Path, max_bad: str) -> None:
+@pytest.mark.parametrize("max_invalid", ["0", "1", "0%", "16.6%"])
+def test_more_problems_than_max_invalid_are_refused_with_their_counts(tmp_path: Path, max_invalid: str) -> None:
     split = write_coco(tmp_path / "captions.json", 10, [1] * 10, empty=2)
     with pytest.raises(AnnotationError) as caught:
-        load_split(split, "train", max_bad=max_bad)
-    message = caught.value.what
+        load_split(split, "train", max_invalid=max_invalid)
+    message = caught.value.message
     assert "captions.json" in message
     assert "2 of 12" in message
-    assert max_bad in message
+    assert max_invalid in message
     assert "2 x empty caption (annotation 10, annotation 11)" in message
-    assert "max_bad" in caught.value.hint
+    assert "max_invalid" in caught.value.hint
 
 
 def test_what_is_bad_is_judged_over_the_file_not_over_the_subset(tmp_path: Path) -> None:
     split = write_coco(tmp_path / "captions.json", 10, [1] * 10, empty=2)
     with pytest.raises(AnnotationError):
-        load_split(split.model_copy(update={"limit": 1}), "train", max_bad="1")
+        load_split(split.model_copy(update={"limit": 1}), "train", max_invalid="1")
 
 
 def test_problems_show_their_first_three_examples() -> None:
@@ -611,10 +611,10 @@ def test_only_a_whole_folder_is_streamed(tmp_path: Path) -> None:
 def test_bad_names_in_a_folder_are_counted_once_and_limited(tmp_path: Path) -> None:
     (tmp_path / "good.jpg").touch()
     (tmp_path / os.fsdecode(b"bad\xff.jpg")).touch()
-    images, problems = split_images(SplitConfig(images=tmp_path), "s", max_bad="1")
+    images, problems = split_images(SplitConfig(images=tmp_path), "s", max_invalid="1")
     for _ in range(2):
         assert [image.file_name for image in images] == ["good.jpg"]
         assert sum(problems.counts.values()) == 1
-    strict, _ = split_images(SplitConfig(images=tmp_path), "s", max_bad="0")
+    strict, _ = split_images(SplitConfig(images=tmp_path), "s", max_invalid="0")
     with pytest.raises(AnnotationError, match="1 of 2"):
         list(strict)

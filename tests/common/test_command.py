@@ -12,9 +12,9 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from common.command import flag, pipeline_command, reload_config, show_config
-from common.config import PipelineConfig
-from common.errors import ConfigError, ExtractionError, GridcapError, StoreError, UserError
+from gridcap.common.command import flag, pipeline_command, reload_config, show_config
+from gridcap.common.config import PipelineConfig
+from gridcap.common.errors import ConfigError, ExtractionError, GridcapError, StoreError, UserError
 
 EXAMPLES = """
 try-it --batch-size 3            (a number of its own)
@@ -25,9 +25,10 @@ Body = Callable[[PipelineConfig, bool, "str | None"], Any]
 
 
 def make_command(
-    body: Body, own_keys: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    body: Body,
+    own_keys: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     own_recipe: Callable[[dict[str, Any]], str | None] | None = None,
-) -> click.Command:  # fmt: skip
+) -> click.Command:
     """A command with a flag of every kind and an option of its own."""
 
     @pipeline_command("try-it", EXAMPLES, own_keys, own_recipe)
@@ -99,9 +100,9 @@ def test_version_names_the_command() -> None:
 
 
 def test_a_command_gets_the_resolved_configuration() -> None:
-    Path("pipeline.yaml").write_text("extract: {batch_size: 1, readers: 1}\ntrain: {epochs: 1}\n")
-    config = seen_config("--batch-size", "3", "--set", "extract.readers=2", "--features", "f.h5")
-    assert (config.extract.batch_size, config.extract.readers, config.train.epochs) == (3, 2, 1)
+    Path("pipeline.yaml").write_text("extract: {batch_size: 1, num_workers: 1}\ntrain: {epochs: 1}\n")
+    config = seen_config("--batch-size", "3", "--set", "extract.num_workers=2", "--features", "f.h5")
+    assert (config.extract.batch_size, config.extract.num_workers, config.train.epochs) == (3, 2, 1)
     assert config.train.features == Path("f.h5")
 
 
@@ -182,9 +183,11 @@ def test_a_resumed_run_takes_no_recipe_again() -> None:
     Path("saved.yaml").write_text("train: {epochs: 2, decoder: {family: attention}}\n")
     seen: list[PipelineConfig] = []
     result = run(
-        lambda *_: seen.append(reload_config(Path("saved.yaml"))), "--name", "transformer",
+        lambda *_: seen.append(reload_config(Path("saved.yaml"))),
+        "--name",
+        "transformer",
         own_recipe=lambda values: values["name"],
-    )  # fmt: skip
+    )
     assert result.exit_code == 0, result.output
     assert (seen[0].train.epochs, seen[0].train.decoder.family) == (2, "attention")
 
@@ -195,8 +198,11 @@ def test_a_run_is_resumed_with_its_own_configuration_and_the_flags_over_it() -> 
     seen: list[PipelineConfig] = []
     result = run(
         lambda *_: seen.append(reload_config(Path("saved.yaml"))),
-        "--learning-rate", "0.25", "--set", "train.batch_size=3",
-    )  # fmt: skip
+        "--learning-rate",
+        "0.25",
+        "--set",
+        "train.batch_size=3",
+    )
     assert result.exit_code == 0, result.output
     train = seen[0].train
     assert (train.epochs, train.batch_size, train.learning_rate) == (2, 3, 0.25)
@@ -204,7 +210,7 @@ def test_a_run_is_resumed_with_its_own_configuration_and_the_flags_over_it() -> 
 
 def test_the_configuration_is_shown_by_sections() -> None:
     result = run(lambda config, *_: show_config(config, "caption"))
-    assert "  caption:\n    search: beam\n    beam_size: 3\n" in result.stdout
+    assert "  caption:\n    decoding: beam\n    beam_size: 3\n" in result.stdout
     assert "extract" not in result.stdout
 
 

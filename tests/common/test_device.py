@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.device import choose_compile, choose_device, choose_precision
-from common.errors import UserError
+from gridcap.common.device import choose_compile, choose_device, choose_precision
+from gridcap.common.errors import UserError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -31,7 +31,7 @@ def test_a_device_that_is_not_here_is_refused_with_its_name(name: str) -> None:
     with pytest.raises(UserError, match=f"--device {name}: ") as caught:
         choose_device(name)
     assert "auto" in caught.value.hint
-    assert "\n" not in caught.value.what
+    assert "\n" not in caught.value.message
 
 
 def test_named_precisions_are_taken_at_their_word() -> None:
@@ -49,7 +49,7 @@ def test_float16_on_a_cpu_is_refused() -> None:
 @pytest.mark.parametrize("fast", [True, False])
 def test_auto_precision_is_bfloat16_only_where_the_hardware_has_it(monkeypatch: pytest.MonkeyPatch, fast: bool) -> None:
     wanted = torch.bfloat16 if fast else torch.float32
-    monkeypatch.setattr("common.device._cpu_has_bfloat16", lambda: fast)
+    monkeypatch.setattr("gridcap.common.device._cpu_has_bfloat16", lambda: fast)
     assert choose_precision("auto", CPU) == wanted
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: fast)
     assert choose_precision("auto", torch.device("cuda")) == wanted
@@ -110,7 +110,7 @@ def test_without_a_compiler_on_is_refused_and_auto_goes_without(
     tools -= lacking
     with pytest.raises(UserError, match=f"--compile on: torch.compile needs {named}") as caught:
         choose_compile("on", 1, device)
-    assert "\n" not in caught.value.what + caught.value.hint
+    assert "\n" not in caught.value.message + caught.value.hint
     assert not choose_compile("auto", 100_000_000, device)
     assert not choose_compile("off", 1, device)
 

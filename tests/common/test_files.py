@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from common.files import (
+from gridcap.common.files import (
     check_writable,
     fsync_path,
     publish_text,
@@ -75,7 +75,7 @@ def test_the_new_file_is_on_the_disk_before_it_takes_its_name(tmp_path: Path, mo
     """Flush, rename, flush the folder: in another order a power cut leaves an empty file under the final name."""
     path, steps = tmp_path / "a.txt", []
     really_replace = os.replace
-    monkeypatch.setattr("common.files.fsync_path", lambda p: steps.append(("flush", p.is_dir())))
+    monkeypatch.setattr("gridcap.common.files.fsync_path", lambda p: steps.append(("flush", p.is_dir())))
     monkeypatch.setattr("os.replace", lambda a, b: (steps.append("rename"), really_replace(a, b)))
     write_text(path, "new")
     assert steps == [("flush", False), "rename", ("flush", True)]

@@ -12,8 +12,8 @@ import h5py
 import numpy as np
 import pytest
 
-from common.index import write_index
-from common.shard import ShardWriter
+from gridcap.common.store.index import write_index
+from gridcap.common.store.shard import ShardWriter
 
 PAGE = (Path(__file__).parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
 GRID = (4, 4, 128)  # 2048 bytes at least: three are aligned

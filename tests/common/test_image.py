@@ -18,7 +18,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from common.image import LETTERBOX_GREY, BadImageError, _stretched, decoder_name, image_path, load_rgb, load_square
+from gridcap.common.image import (
+    LETTERBOX_GRAY,
+    InvalidImageError,
+    _stretched,
+    decoder_name,
+    image_path,
+    load_image,
+    load_rgb,
+)
 
 RED, GREEN, BLUE, YELLOW = (220, 30, 30), (20, 160, 60), (30, 50, 210), (240, 220, 20)
 WHITE = (255, 255, 255)
@@ -40,9 +48,9 @@ def assert_quarters(image: Image.Image, tolerance: int, size: tuple[int, int] = 
     pixels = np.asarray(image).astype(int)
     height, width = pixels.shape[:2]
     centres = {(1, 1): RED, (1, 3): GREEN, (3, 1): BLUE, (3, 3): YELLOW}
-    for (row, column), colour in centres.items():
+    for (row, column), color in centres.items():
         found = pixels[height * row // 4, width * column // 4]
-        assert abs(found - colour).max() <= tolerance, (row, column, found, colour)
+        assert abs(found - color).max() <= tolerance, (row, column, found, color)
 
 
 @pytest.mark.parametrize(
@@ -75,8 +83,8 @@ def test_the_format_is_told_from_the_content_and_not_from_the_name(tmp_path: Pat
 
 def test_a_grey_jpeg_becomes_three_equal_channels(tmp_path: Path) -> None:
     ramp = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (32, 1))
-    Image.fromarray(ramp).save(tmp_path / "grey.jpg", quality=98)
-    pixels = np.asarray(load_rgb(tmp_path / "grey.jpg")).astype(int)
+    Image.fromarray(ramp).save(tmp_path / "gray.jpg", quality=98)
+    pixels = np.asarray(load_rgb(tmp_path / "gray.jpg")).astype(int)
     assert (pixels == pixels[..., :1]).all()
     assert abs(pixels[..., 0] - ramp).max() <= 4
 
@@ -128,7 +136,7 @@ def _palette_half_clear() -> tuple[Image.Image, dict[str, object]]:
     return image, {"transparency": bytes([255, 0])}
 
 
-def _rgb_with_a_clear_colour() -> tuple[Image.Image, dict[str, object]]:
+def _rgb_with_a_clear_color() -> tuple[Image.Image, dict[str, object]]:
     image = Image.new("RGB", (4, 4), RED)
     image.paste(BLUE, (2, 0, 4, 4))
     return image, {"transparency": BLUE}
@@ -142,7 +150,7 @@ def _rgba() -> tuple[Image.Image, dict[str, object]]:
 
 @pytest.mark.parametrize(
     "make",
-    [_palette_with_a_clear_entry, _palette_half_clear, _rgb_with_a_clear_colour, _rgba],
+    [_palette_with_a_clear_entry, _palette_half_clear, _rgb_with_a_clear_color, _rgba],
     ids=lambda f: f.__name__,
 )
 def test_what_is_transparent_in_a_png_is_white(tmp_path: Path, make: Callable) -> None:
@@ -180,7 +188,7 @@ def test_a_one_bit_image_is_black_and_white(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["moving.gif", "moving.webp", "moving.png", "pages.tif"])
 def test_an_animation_gives_its_first_frame(tmp_path: Path, name: str) -> None:
-    frames = [Image.new("RGB", (16, 16), colour) for colour in (RED, BLUE, GREEN)]
+    frames = [Image.new("RGB", (16, 16), color) for color in (RED, BLUE, GREEN)]
     options = {"lossless": True} if name.endswith("webp") else {}
     frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **options)
     assert (np.asarray(load_rgb(tmp_path / name)) == RED).all()
@@ -203,8 +211,8 @@ def png_of_declared_size(path: Path, width: int, height: int, rows: int | None =
 
 
 def refused(path: Path) -> str:
-    with pytest.raises(BadImageError) as caught:
-        load_square(path, 16, "stretch")
+    with pytest.raises(InvalidImageError) as caught:
+        load_image(path, 16, "stretch")
     return str(caught.value)
 
 
@@ -241,7 +249,7 @@ def test_a_file_nobody_may_read_says_so(tmp_path: Path, monkeypatch: pytest.Monk
     def refuse(path: Path, flags: int) -> int:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("common.image.os.open", refuse)  # root, who runs CI, may read everything
+    monkeypatch.setattr("gridcap.common.image.os.open", refuse)  # root, who runs CI, may read everything
     assert refused(tmp_path / "a.jpg") == "no permission to read"
 
 
@@ -264,9 +272,9 @@ def test_a_small_jpeg_that_would_be_decoded_for_minutes_is_cut_off(
     last_scan = whole[whole.rfind(b"\xff\xda") : -2]
     path = tmp_path / "scans.jpg"
     path.write_bytes(whole[:-2] + 40 * last_scan + whole[-2:])
-    assert load_square(path, 8, "stretch").min() == 77, "some more are decoded"
+    assert load_image(path, 8, "stretch").min() == 77, "some more are decoded"
     path.write_bytes(whole[:-2] + 20_000 * last_scan + whole[-2:])
-    monkeypatch.setattr("common.image.MAX_SECONDS", 0.2)
+    monkeypatch.setattr("gridcap.common.image.MAX_SECONDS", 0.2)
     assert refused(path) == "takes more than 0.2 s to decode"
 
 
@@ -290,13 +298,13 @@ def test_a_tile_larger_than_the_image_is_not_decoded(tmp_path: Path) -> None:
 @pytest.mark.parametrize("follow", [False, True])
 @pytest.mark.parametrize("name", ["../a.png", "/etc/a.png", "b/../../a.png"])
 def test_a_name_that_leads_out_of_the_folder_is_refused_always(tmp_path: Path, name: str, follow: bool) -> None:
-    with pytest.raises(BadImageError, match="its name leads out"):
+    with pytest.raises(InvalidImageError, match="its name leads out"):
         image_path(tmp_path, name, follow)
 
 
 @pytest.mark.parametrize("name", ["a\0.png", "\ud800.png"])
 def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(BadImageError, match="cannot be one of a file"):
+    with pytest.raises(InvalidImageError, match="cannot be one of a file"):
         image_path(tmp_path, name, False)
 
 
@@ -322,7 +330,7 @@ def test_a_link_that_leads_out_of_the_folder_is_followed_only_if_asked(tmp_path:
             assert image_path(root, name, False) == root / name
         for name in ("out.png", "back.png", "other/a.png"):
             assert image_path(root, name, True) == root / name
-            with pytest.raises(BadImageError, match=r"leads out of the image folder.*follow_links"):
+            with pytest.raises(InvalidImageError, match=r"leads out of the image folder.*follow_links"):
                 image_path(root, name, False)
 
 
@@ -388,8 +396,8 @@ def test_no_damage_makes_anything_but_an_image_or_a_refusal(tmp_path: Path, kind
                 data[at] = rng.integers(256)
         path.write_bytes(data)
         try:
-            assert load_square(path, 16, "stretch").shape == (16, 16, 3)
-        except BadImageError as error:
+            assert load_image(path, 16, "stretch").shape == (16, 16, 3)
+        except InvalidImageError as error:
             reasons.append(str(error))
     assert len(reasons) > 5
     for reason in reasons:
@@ -401,11 +409,11 @@ def test_no_damage_makes_anything_but_an_image_or_a_refusal(tmp_path: Path, kind
 # ------------------------------------------------------------------------------------------------- geometries
 
 
-@pytest.mark.parametrize("geometry", ["stretch", "crop", "letterbox"])
+@pytest.mark.parametrize("resize_mode", ["stretch", "crop", "letterbox"])
 @pytest.mark.parametrize("size", [(1, 1), (1, 700), (700, 1), (3, 5), (299, 299), (640, 427)])
-def test_every_size_becomes_the_square_asked_for(tmp_path: Path, geometry: str, size: tuple[int, int]) -> None:
+def test_every_size_becomes_the_square_asked_for(tmp_path: Path, resize_mode: str, size: tuple[int, int]) -> None:
     Image.new("RGB", size, BLUE).save(tmp_path / "a.png")
-    square = load_square(tmp_path / "a.png", 299, geometry)
+    square = load_image(tmp_path / "a.png", 299, resize_mode)
     assert square.shape == (299, 299, 3)
     assert square.dtype == np.uint8
     assert (square == BLUE).all(-1).any(), "the picture has vanished"
@@ -413,14 +421,14 @@ def test_every_size_becomes_the_square_asked_for(tmp_path: Path, geometry: str, 
 
 def test_a_single_pixel_fills_the_square(tmp_path: Path) -> None:
     Image.new("RGB", (1, 1), GREEN).save(tmp_path / "a.png")
-    assert (load_square(tmp_path / "a.png", 8, "stretch") == GREEN).all()
+    assert (load_image(tmp_path / "a.png", 8, "stretch") == GREEN).all()
 
 
 def test_an_image_of_the_right_size_is_not_touched(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "a.png")
-    for geometry in ("stretch", "crop", "letterbox"):
-        np.testing.assert_array_equal(load_square(tmp_path / "a.png", 32, geometry), noise)
+    for resize_mode in ("stretch", "crop", "letterbox"):
+        np.testing.assert_array_equal(load_image(tmp_path / "a.png", 32, resize_mode), noise)
 
 
 def bands(path: Path, upright: bool = False) -> None:
@@ -433,37 +441,37 @@ def bands(path: Path, upright: bool = False) -> None:
 @pytest.mark.parametrize("upright", [False, True])
 def test_stretch_keeps_the_whole_image_and_changes_its_aspect(tmp_path: Path, upright: bool) -> None:
     bands(tmp_path / "a.png", upright)
-    square = load_square(tmp_path / "a.png", 60, "stretch")
+    square = load_image(tmp_path / "a.png", 60, "stretch")
     square = square.transpose(1, 0, 2) if upright else square
-    for column, colour in ((8, RED), (30, GREEN), (52, BLUE)):
-        assert (square[:, column] == colour).all()
+    for column, color in ((8, RED), (30, GREEN), (52, BLUE)):
+        assert (square[:, column] == color).all()
 
 
 @pytest.mark.parametrize("upright", [False, True])
 def test_crop_keeps_the_centre_square(tmp_path: Path, upright: bool) -> None:
     bands(tmp_path / "a.png", upright)
-    square = load_square(tmp_path / "a.png", 60, "crop")
+    square = load_image(tmp_path / "a.png", 60, "crop")
     assert (square[2:-2, 2:-2] == GREEN).all()
 
 
 @pytest.mark.parametrize("upright", [False, True])
 def test_letterbox_keeps_the_whole_image_its_aspect_and_pads_with_grey(tmp_path: Path, upright: bool) -> None:
     bands(tmp_path / "a.png", upright)
-    square = load_square(tmp_path / "a.png", 60, "letterbox")
+    square = load_image(tmp_path / "a.png", 60, "letterbox")
     square = square.transpose(1, 0, 2) if upright else square
-    assert (square[:19] == LETTERBOX_GREY).all()
-    assert (square[41:] == LETTERBOX_GREY).all()
-    for column, colour in ((8, RED), (30, GREEN), (52, BLUE)):
-        assert (square[22:38, column] == colour).all()
+    assert (square[:19] == LETTERBOX_GRAY).all()
+    assert (square[41:] == LETTERBOX_GRAY).all()
+    for column, color in ((8, RED), (30, GREEN), (52, BLUE)):
+        assert (square[22:38, column] == color).all()
 
 
-@pytest.mark.parametrize("geometry", ["stretch", "crop", "letterbox"])
-def test_resizing_down_averages_and_does_not_skip_pixels(tmp_path: Path, geometry: str) -> None:
-    """Without antialiasing, fine stripes come out black or white instead of grey."""
+@pytest.mark.parametrize("resize_mode", ["stretch", "crop", "letterbox"])
+def test_resizing_down_averages_and_does_not_skip_pixels(tmp_path: Path, resize_mode: str) -> None:
+    """Without antialiasing, fine stripes come out black or white instead of gray."""
     stripes = np.zeros((512, 512, 3), np.uint8)
     stripes[:, ::2] = 255
     Image.fromarray(stripes).save(tmp_path / "a.png")
-    square = load_square(tmp_path / "a.png", 32, geometry).astype(int)
+    square = load_image(tmp_path / "a.png", 32, resize_mode).astype(int)
     assert abs(square - 127).max() <= 8
 
 

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from common.progress import progress_bar
+from gridcap.common.progress import progress_bar
 
 
 @pytest.mark.parametrize(("terminal", "drawn"), [(True, 10), (False, 2)])

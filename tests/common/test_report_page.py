@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.report import ReportImage, write_report
+from gridcap.common.report.page import ReportImage, write_report
 
 CAPTIONS = ["a red dog runs", "two dogs in the snow", "a man on a red bike", "a <b>bold</b> cat"]
 SCORES = [0.5, 1.5, 0.1, 0.9]
@@ -60,8 +60,11 @@ def captions(opened):
 
 def brightest(opened, card):
     """Row and column of the 4 x 4 grid where the picture's overlay is brightest, or None where there is none."""
-    return opened.locator("article").nth(card).evaluate(
-        """(article) => {
+    return (
+        opened.locator("article")
+        .nth(card)
+        .evaluate(
+            """(article) => {
           if (!article.querySelector(".photo").classList.contains("looking")) return null;
           const canvas = article.querySelector("canvas"), context = canvas.getContext("2d");
           const pixels = context.getImageData(0, 0, canvas.width, canvas.height).data;
@@ -71,7 +74,8 @@ def brightest(opened, card):
           const [row, column] = [Math.floor(at / canvas.width), at % canvas.width];
           return [Math.floor((4 * row) / canvas.height), Math.floor((4 * column) / canvas.width)];
         }"""
-    )  # fmt: skip
+        )
+    )
 
 
 def word(opened, card, number):
@@ -174,8 +178,8 @@ CONTRAST = """() => {
   };
   const behind = (element) => {
     for (let at = element; at; at = at.parentElement) {
-      const colour = getComputedStyle(at).backgroundColor;
-      if ((numbers(colour)[3] ?? 1) > 0.5) return colour;
+      const color = getComputedStyle(at).backgroundColor;
+      if ((numbers(color)[3] ?? 1) > 0.5) return color;
     }
     return "rgb(255, 255, 255)";
   };

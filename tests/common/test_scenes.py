@@ -8,8 +8,8 @@ import hashlib
 import numpy as np
 import pytest
 
-from common.scenes import (
-    COLOURS,
+from gridcap.common.scenes import (
+    COLORS,
     PLACES,
     SHAPES,
     SIZES,
@@ -49,11 +49,11 @@ def test_pixels_are_those_of_every_other_machine() -> None:
     assert digest == "5dac23710a2fe41eba1be85a2c81c41c4b7e97419578fbb9191808affec93b07"
 
 
-@pytest.mark.parametrize("attribute", ["size", "colour", "shape", "place"])
+@pytest.mark.parametrize("attribute", ["size", "color", "shape", "place"])
 def test_scenes_that_differ_in_one_attribute_look_different(attribute: str) -> None:
     """With the same noise: what is left is the attribute."""
-    scene = Scene("small", "red", "square", "centre")
-    values = {"size": SIZES, "colour": COLOURS, "shape": SHAPES, "place": PLACES}[attribute]
+    scene = Scene("small", "red", "square", "center")
+    values = {"size": SIZES, "color": COLORS, "shape": SHAPES, "place": PLACES}[attribute]
     pictures = [draw(dataclasses.replace(scene, **{attribute: value})) for value in values]
     for i, one in enumerate(pictures):
         for two in pictures[:i]:
@@ -61,11 +61,11 @@ def test_scenes_that_differ_in_one_attribute_look_different(attribute: str) -> N
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("colour", COLOURS)
-def test_the_object_has_its_colour_at_its_place(colour: str, place: str) -> None:
-    picture = draw(Scene("large", colour, "square", place))
+@pytest.mark.parametrize("color", COLORS)
+def test_the_object_has_its_color_at_its_place(color: str, place: str) -> None:
+    picture = draw(Scene("large", color, "square", place))
     x, y = (round(part * 48) for part in PLACES[place])
-    assert np.abs(picture[y, x].astype(int) - COLOURS[colour]).max() <= 8
+    assert np.abs(picture[y, x].astype(int) - COLORS[color]).max() <= 8
 
 
 def test_every_caption_of_every_scene_parses_to_that_scene() -> None:
@@ -77,21 +77,21 @@ def test_every_caption_of_every_scene_parses_to_that_scene() -> None:
 
 
 def test_captions_are_of_the_seed_and_use_every_word() -> None:
-    scene = Scene("small", "red", "ring", "centre")
+    scene = Scene("small", "red", "ring", "center")
     assert describe(scene, np.random.default_rng(1)) == describe(scene, np.random.default_rng(1))
     words = {
         w for seed in range(20) for caption in describe(scene, np.random.default_rng(seed)) for w in caption.split()
     }
-    assert set(SYNONYMS["small"]) | set(SYNONYMS["centre"]) <= words
+    assert set(SYNONYMS["small"]) | set(SYNONYMS["center"]) <= words
 
 
 def test_no_word_belongs_to_two_attributes() -> None:
-    names = [*SIZES, *COLOURS, *SHAPES, *PLACES]
+    names = [*SIZES, *COLORS, *SHAPES, *PLACES]
     words = [word for name in names for word in SYNONYMS.get(name, (name,))]
     assert len(words) == len(set(words))
 
 
-RIGHT = {"size": "small", "colour": "red", "shape": "ring", "place": "top left"}
+RIGHT = {"size": "small", "color": "red", "shape": "ring", "place": "top left"}
 
 
 @pytest.mark.parametrize(
@@ -100,17 +100,17 @@ RIGHT = {"size": "small", "colour": "red", "shape": "ring", "place": "top left"}
         ("a small red ring in the top left corner", ()),
         ("A tiny RED ring, top left", ()),
         ("a red ring in the top left corner", ("size",)),
-        ("a small ring in the top left corner", ("colour",)),
+        ("a small ring in the top left corner", ("color",)),
         ("a small red thing in the top left corner", ("shape",)),
         ("a small red ring", ("place",)),
         ("a small red ring in the top corner", ("place",)),
-        ("", ("size", "colour", "shape", "place")),
+        ("", ("size", "color", "shape", "place")),
         ("a small big red ring in the top left corner", ("size",)),
-        ("a small red and blue ring in the top left corner", ("colour",)),
+        ("a small red and blue ring in the top left corner", ("color",)),
         ("a small red ring and a square in the top left corner", ("shape",)),
         ("a small red ring in the top left corner in the middle", ("place",)),
         ("a small little red red ring in the top left corner", ()),
-        ("a smallish reddish ringed bottom", ("size", "colour", "shape", "place")),
+        ("a smallish reddish ringed bottom", ("size", "color", "shape", "place")),
     ],
 )
 def test_parse_gives_none_where_a_caption_says_nothing_or_two_things(caption: str, unclear: tuple[str, ...]) -> None:

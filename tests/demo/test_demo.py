@@ -15,18 +15,18 @@ import yaml
 from PIL import Image
 
 import demo.__main__ as program
-from common.annotations import load_annotations
-from common.config import load_config
-from common.scenes import COLOURS, PLACES, SHAPES, SIZES, Scene, parse
-from common.store import FeatureStore
 from demo.__main__ import accuracies, main
 from demo.shapes import split_scenes
+from gridcap.common.annotations import load_annotations
+from gridcap.common.config import load_config
+from gridcap.common.scenes import COLORS, PLACES, SHAPES, SIZES, Scene, parse
+from gridcap.common.store.reader import FeatureStore
 
 ROOT = Path(__file__).parents[2]
 
 SCENES = {
     1: Scene("small", "red", "ring", "top left"),
-    2: Scene("large", "blue", "square", "centre"),
+    2: Scene("large", "blue", "square", "center"),
     3: Scene("small", "green", "cross", "bottom right"),
     4: Scene("large", "white", "triangle", "top right"),
 }
@@ -36,26 +36,29 @@ def test_accuracies_count_each_attribute_and_all_four_together() -> None:
     captions = {
         1: "a tiny red ring in the top left corner",  # all right, in other words
         2: "a large blue ring in the middle",  # another shape
-        3: "there is a big green square in the bottom left corner of the picture",  # only the colour
+        3: "there is a big green square in the bottom left corner of the picture",  # only the color
         4: "",  # nothing
     }
-    assert accuracies(captions, SCENES) == {"size": 0.5, "colour": 0.75, "shape": 0.25, "place": 0.5, "all right": 0.25}
+    assert accuracies(captions, SCENES) == {"size": 0.5, "color": 0.75, "shape": 0.25, "place": 0.5, "all right": 0.25}
 
 
 def test_a_caption_that_names_two_colours_is_not_right_about_either() -> None:
     found = accuracies({1: "a small red blue ring in the top left corner"}, SCENES)
-    assert found == {"size": 1, "colour": 0, "shape": 1, "place": 1, "all right": 0}
+    assert found == {"size": 1, "color": 0, "shape": 1, "place": 1, "all right": 0}
 
 
 def test_accuracies_go_by_image_id_and_not_by_order() -> None:
-    captions = {i: f"a {s.size} {s.colour} {s.shape} in the {s.place}" for i, s in SCENES.items()}
+    captions = {i: f"a {s.size} {s.color} {s.shape} in the {s.place}" for i, s in SCENES.items()}
     assert set(accuracies(dict(reversed(captions.items())), SCENES).values()) == {1.0}
 
 
 def test_chance_is_one_over_the_number_of_values() -> None:
     assert {
-        "size": 1 / len(SIZES), "colour": 1 / len(COLOURS), "shape": 1 / len(SHAPES), "place": 1 / len(PLACES),
-    } == program.CHANCE  # fmt: skip
+        "size": 1 / len(SIZES),
+        "color": 1 / len(COLORS),
+        "shape": 1 / len(SHAPES),
+        "place": 1 / len(PLACES),
+    } == program.CHANCE
 
 
 @pytest.mark.parametrize("name", ["pipeline.yaml", "thesis.tex"])
@@ -92,8 +95,12 @@ def test_the_demo_meets_its_bars(tmp_path: Path) -> None:
     output = tmp_path / "demo"
     done = subprocess.run(
         [sys.executable, "-m", "demo", "--output", str(output)],
-        cwd=ROOT, check=False, capture_output=True, text=True, timeout=3600,
-    )  # fmt: skip
+        cwd=ROOT,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=3600,
+    )
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
     captions, references = {}, {}
@@ -111,7 +118,7 @@ def test_the_demo_meets_its_bars(tmp_path: Path) -> None:
 
     seen, blind = accuracies(captions["decoder"], scenes), accuracies(captions["blind"], scenes)
     assert seen["place"] >= 0.98, seen
-    assert seen["colour"] >= 0.90, seen
+    assert seen["color"] >= 0.90, seen
     assert seen["all right"] >= 0.60, seen
     assert blind["all right"] <= 0.05, blind
     for name, chance in program.CHANCE.items():

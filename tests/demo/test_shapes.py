@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.annotations import load_annotations
-from common.scenes import COLOURS, PLACES, SHAPES, SIZES, all_scenes, parse
 from demo.shapes import ShapesSplit, split_scenes, write_shapes
+from gridcap.common.annotations import load_annotations
+from gridcap.common.scenes import COLORS, PLACES, SHAPES, SIZES, all_scenes, parse
 
 COUNTS = {"train": 12, "val": 5, "test": 7}
 
@@ -38,7 +38,7 @@ def test_no_combination_of_attributes_is_in_two_splits_and_none_is_lost(seed: in
 def test_every_split_shows_every_value_of_every_attribute(name: str) -> None:
     """With the demo's seed: else training could not teach a word, or a test could not ask for it."""
     scenes = split_scenes(0)[name]
-    for attribute, values in {"size": SIZES, "colour": COLOURS, "shape": SHAPES, "place": PLACES}.items():
+    for attribute, values in {"size": SIZES, "color": COLORS, "shape": SHAPES, "place": PLACES}.items():
         assert {getattr(scene, attribute) for scene in scenes} == set(values), attribute
 
 
@@ -84,12 +84,12 @@ def test_images_are_what_the_captions_file_says(written: dict[str, ShapesSplit])
                 assert image.size == (entry["width"], entry["height"])
 
 
-def test_the_object_is_at_its_place_in_its_colour(written: dict[str, ShapesSplit]) -> None:
+def test_the_object_is_at_its_place_in_its_color(written: dict[str, ShapesSplit]) -> None:
     for split in written.values():
         for record in load_annotations(split.annotations).records:
             scene = split.scenes[record.image_id]
             pixels = np.asarray(Image.open(split.images / record.file_name)).astype(int)
-            coloured = abs(pixels - COLOURS[scene.colour]).sum(-1) < 60
+            coloured = abs(pixels - COLORS[scene.color]).sum(-1) < 60
             rows, columns = coloured.nonzero()
             x, y = columns.mean() / pixels.shape[1], rows.mean() / pixels.shape[0]
             nearest = min(PLACES, key=lambda place: abs(PLACES[place][0] - x) + abs(PLACES[place][1] - y))

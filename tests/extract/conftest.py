@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import extract.run as run_module
-import extract.worker as worker_module
-from common.allocator import keep_large_buffers
-from common.annotations import list_images
-from common.config import load_config
-from extract.encoder import describe_features, identify_weights
-from extract.staging import PendingGrids
+import gridcap.extract.run as run_module
+import gridcap.extract.worker as worker_module
+from gridcap.common.annotations import list_images
+from gridcap.common.config import load_config
+from gridcap.common.process import keep_large_buffers
+from gridcap.extract.encoders.grid_encoder import describe_features, identify_weights
+from gridcap.extract.staging import PendingGrids
 
 GRID = (2, 2, 3)
 _identify_once = functools.cache(identify_weights)  # it renders scenes, for the identity of random weights

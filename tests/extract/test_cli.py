@@ -17,10 +17,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from common.command import PipelineCommand
-from common.store import FeatureStore
-from extract.cli import main
-from extract.cluster import Share
+from gridcap.common.command import PipelineCommand
+from gridcap.common.store.reader import FeatureStore
+from gridcap.extract.cli import main
+from gridcap.extract.cluster.share import Share
 
 
 def run(*arguments: object, command: PipelineCommand = main) -> click.testing.Result:
@@ -182,25 +182,25 @@ def test_a_local_weights_file_gives_no_such_warning(fake: Any, photos: Any, tmp_
 def test_the_resolved_configuration_is_printed_and_kept_beside_the_shards(
     fake: Any, photos: Any, tmp_path: Path
 ) -> None:
-    result = run("--images", photos(2), *RANDOM, "--batch-size", 7, "--set", "extract.readers=2")
+    result = run("--images", photos(2), *RANDOM, "--batch-size", 7, "--set", "extract.num_workers=2")
     printed = yaml.safe_load(re.search(r"configuration\n((?:  .*\n)+)", result.stdout)[1])
     kept = yaml.safe_load((tmp_path / "features" / "photos" / "config.yaml").read_text())
     assert printed == kept
     assert kept["extract"]["batch_size"] == 7
-    assert kept["extract"]["readers"] == 2
+    assert kept["extract"]["num_workers"] == 2
     assert list(kept["data"]["splits"]) == ["photos"]
 
 
 def test_rejects_are_listed_by_reason_and_end_with_status_3(fake: Any, photos: Any, tmp_path: Path) -> None:
     folder = photos(12, bad={2: "", 5: "text", 9: "text"})
-    result = run("--images", folder, *RANDOM, "--max-bad", 3)
+    result = run("--images", folder, *RANDOM, "--max-invalid", 3)
     assert result.exit_code == 3
     assert "rejected images: 3" in result.stdout
     assert re.search(r"^ +2  not an image  ", result.stdout, re.M)
     assert re.search(r"^ +1  empty file  \(0002\.png\)$", result.stdout, re.M)
     assert FeatureStore(tmp_path / "features" / "photos.h5").valid.sum() == 9
 
-    again = run("--images", folder, *RANDOM, "--max-bad", 3)
+    again = run("--images", folder, *RANDOM, "--max-invalid", 3)
     assert again.exit_code == 3, "still so when there is nothing to do"
     assert "nothing to do" in again.stdout
     assert "rejected images: 3" in again.stdout
@@ -208,10 +208,10 @@ def test_rejects_are_listed_by_reason_and_end_with_status_3(fake: Any, photos: A
 
 def test_rejects_can_be_allowed(fake: Any, photos: Any) -> None:
     folder = photos(12, bad={2: ""})
-    result = run("--images", folder, *RANDOM, "--allow-rejects")
+    result = run("--images", folder, *RANDOM, "--allow-invalid")
     assert result.exit_code == 0
     assert "rejected images: 1" in result.stdout
-    assert run("--images", folder, *RANDOM, "--allow-rejects").exit_code == 0
+    assert run("--images", folder, *RANDOM, "--allow-invalid").exit_code == 0
 
 
 def test_a_complete_store_is_said_to_be_so(fake: Any, photos: Any) -> None:
@@ -228,7 +228,7 @@ def test_what_is_wrong_in_a_captions_file_is_noted(fake: Any, photos: Any, tmp_p
     tree = json.loads(captions.read_text())
     tree["annotations"].append({"id": 9, "image_id": 777, "caption": "of nothing"})
     captions.write_text(json.dumps(tree))
-    result = run("--images", photos(4), "--annotations", captions, *RANDOM, "--max-bad", "50%")
+    result = run("--images", photos(4), "--annotations", captions, *RANDOM, "--max-invalid", "50%")
     assert result.exit_code == 0, result.output
     assert re.search(r"note: .*captions\.json: 1 x annotation for an unknown image \(777\)", result.stderr)
 
@@ -483,11 +483,25 @@ def test_several_processes_of_one_machine_divide_the_work_and_the_whole_store_is
         def wait(self) -> list[int]:
             return self.statuses
 
-    no_launcher.setattr("extract.launch.LocalWorkers", HereAndNow)
+    no_launcher.setattr("gridcap.extract.cluster.launch.LocalWorkers", HereAndNow)
     folder = photos(10, bad={3: "text"})
     # In the order in which the command declares them.
-    given = ("--images", folder, "--weights", "random", "--precision", "float32", "--shard-size", 2,
-             "--batch-size", 2, "--device", "cpu", "--max-bad", "50%")  # fmt: skip
+    given = (
+        "--images",
+        folder,
+        "--weights",
+        "random",
+        "--precision",
+        "float32",
+        "--shard-size",
+        2,
+        "--batch-size",
+        2,
+        "--device",
+        "cpu",
+        "--max-invalid",
+        "50%",
+    )
     result = run(*given, "--devices", 3)
     assert result.exit_code == 3, result.output
     assert "10 images in 5 shards (5 made now, 0 were there)" in result.stdout
@@ -532,8 +546,13 @@ def test_a_dry_submission_shows_the_whole_script_and_writes_nothing(
         assert line in script.splitlines()
     assert sys.executable in script
     words = [line.strip() for line in script[script.index("command=(") : script.index("\n)\n")].splitlines()[2:]]
-    assert words == [f"--images {folder}", "--weights random", "--shard-size 2", "--batch-size 2",
-                     "--precision float32"], "what was asked, and nothing about the submission"  # fmt: skip
+    assert words == [
+        f"--images {folder}",
+        "--weights random",
+        "--shard-size 2",
+        "--batch-size 2",
+        "--precision float32",
+    ], "what was asked, and nothing about the submission"
 
 
 def test_submitting_writes_the_plan_and_says_how_to_watch_and_cancel(
@@ -610,7 +629,7 @@ def test_control_c_ends_the_waiting_and_not_the_jobs(
     def interrupt(*args: object) -> None:
         raise KeyboardInterrupt
 
-    no_launcher.setattr("extract.submit.follow", interrupt)
+    no_launcher.setattr("gridcap.extract.cluster.slurm.follow", interrupt)
     result = run("--images", photos(10), *SMALL, *SUBMIT, "--wait")
     assert result.exit_code == 130
     assert "the jobs go on" in result.stderr
@@ -649,13 +668,13 @@ def test_appending_says_what_is_new_and_a_dry_run_of_it_writes_nothing(
 
 def test_retrying_says_how_many_are_good_now(fake: Any, photos: Any, no_launcher: Any) -> None:
     folder = photos(6, bad={1: "text", 2: "text"})
-    assert run("--images", folder, *SMALL, "--max-bad", "50%").exit_code == 3
+    assert run("--images", folder, *SMALL, "--max-invalid", "50%").exit_code == 3
     shutil.copy(folder / "0000.png", folder / "0001.png")
-    again = run("--images", folder, *SMALL, "--max-bad", "50%", "--retry-rejected")
+    again = run("--images", folder, *SMALL, "--max-invalid", "50%", "--retry-invalid")
     assert again.exit_code == 3, again.output
     assert "retried: 1 images that were rejected before are good now" in again.stdout
     assert "rejected images: 1" in again.stdout
-    assert "--submit" in fails(2, "--images", folder, *SMALL, "--retry-rejected", "--submit", "slurm", "--workers", 2)
+    assert "--submit" in fails(2, "--images", folder, *SMALL, "--retry-invalid", "--submit", "slurm", "--workers", 2)
 
 
 def test_views_are_a_list_and_begin_with_the_original(fake: Any, photos: Any, no_launcher: Any, tmp_path: Path) -> None:
@@ -670,7 +689,7 @@ def test_views_are_a_list_and_begin_with_the_original(fake: Any, photos: Any, no
 
 
 def test_nvjpeg_without_a_gpu_is_wrong_use(fake: Any, photos: Any, no_launcher: Any, tmp_path: Path) -> None:
-    assert "nvjpeg" in fails(2, "--images", photos(2), *SMALL, "--decoder", "nvjpeg")
+    assert "nvjpeg" in fails(2, "--images", photos(2), *SMALL, "--jpeg-decoder", "nvjpeg")
     assert not (tmp_path / "features").exists()
 
 

@@ -12,10 +12,10 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from click.testing import CliRunner
 
-import extract.coco
-from common.config import load_config
-from extract.coco import ANNOTATIONS, IMAGES, KARPATHY_SPLITS, choose, space_needed
-from extract.download_cli import main
+import gridcap.extract.coco
+from gridcap.common.config import load_config
+from gridcap.extract.coco import ANNOTATIONS, IMAGES, KARPATHY_SPLITS, choose, space_needed
+from gridcap.extract.download_cli import main
 
 MEMBERS = {
     "train2014.zip": {f"train2014/COCO_train2014_{i:012}.jpg": bytes([i]) * 500 for i in range(5)},
@@ -56,10 +56,10 @@ def mirror(tmp_path, monkeypatch):
         checksum = f"sha256:{hashlib.sha256(data).hexdigest()}"
         return dataclasses.replace(archive, size=len(data), checksum=checksum, files=files, unpacked=2000)
 
-    monkeypatch.setattr(extract.coco, "IMAGES", {k: tiny(a) for k, a in IMAGES.items() if k[0] == "2014"})
-    monkeypatch.setattr(extract.coco, "ANNOTATIONS", {"2014": tiny(ANNOTATIONS["2014"])})
-    monkeypatch.setattr(extract.coco, "KARPATHY_SPLITS", tiny(KARPATHY_SPLITS))
-    monkeypatch.setattr("common.transfer.time.sleep", lambda seconds: None)
+    monkeypatch.setattr(gridcap.extract.coco, "IMAGES", {k: tiny(a) for k, a in IMAGES.items() if k[0] == "2014"})
+    monkeypatch.setattr(gridcap.extract.coco, "ANNOTATIONS", {"2014": tiny(ANNOTATIONS["2014"])})
+    monkeypatch.setattr(gridcap.extract.coco, "KARPATHY_SPLITS", tiny(KARPATHY_SPLITS))
+    monkeypatch.setattr("gridcap.common.download.time.sleep", lambda seconds: None)
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=folder))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.chdir(tmp_path)
@@ -88,7 +88,7 @@ def test_everything_lands_where_pipeline_yaml_looks(mirror, tmp_path):
     everything = wanted("train2014.zip", "val2014.zip", "annotations_trainval2014.zip")
     assert tree(tmp_path / "data/coco") == everything | {"annotations/dataset_coco.json": b"splits"}
     assert "done: data/coco: 11 files unpacked" in output
-    shutil.copy(extract.coco.__file__.replace("extract/coco.py", "pipeline.yaml"), tmp_path)
+    shutil.copy(gridcap.extract.coco.__file__.replace("extract/coco.py", "pipeline.yaml"), tmp_path)
     for split in load_config().data.splits.values():
         assert split.images.is_dir()
         assert split.annotations is not None
@@ -148,16 +148,18 @@ def test_an_archive_that_reaches_outside_is_refused(mirror, tmp_path, monkeypatc
     data = zipped({"val2014/../../../evil.jpg": b"x"})
     (mirror[1] / "zips/val2014.zip").write_bytes(data)
     archive = dataclasses.replace(
-        extract.coco.IMAGES["2014", "val"], size=len(data), checksum=f"sha256:{hashlib.sha256(data).hexdigest()}"
+        gridcap.extract.coco.IMAGES["2014", "val"],
+        size=len(data),
+        checksum=f"sha256:{hashlib.sha256(data).hexdigest()}",
     )
-    monkeypatch.setitem(extract.coco.IMAGES, ("2014", "val"), archive)
+    monkeypatch.setitem(gridcap.extract.coco.IMAGES, ("2014", "val"), archive)
     assert "lies outside" in run("--mirror", mirror[0], "--splits", "val", status=1)
     assert not list(tmp_path.rglob("evil.jpg"))
 
 
 def test_too_little_disk_is_told_before_anything_is_fetched(mirror, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(extract.coco.shutil, "disk_usage", lambda _: usage._replace(free=100))
+    monkeypatch.setattr(gridcap.extract.coco.shutil, "disk_usage", lambda _: usage._replace(free=100))
     output = run("--mirror", mirror[0], status=1)
     assert "GB are free" in output
     assert not (tmp_path / "data").exists()

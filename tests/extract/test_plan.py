@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from common.errors import MismatchError, StoreError
-from extract.image_list import Image, ImageList
-from extract.plan import Plan, read_plan, settle_plan
+from gridcap.common.errors import MismatchError, StoreError
+from gridcap.extract.manifest import Image, ImageList
+from gridcap.extract.plan import Plan, load_or_create_plan, read_plan
 
 PROVENANCE: dict[str, Any] = {
     "encoder": "inception_v3",
     "layer": "Mixed_7c",
     "weights": {"name": "w.pth", "sha256": "a" * 64, "random": False},
-    "preprocessing": {"decoder": "pillow", "geometry": "stretch", "side": 299},
+    "preprocessing": {"decoder": "pillow", "resize_mode": "stretch", "side": 299},
     "grid_shape": [8, 8, 2048],
     "dtype": "float16",
     "precision": "float32",
@@ -30,9 +30,13 @@ def listed(count: int, first: int = 0) -> list[Image]:
 
 
 def make(
-    split: str, images: list[Image], shard_size: int, batch_size: int, provenance: dict[str, Any],
+    split: str,
+    images: list[Image],
+    shard_size: int,
+    batch_size: int,
+    provenance: dict[str, Any],
     folder: Path | None = None,
-) -> Plan:  # fmt: skip
+) -> Plan:
     return Plan(split, shard_size, batch_size, provenance, (ImageList.make(images, shard_size, folder),))
 
 
@@ -44,7 +48,7 @@ def settle(folder: Path, images: list[Image], append: bool = False, **change: An
     """As a run does: the list is written only where there is no plan yet."""
     fresh = None if (folder / "plan.json").exists() else folder
     wanted = make("train", images, 4, 2, copy.deepcopy(PROVENANCE) | change, fresh)
-    return settle_plan(wanted, images, folder, append=append)
+    return load_or_create_plan(wanted, images, folder, append=append)
 
 
 def finish(made: Plan, folder: Path) -> None:
@@ -81,8 +85,8 @@ def test_shards_there_are_found_in_every_folder_and_nothing_else_is(tmp_path: Pa
     for name in ("00000.h5", "00999.h5", "001/01000.h5", "002/02499.h5", "002/02500.h5", ".00001.h5.tmp", "x.h5"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert made.shards_there(tmp_path) == [0, 999, 1000, 2499]
-    assert made.shards_there(tmp_path / "nothing") == []
+    assert made.existing_shards(tmp_path) == [0, 999, 1000, 2499]
+    assert made.existing_shards(tmp_path / "nothing") == []
 
 
 def test_a_plan_comes_back_from_disk_as_it_was(tmp_path: Path) -> None:
@@ -131,16 +135,16 @@ def test_of_two_workers_that_start_at_once_the_second_compares_with_the_first(tm
     """Both saw no plan, and both have written their lists: the plan of the first must not be overwritten."""
     one, two = plan(10, folder=tmp_path), plan(12, folder=tmp_path)
     same = plan(10, folder=tmp_path)
-    assert settle_plan(one, listed(10), tmp_path) == one
-    assert settle_plan(same, listed(10), tmp_path) == one
+    assert load_or_create_plan(one, listed(10), tmp_path) == one
+    assert load_or_create_plan(same, listed(10), tmp_path) == one
     with pytest.raises(MismatchError, match="2 new"):
-        settle_plan(two, listed(12), tmp_path)
+        load_or_create_plan(two, listed(12), tmp_path)
     assert read_plan(tmp_path) == one
 
 
 def test_a_store_once_begun_keeps_its_shard_size_and_batch_size(tmp_path: Path) -> None:
-    settle_plan(plan(shard_size=4, batch_size=2, folder=tmp_path), listed(10), tmp_path)
-    kept = settle_plan(plan(shard_size=5, batch_size=3), listed(10), tmp_path)
+    load_or_create_plan(plan(shard_size=4, batch_size=2, folder=tmp_path), listed(10), tmp_path)
+    kept = load_or_create_plan(plan(shard_size=5, batch_size=3), listed(10), tmp_path)
     assert (kept.shard_size, kept.batch_size) == (4, 2)
     assert kept == plan(shard_size=4, batch_size=2)
 
@@ -152,7 +156,10 @@ def test_a_store_once_begun_keeps_its_shard_size_and_batch_size(tmp_path: Path) 
         ({"layer": "Mixed_7b"}, ["layer", "Mixed_7b"]),
         ({"weights": {"name": "v.pth", "sha256": "b" * 64, "random": False}}, ["weights", "w.pth", "v.pth"]),
         ({"weights": {"name": "w.pth", "sha256": "b" * 64, "random": False}}, ["weights", "aaaa", "bbbb"]),
-        ({"preprocessing": {"decoder": "pillow", "geometry": "crop", "side": 299}}, ["geometry", "crop", "stretch"]),
+        (
+            {"preprocessing": {"decoder": "pillow", "resize_mode": "crop", "side": 299}},
+            ["resize_mode", "crop", "stretch"],
+        ),
         ({"grid_shape": [7, 7, 2048]}, ["grid_shape"]),
         ({"dtype": "float32"}, ["dtype", "float16", "float32"]),
         ({"precision": "bfloat16"}, ["precision", "float32", "bfloat16"]),
@@ -169,14 +176,14 @@ def test_other_features_than_planned_are_refused_with_what_differs(
         with pytest.raises(MismatchError) as caught:
             settle(tmp_path, listed(10), append, **change)
         for text in (*named, str(tmp_path / "plan.json")):
-            assert text in caught.value.what
+            assert text in caught.value.message
     assert (tmp_path / "plan.json").read_bytes() == before
 
 
 def test_a_complete_store_does_not_mind_another_precision(tmp_path: Path) -> None:
     settle(tmp_path, listed(10))
     wanted = plan(precision="bfloat16", compile=True)
-    assert settle_plan(wanted, listed(10), tmp_path, {"precision", "compile"}) == plan()
+    assert load_or_create_plan(wanted, listed(10), tmp_path, {"precision", "compile"}) == plan()
 
 
 def test_the_same_weights_under_another_name_are_the_same_weights(tmp_path: Path) -> None:
@@ -198,7 +205,7 @@ def test_another_list_of_images_is_refused_with_what_differs(tmp_path: Path, ima
     settle(tmp_path, listed(10))
     with pytest.raises(MismatchError) as caught:
         settle(tmp_path, images)
-    assert named in caught.value.what
+    assert named in caught.value.message
     assert "--output" in caught.value.hint
 
 
@@ -225,7 +232,7 @@ def test_a_damaged_plan_is_an_error_that_names_the_file(tmp_path: Path, text: st
     (tmp_path / "plan.json").write_text(text)
     with pytest.raises(StoreError, match="not a plan") as caught:
         settle(tmp_path, listed(10))
-    assert str(tmp_path / "plan.json") in caught.value.what
+    assert str(tmp_path / "plan.json") in caught.value.message
 
 
 def test_a_plan_of_another_version_is_refused(tmp_path: Path) -> None:
@@ -296,7 +303,7 @@ def test_a_plan_that_another_process_has_changed_meanwhile_is_not_overwritten(
     old = read_plan(tmp_path)
     longer = settle(tmp_path, listed(12), append=True)
     answers = [old, longer]
-    monkeypatch.setattr("extract.plan.read_plan", lambda _: answers.pop(0))
+    monkeypatch.setattr("gridcap.extract.plan.read_plan", lambda _: answers.pop(0))
     with pytest.raises(MismatchError, match="another process"):
         settle(tmp_path, listed(14), append=True)
     monkeypatch.undo()
@@ -307,6 +314,6 @@ def test_what_would_be_appended_can_be_told_without_writing(tmp_path: Path) -> N
     first = settle(tmp_path, listed(10))
     before = sorted(p.name for p in tmp_path.iterdir())
     wanted = make("train", listed(12), 4, 2, PROVENANCE)
-    assert settle_plan(wanted, listed(12), tmp_path, append=True, write=False).images == 12
+    assert load_or_create_plan(wanted, listed(12), tmp_path, append=True, write=False).images == 12
     assert sorted(p.name for p in tmp_path.iterdir()) == before
     assert read_plan(tmp_path) == first

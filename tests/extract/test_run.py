@@ -20,16 +20,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import extract.plan as plan_module
-import extract.worker as worker_module
-from common.annotations import list_images
-from common.errors import ExtractionError, MismatchError, StoreError
-from common.files import this_machine
-from common.scenes import all_scenes, render
-from common.shard import ShardReader, ShardWriter
-from common.store import FeatureStore
-from extract.cluster import Share
-from extract.run import extract_features, settled_plan, survey
+import gridcap.extract.plan as plan_module
+import gridcap.extract.worker as worker_module
+from gridcap.common.annotations import list_images
+from gridcap.common.errors import ExtractionError, MismatchError, StoreError
+from gridcap.common.files import this_machine
+from gridcap.common.scenes import all_scenes, render
+from gridcap.common.store.reader import FeatureStore
+from gridcap.common.store.shard import ShardReader, ShardWriter
+from gridcap.extract.cluster.share import Share
+from gridcap.extract.run import extract_features, settled_plan, survey
 
 
 def right_grids(fake: Any, folder: Path, dtype: str = "float16") -> np.ndarray:
@@ -134,7 +134,7 @@ def test_two_folders_with_the_same_pictures_give_the_same_bytes(
 ) -> None:
     folder = photos(9, bad={4: "text"})
     extracted(folder, tmp_path / "one" / "s.h5", extract__shard_size=4)
-    extracted(folder, tmp_path / "two" / "s.h5", extract__shard_size=4, extract__readers=1)
+    extracted(folder, tmp_path / "two" / "s.h5", extract__shard_size=4, extract__num_workers=1)
     one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
     assert one.pop("s/config.yaml") != two.pop("s/config.yaml")  # it says how many readers
     assert one == two
@@ -146,7 +146,7 @@ def test_two_folders_with_the_same_pictures_give_the_same_bytes(
 
 def test_a_rejected_image_keeps_its_row_and_harms_no_other(fake: Any, photos: Any, extracted: Any) -> None:
     folder = photos(11, bad={0: "", 5: "<html>", 6: "text", 10: "text"})
-    job, summary = extracted(folder, extract__shard_size=4, extract__batch_size=2, data__max_bad="4")
+    job, summary = extracted(folder, extract__shard_size=4, extract__batch_size=2, data__max_invalid="4")
     reasons = {0: "empty file", 5: "not an image", 6: "not an image", 10: "not an image"}
     assert_right(fake, folder, job.output, reasons)
     assert dict(summary.rejects) == {"empty file": 1, "not an image": 3}
@@ -179,30 +179,30 @@ def test_a_link_out_of_the_image_folder_is_a_reject_unless_links_are_followed(
 
 def test_a_shard_of_nothing_but_rejects_is_a_shard_too(fake: Any, photos: Any, extracted: Any) -> None:
     folder = photos(8, bad={4: "x", 5: "x", 6: "x", 7: "x"})
-    job, _ = extracted(folder, extract__shard_size=4, data__max_bad="50%")
+    job, _ = extracted(folder, extract__shard_size=4, data__max_invalid="50%")
     assert_right(fake, folder, job.output, dict.fromkeys(range(4, 8), "not an image"))
 
 
 def test_too_many_bad_images_stop_the_run_and_leave_nothing_half_done(fake: Any, photos: Any, extracted: Any) -> None:
     folder = photos(20, bad=dict.fromkeys(range(8, 14), "x"))
     with pytest.raises(ExtractionError) as caught:
-        extracted(folder, extract__shard_size=4, extract__batch_size=2, data__max_bad="5")
-    message = f"{caught.value.what} {caught.value.hint}"
-    for text in ("not an image", "00", "5", "--max-bad", str(folder)):
+        extracted(folder, extract__shard_size=4, extract__batch_size=2, data__max_invalid="5")
+    message = f"{caught.value.message} {caught.value.hint}"
+    for text in ("not an image", "00", "5", "--max-invalid", str(folder)):
         assert text in message
     features = folder.parent / "features"
     assert not (features / "s.h5").exists()
     assert no_temporaries(features)
     for name in shards_in(features / "s"):
         with ShardReader(features / "s" / name) as shard:
-            assert shard.damaged_rows() == []
+            assert shard.corrupted_rows() == []
 
 
-@pytest.mark.parametrize(("max_bad", "accepted"), [("5", True), ("4", False), ("25%", True), ("24%", False)])
-def test_the_limit_itself_is_allowed(fake: Any, photos: Any, extracted: Any, max_bad: str, accepted: bool) -> None:
+@pytest.mark.parametrize(("max_invalid", "accepted"), [("5", True), ("4", False), ("25%", True), ("24%", False)])
+def test_the_limit_itself_is_allowed(fake: Any, photos: Any, extracted: Any, max_invalid: str, accepted: bool) -> None:
     folder = photos(20, bad=dict.fromkeys(range(5), "x"))
     with contextlib.nullcontext() if accepted else pytest.raises(ExtractionError):
-        extracted(folder, data__max_bad=max_bad)
+        extracted(folder, data__max_invalid=max_invalid)
 
 
 def test_running_again_does_not_get_past_the_limit_of_bad_images(fake: Any, photos: Any, extracted: Any) -> None:
@@ -210,7 +210,7 @@ def test_running_again_does_not_get_past_the_limit_of_bad_images(fake: Any, phot
     folder = photos(20, bad=dict.fromkeys(range(0, 20, 2), "x"))
     for _ in range(4):
         with pytest.raises(ExtractionError):
-            extracted(folder, extract__shard_size=2, extract__batch_size=2, data__max_bad="5")
+            extracted(folder, extract__shard_size=2, extract__batch_size=2, data__max_invalid="5")
         assert not (folder.parent / "features" / "s.h5").exists()
 
 
@@ -219,11 +219,11 @@ def test_a_lower_limit_than_the_rejects_that_are_stored_already_stops_the_run(
 ) -> None:
     """Even when the first batch of this run holds no bad image to show."""
     folder = photos(12, bad=dict.fromkeys(range(4), "x"))
-    job, _ = extracted(folder, extract__shard_size=4, data__max_bad="5")
+    job, _ = extracted(folder, extract__shard_size=4, data__max_invalid="5")
     (job.folder / "00002.h5").unlink()
     job.output.unlink()
     with pytest.raises(ExtractionError, match="4 x not an image"):
-        extracted(folder, extract__shard_size=4, data__max_bad="2")
+        extracted(folder, extract__shard_size=4, data__max_invalid="2")
 
 
 # ---------------------------------------------------------------------------------------------------- running again
@@ -410,8 +410,8 @@ def test_a_value_that_the_stored_type_cannot_hold_names_the_image(
     overflowing(fake, monkeypatch, 5, value)
     with pytest.raises(ExtractionError) as caught:
         extracted(folder, extract__shard_size=4, extract__batch_size=2)
-    assert "0005.png" in caught.value.what
-    assert "float16" in caught.value.what
+    assert "0005.png" in caught.value.message
+    assert "float16" in caught.value.message
     assert "float32" in caught.value.hint
     features = folder.parent / "features"
     assert not (features / "s.h5").exists()
@@ -551,7 +551,7 @@ def test_readers_run_ahead_of_a_slow_encoder_by_a_few_batches_only(
     fake: Any, photos: Any, extracted: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gauge = Gauge()
-    real_load, real_encode = worker_module.load_square, fake.encode
+    real_load, real_encode = worker_module.load_image, fake.encode
 
     def load(*args: Any) -> np.ndarray:
         gauge.enter(1)
@@ -562,7 +562,7 @@ def test_readers_run_ahead_of_a_slow_encoder_by_a_few_batches_only(
         gauge.leave(len(images))
         return real_encode(self, images)
 
-    monkeypatch.setattr(worker_module, "load_square", load)
+    monkeypatch.setattr(worker_module, "load_image", load)
     monkeypatch.setattr(fake, "encode", encode)
     extracted(photos(BATCH * BATCHES), extract__shard_size=16, extract__batch_size=BATCH)
     assert gauge.entered == BATCH * BATCHES
@@ -599,15 +599,15 @@ def test_images_are_read_by_several_threads(
 ) -> None:
     """Three readers meet at a barrier; with fewer threads it would break."""
     barrier = threading.Barrier(3, timeout=20)
-    real_load = worker_module.load_square
+    real_load = worker_module.load_image
 
     def load(*args: Any) -> np.ndarray:
         barrier.wait()
         return real_load(*args)
 
-    monkeypatch.setattr(worker_module, "load_square", load)
+    monkeypatch.setattr(worker_module, "load_image", load)
     folder = photos(12)
-    job, _ = extracted(folder, extract__readers=3, extract__batch_size=6)
+    job, _ = extracted(folder, extract__num_workers=3, extract__batch_size=6)
     assert_right(fake, folder, job.output)
 
 
@@ -619,7 +619,7 @@ PATIENCE = 300  # seconds until a test gives up; nothing is measured
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 small photographs, one of which is none."""
+    """24 small photos, one of which is none."""
     folder = tmp_path_factory.mktemp("scenes")
     for i in range(24):
         render(all_scenes()[i * 10], np.random.default_rng(i), 96).save(folder / f"{i:02}.jpg")
@@ -677,9 +677,12 @@ def test_killed_then_interrupted_then_started_again_a_run_gives_the_very_same_fi
     assert "truncated" in undisturbed.stdout
     expected = contents(calm.parent)
     assert set(expected) == {
-        "scenes.h5", "scenes/plan.json", "scenes/config.yaml", *(f"scenes/0000{s}.h5" for s in range(3)),
+        "scenes.h5",
+        "scenes/plan.json",
+        "scenes/config.yaml",
+        *(f"scenes/0000{s}.h5" for s in range(3)),
         *(name for name in expected if name.startswith("scenes/images-")),
-    }  # fmt: skip
+    }
 
     with running_until("00000.h5", scenes, rough) as process:
         process.send_signal(signal.SIGKILL)
@@ -705,7 +708,7 @@ def test_killed_then_interrupted_then_started_again_a_run_gives_the_very_same_fi
     assert times(rough.parent)["scenes/00000.h5"] == stamps["scenes/00000.h5"], "a sound shard is made once"
     stamps = times(rough.parent)
 
-    third = run_to_end(scenes, rough, "--allow-rejects")
+    third = run_to_end(scenes, rough, "--allow-invalid")
     assert third.returncode == 0, third.stderr
     assert "nothing to do" in third.stdout
     assert times(rough.parent) == stamps
@@ -846,7 +849,7 @@ def test_an_index_that_another_worker_replaces_while_it_is_read_is_read_again(
                 shutil.copy(path, path.with_suffix(".other"))
                 path.with_suffix(".other").replace(path)
 
-    monkeypatch.setattr("extract.run.FeatureStore", Replaced)
+    monkeypatch.setattr("gridcap.extract.run.FeatureStore", Replaced)
     summary = extract_features(config, prepared, progress=False)
     assert summary.complete
     assert summary.examples == {"not an image": ["0002.png"]}
@@ -894,8 +897,8 @@ def test_a_worker_from_before_an_append_leaves_the_index_to_those_after_it(
     old_plan = settled_plan(config, older)
     extract_features(config, newer, progress=False, append=True)
     after = newer.output.read_bytes()
-    monkeypatch.setattr("extract.run.settled_plan", lambda *_: old_plan)
-    monkeypatch.setattr("extract.run._indexed_plan", lambda *_: None)
+    monkeypatch.setattr("gridcap.extract.run.settled_plan", lambda *_: old_plan)
+    monkeypatch.setattr("gridcap.extract.run._indexed_plan", lambda *_: None)
     assert not extract_features(config, older, progress=False).complete
     assert newer.output.read_bytes() == after != before
 

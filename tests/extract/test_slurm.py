@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.scenes import all_scenes, render
+from gridcap.common.scenes import all_scenes, render
 
 pytestmark = pytest.mark.slow
 

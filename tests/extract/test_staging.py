@@ -7,7 +7,7 @@ import contextlib
 import pytest
 import torch
 
-from extract.staging import Staging
+from gridcap.extract.staging import Staging
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any
 import click.testing
 import pytest
 
-from extract.store_cli import inspect_features
+from gridcap.extract.store_cli import inspect_features
 
 
 def run(*arguments: object) -> click.testing.Result:
@@ -23,9 +23,18 @@ def test_everything_at_a_glance(fake: Any, photos: Any, extracted: Any, tmp_path
     result = run(job.output, "--plot", tmp_path / "grids.png", "--images", folder)
     assert result.exit_code == 0, result.output
     for part in (
-        "7 images, 3 shards", "2 x 2 x 3", "float16", "views: original, hflip", "inception_v3 Mixed_7c", "RANDOM",
-        "rejects        1 of 7", "1  not an image", "6 images looked at", "uint8 would cost", "drawn: 6 images",
-    ):  # fmt: skip
+        "7 images, 3 shards",
+        "2 x 2 x 3",
+        "float16",
+        "views: original, hflip",
+        "inception_v3 Mixed_7c",
+        "RANDOM",
+        "rejects        1 of 7",
+        "1  not an image",
+        "6 images looked at",
+        "uint8 would cost",
+        "drawn: 6 images",
+    ):
         assert part in result.output
     assert (tmp_path / "grids.png").stat().st_size > 1000
 

@@ -12,13 +12,13 @@ import h5py
 import numpy as np
 import pytest
 
-from common.errors import StoreError
-from common.shard import ShardReader
-from extract import image_list
-from extract.image_list import ImageList
-from extract.plan import Plan, read_plan, shard_writer, write_planned_index
-from extract.store_cli import verify_features
-from extract.verify import Report, repair, verify_store
+from gridcap.common.errors import StoreError
+from gridcap.common.store.shard import ShardReader
+from gridcap.extract import manifest as image_list
+from gridcap.extract.manifest import ImageList
+from gridcap.extract.plan import Plan, read_plan, shard_writer, write_planned_index
+from gridcap.extract.store_cli import verify_features
+from gridcap.extract.verify import Report, repair, verify_store
 
 GRID = (2, 2, 4)
 PROVENANCE = {"encoder": "fake", "grid_shape": list(GRID), "dtype": "float16", "views": ["original"]}
@@ -127,7 +127,7 @@ def test_repair_removes_the_index_and_just_the_broken_shards(store: Path) -> Non
     assert not store.exists()
     assert not shard(store, 1).exists()
     with ShardReader(shard(store, 0)) as reader:
-        assert reader.damaged_rows() == []
+        assert reader.corrupted_rows() == []
 
 
 def test_without_a_plan_it_is_no_store(tmp_path: Path) -> None:

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.annotations import list_images
-from common.errors import ExtractionError, StoreError
-from common.quantise import as_stored
-from common.shard import read_header
-from common.store import FeatureStore
-from extract.cluster import Share
-from extract.run import extract_features
+from gridcap.common.annotations import list_images
+from gridcap.common.errors import ExtractionError, StoreError
+from gridcap.common.store.quantize import as_stored
+from gridcap.common.store.reader import FeatureStore
+from gridcap.common.store.shard import read_header
+from gridcap.extract.cluster.share import Share
+from gridcap.extract.run import extract_features
 
 
 def wanted(fake: Any, folder: Path, flip: bool = False) -> np.ndarray:
@@ -97,7 +97,7 @@ def test_retried_images_give_the_store_that_was_good_from_the_start(
     keys = {"extract__shard_size": 4, "extract__batch_size": 2, "extract__dtype": dtype}
     keys["extract__views"] = "original,hflip"
     folder = photos(11, bad={1: "text", 2: "text", 9: "text", 10: ""})
-    config, prepared = job(folder, tmp_path / "retried" / "s.h5", **keys, data__max_bad="50%")
+    config, prepared = job(folder, tmp_path / "retried" / "s.h5", **keys, data__max_invalid="50%")
     assert extract_features(config, prepared, progress=False).rejects.total() == 4
     untouched = (prepared.folder / "00001.h5").stat().st_mtime_ns
     for i in (1, 9):
@@ -109,7 +109,7 @@ def test_retried_images_give_the_store_that_was_good_from_the_start(
     assert sum(fake.batches) <= 2 * 2 * 2, "two batches of two, each in two views"
     assert (prepared.folder / "00001.h5").stat().st_mtime_ns == untouched
 
-    config, fresh = job(folder, tmp_path / "fresh" / "s.h5", **keys, data__max_bad="50%")
+    config, fresh = job(folder, tmp_path / "fresh" / "s.h5", **keys, data__max_invalid="50%")
     extract_features(config, fresh, progress=False)
     assert contents(tmp_path / "retried") == contents(tmp_path / "fresh")
 
@@ -143,7 +143,7 @@ def test_killed_between_a_retried_shard_and_the_index_a_rerun_completes_the_stor
     extract_features(config, prepared, progress=False)
     repair_picture(folder / "0004.png", 1)
     with monkeypatch.context() as patch:
-        patch.setattr("extract.run.write_planned_index", lambda *_: 1 / 0)
+        patch.setattr("gridcap.extract.run.write_planned_index", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             extract_features(config, prepared, progress=False, retry=True)
     assert not prepared.output.exists(), "the old index has the old shard's hash"
@@ -163,7 +163,7 @@ def test_the_summary_counts_what_went_through_the_encoder(fake: Any, photos: Any
 
 def test_a_damaged_row_is_not_copied_into_a_shard_that_vouches_for_it(fake: Any, photos: Any, job: Any) -> None:
     folder = photos(4, bad={1: "text"})
-    config, prepared = job(folder, data__max_bad="50%")
+    config, prepared = job(folder, data__max_invalid="50%")
     extract_features(config, prepared, progress=False)
     shard = prepared.folder / "00000.h5"
     with h5py.File(shard) as file:
@@ -179,7 +179,7 @@ def test_a_damaged_row_is_not_copied_into_a_shard_that_vouches_for_it(fake: Any,
 
 def test_workers_that_retry_at_once_all_end_well(fake: Any, photos: Any, job: Any, tmp_path: Path) -> None:
     folder = photos(24, bad=dict.fromkeys(range(0, 24, 3), "text"))
-    keys = {"extract__shard_size": 2, "data__max_bad": "50%"}
+    keys = {"extract__shard_size": 2, "data__max_invalid": "50%"}
     config, prepared = job(folder, tmp_path / "retried" / "s.h5", **keys)
     extract_features(config, prepared, progress=False)
     for i in range(0, 24, 3):
@@ -199,7 +199,7 @@ def test_a_retried_value_that_cannot_be_stored_names_its_image(
     fake: Any, photos: Any, job: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = photos(3, bad={1: "text"})
-    config, prepared = job(folder, data__max_bad="50%")
+    config, prepared = job(folder, data__max_invalid="50%")
     extract_features(config, prepared, progress=False)
     repair_picture(folder / "0001.png", 1)
     monkeypatch.setattr(fake, "encode", lambda self, images: np.full((len(images), 2, 2, 3), np.inf, "f2"))

@@ -9,16 +9,24 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from torture.__main__ import main, run_part
-from torture.captions import change
-from torture.case import damaged
-from torture.images import mutated
-from torture.worker import PARTS, find
+from tests.torture.__main__ import main, run_part
+from tests.torture.captions import change
+from tests.torture.case import damaged
+from tests.torture.images import mutated
+from tests.torture.worker import PARTS, find
 
 CASES = {
-    "kill-extraction": 5, "kill-training": 2, "disk": 3, "bits": 15, "images": 100, "captions": 40, "soak": 3,
-    "hostile": 15, "mismatch": 20, "fuzz": 1,
-}  # fmt: skip
+    "kill-extraction": 5,
+    "kill-training": 2,
+    "disk": 3,
+    "bits": 15,
+    "images": 100,
+    "captions": 40,
+    "soak": 3,
+    "hostile": 15,
+    "mismatch": 20,
+    "fuzz": 1,
+}
 
 
 @pytest.mark.slow
@@ -52,7 +60,7 @@ def test_a_process_that_dies_is_a_failure_of_the_case_it_was_at(tmp_path: Path) 
 
 def test_a_failure_is_said_and_is_the_exit_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = {"done": 1, "failures": [{"case": 0, "failure": "lost"}], "outcomes": {}, "seconds": 0.0}
-    monkeypatch.setattr("torture.__main__.run_part", lambda *_: state)
+    monkeypatch.setattr("tests.torture.__main__.run_part", lambda *_: state)
     result = CliRunner().invoke(main, ["--only", "captions", "--output", str(tmp_path)])
     assert result.exit_code == 1
     assert "FAILED: captions, case 0 of seed 0: lost" in result.output

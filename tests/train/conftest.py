@@ -14,18 +14,18 @@ import yaml
 from click.testing import CliRunner
 from hypothesis import settings
 
-from common.annotations import ImageRecord
-from common.config import AttentionConfig, CaptionConfig, LstmConfig, PipelineConfig, TrainConfig
-from common.index import write_index
-from common.shard import ShardWriter
-from common.store import FeatureStore
-from train.stream import CaptionedImages
+from gridcap.common.annotations import ImageRecord
+from gridcap.common.config import AttentionConfig, CaptionConfig, LstmConfig, PipelineConfig, TrainConfig
+from gridcap.common.store.index import write_index
+from gridcap.common.store.reader import FeatureStore
+from gridcap.common.store.shard import ShardWriter
+from gridcap.train.data.stream import CaptionedImages
 
 settings.register_profile("no clock", deadline=None)
 settings.load_profile("no clock")
 
 GRID = (2, 2, 8)
-LOOKS = [(colour, shape) for colour in ("red", "green", "blue") for shape in ("square", "circle")]
+LOOKS = [(color, shape) for color in ("red", "green", "blue") for shape in ("square", "circle")]
 TINY_DECODERS = {
     "lstm": LstmConfig(embed_size=12, hidden_size=24, dropout=0.1),
     "attention": AttentionConfig(embed_size=12, hidden_size=24, attention_size=8, dropout=0.1),
@@ -47,15 +47,19 @@ def make_provenance(**changes):
         "layer": "Mixed_7c",
         "weights": {"name": "imagenet (made up)", "sha256": "0cc3c7bd" * 8, "random": False},
         "preprocessing": {
-            "decoder": "pillow", "geometry": "stretch", "side": 299, "resize": "bilinear, antialiased",
-            "mean": [0.5] * 3, "std": [0.5] * 3,
+            "decoder": "pillow",
+            "resize_mode": "stretch",
+            "side": 299,
+            "resize": "bilinear, antialiased",
+            "mean": [0.5] * 3,
+            "std": [0.5] * 3,
         },
         "grid_shape": list(GRID),
         "dtype": "float16",
         "precision": "float32",
         "versions": {"pillow": "10.1.0", "torch": "2.6.0", "torchvision": "0.21.0"},
         **changes,
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture(scope="session")
@@ -122,8 +126,8 @@ def learnable_records(count: int, first_id: int = 100) -> list[ImageRecord]:
     """One to three captions an image; the grid says which are right."""
     records = []
     for i in range(count):
-        colour, shape = LOOKS[i % len(LOOKS)]
-        captions = (f"a {colour} {shape}", f"A {shape} that is {colour}.", f"one {colour} {shape} here")
+        color, shape = LOOKS[i % len(LOOKS)]
+        captions = (f"a {color} {shape}", f"A {shape} that is {color}.", f"one {color} {shape} here")
         records.append(ImageRecord(first_id + i, f"{first_id + i:03}.jpg", captions[: 1 + i % 3]))
     return records
 
@@ -171,9 +175,16 @@ def val_data(tmp_path, new_data):
 
 def make_config(output: Path, seed: int = 0, caption: CaptionConfig | None = None, **train) -> PipelineConfig:
     values = {
-        "decoder": TINY_DECODERS["attention"], "epochs": 2, "batch_size": 5, "captions_per_image": 2,
-        "learning_rate": 0.01, "max_length": 8, "precision": "float32", "device": "cpu", "output": output,
-    }  # fmt: skip
+        "decoder": TINY_DECODERS["attention"],
+        "epochs": 2,
+        "batch_size": 5,
+        "captions_per_image": 2,
+        "learning_rate": 0.01,
+        "max_length": 8,
+        "precision": "float32",
+        "device": "cpu",
+        "output": output,
+    }
     search = caption or CaptionConfig(beam_size=2, max_length=8, batch_size=4)
     return PipelineConfig(seed=seed, train=TrainConfig(**values | train), caption=search)
 
@@ -201,7 +212,7 @@ def no_java(tmp_path, monkeypatch):
 TINY_PROJECT = {
     "seed": 1,
     "data": {
-        "features": "features",
+        "features_dir": "features",
         "splits": {
             "train": {"images": "images", "annotations": "train.json"},
             "val": {"images": "images", "annotations": "val.json"},
@@ -210,17 +221,23 @@ TINY_PROJECT = {
     },
     "train": {
         "decoder": {"family": "attention", "embed_size": 12, "hidden_size": 24, "attention_size": 8},
-        "epochs": 2, "batch_size": 8, "learning_rate": 0.01, "captions_per_image": 2, "max_length": 8,
-        "precision": "float32", "device": "cpu", "output": "runs/a",
+        "epochs": 2,
+        "batch_size": 8,
+        "learning_rate": 0.01,
+        "captions_per_image": 2,
+        "max_length": 8,
+        "precision": "float32",
+        "device": "cpu",
+        "output": "runs/a",
     },
     "caption": {"beam_size": 2, "max_length": 8, "batch_size": 4},
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="session")
 def project_template(tmp_path_factory, new_data):
     """A project folder: three stores, their captions, pipeline.yaml, a finished run and what its command printed."""
-    from train.cli import train_decoder
+    from gridcap.train.cli import train_decoder
 
     folder = tmp_path_factory.mktemp("project")
     (folder / "features").mkdir()

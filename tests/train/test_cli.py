@@ -6,10 +6,10 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-import train.loop
-from common.config import load_config
-from train.checkpoint import load_checkpoint
-from train.cli import train_decoder
+import gridcap.train.engine.loop
+from gridcap.common.config import load_config
+from gridcap.train.cli import train_decoder
+from gridcap.train.engine.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("no_java")
 
@@ -44,10 +44,28 @@ def test_captions_are_found_by_the_stores_split_whatever_its_file_is_called(proj
 def test_captions_can_be_given_without_any_configuration(project, invoke):
     (project / "pipeline.yaml").unlink()
     output = invoke(
-        train_decoder, "--features", "features/train.h5", "--annotations", "train.json", "--val-features",
-        "features/val.h5", "--val-annotations", "val.json", "--decoder", "lstm", "--epochs", 1, "--device", "cpu",
-        "--output", "runs/flags", "--set", "train.decoder.hidden_size=16", "--set", "train.decoder.embed_size=8",
-    )  # fmt: skip
+        train_decoder,
+        "--features",
+        "features/train.h5",
+        "--annotations",
+        "train.json",
+        "--val-features",
+        "features/val.h5",
+        "--val-annotations",
+        "val.json",
+        "--decoder",
+        "lstm",
+        "--epochs",
+        1,
+        "--device",
+        "cpu",
+        "--output",
+        "runs/flags",
+        "--set",
+        "train.decoder.hidden_size=16",
+        "--set",
+        "train.decoder.embed_size=8",
+    )
     assert "family: lstm" in output
     assert load_checkpoint(project / "runs/flags").config.train.decoder.family == "lstm"
 
@@ -151,7 +169,9 @@ def test_resume_on_nothing_is_a_users_error_and_writes_nothing(project, invoke):
 
 
 def test_validation_may_begin_with_a_resume(project, invoke):
-    invoke(train_decoder, "--output", "runs/b", "--set", "data.features=elsewhere", "--features", "features/train.h5")
+    invoke(
+        train_decoder, "--output", "runs/b", "--set", "data.features_dir=elsewhere", "--features", "features/train.h5"
+    )
     output = invoke(train_decoder, "--output", "runs/b", "--resume", "--epochs", 3, "--val-features", "features/val.h5")
     assert "best is epoch 3, validation CIDEr" in output
 
@@ -182,18 +202,35 @@ def test_karpathys_training_split_is_validated_on_karpathys_validation_split(pro
     for split, first in (("karpathy-train", 100), ("karpathy-val", 500)):
         new_data(project / "features" / f"{split}.h5", 6, first_id=first, split=split)
     output = invoke(
-        train_decoder, "--features", "features/karpathy-train.h5", "--annotations", "features/karpathy-train.json",
-        "--val-annotations", "features/karpathy-val.json", "--output", "runs/x", "--dry-run",
-    )  # fmt: skip
+        train_decoder,
+        "--features",
+        "features/karpathy-train.h5",
+        "--annotations",
+        "features/karpathy-train.json",
+        "--val-annotations",
+        "features/karpathy-val.json",
+        "--output",
+        "runs/x",
+        "--dry-run",
+    )
     assert "features/karpathy-val.h5: 6 images" in output
 
 
 def test_features_from_random_weights_are_warned_of(project, new_data, invoke):
     new_data(project / "random.h5", 6, weights={"name": "random:0", "sha256": "ab" * 32, "random": True})
     output = invoke(
-        train_decoder, "--features", "random.h5", "--annotations", "random.json", "--output", "runs/random",
-        "--epochs", 1, "--set", "data.features=elsewhere",
-    )  # fmt: skip
+        train_decoder,
+        "--features",
+        "random.h5",
+        "--annotations",
+        "random.json",
+        "--output",
+        "runs/random",
+        "--epochs",
+        1,
+        "--set",
+        "data.features_dir=elsewhere",
+    )
     assert "WARNING: random.h5 was made with random encoder weights" in output
     assert "WARNING: random.h5" not in (project / "train-output.txt").read_text()
     assert "random encoder weights" not in (project / "train-output.txt").read_text()
@@ -238,9 +275,20 @@ def test_a_recipe_is_laid_over_the_file_but_not_over_where_things_are(project, i
 
 def test_flags_go_over_a_recipe(project, invoke):
     output = invoke(
-        train_decoder, "--recipe", "show-and-tell", "--batch-size", 7, "--learning-rate", 0.25, "--output", "runs/r",
-        "--set", "train.captions_per_image=3", *SMALL, "--dry-run",
-    )  # fmt: skip
+        train_decoder,
+        "--recipe",
+        "show-and-tell",
+        "--batch-size",
+        7,
+        "--learning-rate",
+        0.25,
+        "--output",
+        "runs/r",
+        "--set",
+        "train.captions_per_image=3",
+        *SMALL,
+        "--dry-run",
+    )
     for expected in ("batch_size: 7", "learning_rate: 0.25", "captions_per_image: 3", "hidden_size: 16"):
         assert expected in output
     assert "would train lstm for 1 epochs into runs/r" in output
@@ -282,9 +330,18 @@ def test_a_run_of_a_recipe_is_resumed_with_or_without_naming_it_again(project, i
 
 def test_a_run_from_another_takes_its_decoder_its_words_and_its_longest_caption(project, invoke):
     invoke(
-        train_decoder, "--output", "runs/small", "--set", "train.decoder.hidden_size=10", "--epochs", 1, "--set",
-        "train.vocabulary.max_size=9", "--set", "train.max_length=5",
-    )  # fmt: skip
+        train_decoder,
+        "--output",
+        "runs/small",
+        "--set",
+        "train.decoder.hidden_size=10",
+        "--epochs",
+        1,
+        "--set",
+        "train.vocabulary.max_size=9",
+        "--set",
+        "train.max_length=5",
+    )
     output = invoke(train_decoder, "--init-from", "runs/small", "--output", "runs/on", "--epochs", 1)
     assert "hidden_size: 10" in output
     loaded = load_checkpoint(project / "runs/on")
@@ -332,7 +389,7 @@ def test_self_critical_training_is_resumed_by_the_same_command(project, invoke):
 
 def test_no_epoch_better_than_the_beginning_is_said(project, monkeypatch, invoke):
     ciders = iter([0.9, 0.1])
-    monkeypatch.setattr("train.validate.cider", lambda *_: next(ciders))
+    monkeypatch.setattr("gridcap.train.engine.validation.cider", lambda *_: next(ciders))
     output = invoke(train_decoder, "--init-from", "runs/done", "--scst", "--epochs", 1)
     assert "best is epoch 0, validation CIDEr 0.900" in output
     assert "no epoch was better than the decoder it began with, runs/done; that one is kept" in output
@@ -360,14 +417,14 @@ def test_what_cannot_be_gone_on_from_is_refused_and_nothing_is_written(project, 
 
 def test_early_stopping_is_said(project, monkeypatch, invoke):
     ciders = iter([0.5, 0.4])
-    monkeypatch.setattr("train.validate.cider", lambda *_: next(ciders))
+    monkeypatch.setattr("gridcap.train.engine.validation.cider", lambda *_: next(ciders))
     output = invoke(train_decoder, "--epochs", 9, "--patience", 1)
     assert "done: runs/a: 2 epochs, best is epoch 1 (stopped: no higher validation CIDEr for 1 epochs)" in output
     assert "curves: runs/a/curves.png" in output
 
 
 def test_ctrl_c_says_how_to_go_on_and_that_works(project, monkeypatch, invoke):
-    real = train.loop._Trainer._step
+    real = gridcap.train.engine.loop._Trainer._step
 
     def interrupt(self, run, *args):
         if run.step == 4:
@@ -375,7 +432,7 @@ def test_ctrl_c_says_how_to_go_on_and_that_works(project, monkeypatch, invoke):
         return real(self, run, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr("train.loop._Trainer._step", interrupt)
+        patch.setattr("gridcap.train.engine.loop._Trainer._step", interrupt)
         done = CliRunner().invoke(train_decoder, ["--checkpoint-steps", "1"])
     assert done.exit_code == 130
     assert "interrupted: nothing is broken; run the same command with --resume to go on" in done.output
@@ -385,5 +442,5 @@ def test_ctrl_c_says_how_to_go_on_and_that_works(project, monkeypatch, invoke):
 
 
 def test_a_batch_of_fewer_images_than_parts_is_a_users_error(project, invoke):
-    assert "--batch-size 2" in invoke(train_decoder, "--batch-size", 2, "--accumulate", 3, status=2)
+    assert "--batch-size 2" in invoke(train_decoder, "--batch-size", 2, "--grad-accum-steps", 3, status=2)
     assert not (project / "runs" / "a").exists()

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from common.errors import CheckpointError, MismatchError
-from train.checkpoint import load_checkpoint, save_checkpoint
-from train.decoders.build import build_decoder
-from train.ensemble import load_ensemble
-from train.search import search_captions
-from train.vocabulary import Vocabulary
+from gridcap.common.errors import CheckpointError, MismatchError
+from gridcap.train.data.vocabulary import Vocabulary
+from gridcap.train.decoders.build import build_decoder
+from gridcap.train.decoding.search import search_captions
+from gridcap.train.engine.checkpoint import load_checkpoint, save_checkpoint
+from gridcap.train.ensemble import load_ensemble
 
 GRID = (2, 2, 8)
 WORDS = "a red ring"
@@ -63,8 +63,8 @@ def test_other_features_are_refused_with_both_names_and_the_difference(new_run, 
     runs = [new_run("a"), new_run("b"), new_run("c", **change)]
     with pytest.raises(MismatchError) as caught:
         load_ensemble(runs)
-    assert all(str(run) in caught.value.what for run in (runs[0], runs[2]))
-    assert named in caught.value.what
+    assert all(str(run) in caught.value.message for run in (runs[0], runs[2]))
+    assert named in caught.value.message
 
 
 def test_another_torch_version_is_not_another_feature(new_run):
@@ -79,7 +79,7 @@ def test_other_words_are_refused_with_both_names_and_the_difference(new_run, wor
     runs = [new_run("a"), new_run("b", words=words)]
     with pytest.raises(MismatchError, match=difference) as caught:
         load_ensemble(runs)
-    assert all(str(run) in caught.value.what for run in runs)
+    assert all(str(run) in caught.value.message for run in runs)
 
 
 def test_a_missing_member_is_named(new_run, tmp_path):

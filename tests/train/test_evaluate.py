@@ -7,15 +7,15 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from click.testing import CliRunner
 
-from common.annotations import ImageRecord
-from common.config import CaptionConfig
-from common.errors import MismatchError
-from train.checkpoint import load_checkpoint
-from train.evaluate import Evaluation, evaluate, language_of, write_evaluation
-from train.evaluate_cli import evaluate_decoder
-from train.loop import fit
-from train.metrics import Scores
-from train.search import beam_search
+from gridcap.common.annotations import ImageRecord
+from gridcap.common.config import CaptionConfig
+from gridcap.common.errors import MismatchError
+from gridcap.train.decoding.search import beam_search
+from gridcap.train.engine.checkpoint import load_checkpoint
+from gridcap.train.engine.loop import fit
+from gridcap.train.evaluate import Evaluation, evaluate, language_of, write_evaluation
+from gridcap.train.evaluate_cli import evaluate_decoder
+from gridcap.train.metrics.coco import Scores
 
 SEARCH = CaptionConfig(beam_size=3, max_length=6, batch_size=4, length_penalty=0.7)
 
@@ -99,9 +99,11 @@ def test_written_files_hold_metrics_captions_and_cocos_results(run, evaluation, 
     assert tree["language"] == evaluation.language
     assert set(tree["left_out"]) == {"METEOR", "SPICE", "novel_captions"}
     assert tree["captions"][0] == {
-        "image_id": 700, "file_name": "700.jpg", "caption": evaluation.captions[700],
+        "image_id": 700,
+        "file_name": "700.jpg",
+        "caption": evaluation.captions[700],
         "references": list(evaluation.references[700]),
-    }  # fmt: skip
+    }
     assert len(tree["captions"]) == 10
     assert written == [tmp_path / "new" / f"test.{end}" for end in ("json", "scores.csv", "coco-results.json")]
     assert sorted(path.parent.iterdir()) == sorted(written), "no temporary file is left"
@@ -129,8 +131,10 @@ def test_the_table_survives_commas_quotes_and_any_letters():
     names, captions = {1: 'a, "b".jpg', 2: "ñ.jpg"}, {1: "x, y", 2: "犬"}
     text = Evaluation(captions, names, {1: ("r",), 2: ("r",)}, scores, {}).as_csv()
     assert list(csv.reader(text.splitlines())) == [
-        ["image_id", "file_name", "caption", "A"], ["1", 'a, "b".jpg', "x, y", "0.500000"], ["2", "ñ.jpg", "犬", ""],
-    ]  # fmt: skip
+        ["image_id", "file_name", "caption", "A"],
+        ["1", 'a, "b".jpg', "x, y", "0.500000"],
+        ["2", "ñ.jpg", "犬", ""],
+    ]
 
 
 def test_cocos_own_tools_load_the_results(run, evaluation, tmp_path, coco_file):
@@ -145,7 +149,7 @@ def test_cocos_own_tools_load_the_results(run, evaluation, tmp_path, coco_file):
 
 
 def test_drawn_captions_are_the_same_for_a_seed_and_others_for_another(run):
-    drawn = CaptionConfig(search="sample", max_length=6, batch_size=4, temperature=3.0)
+    drawn = CaptionConfig(decoding="sample", max_length=6, batch_size=4, temperature=3.0)
     first, again, other = (evaluate(*run, drawn, "cpu", seed=s, progress=False).captions for s in (1, 1, 2))
     assert first == again != other
 
@@ -155,9 +159,13 @@ def test_language_of_captions_as_counted_by_hand():
     references = {1: ("A dog.", "a dog that sits"), 2: ("cat",), 3: ("x",), 4: ("a b c",)}
     found = language_of(captions, references, 50, ["A red dog!", "a cat sits"])
     assert found == {
-        "words_used": 4, "vocabulary_words": 50, "distinct_captions": 3 / 4, "novel_captions": 2 / 4,
-        "mean_length": 8 / 4, "mean_reference_length": 11 / 5,
-    }  # fmt: skip
+        "words_used": 4,
+        "vocabulary_words": 50,
+        "distinct_captions": 3 / 4,
+        "novel_captions": 2 / 4,
+        "mean_length": 8 / 4,
+        "mean_reference_length": 11 / 5,
+    }
     assert "novel_captions" not in language_of(captions, references, 50, None)
 
 
@@ -224,8 +232,9 @@ def test_the_command_prints_the_scores_then_the_language_then_what_is_left_out(i
         f"distinct captions {found['distinct_captions']:8.1%} of the captions",
         f"novel captions    {found['novel_captions']:8.1%} are no training caption",
         f"mean length       {found['mean_length']:8.2f} words; of the references 3.",
-        "METEOR            left out: needs Java", "SPICE             left out: needs Java",
-    ]  # fmt: skip
+        "METEOR            left out: needs Java",
+        "SPICE             left out: needs Java",
+    ]
     places = [output.index(line) for line in shown]
     assert places == sorted(places)
     assert "beam 2" in output
@@ -246,7 +255,7 @@ def test_several_checkpoints_decode_together(invoke, template, tmp_path):
 def test_captions_are_drawn_by_chance_when_asked(invoke, template, tmp_path):
     found = []
     for seed in (1, 2):
-        options = ["--search", "sample", "--temperature", 3, "--top-k", 9, "--seed", seed]
+        options = ["--decoding", "sample", "--temperature", 3, "--top-k", 9, "--seed", seed]
         output = invoke("--checkpoint", template / "a", *options)
         assert f"sampled at temperature 3, top_k 9, seed {seed}" in output
         found.append((tmp_path / "e.coco-results.json").read_text())
@@ -264,6 +273,6 @@ def test_training_captions_that_are_gone_cost_one_row(invoke, template, tmp_path
 
 
 def test_contradicting_options_are_refused(invoke, template, tmp_path):
-    output = invoke("--checkpoint", template / "a", "--search", "beam", "--top-k", 5, status=2)
+    output = invoke("--checkpoint", template / "a", "--decoding", "beam", "--top-k", 5, status=2)
     assert "top_k" in output
     assert not (tmp_path / "e.json").exists()

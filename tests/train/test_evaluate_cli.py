@@ -5,8 +5,8 @@ import json
 import pytest
 import yaml
 
-from train.checkpoint import load_checkpoint
-from train.evaluate_cli import evaluate_decoder
+from gridcap.train.engine.checkpoint import load_checkpoint
+from gridcap.train.evaluate_cli import evaluate_decoder
 
 pytestmark = pytest.mark.usefixtures("no_java")
 
@@ -22,8 +22,15 @@ def test_evaluation_prints_the_scores_and_writes_them_with_every_caption(project
     }
     tree = json.loads((written / "test.beam-2.json").read_text())
     assert set(tree["metrics"]) == {
-        "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr", "CIDEr-D", "perplexity",
-    }  # fmt: skip
+        "BLEU-1",
+        "BLEU-2",
+        "BLEU-3",
+        "BLEU-4",
+        "ROUGE-L",
+        "CIDEr",
+        "CIDEr-D",
+        "perplexity",
+    }
     for name, value in tree["metrics"].items():
         assert f"{name:<17} {value:8.4f}" in output
     for name, why in tree["left_out"].items():
@@ -36,9 +43,16 @@ def test_evaluation_prints_the_scores_and_writes_them_with_every_caption(project
 
 def test_evaluation_goes_where_it_is_told(project, invoke):
     output = invoke(
-        evaluate_decoder, "--checkpoint", "runs/done", "--features", "features/test.h5", "--output", "out/e.json",
-        "--beam-size", 1,
-    )  # fmt: skip
+        evaluate_decoder,
+        "--checkpoint",
+        "runs/done",
+        "--features",
+        "features/test.h5",
+        "--output",
+        "out/e.json",
+        "--beam-size",
+        1,
+    )
     assert {p.name for p in (project / "out").iterdir()} == {"e.json", "e.scores.csv", "e.coco-results.json"}
     assert "beam 1" in output
     assert not (project / "runs" / "done" / "evaluation").exists()
@@ -76,7 +90,7 @@ def test_a_dry_run_of_evaluation_writes_nothing(project, invoke, files):
 
 
 def test_a_place_that_cannot_be_written_is_said_before_anything_is_decoded(project, invoke, monkeypatch):
-    monkeypatch.setattr("train.evaluate.evaluate", lambda *_, **__: pytest.fail("the captions were decoded"))
+    monkeypatch.setattr("gridcap.train.evaluate.evaluate", lambda *_, **__: pytest.fail("the captions were decoded"))
     asked = (evaluate_decoder, "--checkpoint", "runs/done", "--features", "features/test.h5")
     assert "a file stands where a folder is needed" in invoke(*asked, "--output", "test.json/e.json", status=1)
 

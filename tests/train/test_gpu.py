@@ -5,13 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from train.checkpoint import load_checkpoint
-from train.evaluate import evaluate
-from train.loop import fit
+from gridcap.train.engine.checkpoint import load_checkpoint
+from gridcap.train.engine.loop import fit
+from gridcap.train.evaluate import evaluate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-KEPT = {"ema": 0.9, "accumulate": 2, "label_smoothing": 0.1, "scheduled_sampling": {"max": 0.5, "increase": 0.5}}
+KEPT = {
+    "ema_decay": 0.9,
+    "grad_accum_steps": 2,
+    "label_smoothing": 0.1,
+    "scheduled_sampling": {"max_prob": 0.5, "prob_step": 0.5},
+}
 
 
 @pytest.fixture

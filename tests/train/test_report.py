@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.store import FeatureStore
-from train.evaluate import Evaluation
-from train.evaluate_cli import evaluate_decoder
-from train.metrics import Scores
-from train.report import MOST, choose
+from gridcap.common.store.reader import FeatureStore
+from gridcap.train.evaluate import Evaluation
+from gridcap.train.evaluate_cli import evaluate_decoder
+from gridcap.train.metrics.coco import Scores
+from gridcap.train.report import MOST, choose
 
 pytestmark = pytest.mark.usefixtures("no_java")
 ARGUMENTS = ("--checkpoint", "runs/done", "--features", "features/test.h5")
@@ -19,7 +19,7 @@ ARGUMENTS = ("--checkpoint", "runs/done", "--features", "features/test.h5")
 
 @pytest.fixture
 def photos(project):
-    """The photographs of the test split; the second is no image."""
+    """The photos of the test split; the second is no image."""
     folder = project / "images"
     folder.mkdir()
     with FeatureStore(project / "features" / "test.h5") as store:

@@ -10,20 +10,25 @@ import sys
 import pytest
 import torch
 
-import train.loop
-from common.config import TransformerConfig
-from common.errors import MismatchError
-from train.checkpoint import find_checkpoint, load_training_state
-from train.loop import fit
-from train.stream import CaptionedImages
+import gridcap.train.engine.loop
+from gridcap.common.config import TransformerConfig
+from gridcap.common.errors import MismatchError
+from gridcap.train.data.stream import CaptionedImages
+from gridcap.train.engine.checkpoint import find_checkpoint, load_training_state
+from gridcap.train.engine.loop import fit
 
 ROWS, STEPS = 24, 10  # images, and steps of 2 epochs of them
 LOG_EVERY = 2  # lines of steps.jsonl come every so many steps here, so that some are behind a checkpoint
 CROSS_ENTROPY = {
-    "ema": 0.9, "accumulate": 2, "schedule": {"kind": "cosine", "warmup_steps": 2}, "optimizer": "adamw",
-    "scheduled_sampling": {"max": 0.5, "increase": 0.25, "every": 1}, "weight_decay": 0.01, "label_smoothing": 0.1,
-}  # fmt: skip
-SELF_CRITICAL = {"objective": "scst", "ema": 0.9, "scst": {"samples": 2}, "learning_rate": 0.003}
+    "ema_decay": 0.9,
+    "grad_accum_steps": 2,
+    "schedule": {"kind": "cosine", "warmup_steps": 2},
+    "optimizer": "adamw",
+    "scheduled_sampling": {"max_prob": 0.5, "prob_step": 0.25, "step_epochs": 1},
+    "weight_decay": 0.01,
+    "label_smoothing": 0.1,
+}
+SELF_CRITICAL = {"objective": "scst", "ema_decay": 0.9, "scst": {"samples": 2}, "learning_rate": 0.003}
 KINDS = ["cross-entropy", "scst"]
 
 
@@ -31,8 +36,8 @@ KINDS = ["cross-entropy", "scst"]
 def _log_often():
     """And draw no curves, and wait for no disk: both would take half of the time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.loop.EVERY", LOG_EVERY)
-        patch.setattr("train.loop.draw_curves", lambda *_: None)
+        patch.setattr("gridcap.train.engine.loop.EVERY", LOG_EVERY)
+        patch.setattr("gridcap.train.engine.loop.plot_curves", lambda *_: None)
         patch.setattr("os.fsync", lambda _: None)
         yield
 
@@ -128,7 +133,7 @@ class _StopError(Exception):
 
 def stop_in_step(patch, step):
     """An exception after the weights have moved and before anything is written of it."""
-    real = train.loop._Trainer._step
+    real = gridcap.train.engine.loop._Trainer._step
 
     def stopping(self, run, *args):
         row = real(self, run, *args)
@@ -136,7 +141,7 @@ def stop_in_step(patch, step):
             raise _StopError
         return row
 
-    patch.setattr("train.loop._Trainer._step", stopping)
+    patch.setattr("gridcap.train.engine.loop._Trainer._step", stopping)
 
 
 def interrupted(world, config, *steps):
@@ -184,9 +189,9 @@ def test_other_validation_captions_are_refused_on_a_resume(world):
 def test_another_precision_is_refused_on_a_resume(world, monkeypatch):
     """ "auto" means bfloat16 on one machine and float32 on another."""
     config = world.config("cross-entropy", "precise", precision="auto", checkpoint_steps=2)
-    monkeypatch.setattr("train.loop.choose_precision", lambda *_: torch.float32)
+    monkeypatch.setattr("gridcap.train.engine.loop.choose_precision", lambda *_: torch.float32)
     interrupted(world, config, 3)
-    monkeypatch.setattr("train.loop.choose_precision", lambda *_: torch.bfloat16)
+    monkeypatch.setattr("gridcap.train.engine.loop.choose_precision", lambda *_: torch.bfloat16)
     with pytest.raises(MismatchError, match=r"begun in float32.*takes bfloat16") as caught:
         world.resume(config)
     assert "--precision float32" in caught.value.hint
@@ -216,7 +221,7 @@ def test_a_full_disk_at_a_checkpoint_can_be_resumed_as_if_it_had_not_been(world)
         real(state, file)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.checkpoint.torch.save", save)
+        patch.setattr("gridcap.train.engine.checkpoint.torch.save", save)
         with pytest.raises(OSError, match="No space"):
             fit(config, *world.data, False, progress=False)
     assert find_checkpoint(config.train.output, "last").name == "step-00000005"
@@ -238,13 +243,13 @@ KILLED_RUN = """
 import os, signal, sys
 from pathlib import Path
 import torch
-import train.checkpoint
-import train.log
-import train.loop
-from common.annotations import load_annotations
-from common.config import PipelineConfig
-from common.store import FeatureStore
-from train.stream import CaptionedImages
+import gridcap.train.engine.checkpoint
+import gridcap.train.engine.log
+import gridcap.train.engine.loop
+from gridcap.common.annotations import load_annotations
+from gridcap.common.config import PipelineConfig
+from gridcap.common.store.reader import FeatureStore
+from gridcap.train.data.stream import CaptionedImages
 
 def load(name):
     captions = folder / f"{name}.json"
@@ -258,28 +263,28 @@ def die_when(real, matches):
 
 def prepare(moment):
     if moment == "while batches are read ahead":
-        real = train.loop._Trainer._step
-        train.loop._Trainer._step = die_when(real, lambda self, run, *rest: run.step == 6)
+        real = gridcap.train.engine.loop._Trainer._step
+        gridcap.train.engine.loop._Trainer._step = die_when(real, lambda self, run, *rest: run.step == 6)
     elif moment == "between the files of a checkpoint":
         torch.save = die_when(torch.save, lambda state, file: state["step"] == 4)
     elif moment == "before a checkpoint gets its name":
         os.replace = die_when(os.replace, lambda source, target: Path(target).name == "step-00000008")
     elif moment == "between its name and the pointers":
-        train.checkpoint.write_json = die_when(
-            train.checkpoint.write_json, lambda path, value: value.get("last") == "step-00000006"
+        gridcap.train.engine.checkpoint.write_json = die_when(
+            gridcap.train.engine.checkpoint.write_json, lambda path, value: value.get("last") == "step-00000006"
         )
     elif moment == "while the pointers are replaced":
         os.replace = die_when(
             os.replace, lambda source, target: target.name == "checkpoints.json" and "00000003" in source.read_text()
         )
     elif moment == "between the last checkpoint of an epoch and its log":
-        train.log.RunLog.epoch = die_when(train.log.RunLog.epoch, lambda log, history: history[-1]["epoch"] == 1)
+        gridcap.train.engine.log.RunLog.epoch = die_when(gridcap.train.engine.log.RunLog.epoch, lambda log, history: history[-1]["epoch"] == 1)
 
 torch.set_num_threads(1)
 warm = torch.ones(1, requires_grad=True)
 warm.grad = torch.ones(1)
 torch.optim.Adam([warm]).step()  # its first step imports for seconds: once here, before the forks
-folder, train.loop.EVERY = Path(sys.argv[1]), int(sys.argv[2])
+folder, gridcap.train.engine.loop.EVERY = Path(sys.argv[1]), int(sys.argv[2])
 for number, moment in enumerate(sys.argv[3:]):
     child = os.fork()
     if child:
@@ -288,7 +293,7 @@ for number, moment in enumerate(sys.argv[3:]):
         continue
     prepare(moment)
     config = PipelineConfig.model_validate_json((folder / f"killed-{number}.json").read_text())
-    train.loop.fit(config, load("train"), load("val"), False, progress=False)
+    gridcap.train.engine.loop.fit(config, load("train"), load("val"), False, progress=False)
     os._exit(0)
 """
 # moment -> what is trained, steps from one checkpoint to the next, the last whole checkpoint
@@ -309,9 +314,12 @@ def killed(world):
         config = world.config(kind, f"killed-{number}", checkpoint_steps=every)
         (world.folder / f"killed-{number}.json").write_text(config.model_dump_json())
     done = subprocess.run(
-        [sys.executable, "-c", KILLED_RUN, str(world.folder), str(LOG_EVERY), *MOMENTS], capture_output=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", KILLED_RUN, str(world.folder), str(LOG_EVERY), *MOMENTS],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
     assert done.stdout.splitlines() == [f"{moment}: {-signal.SIGKILL}" for moment in MOMENTS], done.stderr
 
 
@@ -329,9 +337,7 @@ def test_a_killed_process_is_resumed_to_the_same_weights_to_the_bit(world, momen
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(world, new_config):
     config = world.config("cross-entropy", "again")
-    world.assert_as_undisturbed(
-        "cross-entropy", config.train.output, fit(config, *world.data, False, progress=False)
-    )  # fmt: skip
+    world.assert_as_undisturbed("cross-entropy", config.train.output, fit(config, *world.data, False, progress=False))
     other = new_config(world.folder / "other", seed=1, **CROSS_ENTROPY)
     assert timeless(fit(other, *world.data, False, progress=False)) != timeless(world.undisturbed["cross-entropy"])
     weights = [
@@ -342,7 +348,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(world, new_co
 
 @pytest.mark.parametrize("kind", ["constant", "step", "noam"])
 def test_epochs_may_be_raised_and_give_what_so_many_epochs_from_the_beginning_give(world, new_config, kind):
-    schedule = {"kind": kind, "warmup_steps": 3, "every": 1}
+    schedule = {"kind": kind, "warmup_steps": 3, "step_size": 1}
     for name, epochs in (("raised", (1, 2)), ("at-once", (2,))):
         for n in epochs:
             config = new_config(world.folder / f"{name}-{kind}", epochs=n, schedule=schedule)
@@ -367,8 +373,12 @@ def test_resuming_a_finished_run_changes_nothing(world, kind):
     names = ["config.yaml", "metrics.jsonl", "steps.jsonl", "checkpoints.json"]
 
     def contents():
-        return {path: path.read_bytes() for path in output.rglob("*") if path.name in names or "step-" in str(path)
-                if path.is_file()}  # fmt: skip
+        return {
+            path: path.read_bytes()
+            for path in output.rglob("*")
+            if path.name in names or "step-" in str(path)
+            if path.is_file()
+        }
 
     before = contents()
     assert world.resume(world.config(kind, kind)) == world.undisturbed[kind]
@@ -399,7 +409,7 @@ def test_a_changed_captions_file_is_refused_and_harms_nothing(world, change):
 
 def saved_steps(world, config, resume=False):
     """The steps at which a run writes checkpoints; and that just the best and the last are there after each."""
-    real, steps = train.loop.save_checkpoint, []
+    real, steps = gridcap.train.engine.loop.save_checkpoint, []
 
     def save(run, step, *args):
         folder = real(run, step, *args)
@@ -410,7 +420,7 @@ def saved_steps(world, config, resume=False):
         return folder
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.loop.save_checkpoint", save)
+        patch.setattr("gridcap.train.engine.loop.save_checkpoint", save)
         fit(config, *world.data, resume, progress=False)
     return steps
 
@@ -427,14 +437,14 @@ def test_checkpoints_come_every_so_many_steps_and_after_each_epoch(world, every,
 def test_checkpoints_come_when_so_many_minutes_have_passed(world, monkeypatch):
     """By a clock that nobody sets: each step takes 25 seconds of it, and a checkpoint none."""
     now = [0.0]
-    monkeypatch.setattr("train.loop.time.monotonic", lambda: now[0])
-    real = train.loop._Trainer._step
+    monkeypatch.setattr("gridcap.train.engine.loop.time.monotonic", lambda: now[0])
+    real = gridcap.train.engine.loop._Trainer._step
 
     def slow(*args):
         now[0] += 25
         return real(*args)
 
-    monkeypatch.setattr("train.loop._Trainer._step", slow)
+    monkeypatch.setattr("gridcap.train.engine.loop._Trainer._step", slow)
     minutes = {1.0: [3, 5, 8, 10], 0.5: [2, 4, 5, 7, 9, 10], 1000.0: [5, 10], None: [5, 10]}
     for number, (limit, expected) in enumerate(minutes.items()):
         config = world.config("cross-entropy", f"minutes-{number}", checkpoint_minutes=limit)

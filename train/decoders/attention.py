@@ -1,7 +1,7 @@
 """Recurrent decoders with additive attention over the grid's cells; the recurrent parts are in `cells.py`.
 
 The attention is Bahdanau's (arXiv:1409.0473), first used over a grid by Xu et al. 2015 (arXiv:1502.03044). Three
-things are ours: the grid is layer-normalised, so that any encoder's scale will do; every cell gets a learned
+things are ours: the grid is layer-normalized, so that any encoder's scale will do; every cell gets a learned
 position, since attention by itself does not know where a cell is; and the first state is made from the mean cell
 for every recurrent part, also for att2in and top-down, whose papers start from zeros.
 """
@@ -11,13 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from common.config import AttentionConfig
-from train.decoders.additive import additive_keys
-from train.decoders.base import Decoder, Memory, State
-from train.decoders.cells import CELLS, Cell
-from train.decoders.dropout import Dropout
-from train.decoders.looped import looped
-from train.vocabulary import PAD
+from gridcap.common.config import AttentionConfig
+from gridcap.train.data.vocabulary import PAD
+from gridcap.train.decoders.additive import additive_keys
+from gridcap.train.decoders.base import Decoder, Memory, State
+from gridcap.train.decoders.cells import CELLS, Cell
+from gridcap.train.decoders.dropout import Dropout
+from gridcap.train.decoders.looped import looped
 
 
 class AttentionDecoder(Decoder):
@@ -36,7 +36,7 @@ class AttentionDecoder(Decoder):
     has_attention = True
 
     def __init__(self, config: AttentionConfig, vocabulary_size: int, cells: int, channels: int) -> None:
-        super().__init__(config.blind)
+        super().__init__(config.zero_features)
         embed, hidden = config.embed_size, config.hidden_size
         self.norm = nn.LayerNorm(channels)
         self.project = nn.Linear(channels, embed)
@@ -46,7 +46,7 @@ class AttentionDecoder(Decoder):
         self.cell: Cell = CELLS[config.cell](config)
         self.initial = nn.Linear(embed, self.cell.states * hidden)
         self.dropout = Dropout(config.dropout)
-        self.deep = nn.Linear(hidden + embed, embed) if config.output == "deep" else None
+        self.deep = nn.Linear(hidden + embed, embed) if config.output_layer == "deep" else None
         self.output = nn.Linear(embed if self.deep is not None else hidden, vocabulary_size)
 
     def _cells(self, grid: Tensor) -> Tensor:

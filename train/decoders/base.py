@@ -20,14 +20,14 @@ class Decoder(nn.Module, abc.ABC):
     """A caption decoder over a grid.
 
     Args:
-        blind: replace the grid by zeros: the baseline that knows only the language.
+        zero_features: replace the grid by zeros: the baseline that knows only the language.
     """
 
     has_attention: bool  # whether `step` returns attention
 
-    def __init__(self, blind: bool) -> None:
+    def __init__(self, zero_features: bool) -> None:
         super().__init__()
-        self._blind = blind
+        self._zero_features = zero_features
 
     def encode(self, grid: Tensor) -> Memory:
         """Project the grid, once an image.
@@ -35,7 +35,7 @@ class Decoder(nn.Module, abc.ABC):
         Args:
             grid: (B, P, C) float.
         """
-        return self._project(torch.zeros_like(grid) if self._blind else grid)
+        return self._project(torch.zeros_like(grid) if self._zero_features else grid)
 
     @abc.abstractmethod
     def _project(self, grid: Tensor) -> Memory:

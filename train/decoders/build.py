@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from common.config import AnyFamily, LstmConfig, TransformerConfig
-from train.decoders.attention import AttentionDecoder
-from train.decoders.base import Decoder
-from train.decoders.lstm import LstmDecoder
-from train.decoders.transformer import TransformerDecoder
+from gridcap.common.config import AnyFamily, LstmConfig, TransformerConfig
+from gridcap.train.decoders.attention import AttentionDecoder
+from gridcap.train.decoders.base import Decoder
+from gridcap.train.decoders.lstm import LstmDecoder
+from gridcap.train.decoders.transformer import TransformerDecoder
 
 
 def build_decoder(config: AnyFamily, vocabulary_size: int, grid_shape: Sequence[int]) -> Decoder:

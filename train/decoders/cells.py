@@ -17,13 +17,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from common.config import AttentionConfig
-from train.decoders.additive import additive_scores
-from train.decoders.base import Memory, State
-from train.decoders.looped import LoopedLinear, LoopedMean
+from gridcap.common.config import AttentionConfig
+from gridcap.train.decoders.additive import additive_scores
+from gridcap.train.decoders.base import Memory, State
+from gridcap.train.decoders.looped import LoopedLinear, LoopedMean
 
 
-class Look(NamedTuple):
+class CellOutput(NamedTuple):
     """One step's result: the state after it, and what the words are made from.
 
     Attributes:
@@ -39,7 +39,7 @@ class Look(NamedTuple):
     weights: Tensor
 
 
-class Scene(NamedTuple):
+class AttentionInputs(NamedTuple):
     """What the attention looks at, and what it needs for it.
 
     Attributes:
@@ -67,12 +67,12 @@ class Attention(nn.Module):
         self.score = nn.Linear(size, 1, bias=False)
         self.gate = nn.Linear(hidden, 1) if gated else None
 
-    def scene(self, cells: Tensor, keys: Tensor) -> Scene:
+    def scene(self, cells: Tensor, keys: Tensor) -> AttentionInputs:
         """What `forward` looks at, for any number of words, of cells (B, P, E) and keys (B, P, A)."""
-        return Scene(LoopedMean(cells), keys, 2 * self.score.weight[0])
+        return AttentionInputs(LoopedMean(cells), keys, 2 * self.score.weight[0])
 
-    def forward(self, query: Tensor, hidden: Tensor, scene: Scene) -> tuple[Tensor, Tensor]:
-        """Look at the grid.
+    def forward(self, query: Tensor, hidden: Tensor, scene: AttentionInputs) -> tuple[Tensor, Tensor]:
+        """CellOutput at the grid.
 
         Args:
             query: (B, K, A).
@@ -102,7 +102,7 @@ class Cell(nn.Module, abc.ABC):
     def __init__(self, config: AttentionConfig, word_gates: int) -> None:
         super().__init__()
         self.from_word = nn.Linear(config.embed_size, word_gates * config.hidden_size)
-        self.attention = Attention(config.hidden_size, config.attention_size, config.gate)
+        self.attention = Attention(config.hidden_size, config.attention_size, config.context_gate)
 
     def image_part(self, mean: Tensor) -> Memory:
         """What the cell wants to have in the memory, made from the mean cell (B, E)."""
@@ -121,7 +121,7 @@ class Cell(nn.Module, abc.ABC):
         return self.from_word(words)  # type: ignore[no-any-return]
 
     @abc.abstractmethod
-    def forward(self, word: Tensor, state: State, scene: Scene) -> Look:
+    def forward(self, word: Tensor, state: State, scene: AttentionInputs) -> CellOutput:
         """One step.
 
         Args:
@@ -131,7 +131,7 @@ class Cell(nn.Module, abc.ABC):
         """
 
 
-class _LooksFirst(Cell):
+class AttendThenUpdate(Cell):
     """A cell that looks with the state it had before the word.
 
     Args:
@@ -147,18 +147,18 @@ class _LooksFirst(Cell):
         self.from_hidden = LoopedLinear(hidden, sum(self._split))
         self.from_context = LoopedLinear(config.embed_size, context_gates * hidden, bias=False)
 
-    def forward(self, word: Tensor, state: State, scene: Scene) -> Look:
+    def forward(self, word: Tensor, state: State, scene: AttentionInputs) -> CellOutput:
         query, sums = self.from_hidden(state[0]).split(self._split, -1)
         context, weights = self.attention(query, state[0], scene)
         after = self._update(word, sums, self.from_context(context), state)
-        return Look(after, after[0], context, weights)
+        return CellOutput(after, after[0], context, weights)
 
     @abc.abstractmethod
     def _update(self, word: Tensor, hidden: Tensor, context: Tensor, state: State) -> State:
         """The next state from the parts of the sums that word, state and context make."""
 
 
-class GruCell(_LooksFirst):
+class GruCell(AttendThenUpdate):
     """Context and word into a GRU: TensorFlow's "Image captioning with visual attention" tutorial."""
 
     states = 1
@@ -175,7 +175,7 @@ class GruCell(_LooksFirst):
         return (torch.lerp(candidate.to(state[0].dtype), state[0], update.to(state[0].dtype)),)
 
 
-class LstmCell(_LooksFirst):
+class LstmCell(AttendThenUpdate):
     """Context and word into an LSTM: Xu et al. 2015, "Show, Attend and Tell" (arXiv:1502.03044)."""
 
     states = 2
@@ -187,7 +187,7 @@ class LstmCell(_LooksFirst):
         return _lstm(word + hidden + context, state[1])
 
 
-class Att2inCell(_LooksFirst):
+class Att2inCell(AttendThenUpdate):
     """The context enters only the LSTM's candidate, the larger of two: Rennie et al. 2017 (arXiv:1612.00563).
 
     The maxout of two candidates, without a tanh, is that of the code released with the paper.
@@ -233,14 +233,14 @@ class TopDownCell(Cell):
     def word_part(self, words: Tensor, image: Memory) -> Tensor:
         return super().word_part(words, image) + image[0][:, None, None]
 
-    def forward(self, word: Tensor, state: State, scene: Scene) -> Look:
+    def forward(self, word: Tensor, state: State, scene: AttentionInputs) -> CellOutput:
         h2, h1, c2, c1 = state
         for_first, for_second = self.from_second(h2).chunk(2, -1)
         h1, c1 = _lstm(word + for_first + self.from_first(h1), c1)
         query, sums = self.from_hidden(h1).split(self._split, -1)
         context, weights = self.attention(query, h1, scene)
         h2, c2 = _lstm(sums + for_second + self.from_context(context), c2)
-        return Look((h2, h1, c2, c1), h2, context, weights)
+        return CellOutput((h2, h1, c2, c1), h2, context, weights)
 
 
 def _lstm(sums: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
@@ -254,5 +254,8 @@ def _lstm(sums: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
 
 
 CELLS: dict[str, type[GruCell] | type[LstmCell] | type[Att2inCell] | type[TopDownCell]] = {
-    "gru": GruCell, "lstm": LstmCell, "att2in": Att2inCell, "top-down": TopDownCell,
-}  # fmt: skip
+    "gru": GruCell,
+    "lstm": LstmCell,
+    "att2in": Att2inCell,
+    "top-down": TopDownCell,
+}

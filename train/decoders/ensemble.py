@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from train.decoders.base import Decoder, Memory, State
+from gridcap.train.decoders.base import Decoder, Memory, State
 
 
 class Ensemble(Decoder):
@@ -26,7 +26,7 @@ class Ensemble(Decoder):
     """
 
     def __init__(self, decoders: Sequence[Decoder]) -> None:
-        super().__init__(blind=False)  # a blind member covers the grid for itself
+        super().__init__(zero_features=False)  # a blind member covers the grid for itself
         if not decoders:
             raise ValueError("an ensemble needs at least one decoder")
         self.members = nn.ModuleList(decoders)

@@ -17,7 +17,7 @@ import torch.nn.functional as F  # noqa: N812 (torch's own habit)
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from train.decoders.packed import can_pack, computes_in, pack
+from gridcap.train.decoders.packed import can_pack, computes_in, pack
 
 
 class LoopedLinear(nn.Linear):

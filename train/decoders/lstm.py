@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own habit)
 from torch import Tensor, nn
 
-from common.config import LstmConfig
-from train.decoders.base import Decoder, Memory, State
-from train.decoders.dropout import Dropout
-from train.vocabulary import PAD
+from gridcap.common.config import LstmConfig
+from gridcap.train.data.vocabulary import PAD
+from gridcap.train.decoders.base import Decoder, Memory, State
+from gridcap.train.decoders.dropout import Dropout
 
 
 class LstmDecoder(Decoder):
-    """memory = (image (B, D),): the normalised mean over the cells, then the layers that it needs only once.
+    """memory = (image (B, D),): the normalized mean over the cells, then the layers that it needs only once.
 
     D is C for initial-state without a bottleneck, the bottleneck's size with one, and E (the words' size) where the
     image is read as a word is. state = (h, c), both (B, K, H).
@@ -34,20 +34,20 @@ class LstmDecoder(Decoder):
     has_attention = False
 
     def __init__(self, config: LstmConfig, vocabulary_size: int, channels: int) -> None:
-        super().__init__(config.blind)
+        super().__init__(config.zero_features)
         embed, hidden = config.embed_size, config.hidden_size
-        self._image = config.image
+        self._image = config.image_injection
         self.norm = nn.LayerNorm(channels)
         self.dropout = Dropout(config.dropout)
         self.image_bottleneck = _narrow(channels, config.image_bottleneck)
         self._narrowed = config.image_bottleneck is not None
         seen = config.image_bottleneck or channels
-        if config.image == "initial-state":
+        if config.image_injection == "initial-state":
             self.initial = nn.Linear(seen, hidden if self._narrowed else 2 * hidden)
         else:
             self.image_embedding = nn.Linear(seen, embed)
         self.embedding = nn.Embedding(vocabulary_size, embed, padding_idx=PAD)
-        self.lstm = nn.LSTM(2 * embed if config.image == "every-step" else embed, hidden, batch_first=True)
+        self.lstm = nn.LSTM(2 * embed if config.image_injection == "every-step" else embed, hidden, batch_first=True)
         self.output_bottleneck = _narrow(hidden, config.output_bottleneck)
         self.output = nn.Linear(config.output_bottleneck or hidden, vocabulary_size)
 

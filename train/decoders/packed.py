@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from common.device import has_onednn
+from gridcap.common.device import has_onednn
 
 # With fewer a word reads every weight once and computes next to nothing: packing them takes as long as it saves.
 _FEWEST_ROWS = 4

@@ -2,7 +2,7 @@
 
 Vaswani et al. 2017, "Attention Is All You Need" (arXiv:1706.03762), with the normalisation before each sublayer
 instead of after it (Xiong et al. 2020, arXiv:2002.04745), which trains without a delicate warm-up. The frozen CNN
-stands where the encoder was: its grid is normalised, projected, and given learned positions.
+stands where the encoder was: its grid is normalized, projected, and given learned positions.
 
 Captions are padded at the end only, so the causal mask keeps padding out of every word's sight and no other mask
 is needed.
@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own habit)
 from torch import Tensor, nn
 
-from common.config import TransformerConfig
-from train.decoders.base import Decoder, Memory, State
-from train.decoders.dropout import Dropout
-from train.vocabulary import PAD
+from gridcap.common.config import TransformerConfig
+from gridcap.train.data.vocabulary import PAD
+from gridcap.train.decoders.base import Decoder, Memory, State
+from gridcap.train.decoders.dropout import Dropout
 
 
 class TransformerDecoder(Decoder):
@@ -38,7 +38,7 @@ class TransformerDecoder(Decoder):
     has_attention = True
 
     def __init__(self, config: TransformerConfig, vocabulary_size: int, cells: int, channels: int) -> None:
-        super().__init__(config.blind)
+        super().__init__(config.zero_features)
         size = config.embed_size
         self._heads = config.heads
         self.norm = nn.LayerNorm(channels)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from common.config import AttentionConfig
-from train.decoders.attention import AttentionDecoder
+from gridcap.common.config import AttentionConfig
+from gridcap.train.decoders.attention import AttentionDecoder
 
 torch.set_num_threads(1)
 
@@ -14,7 +14,7 @@ V, B, K, P, C, E, H, A = 11, 2, 3, 4, 8, 6, 10, 7
 
 def build(cell, **options) -> AttentionDecoder:
     torch.manual_seed(0)
-    options = {"output": "hidden", "embed_size": E, "hidden_size": H, "attention_size": A} | options
+    options = {"output_layer": "hidden", "embed_size": E, "hidden_size": H, "attention_size": A} | options
     return AttentionDecoder(AttentionConfig(cell=cell, **options), V, P, C).eval()
 
 
@@ -106,7 +106,7 @@ def test_top_down_looks_with_the_first_lstm_and_writes_with_the_second():
 
 @pytest.mark.parametrize("cell", ["gru", "lstm", "att2in", "top-down"])
 def test_the_gate_scales_the_context_by_a_scalar_of_the_state(cell):
-    plain, gated = build(cell), build(cell, gate=True)
+    plain, gated = build(cell), build(cell, context_gate=True)
     gated.load_state_dict(plain.state_dict(), strict=False)
     gate = gated.cell.attention.gate
     state, (cells, keys, *_) = some_state(plain), plain.encode(grid())
@@ -127,7 +127,7 @@ def test_the_gate_scales_the_context_by_a_scalar_of_the_state(cell):
 
 
 def test_top_down_asks_the_gate_with_the_state_that_looked():
-    decoder = build("top-down", gate=True)
+    decoder = build("top-down", context_gate=True)
     asked = []
     decoder.cell.attention.gate.register_forward_pre_hook(lambda _, inputs: asked.append(inputs[0]))
     _, (_, h1, *_), *_ = step(decoder)
@@ -143,7 +143,7 @@ def test_hidden_output_is_a_map_of_the_state_alone(cell):
 
 @pytest.mark.parametrize("cell", ["gru", "lstm", "att2in", "top-down"])
 def test_deep_output_is_xus_equation_7(cell):
-    decoder = build(cell, output="deep")
+    decoder = build(cell, output_layer="deep")
     logits, after, weights, _, word, _, cells = step(decoder)
     of_state, of_context = decoder.deep.weight.split((H, E), 1)
     sums = word + of_state @ after[0] + of_context @ (weights @ cells) + decoder.deep.bias

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from common.config import AttentionConfig, LstmConfig, TransformerConfig
-from train.decoders.base import Decoder
-from train.decoders.build import build_decoder
-from train.decoders.ensemble import Ensemble
-from train.vocabulary import PAD
+from gridcap.common.config import AttentionConfig, LstmConfig, TransformerConfig
+from gridcap.train.data.vocabulary import PAD
+from gridcap.train.decoders.base import Decoder
+from gridcap.train.decoders.build import build_decoder
+from gridcap.train.decoders.ensemble import Ensemble
 
 torch.set_num_threads(1)
 
@@ -30,15 +30,15 @@ def transformer(**options) -> TransformerConfig:
 
 
 CONFIGS = {
-    **{f"lstm {image}": lstm(image=image) for image in ("initial-state", "first-input", "every-step")},
+    **{f"lstm {image}": lstm(image_injection=image) for image in ("initial-state", "first-input", "every-step")},
     **{
-        f"lstm {image}, bottlenecks": lstm(image=image, image_bottleneck=7, output_bottleneck=5)
+        f"lstm {image}, bottlenecks": lstm(image_injection=image, image_bottleneck=7, output_bottleneck=5)
         for image in ("initial-state", "first-input", "every-step")
     },
     "lstm, image bottleneck": lstm(image_bottleneck=7),
     "lstm, output bottleneck": lstm(output_bottleneck=5),
     **{
-        f"{cell}, {output}{', gate' if gate else ''}": attention(cell=cell, output=output, gate=gate)
+        f"{cell}, {output}{', gate' if gate else ''}": attention(cell=cell, output_layer=output, context_gate=gate)
         for cell in ("gru", "lstm", "att2in", "top-down")
         for output in ("hidden", "deep")
         for gate in (False, True)
@@ -198,7 +198,7 @@ def test_output_depends_on_the_grid(config):
 
 
 def test_a_blind_decoder_does_not_depend_on_the_grid(config):
-    decoder = build(config, blind=True)
+    decoder = build(config, zero_features=True)
     given = tokens(B, K, T)
     a, b = (logits_of(decoder, decoder.encode(grids(seed=seed)), given) for seed in (1, 2))
     assert torch.equal(a, b)

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.decoders.dropout import Dropout
+from gridcap.train.decoders.dropout import Dropout
 
 
 @given(st.floats(0.01, 0.99), st.lists(st.integers(0, 7), min_size=1, max_size=4), st.integers(0, 100))

@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 
-from common.config import AttentionConfig, LstmConfig, TransformerConfig
-from train.decoders.build import build_decoder
-from train.decoders.ensemble import Ensemble
-from train.search import beam_search
+from gridcap.common.config import AttentionConfig, LstmConfig, TransformerConfig
+from gridcap.train.decoders.build import build_decoder
+from gridcap.train.decoders.ensemble import Ensemble
+from gridcap.train.decoding.search import beam_search
 
 torch.set_num_threads(1)
 
@@ -68,7 +68,7 @@ def test_members_without_attention_give_none(grid, tokens):
 
 
 def test_a_blind_member_stays_blind(grid, tokens):
-    blind = build_decoder(CONFIGS["lstm"].model_copy(update={"blind": True}), V, SHAPE).eval()
+    blind = build_decoder(CONFIGS["lstm"].model_copy(update={"zero_features": True}), V, SHAPE).eval()
     ensemble = Ensemble([blind])
     logits = [ensemble(ensemble.encode(part), tokens)[0] for part in (grid, grid + torch.arange(8))]
     assert torch.equal(*logits)

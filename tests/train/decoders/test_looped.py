@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from train.decoders.looped import LoopedLinear, LoopedMean, looped
+from gridcap.train.decoders.looped import LoopedLinear, LoopedMean, looped
 
 
 class Recurrence(nn.Module):

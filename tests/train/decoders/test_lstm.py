@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from common.config import LstmConfig
-from train.decoders.lstm import LstmDecoder
+from gridcap.common.config import LstmConfig
+from gridcap.train.decoders.lstm import LstmDecoder
 
 torch.set_num_threads(1)
 
@@ -40,7 +40,7 @@ def lstm_over(decoder, inputs, h, c):
 
 
 def test_first_input_is_one_more_word_before_the_first(grid, tokens):
-    decoder = build(image="first-input")
+    decoder = build(image_injection="first-input")
     memory = decoder.encode(grid)
     logits, _ = decoder(memory, tokens)
     zero = torch.zeros(H)
@@ -49,7 +49,7 @@ def test_first_input_is_one_more_word_before_the_first(grid, tokens):
 
 
 def test_every_step_reads_the_image_beside_each_word(grid, tokens):
-    decoder = build(image="every-step")
+    decoder = build(image_injection="every-step")
     memory = decoder.encode(grid)
     logits, _ = decoder(memory, tokens)
     zero = torch.zeros(H)
@@ -59,7 +59,7 @@ def test_every_step_reads_the_image_beside_each_word(grid, tokens):
 
 @pytest.mark.parametrize("image", ["first-input", "initial-state", "every-step"])
 def test_only_every_step_needs_the_image_after_the_first_state(image, grid, tokens):
-    decoder = build(image=image)
+    decoder = build(image_injection=image)
     memory, other = decoder.encode(grid), decoder.encode(grid + torch.arange(C))
     (state, changed), token = (decoder.initial_state(m) for m in (memory, other)), tokens[:, :1, 0]
     assert torch.equal(state[0], changed[0]) == (image == "every-step"), "what the state knows of the image"
@@ -68,7 +68,7 @@ def test_only_every_step_needs_the_image_after_the_first_state(image, grid, toke
 
 
 def test_initial_state_without_a_bottleneck(grid):
-    decoder = build(image="initial-state")
+    decoder = build(image_injection="initial-state")
     pooled = F.layer_norm(grid.mean(1), (C,))
     h, c = decoder.initial_state(decoder.encode(grid))
     sums = decoder.initial(pooled)
@@ -77,7 +77,7 @@ def test_initial_state_without_a_bottleneck(grid):
 
 
 def test_the_course_begins_with_both_parts_of_the_state_the_same(grid):
-    decoder = build(image="initial-state", image_bottleneck=3)
+    decoder = build(image_injection="initial-state", image_bottleneck=3)
     (narrow,) = memory = decoder.encode(grid)
     assert narrow.shape == (B, 3)
     assert (narrow > -1).all(), "an ELU's values"

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from common.device import choose_precision
-from train.decoders import packed as module_of_packed
-from train.decoders.looped import LoopedLinear
-from train.decoders.packed import packed
+from gridcap.common.device import choose_precision
+from gridcap.train.decoders import packed as module_of_packed
+from gridcap.train.decoders.looped import LoopedLinear
+from gridcap.train.decoders.packed import packed
 
 needs_operators = pytest.mark.skipif(
     not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")),

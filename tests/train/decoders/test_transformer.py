@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from common.config import TransformerConfig
-from train.decoders.transformer import TransformerDecoder, _sinusoids
+from gridcap.common.config import TransformerConfig
+from gridcap.train.decoders.transformer import TransformerDecoder, _sinusoids
 
 torch.set_num_threads(1)
 

@@ -1,0 +1,1 @@
+"""The feature store: shards, index, and reader."""

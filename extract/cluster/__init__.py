@@ -1,0 +1,1 @@
+"""Work sharing across processes, GPUs, and cluster jobs."""

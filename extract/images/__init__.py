@@ -1,0 +1,1 @@
+"""Image decoding on the CPU and the GPU."""

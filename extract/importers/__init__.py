@@ -1,0 +1,1 @@
+"""Import of features that other programs wrote."""

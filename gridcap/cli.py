@@ -1,0 +1,55 @@
+"""The ``gridcap`` command group. Subcommands are imported when they are used."""
+
+from __future__ import annotations
+
+import importlib
+
+import click
+
+# Subcommand -> where its click command is, in the order in which users need them.
+COMMANDS = {
+    "download": "gridcap.extract.download_cli:main",
+    "extract": "gridcap.extract.cli:main",
+    "import": "gridcap.extract.store_cli:import_features",
+    "inspect": "gridcap.extract.store_cli:inspect_features",
+    "verify": "gridcap.extract.store_cli:verify_features",
+    "train": "gridcap.train.cli:train_decoder",
+    "evaluate": "gridcap.train.evaluate_cli:evaluate_decoder",
+    "caption": "gridcap.caption.cli:main",
+    "serve": "gridcap.caption.web_cli:main",
+}
+
+EPILOG = """\b
+Shell completion (bash; use zsh_source or fish_source for other shells):
+  eval "$(_GRIDCAP_COMPLETE=bash_source gridcap)"
+"""
+
+
+class LazyGroup(click.Group):
+    """A click group that imports a subcommand's module only when the subcommand is used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of the subcommands in the order of use."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import and return one subcommand, or None if there is none of that name."""
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, name = COMMANDS[cmd_name].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), name)
+        return command
+
+
+@click.group(
+    "gridcap",
+    cls=LazyGroup,
+    epilog=EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+@click.version_option(None, "--version", package_name="gridcap", prog_name="gridcap")
+def main() -> None:
+    """Train image captioning models on cached features.
+
+    Every command reads pipeline.yaml if it is in the current folder.
+    """

@@ -1,0 +1,1 @@
+"""Tests, and the fault injection of `make torture`."""

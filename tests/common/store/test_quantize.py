@@ -1,0 +1,78 @@
+"""Eight bits: within half a level of each value, nothing clipped, refused images NaN, the same for any batch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from gridcap.common.store.quantize import as_stored, dequantize, quantize
+
+
+def back(grids: np.ndarray) -> np.ndarray:
+    return as_stored(grids, np.dtype(np.uint8))
+
+
+@st.composite
+def grids(draw: st.DrawFn) -> np.ndarray:
+    """Not negative, of any size that float16 holds, subnormal numbers too."""
+    shape = draw(st.sampled_from([(1, 1, 1, 1), (2, 2, 3, 4), (3, 5)]))
+    values = st.floats(0, 65504, width=16, allow_subnormal=True)
+    return draw(hnp.arrays(np.float16, shape, elements=values))
+
+
+@settings(deadline=None, max_examples=200)
+@given(grid=grids())
+@example(grid=np.array([[[[0.0004003]]]], np.float16))  # its scale is a subnormal number, and was rounded down
+def test_every_value_comes_back_within_half_a_level(grid: np.ndarray) -> None:
+    got = back(grid).astype(np.float64)
+    assert np.isfinite(got).all()
+    cells = tuple(range(1, grid.ndim - 1))
+    largest = grid.astype(np.float64).max(axis=cells, keepdims=True) if cells else grid.astype(np.float64)
+    level = largest / 255 * (1 + 2**-10) + 2**-24  # float16 rounds the scale, and has no smaller numbers
+    rounding = 2**-11 * got + 2**-25
+    assert (np.abs(got - grid) <= 0.501 * level + rounding).all()
+
+
+def test_zero_stays_zero_and_the_largest_value_stays_almost_exact() -> None:
+    grid = np.zeros((1, 2, 2, 3), np.float16)
+    grid[0, 0, 0] = [1.0, 300.0, 65504.0]
+    got = back(grid)
+    np.testing.assert_allclose(got[0, 0, 0].astype(np.float64), [1.0, 300.0, 65504.0], rtol=1e-3)
+    assert not got[0, 1].any()
+
+
+def test_a_refused_image_is_all_nan_and_harms_no_other() -> None:
+    both = np.random.default_rng(0).random((2, 2, 2, 8)).astype(np.float16)
+    alone = back(both[1:])
+    both[0] = np.nan
+    got = back(both)
+    assert np.isnan(got[0]).all()
+    np.testing.assert_array_equal(got[1], alone[0])
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32])
+def test_every_channel_of_every_image_has_a_scale_of_its_own(kind: type) -> None:
+    grid = np.ones((2, 4, 4, 3), kind) * np.array([0.1, 1.0, 1e3], kind)
+    grid[1] *= 2
+    levels, scale = quantize(grid)
+    assert (levels.dtype, levels.shape, scale.dtype, scale.shape) == (np.uint8, grid.shape, np.float16, (2, 3))
+    assert (levels == 255).all()
+    np.testing.assert_allclose(scale[1] / scale[0], 2, rtol=2e-3)
+
+
+def test_levels_times_scale_is_what_comes_back() -> None:
+    rng = np.random.default_rng(1)
+    levels = rng.integers(0, 256, (8, 8, 64)).astype(np.uint8)
+    scale = rng.random(64).astype(np.float16)
+    out = np.empty(levels.shape, np.float16)
+    dequantize(levels, scale, out)
+    exact = levels.astype(np.float64) * scale.astype(np.float64)
+    assert (np.abs(out - exact) <= np.spacing(exact.astype(np.float16)).astype(np.float64) / 2 + 1e-12).all()
+
+
+def test_other_types_are_left_alone() -> None:
+    grid = np.array([[-1.5, 2.0]], np.float32)
+    assert as_stored(grid, np.dtype(np.float32)) is grid

@@ -1,0 +1,97 @@
+"""Packed convolutions give what the others give, for any batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models.inception import BasicConv2d, InceptionA
+
+from gridcap.extract.encoders.grid_encoder import _fold_batch_norm
+from gridcap.extract.encoders.packed import PackedConvolution, can_pack, pack_convolutions
+
+pytestmark = pytest.mark.skipif(not can_pack(torch.float32), reason="this torch has no oneDNN, or not its operators")
+
+
+@pytest.fixture
+def block() -> nn.Module:
+    """One of InceptionV3's, with its BatchNorms folded: several branches, 1 x 1, 3 x 3 and 5 x 5."""
+    torch.manual_seed(0)
+    block = InceptionA(16, 8).eval()
+    _fold_batch_norm(block)
+    block.requires_grad_(False)
+    return block.to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_a_block_gives_the_same_for_the_batch_it_was_packed_for_and_for_others(
+    block: nn.Module, kind: torch.dtype, tolerance: float
+) -> None:
+    if not can_pack(kind):
+        pytest.skip("this CPU does not compute in bfloat16")
+    block = block.to(kind)
+    images = torch.randn(4, 16, 9, 9, dtype=kind).to(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        expected = {count: block(images[:count]) for count in (4, 1, 3)}
+        packed = pack_convolutions(block, images[:1], len(images))
+        for count, wanted in expected.items():
+            torch.testing.assert_close(packed(images[:count]), wanted, rtol=tolerance, atol=tolerance)
+    assert not [layer for layer in packed.modules() if isinstance(layer, BasicConv2d)], "all of them were packed"
+    assert sum(isinstance(layer, PackedConvolution) for layer in packed.modules()) == 7
+
+
+def test_a_mean_over_neighbours_before_a_1_x_1_convolution_is_taken_of_its_fewer_channels(
+    block: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = torch.randn(2, 16, 9, 9).to(memory_format=torch.channels_last)
+    seen = []
+    real = nn.functional.avg_pool2d
+    with torch.inference_mode():
+        packed = pack_convolutions(block, images[:1], 2)
+        monkeypatch.setattr(
+            "gridcap.extract.encoders.packed.F.avg_pool2d",
+            lambda x, **how: seen.append((x.shape[1], how)) or real(x, **how),
+        )
+        packed(images)
+    assert seen == [(8, {"kernel_size": 3, "stride": 1, "padding": 1})]
+
+
+@pytest.mark.parametrize(
+    ("why", "layer"),
+    [
+        ("pool is read twice", {"kernel_size": 1}),
+        ("block is called twice", {"kernel_size": 1}),
+        ("wider", {"kernel_size": 3}),
+        ("strides", {"kernel_size": 1, "stride": 2}),
+        ("pads", {"kernel_size": 1, "padding": 1}),
+    ],
+)
+def test_a_mean_stays_where_it_is_when_another_order_would_compute_something_else(
+    why: str, layer: dict[str, int]
+) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = BasicConv2d(8, 4, **layer)
+
+        def forward(self, images: Tensor) -> Tensor:
+            pooled = nn.functional.avg_pool2d(images, kernel_size=3, stride=1, padding=1)
+            out: Tensor = self.block(pooled)
+            if why == "pool is read twice":
+                return out + pooled.mean()
+            return out + self.block(images) if why == "block is called twice" else out
+
+    torch.manual_seed(0)
+    net = Net().eval()
+    _fold_batch_norm(net)
+    net.requires_grad_(False).to(memory_format=torch.channels_last)
+    images = torch.randn(2, 8, 6, 6).to(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        expected = net(images)
+        packed = pack_convolutions(net, images[:1], 2)
+        torch.testing.assert_close(packed(images), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_cnn_without_such_convolutions_is_left_as_it_is() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    assert pack_convolutions(net, torch.zeros(1, 3, 8, 8), 2) is net

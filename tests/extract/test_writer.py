@@ -1,0 +1,82 @@
+"""Shards that are written at the same time: in what order their batches come, and what is left of a failure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gridcap.common.errors import ExtractionError
+from gridcap.extract.run import extract_features
+from gridcap.extract.writer import batches_of
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 5), st.integers(1, 6))
+def test_shards_in_writers_are_each_written_in_order_by_one_thread(
+    rows: int, shard_size: int, batch_size: int, writers: int
+) -> None:
+    class Rows:
+        shards = -(-rows // shard_size)
+
+        def rows_of(self, shard: int) -> range:
+            return range(shard * shard_size, min(rows, (shard + 1) * shard_size))
+
+    plan: Any = Rows()
+    plan.batch_size = batch_size
+    batches = list(batches_of(plan, range(plan.shards), writers))
+    open_in: dict[int, int] = {}  # writer -> shard
+    for batch in batches:
+        whole = plan.rows_of(batch.shard)
+        assert open_in.setdefault(batch.writer, batch.shard) == batch.shard, "the one before it is not finished"
+        assert batch.start - whole.start == sum(
+            b.stop - b.start for b in batches[: batches.index(batch)] if b.shard == batch.shard
+        )
+        if batch.stop == whole.stop:
+            del open_in[batch.writer]
+    assert not open_in
+    assert sum(batch.stop - batch.start for batch in batches) == rows
+    if writers == 1:
+        assert [batch.start for batch in batches] == sorted(batch.start for batch in batches)
+
+
+@pytest.mark.parametrize("writers", [2, 3, 8])
+def test_a_store_written_by_several_threads_has_the_bytes_of_one_thread(
+    fake: Any, photos: Any, job: Any, tmp_path: Path, writers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = photos(23, bad={4: "text", 22: ""})
+    keys = {"extract__shard_size": 4, "extract__batch_size": 3, "extract__views": "original,hflip"}
+    config, alone = job(folder, tmp_path / "alone" / "s.h5", **keys)
+    extract_features(config, alone, progress=False)
+    monkeypatch.setattr("gridcap.extract.worker.writer_count", lambda on_gpu, shards: writers)
+    config, together = job(folder, tmp_path / "together" / "s.h5", **keys)
+    summary = extract_features(config, together, progress=False)
+    assert (summary.made, summary.complete, summary.rejects.total()) == (6, True, 2)
+    assert contents(tmp_path / "together") == contents(tmp_path / "alone")
+
+
+def test_an_error_in_one_writer_ends_all_and_leaves_no_unfinished_shard(
+    fake: Any, photos: Any, job: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gridcap.extract.worker.writer_count", lambda on_gpu, shards: 3)
+    real = fake.encode
+
+    def overflowing(self: Any, images: np.ndarray) -> np.ndarray:
+        grids: np.ndarray = real(self, images)
+        return np.full_like(grids, np.inf) if sum(fake.batches) > 8 else grids
+
+    monkeypatch.setattr(fake, "encode", overflowing)
+    config, prepared = job(photos(20), extract__shard_size=4, extract__batch_size=2)
+    with pytest.raises(ExtractionError, match="cannot hold"):
+        extract_features(config, prepared, progress=False)
+    assert not prepared.output.exists()
+    assert not list(prepared.folder.rglob("*.tmp"))
+    monkeypatch.setattr(fake, "encode", real)
+    assert extract_features(config, prepared, progress=False).complete

@@ -1,0 +1,148 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gridcap.common.errors import CheckpointError
+from gridcap.train.data.vocabulary import BOS, EOS, PAD, SPECIALS, UNK, Vocabulary, tokenize
+
+CAPTIONS = ["a cat and a dog", "a dog", "the zebra, the cat"]  # a 3, cat 2, dog 2, the 2, and 1, zebra 1
+
+
+def test_tokens_are_lower_case_words_without_punctuation():
+    assert tokenize('A "Dog\'s" t-shirt, no_2... (Über)!') == ["a", "dog's", "t", "shirt", "no", "2", "über"]
+
+
+def test_special_ids_are_distinct_and_come_first():
+    vocabulary = Vocabulary.build(CAPTIONS)
+    assert (PAD, len({PAD, BOS, EOS, UNK})) == (0, 4)
+    assert [vocabulary.words[i] for i in (PAD, BOS, EOS, UNK)] == list(SPECIALS)
+
+
+def test_words_stand_from_the_commonest_to_the_rarest_and_ties_in_alphabetical_order():
+    words = Vocabulary.build(CAPTIONS).words
+    assert words[4:] == ["a", "cat", "dog", "the", "and", "zebra"]
+    assert Vocabulary.build(reversed(CAPTIONS)).words == words
+
+
+def test_words_are_counted_not_captions():
+    assert Vocabulary.build(["b b b", "a", "a"]).words[4:] == ["b", "a"]
+
+
+def test_min_count_leaves_out_words_seen_fewer_times():
+    assert Vocabulary.build(CAPTIONS, min_count=2).words[4:] == ["a", "cat", "dog", "the"]
+    assert Vocabulary.build(CAPTIONS, min_count=3).words[4:] == ["a"]
+
+
+@pytest.mark.parametrize(("max_size", "kept"), [(5, ["a"]), (7, ["a", "cat", "dog"]), (10, None), (None, None)])
+def test_max_size_counts_the_specials(max_size, kept):
+    vocabulary = Vocabulary.build(CAPTIONS, max_size=max_size)
+    assert vocabulary.words[4:] == (kept or ["a", "cat", "dog", "the", "and", "zebra"])
+    assert len(vocabulary) == (max_size or 10)
+
+
+def test_encode_frames_the_words_and_maps_unknown_ones_to_unk():
+    vocabulary = Vocabulary.build(CAPTIONS)
+    a, dog = vocabulary.words.index("a"), vocabulary.words.index("dog")
+    assert vocabulary.encode("A purple dog!", 10) == [BOS, a, UNK, dog, EOS]
+
+
+def test_encode_cuts_the_words_at_max_length_and_keeps_eos():
+    vocabulary = Vocabulary.build(CAPTIONS)
+    assert vocabulary.encode("a cat and a dog", 2) == vocabulary.encode("a cat", 30)
+    assert len(vocabulary.encode("a cat and a dog", 5)) == 7
+
+
+def test_text_of_a_special_is_not_taken_for_it():
+    vocabulary = Vocabulary.build(["eos pad eos"])
+    assert not {PAD, EOS, BOS} & set(vocabulary.encode("<eos> <pad>", 5)[1:-1])
+
+
+def test_decode_stops_at_the_first_eos_and_leaves_out_bos_and_pad():
+    vocabulary = Vocabulary.build(CAPTIONS)
+    a, dog = vocabulary.words.index("a"), vocabulary.words.index("dog")
+    assert vocabulary.decode([BOS, a, PAD, dog, EOS, dog, PAD]) == "a dog"
+    assert vocabulary.decode([a, dog]) == "a dog"
+    assert vocabulary.decode([EOS, a]) == ""
+
+
+@given(st.lists(st.sampled_from(["a", "cat", "and", "dog's", "the", "zebra"]), max_size=12))
+def test_decode_undoes_encode_for_known_words(words):
+    vocabulary = Vocabulary.build(["a cat and dog's the zebra"])
+    assert vocabulary.decode(vocabulary.encode(" ".join(words), 12)) == " ".join(words)
+
+
+@given(st.lists(st.text(max_size=30), max_size=6), st.integers(5, 20))
+def test_any_text_gives_a_sound_vocabulary_and_sound_ids(captions, max_size):
+    vocabulary = Vocabulary.build(captions, max_size=max_size)
+    assert len(vocabulary) == len(set(vocabulary.words)) <= max_size
+    for caption in captions:
+        ids = vocabulary.encode(caption, 7)
+        assert ids[0] == BOS
+        assert ids[-1] == EOS
+        assert len(ids) <= 9
+        assert all(i == UNK or len(SPECIALS) <= i < len(vocabulary) for i in ids[1:-1])
+
+
+def test_what_is_saved_is_loaded_with_the_same_ids(tmp_path):
+    vocabulary = Vocabulary.build(["naïve café “quoted”", *CAPTIONS])
+    vocabulary.save(tmp_path / "v.json")
+    again = Vocabulary.load(tmp_path / "v.json")
+    assert again.words == vocabulary.words
+    assert again.encode("a naïve zebra", 9) == vocabulary.encode("a naïve zebra", 9)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        '{"words": null}',
+        '{"words": 3}',
+        '{"nothing": []}',
+        '{"words": ["a", "b"]}',
+        json.dumps({"words": [*SPECIALS, "dog", "dog"]}),
+        json.dumps({"words": [*SPECIALS[::-1], "dog"]}),
+    ],
+)
+def test_a_damaged_file_is_refused_by_name(tmp_path, text):
+    path = tmp_path / "vocabulary.json"
+    path.write_text(text)
+    with pytest.raises(CheckpointError, match=r"vocabulary\.json"):
+        Vocabulary.load(path)
+
+
+def test_a_missing_or_binary_file_is_refused_by_name(tmp_path):
+    path = tmp_path / "vocabulary.json"
+    with pytest.raises(CheckpointError, match=r"vocabulary\.json"):
+        Vocabulary.load(path)
+    path.write_bytes(b"\xff\xfe\x00\x80")
+    with pytest.raises(CheckpointError, match=r"vocabulary\.json"):
+        Vocabulary.load(path)
+
+
+def test_a_word_list_without_specials_or_with_repeats_is_no_vocabulary():
+    for words in (["a"], [*SPECIALS, "a", "a"], [*SPECIALS, "<unk>"]):
+        with pytest.raises(ValueError, match="vocabulary"):
+            Vocabulary(words)
+
+
+@pytest.mark.parametrize(
+    ("caption", "words"),
+    [
+        ("हिन्दी में", ["हिन्दी", "में"]),
+        ("cafe\u0301", ["café"]),
+        ("the dog’s ball", ["the", "dog's", "ball"]),
+        ("a_b — c", ["a", "b", "c"]),
+    ],
+)
+def test_words_keep_their_marks_and_apostrophes(caption, words):
+    assert tokenize(caption) == words
+
+
+def test_a_vocabulary_without_room_for_words_is_refused():
+    with pytest.raises(ValueError, match="no room"):
+        Vocabulary.build(["a dog"], max_size=4)

@@ -1,0 +1,376 @@
+import errno
+import json
+import os
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from gridcap.common.errors import CheckpointError
+from gridcap.train.data.vocabulary import Vocabulary
+from gridcap.train.decoders.build import build_decoder
+from gridcap.train.engine import checkpoint
+from gridcap.train.engine.checkpoint import (
+    find_checkpoint,
+    load_checkpoint,
+    load_training_state,
+    run_folder,
+    save_checkpoint,
+)
+
+VOCABULARY = Vocabulary.build(["a red square", "a green circle"])
+JSON_FILES = ["config.json", "vocabulary.json", "provenance.json"]
+
+
+@pytest.fixture
+def save(tmp_path, new_config, provenance, tiny_decoders):
+    """Save the checkpoint of a step, its weights made from its number; returns the decoder."""
+
+    def call(step, best=1, family="attention"):
+        torch.manual_seed(step)
+        config = new_config(tmp_path / "run", decoder=tiny_decoders[family])
+        decoder = build_decoder(config.train.decoder, len(VOCABULARY), (2, 2, 8))
+        optimizer = torch.optim.Adam(decoder.parameters())
+        decoder(decoder.encode(torch.ones(1, 4, 8)), torch.tensor([[[1, 4]]]))[0].sum().backward()
+        optimizer.step()
+        state = {"optimizer": optimizer.state_dict(), "history": [{"epoch": step}], "sums": {"loss": 1 / 3}}
+        save_checkpoint(tmp_path / "run", step, decoder, VOCABULARY, config, provenance(), state, best)
+        return decoder
+
+    return call
+
+
+@pytest.fixture
+def run(tmp_path):
+    return tmp_path / "run"
+
+
+def logits_of(decoder):
+    torch.manual_seed(9)
+    return decoder.eval()(decoder.encode(torch.randn(3, 4, 8)), torch.randint(1, len(VOCABULARY), (3, 2, 5)))[0]
+
+
+def folders(run):
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("family", ["lstm", "attention"])
+def test_a_loaded_decoder_gives_the_same_logits_to_the_bit(save, run, family, provenance, new_config, tiny_decoders):
+    decoder = save(1, family=family)
+    loaded = load_checkpoint(run)
+    assert torch.equal(logits_of(loaded.decoder), logits_of(decoder))
+    assert not load_checkpoint(run).decoder.training
+    assert loaded.vocabulary.words == VOCABULARY.words
+    assert loaded.provenance == provenance()
+    assert loaded.config == new_config(run, decoder=tiny_decoders[family])
+    assert loaded.path == run / "checkpoints" / "step-00000001"
+
+
+def test_training_state_comes_back_to_the_bit(save, run):
+    save(3, best=3)
+    state = load_training_state(find_checkpoint(run, "last"))
+    assert state["history"] == [{"epoch": 3}]
+    assert state["sums"] == {"loss": 1 / 3}
+    moments = state["optimizer"]["state"][0]
+    assert set(moments) >= {"step", "exp_avg", "exp_avg_sq"}
+
+
+def test_a_checkpoint_can_be_given_itself_or_by_its_run(save, run):
+    save(1)
+    folder = run / "checkpoints" / "step-00000001"
+    assert find_checkpoint(folder) == find_checkpoint(run) == folder
+    assert load_checkpoint(folder).path == folder
+
+
+def test_the_folder_holds_no_pickled_code(save, run):
+    save(1)
+    folder = find_checkpoint(run)
+    assert {f.name for f in folder.iterdir()} == {"model.safetensors", "training_state.pt", "sha256.json", *JSON_FILES}
+    for name in ("sha256.json", *JSON_FILES):
+        assert isinstance(json.loads((folder / name).read_text()), dict)
+    assert torch.load(folder / "training_state.pt", weights_only=True)["history"] == [{"epoch": 1}]
+
+
+class _Hostile:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def _hostile_files(folder, marker):
+    """The same hostile object in each layout that `torch.load` knows, and as a bare pickle."""
+    torch.save({"history": _Hostile(marker)}, folder / "zip")
+    torch.save({"history": _Hostile(marker)}, folder / "legacy", _use_new_zipfile_serialization=False)
+    (folder / "bare").write_bytes(pickle.dumps(_Hostile(marker)))
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("layout", ["zip", "legacy", "bare"])
+def test_a_hostile_training_state_is_refused_without_running(save, run, sign, tmp_path, layout):
+    save(1)
+    marker = tmp_path / "it ran"
+    _hostile_files(tmp_path, marker)
+    torch.load(tmp_path / "zip", weights_only=False)
+    assert marker.exists(), "the object is hostile indeed"
+    marker.rmdir()
+    folder = find_checkpoint(run)
+    shutil.copy(tmp_path / layout, folder / "training_state.pt")
+    sign(folder)
+    with pytest.raises(CheckpointError, match=r"training_state\.pt"):
+        load_training_state(folder)
+    assert not marker.exists()
+
+
+def test_a_pickle_in_place_of_the_weights_is_refused_without_running(save, run, sign, tmp_path):
+    save(1)
+    _hostile_files(tmp_path, tmp_path / "it ran")
+    shutil.copy(tmp_path / "zip", find_checkpoint(run) / "model.safetensors")
+    sign(find_checkpoint(run))
+    with pytest.raises(CheckpointError, match="step-00000001"):
+        load_checkpoint(run)
+    assert not (tmp_path / "it ran").exists()
+
+
+def test_the_refusal_does_not_advise_to_load_it_unsafely(save, run, sign, tmp_path):
+    save(1)
+    _hostile_files(tmp_path, tmp_path / "it ran")
+    folder = find_checkpoint(run)
+    shutil.copy(tmp_path / "zip", folder / "training_state.pt")
+    sign(folder)
+    with pytest.raises(CheckpointError) as caught:
+        load_training_state(folder)
+    assert "weights_only" not in caught.value.message
+
+
+def test_best_and_last_are_kept_and_the_others_removed(save, run):
+    for step, best in ((1, 1), (2, 2), (3, 2), (4, 2)):
+        save(step, best)
+        assert load_checkpoint(run, "last").path.name == f"step-{step:08}"
+        assert load_checkpoint(run).path.name == load_checkpoint(run, "best").path.name == f"step-{best:08}"
+    assert folders(run) == ["step-00000002", "step-00000004"]
+    save(5, best=5)
+    assert folders(run) == ["step-00000005"]
+
+
+def test_a_save_clears_away_what_a_killed_save_left(save, run):
+    save(1)
+    (run / "checkpoints" / ".step-00000002.host-1-abc.tmp").mkdir()
+    save(2, best=2)
+    assert folders(run) == ["step-00000002"]
+
+
+class _Killed(BaseException):
+    pass
+
+
+def _kill_when(real, matches):
+    def call(*args, **kwargs):
+        if matches(*args):
+            raise _Killed
+        return real(*args, **kwargs)
+
+    return call
+
+
+KILLS = {
+    "writing the weights": ("save", lambda tensors: True),
+    "writing the provenance": ("write_json", lambda path, value: path.name == "provenance.json"),
+    "writing the training state": ("torch.save", lambda state, path: True),
+    "flushing": ("fsync_path", lambda path: path.name == "vocabulary.json"),
+    "renaming the folder": ("os.replace", lambda source, target: str(target).endswith("step-00000002")),
+    "moving the pointers": ("write_json", lambda path, value: path.name == "checkpoints.json"),
+    "replacing the pointers": ("os.replace", lambda source, target: str(target).endswith("checkpoints.json")),
+}
+
+
+@pytest.mark.parametrize("moment", KILLS)
+def test_killed_at_any_moment_the_previous_checkpoint_still_loads(save, run, moment):
+    before = logits_of(save(1))
+    name, matches = KILLS[moment]
+    real = {"os.replace": os.replace, "torch.save": torch.save}.get(name) or getattr(checkpoint, name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"gridcap.train.engine.checkpoint.{name}", _kill_when(real, matches))
+        with pytest.raises(_Killed):
+            save(2, best=2)
+    for which in ("best", "last"):
+        assert torch.equal(logits_of(load_checkpoint(run, which).decoder), before)
+    assert load_training_state(find_checkpoint(run, "last"))["history"] == [{"epoch": 1}]
+    assert not [p for p in run.rglob("*") if ".tmp" in p.name], "no temporary file or folder is left"
+    after = logits_of(save(2, best=2))
+    assert torch.equal(logits_of(load_checkpoint(run).decoder), after)
+    assert folders(run) == ["step-00000002"]
+
+
+def test_a_full_disk_is_an_os_error_of_the_file_that_did_not_fit(save, run):
+    """Which the commands turn into a sentence; torch's own writer raises a RuntimeError of many lines."""
+    save(1)
+
+    def full(self, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pathlib.Path.write_bytes", full)
+        with pytest.raises(OSError, match=r"No space left on device: '.*step-00000002'") as caught:
+            save(2)
+    assert caught.value.errno == errno.ENOSPC
+    assert folders(run) == ["step-00000001"]
+    assert not [p for p in run.rglob("*") if ".tmp" in p.name], "no temporary file or folder is left"
+
+
+def test_a_kill_during_the_very_first_save_leaves_no_checkpoint_to_be_found(save, run):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gridcap.train.engine.checkpoint.save", _kill_when(None, lambda *args: True))
+        with pytest.raises(_Killed):
+            save(1)
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        find_checkpoint(run)
+
+
+DAMAGES = {
+    "missing": lambda path: path.unlink(),
+    "empty": lambda path: path.write_bytes(b""),
+    "cut in half": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "one byte short": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "other bytes": lambda path: path.write_bytes(b"\xff\xfe nothing of this kind \x00" * 9),
+    "a list": lambda path: path.write_text("[]"),
+    "null": lambda path: path.write_text("null"),
+    "no keys": lambda path: path.write_text("{}"),
+}
+HARMLESS = {(name, "one byte short") for name in JSON_FILES}  # the line's end
+FATAL = [(n, d) for n in ("model.safetensors", *JSON_FILES) for d in DAMAGES if (n, d) not in HARMLESS]
+
+
+@pytest.mark.parametrize("signed", [False, True], ids=["", "signed"])
+@pytest.mark.parametrize(("name", "damage"), FATAL)
+def test_a_damaged_file_is_refused_and_the_checkpoint_named(save, run, sign, name, damage, signed):
+    save(1)
+    DAMAGES[damage](find_checkpoint(run) / name)
+    if signed:
+        sign(find_checkpoint(run))
+    with pytest.raises(CheckpointError, match="step-00000001") as caught:
+        load_checkpoint(run)
+    assert caught.value.exit_status == 2
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut in half"])
+@pytest.mark.parametrize("name", ["model.safetensors", *JSON_FILES])
+def test_the_damaged_file_itself_is_named(save, run, name, damage):
+    save(1)
+    DAMAGES[damage](find_checkpoint(run) / name)
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(run)
+    assert name in caught.value.message
+
+
+def load_all(folder):
+    load_checkpoint(folder)
+    load_training_state(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "training_state.pt", "sha256.json", *JSON_FILES])
+def test_a_single_flipped_bit_is_found_wherever_it_is(save, run, name):
+    save(1)
+    folder = find_checkpoint(run)
+    whole = (folder / name).read_bytes()
+    for place in np.random.default_rng(0).integers(0, 8 * len(whole), 12).tolist():
+        content = bytearray(whole)
+        content[place // 8] ^= 1 << place % 8
+        (folder / name).write_bytes(content)
+        with pytest.raises(CheckpointError, match="step-00000001"):
+            load_all(folder)
+
+
+@pytest.mark.parametrize("name", ["sha256.json", "training_state.pt"])
+def test_a_checkpoint_without_its_checksums_is_refused(save, run, name):
+    save(1)
+    folder = find_checkpoint(run)
+    (folder / "sha256.json").unlink()
+    with pytest.raises(CheckpointError, match=r"sha256\.json: damaged checkpoint"):
+        load_training_state(folder) if name == "training_state.pt" else load_checkpoint(run)
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut in half", "one byte short", "other bytes"])
+def test_a_damaged_training_state_is_refused_by_name(save, run, damage):
+    save(1)
+    folder = find_checkpoint(run)
+    DAMAGES[damage](folder / "training_state.pt")
+    with pytest.raises(CheckpointError, match=r"step-00000001/training_state\.pt"):
+        load_training_state(folder)
+
+
+@pytest.mark.parametrize("damage", [d for d in DAMAGES if d not in ("missing", "one byte short")])
+def test_a_damaged_pointer_file_is_refused_by_name(save, run, damage):
+    save(1)
+    DAMAGES[damage](run / "checkpoints.json")
+    with pytest.raises(CheckpointError, match=r"checkpoints\.json"):
+        load_checkpoint(run)
+
+
+def test_pointers_to_a_checkpoint_that_is_gone_are_refused(save, run):
+    save(1)
+    shutil.rmtree(run / "checkpoints" / "step-00000001")
+    with pytest.raises(CheckpointError, match="step-00000001"):
+        load_checkpoint(run)
+
+
+def test_no_folder_and_a_folder_without_checkpoint_are_told_apart(tmp_path):
+    with pytest.raises(CheckpointError, match=r"nowhere: no such folder"):
+        load_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"holds no checkpoint"):
+        load_checkpoint(tmp_path)
+
+
+def test_weights_of_another_vocabulary_are_refused(save, run, sign):
+    save(1)
+    Vocabulary.build(["other words than before, and more"]).save(find_checkpoint(run) / "vocabulary.json")
+    sign(find_checkpoint(run))
+    with pytest.raises(CheckpointError, match="step-00000001"):
+        load_checkpoint(run)
+
+
+def test_a_newer_version_is_refused_and_says_so(save, run):
+    save(1)
+    file = find_checkpoint(run) / "config.json"
+    tree = json.loads(file.read_text())
+    file.write_text(json.dumps({**tree, "version": checkpoint.VERSION + 1}))
+    with pytest.raises(CheckpointError, match="newer gridcap") as caught:
+        load_checkpoint(run)
+    assert "update" in caught.value.hint
+
+
+def test_an_older_version_is_refused_and_says_so(save, run):
+    save(1)
+    file = find_checkpoint(run) / "config.json"
+    tree = json.loads(file.read_text())
+    assert tree["version"] == 3
+    file.write_text(json.dumps({**tree, "version": 2}))
+    with pytest.raises(CheckpointError, match=r"step-00000001: made by an older gridcap \(version 2\)") as caught:
+        load_checkpoint(run)
+    assert "train again" in caught.value.hint
+
+
+def test_the_run_of_a_checkpoint_is_found_given_either(save, run):
+    save(1)
+    assert run_folder(find_checkpoint(run)) == run_folder(run) == run
+    moved = run.parent / "checkpoints" / "mine"  # a folder of runs may have that name
+    moved.parent.mkdir()
+    run.rename(moved)
+    assert run_folder(find_checkpoint(moved)) == run_folder(moved) == moved
+
+
+def test_a_checkpoint_of_a_step_that_is_there_already_takes_its_place(save, run):
+    """As after a kill between the rename and the pointers: the same step comes again."""
+    save(1)
+    with pytest.MonkeyPatch.context() as patch:
+        name, matches = KILLS["moving the pointers"]
+        patch.setattr(f"gridcap.train.engine.checkpoint.{name}", _kill_when(getattr(checkpoint, name), matches))
+        with pytest.raises(_Killed):
+            save(2, best=2)
+    (run / "checkpoints" / "step-00000002" / "model.safetensors").write_bytes(b"another")
+    after = logits_of(save(2, best=1))
+    assert torch.equal(logits_of(load_checkpoint(run, "last").decoder), after)
+    assert folders(run) == ["step-00000001", "step-00000002"]

@@ -1,0 +1,358 @@
+"""Several processes train what one process trains."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import gridcap.train.engine.loop
+from gridcap.common.errors import UserError
+from gridcap.train.engine.checkpoint import find_checkpoint, load_checkpoint
+from gridcap.train.engine.distributed import ALONE, Ranks, find_ranks
+from gridcap.train.engine.loop import fit
+
+NOT_COMPARED = ("seconds", "waited", "warnings")
+HANG = 400  # seconds after which a command counts as one that never ends
+
+
+# --- who am I ---
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, ALONE),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, ALONE),
+        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, Ranks(5, 8, 1)),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, Ranks(1, 2, 0)),
+        ({"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"}, Ranks(3, 4, 1)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}, ALONE),  # a batch script outside of srun
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0"}, ALONE),
+        (
+            {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"},
+            Ranks(2, 4, 0),  # torchrun inside of srun
+        ),
+    ],
+)
+def test_a_process_finds_its_place_in_torchruns_or_slurms_variables(environment, expected):
+    assert find_ranks(environment) == expected
+
+
+@pytest.mark.parametrize(
+    "environment", [{"RANK": "2", "WORLD_SIZE": "2"}, {"SLURM_PROCID": "9", "SLURM_STEP_NUM_TASKS": "4"}]
+)
+def test_variables_that_contradict_themselves_are_refused_by_name(environment):
+    with pytest.raises(UserError, match=f"{next(iter(environment))}="):
+        find_ranks(environment)
+
+
+def test_only_rank_0_is_the_first():
+    assert [Ranks(rank, 3, 0).first for rank in range(3)] == [True, False, False]
+
+
+def test_one_process_alone_gathers_and_adds_up_itself():
+    value = torch.tensor([1.0, 2.0])
+    ALONE.add_up([value])
+    assert value.tolist() == [1, 2]
+    assert ALONE.gather("x") == ["x"]
+    assert ALONE.from_first("x") == "x"
+
+
+@pytest.mark.parametrize(
+    ("environment", "batch_size", "accumulate"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}, 3, 1),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, 5, 3),
+        ({}, 2, 3),
+    ],
+)
+def test_a_step_with_fewer_images_than_parts_is_refused(
+    tmp_path, new_config, train_data, monkeypatch, environment, batch_size, accumulate
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("gridcap.train.engine.loop.find_ranks", lambda: find_ranks(environment))
+    with pytest.raises(UserError, match=f"--batch-size {batch_size}: .*{accumulate} parts") as caught:
+        fit(new_config(tmp_path / "run", batch_size=batch_size, grad_accum_steps=accumulate), train_data, None, False)
+    assert "larger --batch-size" in caught.value.hint
+    assert not (tmp_path / "run").exists()
+
+
+# --- two processes ---
+
+# 13 images in steps of 6: the last step of an epoch has 1 image, for 2 processes with 2 parts each. 9 images to
+# validate on in batches of 6: the processes have different shares of them.
+WORKER = """
+import hashlib, json, os, sys
+from pathlib import Path
+import torch
+import gridcap.train.engine.loop
+from gridcap.common.annotations import load_annotations
+from gridcap.common.config import PipelineConfig
+from gridcap.common.store.reader import FeatureStore
+from gridcap.train.data.stream import CaptionedImages
+
+folder, rank = Path(sys.argv[1]), os.environ["RANK"]
+torch.set_num_threads(1)
+
+def load(name):
+    captions = folder / f"{name}.json"
+    return CaptionedImages.join(FeatureStore(folder / f"{name}.h5"), load_annotations(captions).records, captions)
+
+def digest(decoder):
+    return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in decoder.parameters())).hexdigest()
+
+real = gridcap.train.engine.loop._Trainer._end_epoch
+weights = []
+
+def end_epoch(self, run, log, row):
+    real(self, run, log, row)
+    weights.append(digest(run.decoder))
+
+def fail(self, run, *rest):
+    if run.step == 2 and rank == "1":
+        raise RuntimeError("a process fails")
+    return real_step(self, run, *rest)
+
+gridcap.train.engine.loop._Trainer._end_epoch = end_epoch
+if sys.argv[2:] == ["fail"]:
+    real_step, gridcap.train.engine.loop._Trainer._step = gridcap.train.engine.loop._Trainer._step, fail
+    gridcap.train.engine.loop.fit(PipelineConfig.model_validate_json((folder / "fail.config").read_text()), load("train"), None, False)
+    sys.exit(0)
+for name, port in zip(sys.argv[2::2], sys.argv[3::2]):
+    child = os.fork()
+    if child:
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if status:
+            sys.exit(status)
+        continue
+    os.environ.update(MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="False")  # each run meets at its own port
+    config = PipelineConfig.model_validate_json((folder / f"{name}.config").read_text())
+    if rank != "0" and not name.startswith("resume"):  # who is not the first writes nothing, so this is not made
+        there = {"output": config.train.output.with_name(f"{name}-of-another-process")}
+        config = config.model_copy(update={"train": config.train.model_copy(update=there)})
+    history = gridcap.train.engine.loop.fit(config, load("train"), load("val"), name.startswith("resume"), progress=True)
+    (folder / f"{name}.{rank}.json").write_text(json.dumps({"history": history, "weights": weights}))
+    sys.stdout.flush()
+    os._exit(0)
+"""
+SCST = {"objective": "scst", "scst": {"samples": 2}, "learning_rate": 0.003}
+PARTS = {"one part": {"grad_accum_steps": 1}, "two parts": {"grad_accum_steps": 2, "ema_decay": 0.9}}
+DROPOUT = {"scheduled_sampling": {"max_prob": 0.5, "prob_step": 0.5, "step_epochs": 1}}
+
+
+def timeless(history):
+    return [{k: v for k, v in row.items() if k not in NOT_COMPARED} for row in history]
+
+
+def assert_close(ours, theirs):
+    """Two runs: histories and weights alike but for the order of sums."""
+    found, expected = (
+        timeless(map(json.loads, (p / "metrics.jsonl").read_text().splitlines())) for p in (ours, theirs)
+    )
+    assert len(found) == len(expected) > 0
+    for row, other in zip(found, expected, strict=True):
+        assert row == pytest.approx(other, rel=2e-4)
+    assert find_checkpoint(ours, "best").name == find_checkpoint(theirs, "best").name
+    for which in ("best", "last"):
+        a, b = (load_checkpoint(run, which).decoder.state_dict() for run in (ours, theirs))
+        torch.testing.assert_close(a, b, atol=5e-5, rtol=1e-3)
+
+
+class Pair:
+    """A folder with data, and runs of one process and of two in it."""
+
+    def __init__(self, folder, new_data, new_config, tiny_decoders):
+        self.folder, self._new_config = folder, new_config
+        self.decoder = tiny_decoders["attention"].model_copy(update={"dropout": 0.0})
+        self.data = new_data(folder / "train.h5", 13), new_data(folder / "val.h5", 9, first_id=500, seed=1, split="val")
+        fit(self.config("one", epochs=3), *self.data, False, progress=False)
+        fit(self.config("one averaged", epochs=3, ema_decay=0.9), *self.data, False, progress=False)
+
+    def config(self, name, **train):
+        values = {"decoder": self.decoder, "batch_size": 6, "epochs": 3, "captions_per_image": 3}
+        return self._new_config(self.folder / name, **values | train)
+
+    def write(self, name, config):
+        (self.folder / f"{name}.config").write_text(config.model_dump_json())
+
+    def result(self, name, rank):
+        return json.loads((self.folder / f"{name}.{rank}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory, new_data, new_config, tiny_decoders):
+    return Pair(tmp_path_factory.mktemp("pair"), new_data, new_config, tiny_decoders)
+
+
+def torchrun(*command, cwd):
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, command)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=HANG,
+        cwd=cwd,
+        env=environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd()), "CUDA_VISIBLE_DEVICES": ""},
+    )
+
+
+def free_ports(count):
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def two(pair):
+    """All runs of two processes, by one call of torchrun; what it printed."""
+    for name, values in PARTS.items():
+        pair.write(name, pair.config(name, **values))
+    pair.write("scst", pair.config("scst", init_from=pair.folder / "one", **SCST))
+    pair.write("dropout", pair.config("dropout", decoder=pair.decoder.model_copy(update={"dropout": 0.3}), **DROPOUT))
+    config = pair.config("resume", checkpoint_steps=2)
+    with pytest.MonkeyPatch.context() as patch:  # stops in the middle of the second epoch
+        real = gridcap.train.engine.loop._Trainer._step
+
+        def stop(self, run, *args):
+            if run.step == 5:
+                raise KeyboardInterrupt
+            return real(self, run, *args)
+
+        patch.setattr("gridcap.train.engine.loop._Trainer._step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            fit(config, *pair.data, False, progress=False)
+    assert find_checkpoint(config.train.output, "last").name == "step-00000004"
+    pair.write("resume", config)
+    names = [*PARTS, "scst", "dropout", "resume"]
+    (pair.folder / "worker.py").write_text(WORKER)
+    ports = free_ports(len(names))
+    arguments = [value for named in zip(names, ports, strict=True) for value in named]
+    done = torchrun(pair.folder / "worker.py", pair.folder, *arguments, cwd=pair.folder)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.usefixtures("two")
+def test_two_processes_learn_what_one_learns(pair, name):
+    assert_close(pair.folder / name, pair.folder / ("one averaged" if name == "two parts" else "one"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*PARTS, "scst", "dropout", "resume"])
+@pytest.mark.usefixtures("two")
+def test_both_processes_have_the_same_weights_and_the_same_history_after_each_epoch(pair, name):
+    first, second = (pair.result(name, rank) for rank in (0, 1))
+    assert first["weights"] == second["weights"] != []
+    assert len(set(first["weights"])) == len(first["weights"]), "each epoch changes them"
+    assert timeless(first["history"]) == timeless(second["history"])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("two")
+def test_two_processes_go_on_with_a_run_that_one_began(pair):
+    assert_close(pair.folder / "resume", pair.folder / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("two")
+def test_validation_of_two_processes_is_that_of_one_to_the_last_caption(pair):
+    """Of the same weights: self-critical training validates the decoder it begins with."""
+    best = load_checkpoint(pair.folder / "one")
+    history = pair.result("scst", 1)["history"]
+    row = next(
+        r
+        for r in map(json.loads, (pair.folder / "one" / "metrics.jsonl").read_text().splitlines())
+        if f"step-{r['step']:08}" == best.path.name
+    )
+    for name in ("val_cider", "val_commonest"):
+        assert history[0][name] == row[name]
+    for name in ("val_loss", "val_perplexity", "val_attention_spread"):
+        assert history[0][name] == pytest.approx(row[name], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_only_the_first_process_writes_and_prints(pair, two):
+    assert not list(pair.folder.glob("*-of-another-process"))
+    lines = [line for line in two.stdout.splitlines() if line.startswith("epoch ")]
+    assert len(lines) == 3 * len(PARTS) + 4 + 3 + 2, two.stdout  # scst with its epoch 0; 2 epochs are resumed
+    steps = [json.loads(line)["step"] for line in (pair.folder / "one part" / "steps.jsonl").read_text().splitlines()]
+    assert steps == [1, 4, 7]
+
+
+@pytest.mark.slow
+def test_an_error_in_one_process_ends_the_command(pair, two):
+    pair.write("fail", pair.config("fail", checkpoint_steps=1))
+    done = torchrun(pair.folder / "worker.py", pair.folder, "fail", cwd=pair.folder)
+    assert done.returncode != 0
+    assert "a process fails" in done.stderr
+    assert find_checkpoint(pair.folder / "fail", "last").name == "step-00000002", "what was done before is kept"
+
+
+COMMAND = (sys.executable, "-c", "from gridcap.train.cli import train_decoder; train_decoder()", "--epochs", "3")
+
+
+def write_pipeline(pair, name):
+    """A pipeline.yaml for the run of that name."""
+    section = json.loads(pair.config(name).train.model_dump_json())
+    splits = {split: {"images": "images", "annotations": f"{split}.json"} for split in ("train", "val")}
+    tree = {"data": {"features": ".", "splits": splits}, "train": section}
+    (pair.folder / "pipeline.yaml").write_text(yaml.safe_dump(tree))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("slurm")
+def test_two_tasks_of_a_slurm_step_learn_what_one_process_learns(pair):
+    write_pipeline(pair, "tasks")
+    environment = os.environ | {"PYTHONPATH": str(Path.cwd()), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        ["srun", "--ntasks=2", *COMMAND], capture_output=True, text=True, timeout=HANG, cwd=pair.folder, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("done: ") == 1
+    assert_close(pair.folder / "tasks", pair.folder / "one")
+
+
+@pytest.mark.slow
+def test_the_command_itself_runs_under_torchrun(pair):
+    write_pipeline(pair, "command")
+    done = torchrun("--no-python", *COMMAND, cwd=pair.folder)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("done: ") == done.stdout.count("configuration\n") == 1
+    assert len([line for line in done.stdout.splitlines() if line.startswith("epoch ")]) == 3
+    assert_close(pair.folder / "command", pair.folder / "one")
+
+
+# --- one process, several parts ---
+
+
+@pytest.mark.parametrize("accumulate", [2, 3])
+def test_a_step_in_parts_is_a_step(pair, accumulate):
+    output = f"in {accumulate} parts"
+    fit(pair.config(output, grad_accum_steps=accumulate), *pair.data, False, progress=False)
+    assert_close(pair.folder / output, pair.folder / "one")
+
+
+def test_the_parts_of_a_step_need_less_memory(pair, monkeypatch):
+    """Each part goes through the decoder alone, and the optimizer moves once for all of them."""
+    sizes, moves = [], []
+    real_objective, real_step = gridcap.train.engine.loop.CrossEntropy.__call__, torch.optim.Adam.step
+    monkeypatch.setattr(
+        "gridcap.train.engine.loop.CrossEntropy.__call__",
+        lambda s, d, batch, e: (sizes.append(len(batch.images)), real_objective(s, d, batch, e))[1],
+    )
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda *args: (moves.append(len(sizes)), real_step(*args))[1])
+    fit(pair.config("parts", grad_accum_steps=3, epochs=1), *pair.data, False, progress=False)
+    assert sizes == [2, 2, 2, 2, 2, 2, 1]
+    assert moves == [3, 6, 7]

@@ -1,0 +1,80 @@
+"""A signal waits until the step in hand is done; a second one does not."""
+
+import signal
+
+import pytest
+
+import gridcap.train.engine.loop
+from gridcap.train.engine.checkpoint import find_checkpoint
+from gridcap.train.engine.interrupt import defer_stop_signals
+from gridcap.train.engine.loop import fit
+
+
+class _StopError(Exception):
+    pass
+
+
+@pytest.fixture
+def handlers():
+    """Handlers that raise, as the commands set them; the old ones come back."""
+
+    def stop(number, frame):
+        raise _StopError(number)
+
+    numbers = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+    before = {number: signal.signal(number, stop) for number in numbers}
+    yield stop
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
+def test_the_first_signal_is_held_and_then_acts_as_it_would_have(handlers, number):
+    with defer_stop_signals() as pending:
+        assert pending() is None
+        signal.raise_signal(number)
+        with pytest.raises(_StopError) as caught:
+            pending()()
+    assert caught.value.args == (number,)
+
+
+def test_a_second_signal_acts_at_once(handlers):
+    with defer_stop_signals():
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(_StopError):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_afterwards_the_handlers_are_the_old_ones(handlers):
+    with defer_stop_signals():
+        assert signal.getsignal(signal.SIGTERM) is not handlers
+    assert signal.getsignal(signal.SIGTERM) is signal.getsignal(signal.SIGINT) is handlers
+
+
+def test_what_is_ignored_stays_ignored(handlers):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with defer_stop_signals() as pending:
+        signal.raise_signal(signal.SIGINT)
+        assert pending() is None
+
+
+@pytest.mark.parametrize("step", [6, 4], ids=["in an epoch", "in its last step"])
+def test_a_stopped_run_keeps_the_step_in_hand_and_ends_as_an_undisturbed_one(
+    tmp_path, new_config, train_data, handlers, monkeypatch, step
+):
+    real = gridcap.train.engine.loop._Trainer._step
+
+    def interrupted(self, run, *args):
+        if run.step == step:
+            signal.raise_signal(signal.SIGTERM)
+        return real(self, run, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gridcap.train.engine.loop._Trainer._step", interrupted)
+        with pytest.raises(_StopError):
+            fit(new_config(tmp_path / "run"), train_data, None, False, progress=False)
+    assert find_checkpoint(tmp_path / "run", "last").name == f"step-{step + 1:08}", "the step in which the signal came"
+    fit(new_config(tmp_path / "run"), train_data, None, True, progress=False)
+    fit(new_config(tmp_path / "whole"), train_data, None, False, progress=False)
+    ours, theirs = (find_checkpoint(tmp_path / name, "last") / "model.safetensors" for name in ("run", "whole"))
+    assert ours.read_bytes() == theirs.read_bytes()

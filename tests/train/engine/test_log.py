@@ -1,0 +1,153 @@
+import json
+import math
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from gridcap.train.engine.log import RunLog, read_rows
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def step(number, **more):
+    return {"step": number, "epoch": 1, "loss": 2.0, **more}
+
+
+def write_steps(folder, *rows, rest=""):
+    path = folder / "steps.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + rest)
+    return path
+
+
+def open_log(folder, history=(), done=0):
+    return RunLog(folder, list(history), done)
+
+
+# --- reading ---
+
+
+def test_rows_that_are_not_there_are_none(tmp_path):
+    assert read_rows(tmp_path / "steps.jsonl") == []
+    assert read_rows(write_steps(tmp_path)) == []
+
+
+def test_rows_are_read_as_they_were_written(tmp_path):
+    rows = [step(1), step(20, note="été\u2028")]
+    assert read_rows(write_steps(tmp_path, *rows)) == rows
+
+
+@pytest.mark.parametrize(
+    "rest", ['{"step": 60, "lo', '{"step": 60', "{", '{"step": 60, "loss": 2.0', "\0\0\0\0", "\xff"]
+)
+def test_a_last_line_that_a_kill_cut_short_is_left_out(tmp_path, rest):
+    assert read_rows(write_steps(tmp_path, step(20), step(40), rest=rest)) == [step(20), step(40)]
+
+
+def test_a_last_line_that_lost_only_its_end_of_line_counts(tmp_path):
+    path = write_steps(tmp_path, step(20), rest=json.dumps(step(40)))
+    assert read_rows(path) == [step(20), step(40)]
+
+
+# --- writing ---
+
+
+def test_a_row_a_step_and_a_row_an_epoch(tmp_path):
+    log = open_log(tmp_path)
+    log.step(step(1))
+    log.step(step(20))
+    first, second = {"epoch": 1, "step": 30, "train_loss": 2.0}, {"epoch": 2, "step": 60, "train_loss": 1.0}
+    log.epoch([first])
+    assert lines(tmp_path / "metrics.jsonl") == [first]
+    log.epoch([first, second])
+    log.close()
+    assert lines(tmp_path / "metrics.jsonl") == [first, second]
+    assert lines(tmp_path / "steps.jsonl") == [step(1), step(20)]
+
+
+def test_a_row_stands_in_the_file_at_once(tmp_path):
+    """Who watches a run need not wait for its end."""
+    log = open_log(tmp_path)
+    log.step(step(1))
+    assert read_rows(tmp_path / "steps.jsonl") == [step(1)]
+    log.close()
+
+
+def test_a_new_run_begins_with_empty_files(tmp_path):
+    open_log(tmp_path).close()
+    assert (tmp_path / "steps.jsonl").read_text() == ""
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_json_cannot_say_is_null(tmp_path, value):
+    log = open_log(tmp_path)
+    log.step(step(1, gradient_norm=value))
+    log.epoch([{"epoch": 1, "step": 1, "val_perplexity": value}])
+    log.close()
+    for name, key in (("steps.jsonl", "gradient_norm"), ("metrics.jsonl", "val_perplexity")):
+        text = (tmp_path / name).read_text()
+        assert json.loads(text)[key] is None
+        assert "NaN" not in text
+        assert "Infinity" not in text
+
+
+# --- going on after an interruption ---
+
+
+def test_a_resume_drops_the_steps_after_the_checkpoint_and_goes_on(tmp_path):
+    path = write_steps(tmp_path, step(20), step(40), step(60), step(80), rest='{"step": 100, "lo')
+    log = open_log(tmp_path, done=40)
+    assert lines(path) == [step(20), step(40)]
+    log.step(step(60, loss=1.0))
+    log.close()
+    assert lines(path) == [step(20), step(40), step(60, loss=1.0)]
+
+
+def test_a_resume_after_a_cut_line_begins_on_a_line_of_its_own(tmp_path):
+    path = write_steps(tmp_path, step(20), rest=json.dumps(step(40)))
+    log = open_log(tmp_path, done=50)
+    log.step(step(60))
+    log.close()
+    assert lines(path) == [step(20), step(40), step(60)]
+
+
+def test_a_resume_has_the_epochs_of_the_checkpoint_and_no_others(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n{"epoch": 2}\n{"epo')
+    open_log(tmp_path, [{"epoch": 1, "step": 10}], 10).close()
+    assert lines(tmp_path / "metrics.jsonl") == [{"epoch": 1, "step": 10}]
+
+
+# --- TensorBoard ---
+
+
+def board(folder):
+    """Tag -> (step, value) pairs as TensorBoard shows them."""
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_tensorboard_gets_every_number_under_its_step(tmp_path):
+    log = open_log(tmp_path)
+    log.step(step(1, learning_rate=0.5))
+    log.step(step(20, learning_rate=0.25, skipped=None))
+    log.epoch([{"epoch": 1, "step": 30, "val_cider": 0.75}])
+    log.close()
+    assert board(tmp_path) == {
+        "step/loss": [(1, 2.0), (20, 2.0)],
+        "step/learning_rate": [(1, 0.5), (20, 0.25)],
+        "epoch/val_cider": [(30, 0.75)],
+    }
+
+
+def test_tensorboard_forgets_the_steps_after_the_checkpoint(tmp_path):
+    log = open_log(tmp_path)
+    for number in (20, 40, 60):
+        log.step(step(number))
+    log.close()
+    log = open_log(tmp_path, done=40)
+    log.step(step(60, loss=1.0))
+    log.close()
+    assert board(tmp_path)["step/loss"] == [(20, 2.0), (40, 2.0), (60, 1.0)]

@@ -1,0 +1,179 @@
+import json
+import math
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from gridcap.common.config import TransformerConfig
+from gridcap.train.data.vocabulary import Vocabulary
+from gridcap.train.decoders.build import build_decoder
+from gridcap.train.decoding.search import beam_search
+from gridcap.train.engine.distributed import Ranks
+from gridcap.train.engine.validation import validate
+from gridcap.train.metrics.coco import cider
+
+KEYS = {"val_loss", "val_perplexity", "val_cider", "val_commonest"}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def vocabulary(train_data):
+    return Vocabulary.build([text for image in train_data.captions for text in image], None)
+
+
+@pytest.fixture
+def families(tiny_decoders):
+    return tiny_decoders | {"transformer": TransformerConfig(embed_size=8, layers=1, heads=2, feedforward_size=16)}
+
+
+def build(config, vocabulary, seed=0):
+    torch.manual_seed(seed)
+    return build_decoder(config, len(vocabulary), (2, 2, 8))
+
+
+@pytest.fixture
+def check(val_data, vocabulary, new_config, tmp_path):
+    """validate with tiny settings; keywords are keys of the `train` section."""
+
+    def run(decoder, data=val_data, **train):
+        settings = new_config(tmp_path / "run", **train).train
+        return validate(decoder, data, vocabulary, settings, CPU, torch.float32)
+
+    return run
+
+
+# --- the row ---
+
+
+@pytest.mark.parametrize("family", ["lstm", "attention", "transformer"])
+def test_the_row_has_plain_numbers_and_the_spread_of_who_has_attention(family, families, vocabulary, check):
+    decoder = build(families[family], vocabulary)
+    row = check(decoder)
+    assert set(row) == (KEYS | {"val_attention_spread"} if decoder.has_attention else KEYS)
+    assert all(type(value) is float for value in row.values())
+    json.dumps(row)
+    assert decoder.has_attention == (family != "lstm")
+
+
+def test_the_loss_is_that_of_every_reference_without_smoothing_or_dropout(tiny_decoders, vocabulary, check, val_data):
+    decoder = build(tiny_decoders["attention"], vocabulary)
+    row = check(decoder, label_smoothing=0.3)
+    total, words = 0.0, 0
+    for image, captions in enumerate(val_data.captions):
+        grid = torch.from_numpy(val_data.store.row(int(val_data.rows[image]))).float().reshape(1, 4, 8)
+        for text in captions:
+            tokens = torch.tensor(vocabulary.encode(text, 8))
+            with torch.no_grad():
+                logits = decoder.eval()(decoder.encode(grid), tokens[None, None, :-1])[0][0, 0]
+            total += F.cross_entropy(logits, tokens[1:], reduction="sum").item()
+            words += len(tokens) - 1
+    assert row["val_loss"] == pytest.approx(total / words, rel=1e-5)
+    assert row["val_perplexity"] == pytest.approx(math.exp(row["val_loss"]))
+
+
+def test_cider_and_the_commonest_are_those_of_greedy_captions(tiny_decoders, vocabulary, check, val_data):
+    decoder = build(tiny_decoders["attention"], vocabulary, 3)
+    row = check(decoder)
+    grids = torch.from_numpy(val_data.store.rows(val_data.rows)).float().reshape(len(val_data), 4, 8)
+    texts = [vocabulary.decode(h.tokens) for h in beam_search(decoder.eval(), grids, 1, 8)]
+    truth = dict(enumerate(val_data.captions))
+    assert row["val_cider"] == pytest.approx(cider(dict(enumerate(texts)), truth))
+    assert row["val_commonest"] == max(Counter(texts).values()) / len(val_data)
+
+
+class Fixed(torch.nn.Module):
+    """Wraps a decoder, replacing its attention."""
+
+    has_attention = True
+
+    def __init__(self, inner, looks):
+        super().__init__()
+        self.inner, self.looks = inner, looks
+        self.encode, self.initial_state = inner.encode, inner.initial_state
+
+    def step(self, tokens, state, memory):
+        logits, state, _ = self.inner.step(tokens, state, memory)
+        return logits, state, self.looks.expand(*tokens.shape, -1)
+
+    def forward(self, memory, tokens, at=None):
+        logits, _ = self.inner(memory, tokens, at)
+        return logits, self.looks.expand(*tokens.shape, -1)
+
+
+@pytest.mark.parametrize(
+    ("looks", "spread"), [([0.25] * 4, 1.0), ([0.0, 1.0, 0.0, 0.0], 0.0), ([0.5, 0.5, 0.0, 0.0], 0.5)]
+)
+def test_the_spread_of_attention_is_a_mean_over_words(looks, spread, tiny_decoders, vocabulary, check):
+    decoder = Fixed(build(tiny_decoders["lstm"], vocabulary), torch.tensor(looks))
+    assert check(decoder)["val_attention_spread"] == pytest.approx(spread, abs=1e-6)
+
+
+@pytest.mark.parametrize("family", ["lstm", "attention"])
+def test_the_batch_size_changes_nothing(family, tiny_decoders, vocabulary, check):
+    decoder = build(tiny_decoders[family], vocabulary)
+    first, *others = [check(decoder, batch_size=size) for size in (1, 4, 50)]
+    for other in others:
+        assert other == pytest.approx(first, rel=1e-4)
+
+
+def test_the_decoder_is_validated_without_dropout_and_learns_nothing(tiny_decoders, vocabulary, check):
+    decoder = build(tiny_decoders["attention"].model_copy(update={"dropout": 0.9}), vocabulary)
+    decoder.train()
+    before = {name: value.clone() for name, value in decoder.state_dict().items()}
+    random = torch.get_rng_state()
+    assert check(decoder) == check(decoder)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(value, before[name]) for name, value in decoder.state_dict().items())
+    assert all(parameter.grad is None for parameter in decoder.parameters())
+
+
+def test_weights_can_be_trained_on_after_it(tiny_decoders, vocabulary, check):
+    """Nothing made in inference mode may stay behind in the decoder."""
+    decoder = build(tiny_decoders["attention"], vocabulary)
+    check(decoder)
+    decoder.train()
+    logits, _ = decoder(decoder.encode(torch.randn(2, 4, 8)), torch.ones(2, 1, 3, dtype=torch.int64))
+    logits.sum().backward()
+
+
+# --- several processes ---
+
+
+class Together(Ranks):
+    """Processes one after the other: the first ones leave what they give, the last one gets it all."""
+
+    def gather(self, value):
+        left = GIVEN[: self.rank]
+        GIVEN[self.rank :] = [value]
+        return [*left, value]
+
+
+GIVEN = []
+
+
+@pytest.mark.parametrize("world", [2, 3, 6])
+def test_processes_find_together_what_one_finds(
+    world, tiny_decoders, vocabulary, check, val_data, new_config, tmp_path
+):
+    """9 images in batches of 2: of 6 processes one has nothing to do."""
+    decoder = build(tiny_decoders["attention"], vocabulary)
+    alone = check(decoder, batch_size=2)
+    settings = new_config(tmp_path / "run", batch_size=2).train
+    GIVEN.clear()
+    for rank in range(world - 1):
+        validate(decoder, val_data, vocabulary, settings, CPU, torch.float32, Together(rank, world))
+    last = validate(decoder, val_data, vocabulary, settings, CPU, torch.float32, Together(world - 1, world))
+    assert last == pytest.approx(alone, rel=1e-5)
+    shares = [set(part[3]) for part in GIVEN]
+    assert sum(map(len, shares)) == len(set.union(*shares)) == len(val_data)
+
+
+def test_one_caption_of_many_references_counts_them_all(tiny_decoders, vocabulary, check, val_data):
+    """K is that of the image with the most captions, whatever training takes of each."""
+    decoder = build(tiny_decoders["lstm"], vocabulary)
+    assert check(decoder, captions_per_image=1) == check(decoder, captions_per_image=5)
+    fewer = replace(val_data, captions=[captions[:1] for captions in val_data.captions])
+    assert check(decoder, fewer)["val_loss"] != check(decoder)["val_loss"]

@@ -1,0 +1,283 @@
+import math
+import os
+import shutil
+import stat
+import threading
+
+import pytest
+
+from gridcap.train.data.tokenizer import ptb_tokenize
+from gridcap.train.metrics import coco as metrics
+from gridcap.train.metrics.coco import cider, score_captions
+
+REFERENCES = {
+    1: ["a brown dog runs over the green grass", "the dog is running outside"],
+    2: ["two people ride their bikes down the street", "a man and a woman on bicycles"],
+    3: ["a plate of food with rice and beans", "rice on a white plate"],
+}
+PERFECT = {i: texts[0] for i, texts in REFERENCES.items()}
+GOOD = {1: "a brown dog runs over the street", 2: "two people ride their bikes", 3: "a plate of food"}
+BAD = {1: "two people on grass", 2: "a plate on the street", 3: "a dog is running"}
+WITHOUT_JAVA = {"BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr", "CIDEr-D"}
+
+
+def test_cider_grows_with_better_captions():
+    assert 0 <= cider(BAD, REFERENCES) < cider(GOOD, REFERENCES) < cider(PERFECT, REFERENCES) <= 10
+
+
+def test_cider_of_the_only_reference_itself_is_ten():
+    only = {i: [text] for i, text in PERFECT.items()}
+    assert cider(PERFECT, only) == pytest.approx(10)
+
+
+def test_cider_ignores_case_and_punctuation_and_belongs_to_the_right_image():
+    shouted = {i: f"{text.upper()}!" for i, text in PERFECT.items()}
+    assert cider(shouted, REFERENCES) == cider(PERFECT, REFERENCES)
+    moved = dict(zip((2, 3, 1), PERFECT.values(), strict=True))
+    assert cider(moved, REFERENCES) < 0.2 * cider(PERFECT, REFERENCES)
+    backwards = dict(reversed(PERFECT.items()))
+    assert cider(backwards, REFERENCES) == pytest.approx(cider(PERFECT, REFERENCES))
+
+
+def test_references_of_images_without_a_candidate_do_not_count():
+    some = {1: PERFECT[1], 2: PERFECT[2]}
+    assert cider(some, REFERENCES) == cider(some, {i: REFERENCES[i] for i in some})
+
+
+@pytest.mark.usefixtures("no_java")
+def test_identical_captions_have_a_bleu_and_rouge_of_one():
+    values = score_captions(PERFECT, REFERENCES).values
+    for name in ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L"):
+        assert values[name] == pytest.approx(1, abs=1e-6), name
+
+
+@pytest.mark.usefixtures("no_java")
+def test_bleu_1_and_rouge_l_as_worked_out_by_hand():
+    values = score_captions({7: "the cat sat on mat"}, {7: ["the cat is on the mat"]}).values
+    # Four of five words are in the reference; brevity penalty for 5 words against 6.
+    assert values["BLEU-1"] == pytest.approx(4 / 5 * math.exp(1 - 6 / 5), rel=1e-6)
+    # Longest common subsequence: the cat on mat.
+    precision, recall, beta = 4 / 5, 4 / 6, 1.2
+    rouge = (1 + beta**2) * precision * recall / (recall + beta**2 * precision)
+    assert values["ROUGE-L"] == pytest.approx(rouge, rel=1e-6)
+
+
+@pytest.mark.usefixtures("no_java")
+def test_every_score_grows_with_better_captions():
+    bad, good, perfect = (score_captions(captions, REFERENCES).values for captions in (BAD, GOOD, PERFECT))
+    for name in WITHOUT_JAVA:
+        assert bad[name] < good[name] < perfect[name], name
+
+
+@pytest.mark.usefixtures("no_java")
+def test_without_java_our_tokeniser_serves_and_what_is_left_out_says_why():
+    scores = score_captions({i: f"{text}." for i, text in PERFECT.items()}, REFERENCES)
+    assert set(scores.values) == WITHOUT_JAVA
+    assert scores.values["BLEU-4"] == pytest.approx(1, abs=1e-6), "the full stop is no word"
+    assert "gridcap" in scores.tokenizer
+    assert set(scores.left_out) == {"METEOR", "SPICE"}
+    assert all("java" in why.lower() for why in scores.left_out.values())
+
+
+@pytest.mark.usefixtures("no_java")
+def test_an_empty_caption_is_scored():
+    scores = score_captions({**PERFECT, 1: ""}, REFERENCES)
+    assert all(0 <= value < 10 and math.isfinite(value) for value in scores.values.values())
+    assert scores.values["CIDEr"] < score_captions(PERFECT, REFERENCES).values["CIDEr"]
+
+
+@pytest.fixture(scope="module")
+def java_scores():
+    if shutil.which("java") is None:
+        assert not os.environ.get("CI"), "CI must have Java, or METEOR is never tested"
+        pytest.skip("METEOR needs Java, and there is no java on the PATH")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "_spice_models_there", lambda: False)
+        return score_captions({**PERFECT, 3: f"{PERFECT[3].upper()}!"}, REFERENCES)
+
+
+def test_with_java_captions_go_through_the_ptb_tokeniser_and_meteor_is_computed(java_scores):
+    assert "PTB" in java_scores.tokenizer
+    assert set(java_scores.values) == WITHOUT_JAVA | {"METEOR"}
+    assert java_scores.values["METEOR"] == pytest.approx(1, abs=1e-6)
+    assert java_scores.values["BLEU-4"] == pytest.approx(1, abs=1e-6), "case and the exclamation mark do not count"
+
+
+def test_without_its_models_spice_is_left_out_and_says_what_it_needs(java_scores):
+    assert set(java_scores.left_out) == {"SPICE"}
+    assert "CoreNLP" in java_scores.left_out["SPICE"]
+
+
+def test_spice_models_are_there_when_their_jars_are(monkeypatch, tmp_path):
+    spec = type("Spec", (), {"submodule_search_locations": [str(tmp_path)]})
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: spec)
+    assert not metrics._spice_models_there()
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "stanford-corenlp-3.6.0.jar").touch()
+    assert metrics._spice_models_there()
+
+
+def test_a_java_that_does_not_run_costs_its_metrics_and_nothing_else(monkeypatch, tmp_path):
+    fake = tmp_path / "java"
+    fake.write_text("#!/bin/sh\nexit 1\n")
+    fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = []
+    scoring = threading.Thread(target=lambda: found.append(score_captions(PERFECT, REFERENCES)), daemon=True)
+    scoring.start()
+    scoring.join(15)  # so that a hang fails this test instead of stopping all
+    assert found, "score_captions never came back"
+    assert set(found[0].values) == WITHOUT_JAVA
+    assert found[0].values["BLEU-4"] == pytest.approx(1, abs=1e-6)
+    assert set(found[0].left_out) == {"METEOR", "SPICE"}
+
+
+def test_a_java_that_does_not_run_does_not_empty_the_captions_of_a_single_image(monkeypatch, tmp_path):
+    fake = tmp_path / "java"
+    fake.write_text("#!/bin/sh\nexit 1\n")
+    fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    name, (_, ours) = metrics._tokenize_both({1: ["a dog"]}, {1: ["a dog"]})
+    assert ours == {1: ["a dog"]}
+    assert "gridcap" in name
+
+
+# --- scores of single images ---
+
+
+@pytest.fixture(scope="module", params=["without Java", "with Java"])
+def single_scores(request):
+    """Scores of captions whose ids are in no order, one of them empty. METEOR takes long to start, hence once."""
+    ids = {1: 30, 2: 10, 3: 20}
+    captions = {ids[i]: "" if i == 3 else text for i, text in GOOD.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "_spice_models_there", lambda: False)
+        if request.param == "without Java":
+            patch.setenv("PATH", "")
+        else:
+            request.getfixturevalue("java_scores")
+        return score_captions(captions, {ids[i]: texts for i, texts in REFERENCES.items()})
+
+
+def test_every_image_has_every_metric(single_scores, monkeypatch):
+    assert list(single_scores.per_image) == [30, 10, 20]
+    for each in single_scores.per_image.values():
+        assert set(each) == set(single_scores.values)
+    assert all(value < 1e-6 for value in single_scores.per_image[20].values()), "the empty caption"
+    monkeypatch.setenv("PATH", "")
+    for image, text in ((30, 1), (10, 2)):
+        alone = score_captions({1: GOOD[text]}, {1: REFERENCES[text]}).values
+        for name in ("BLEU-1", "BLEU-4", "ROUGE-L"):
+            assert single_scores.per_image[image][name] == pytest.approx(alone[name], abs=1e-6), name
+    if "METEOR" in single_scores.values:
+        assert 0.1 < single_scores.per_image[10]["METEOR"] < single_scores.per_image[30]["METEOR"] < 1
+
+
+def test_cider_and_ciderd_agree_and_are_the_means_of_their_images(single_scores):
+    for name in ("ROUGE-L", "CIDEr", "CIDEr-D"):
+        each = [scores[name] for scores in single_scores.per_image.values()]
+        assert single_scores.values[name] == pytest.approx(sum(each) / 3)
+    for scores in (single_scores.values, *single_scores.per_image.values()):
+        assert scores["CIDEr"] == pytest.approx(scores["CIDEr-D"], abs=1e-6)
+    assert single_scores.values["CIDEr"] > 0.5
+
+
+@pytest.mark.usefixtures("no_java")
+def test_spice_of_single_images_is_in_the_order_of_the_captions(monkeypatch):
+    class Spice:
+        def compute_score(self, truth, ours):
+            return 0.5, [{"All": {"f": i / 100}} for i in sorted(truth)]
+
+    monkeypatch.setattr(metrics.shutil, "which", lambda name: "java")
+    monkeypatch.setattr(metrics, "_spice_models_there", lambda: True)
+    monkeypatch.setattr("pycocoevalcap.spice.spice.Spice", Spice)
+    monkeypatch.setattr("pycocoevalcap.meteor.meteor.Meteor", None)
+    scores = score_captions({30: "a", 10: "b", 20: "c"}, {i: ["a b c"] for i in (10, 20, 30)})
+    assert scores.values["SPICE"] == 0.5
+    assert {i: each["SPICE"] for i, each in scores.per_image.items()} == {30: 0.3, 10: 0.1, 20: 0.2}
+
+
+# --- our tokenizer and Stanford's ---
+
+SAME = [
+    "A man riding a wave on top of a surfboard.",
+    "A woman's hand, holding a half-eaten hot dog!",
+    "",
+    "There are 2 dogs, 3 cats and 1,000 birds; it's 10:30 p.m.",
+    'Two men (one in red) play "frisbee".',
+    "A sign that says 'STOP' on a pole",
+    "“Curly quotes” and ‘single’ ones",
+    "The man who’s sitting doesn’t move…",
+    "A black & white photo: a t-shirt - with dots",
+    "A 1950's style car -- it’s PARKED near St. Mary's in the U.S.",
+    "They can't, won't and cannot; I'm gonna go, they'll've left",
+    "Fruits, vegetables, etc. on 5th Ave.",
+    "$5.00 and 50% off #1 @ home",
+    "24/7 store, half/whole, 1/2 pizza",
+    "A café au lait, naïve ½ cup",
+    "the dogs' bowls and the ladies’ room",
+    "rock 'n' roll o'clock 'tis ma'am",
+    "AT&T and A&W, B & B",
+    "what?! no!!",
+    "A cat.A dog ,a bird,a fish",
+    "[left] {right} <b>bold</b> x_y a * b = c",
+    "women`s semi truck w/ trailer",
+    "e-mail foo@bar.com at www.site.com",
+    "a t.v. and a T.V. on a stand.",
+    '-5 degrees +3 4x4 3-d 12" 5\'4"',
+    "日本 の Mr. Smith vs. Dr. Jones",
+    "x's and o's, y'all",
+    "#hashtag No. 5 wait...what",
+    "It's 90° ~ £5 €6",
+]
+DIFFERENT = {  # what our tokenizer gives otherwise, and how: ours, Java's
+    "smile :) there": ("smile -rrb- there", "smile :-rrb- there"),
+    "is it ok?yes": ("is it ok yes", "is it ok?yes"),
+    "1½ cups": ("1½ cups", "1 1/2 cups"),
+    "from 10 a.m.-5 p.m.": ("from 10 a.m. -5 p.m.", "from 10 a.m.-5 p.m."),
+    "a dog 😀 there": ("a dog 😀 there", "a dog there"),
+}
+
+
+def ours(text):
+    return " ".join(ptb_tokenize(text))
+
+
+def test_words_are_cut_as_the_penn_treebank_cuts_them():
+    assert ours("A man's T-shirt, isn't it?") == "a man 's t-shirt is n't it"
+    assert ours("“The dogs’ bowl” (red) & 3.5 ft. of rope...") == "the dogs bowl -lrb- red -rrb- & 3.5 ft. of rope"
+    assert ours("?!.,:;-- ''") == "?!"
+    assert ours("नमस्ते") == "नमस्ते", "vowel signs are parts of words"
+
+
+@pytest.mark.usefixtures("java_scores")
+def test_our_tokeniser_agrees_with_stanfords_on_captions_like_cocos():
+    name, (truth, _) = metrics._tokenize_both({0: SAME, 1: list(DIFFERENT)}, {0: [""], 1: ["a"]})
+    assert "PTB" in name
+    assert [ours(text) for text in SAME] == truth[0]
+    found = {text: (ours(text), java) for text, java in zip(DIFFERENT, truth[1], strict=True)}
+    assert found == DIFFERENT, "the docstrings of ptb_tokenize and score_captions name the differences"
+
+
+@pytest.mark.usefixtures("java_scores")
+def test_scores_are_the_same_with_java_and_without(monkeypatch):
+    references = {i: [SAME[i], SAME[(i * 7 + 3) % len(SAME)]] for i in range(len(SAME))}
+    captions = {i: SAME[(i * 5 + 1) % len(SAME)] if i % 3 else SAME[i][:25] for i in range(len(SAME))}
+    monkeypatch.setattr(metrics, "_java_metric", lambda *_: None)
+    java = score_captions(captions, references)
+    monkeypatch.setenv("PATH", "")
+    own = score_captions(captions, references)
+    assert java.tokenizer != own.tokenizer
+    assert own.values == pytest.approx(java.values)
+    assert own.values["CIDEr"] == pytest.approx(cider(captions, references))
+    assert own.values["CIDEr"] > 1
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\x0b", "\x85", "\u2028", "\u2029"])
+@pytest.mark.usefixtures("java_scores")
+def test_a_line_end_in_a_caption_does_not_move_the_captions_after_it(end, monkeypatch):
+    monkeypatch.setattr(metrics, "_java_metric", lambda *_: None)
+    captions = {**GOOD, 1: f"{GOOD[1][:7]}{end}{GOOD[1][8:]}"}
+    scores = score_captions(captions, {**REFERENCES, 1: [f"A{end}brown dog", *REFERENCES[1]]})
+    assert "PTB" in scores.tokenizer
+    assert scores.per_image == score_captions(GOOD, {**REFERENCES, 1: ["a brown dog", *REFERENCES[1]]}).per_image

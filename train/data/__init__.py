@@ -1,0 +1,1 @@
+"""Tokenizer, vocabulary, epoch order, and batch stream."""
