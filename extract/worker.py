@@ -269,7 +269,8 @@ class Worker:
         worst = ", ".join(f"{count} x {why}" for why, count in bad.most_common(3))
         shown = f" ({self._job.images / self._name(row, batch.shard)})" if row is not None and batch else ""
         raise ExtractionError(
-            f"{self._job.images}: {bad.total()} of {self._rows} images are bad, more than {max_invalid}: {worst}{shown}",
+            f"{self._job.images}: {bad.total()} of {self._rows} images are invalid, more than {max_invalid}: "
+            f"{worst}{shown}",
             "check the image folder and the list, or allow more with --max-invalid",
         )
 

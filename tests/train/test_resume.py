@@ -278,7 +278,8 @@ def prepare(moment):
             os.replace, lambda source, target: target.name == "checkpoints.json" and "00000003" in source.read_text()
         )
     elif moment == "between the last checkpoint of an epoch and its log":
-        gridcap.train.engine.log.RunLog.epoch = die_when(gridcap.train.engine.log.RunLog.epoch, lambda log, history: history[-1]["epoch"] == 1)
+        run_log = gridcap.train.engine.log.RunLog
+        run_log.epoch = die_when(run_log.epoch, lambda log, history: history[-1]["epoch"] == 1)
 
 torch.set_num_threads(1)
 warm = torch.ones(1, requires_grad=True)

@@ -123,7 +123,8 @@ def fail(self, run, *rest):
 gridcap.train.engine.loop._Trainer._end_epoch = end_epoch
 if sys.argv[2:] == ["fail"]:
     real_step, gridcap.train.engine.loop._Trainer._step = gridcap.train.engine.loop._Trainer._step, fail
-    gridcap.train.engine.loop.fit(PipelineConfig.model_validate_json((folder / "fail.config").read_text()), load("train"), None, False)
+    config = PipelineConfig.model_validate_json((folder / "fail.config").read_text())
+    gridcap.train.engine.loop.fit(config, load("train"), None, False)
     sys.exit(0)
 for name, port in zip(sys.argv[2::2], sys.argv[3::2]):
     child = os.fork()
@@ -137,7 +138,8 @@ for name, port in zip(sys.argv[2::2], sys.argv[3::2]):
     if rank != "0" and not name.startswith("resume"):  # who is not the first writes nothing, so this is not made
         there = {"output": config.train.output.with_name(f"{name}-of-another-process")}
         config = config.model_copy(update={"train": config.train.model_copy(update=there)})
-    history = gridcap.train.engine.loop.fit(config, load("train"), load("val"), name.startswith("resume"), progress=True)
+    resume = name.startswith("resume")
+    history = gridcap.train.engine.loop.fit(config, load("train"), load("val"), resume, progress=True)
     (folder / f"{name}.{rank}.json").write_text(json.dumps({"history": history, "weights": weights}))
     sys.stdout.flush()
     os._exit(0)
