@@ -16,7 +16,7 @@ from gridcap.common.annotations import FolderImages, split_images
 from gridcap.common.command import flag, pipeline_command, show_config
 from gridcap.common.config import PipelineConfig, SplitConfig
 from gridcap.common.errors import EXIT_INVALID, GridcapError, UserError
-from gridcap.extract.cluster.share import WHOLE, find_share, local_device, local_number
+from gridcap.extract.cluster.share import WHOLE, find_share, local_device, local_rank
 
 if TYPE_CHECKING:
     from gridcap.extract.plan import Plan
@@ -30,7 +30,7 @@ extract-features --split val --limit 500 --weights random        (a quick try, n
 extract-features --split train --append                          (images that were added to the folder or list)
 extract-features --split train --dry-run                         (what would be done)
 extract-features --split train --devices auto                    (every GPU of this machine)
-extract-features --split train --submit slurm --workers 8 --partition gpu --time 2:00:00 --gpus-per-task 1 --wait
+extract-features --split train --submit slurm --num-jobs 8 --partition gpu --time 2:00:00 --gpus-per-task 1 --wait
 """
 
 
@@ -96,11 +96,11 @@ def _checked_devices(context: click.Context, parameter: click.Parameter, value: 
 @click.option("--retry-invalid", is_flag=True, help="Try images again that were rejected before, and just those.")
 @click.option("--allow-invalid", is_flag=True, help="Exit with 0, not 3, when some images were rejected.")
 @click.option(
-    "--worker",
+    "--rank",
     type=int,
-    help="Make only this worker's share of the shards, from 0  [default: from torchrun, Slurm or Kubernetes]",
+    help="Rank of this process among those that share the work, from 0  [default: from torchrun, Slurm or Kubernetes]",
 )
-@click.option("--workers", type=int, help="How many workers share the work; with --submit, how many to start.")
+@click.option("--world-size", type=int, help="Number of processes that share the work.")
 @click.option(
     "--devices",
     metavar="auto|N",
@@ -108,6 +108,7 @@ def _checked_devices(context: click.Context, parameter: click.Parameter, value: 
     help="Start N processes on this machine that share the work; auto: one for each GPU.",
 )
 @click.option("--submit", type=click.Choice(["slurm"]), help="Run as an array of jobs: writes the script, submits it.")
+@click.option("--num-jobs", type=click.IntRange(min=1), help="With --submit: number of jobs in the array.")
 @click.option("--partition", help="Slurm partition of the jobs.")
 @click.option("--time", help="Time limit of a job, as 2:00:00; a job that reaches it is requeued.")
 @click.option("--gpus-per-task", type=click.IntRange(min=1), help="GPUs of each job.")
@@ -126,8 +127,9 @@ def main(
     append: bool,
     retry_invalid: bool,
     allow_invalid: bool,
-    worker: int | None,
-    workers: int | None,
+    rank: int | None,
+    world_size: int | None,
+    num_jobs: int | None,
     devices: str | None,
     submit: str | None,
     brief: bool,
@@ -138,22 +140,22 @@ def main(
 
     Writes the shards into a folder beside the index file, and the index last: when it is there, the store is
     complete. Killed at any moment, the same command finishes the work. Several workers share it when torchrun,
-    Slurm, Kubernetes or --worker numbers them; whoever finishes last writes the index. Exit status: 0 complete, or
+    Slurm, Kubernetes or --rank numbers them; whoever finishes last writes the index. Exit status: 0 complete, or
     this worker's share done; 3 complete but some images were rejected; 1 failure; 2 wrong use; 130, 143 or 140
     stopped by Ctrl-C, SIGTERM or SIGUSR2.
     """
     share = WHOLE
     if submit is None:
-        _refuse_slurm_options(wait, slurm)
-        share = find_share(os.environ, worker, workers)
-    elif worker is not None or workers is None or workers < 1:
-        raise UserError(
-            "--submit slurm: how many jobs?", "give --workers with their number; each finds its own --worker"
-        )
+        _refuse_slurm_options(wait, {**slurm, "num_jobs": num_jobs})
+        share = find_share(os.environ, rank, world_size)
+    elif rank is not None or world_size is not None:
+        raise UserError("--rank and --world-size: not with --submit", "omit them; pass --num-jobs")
+    elif num_jobs is None:
+        raise UserError("--submit slurm: the number of jobs is missing", "pass --num-jobs")
     elif retry_invalid:
         raise UserError("--retry-invalid: not with --submit", "run it here: it reads just the rejected images")
     config, name, chosen, output = _chosen(config, split, images, annotations, limit, output)
-    quiet = brief or bool(local_number(os.environ))
+    quiet = brief or bool(local_rank(os.environ))
     if not quiet:
         click.echo("configuration")
         show_config(config, "data", "extract")
@@ -185,21 +187,21 @@ def main(
             click.echo(f"note: {chosen.annotations or chosen.images}: {line}", err=True)
         _announce(job, plan)
     if submit is not None:
-        assert workers is not None
-        _submit(config, job, plan, workers, devices, slurm, wait, dry_run, append, allow_invalid)
+        assert num_jobs is not None
+        _submit(config, job, plan, num_jobs, devices, slurm, wait, dry_run, append, allow_invalid)
         return
-    if share.workers > 1:
+    if share.world_size > 1:
         click.echo(f"{share}: {len(share.of(plan.shards))} of {plan.shards} shards are mine")
     if dry_run:
         click.echo("dry run: nothing was written")
         return
     plan = settled_plan(config, job, append)
     if processes > 1:
-        command = _command_again(frozenset(("devices", "worker", "workers", "brief")), "--brief")
+        command = _command_again(frozenset(("devices", "rank", "world_size", "brief")), "--brief")
         summary = launch.extract_by_processes(config, job, plan, share, processes, command, append, retry_invalid)
     else:
         # A bar for each of several processes on one terminal, or in logs, could not be read.
-        alone = share.workers == 1 or sys.stderr.isatty()
+        alone = share.world_size == 1 or sys.stderr.isatty()
         summary = extract_features(config, job, share, alone and not quiet, append, retry_invalid)
     _end(job, plan, summary, allow_invalid, brief)
 
@@ -208,7 +210,7 @@ def _submit(
     config: PipelineConfig,
     job: Job,
     plan: Plan,
-    workers: int,
+    num_jobs: int,
     devices: str | None,
     slurm: dict[str, Any],
     wait: bool,
@@ -220,13 +222,13 @@ def _submit(
     from gridcap.extract.cluster import launch
     from gridcap.extract.cluster.slurm import SlurmRequest
 
-    jobs = min(workers, plan.shards)
-    if jobs < workers:
+    jobs = min(num_jobs, plan.shards)
+    if jobs < num_jobs:
         click.echo(f"note: there are only {plan.shards} shards, so {jobs} jobs are enough", err=True)
     more = ["--precision", config.extract.precision]
     if (slurm["gpus_per_task"] or 1) > 1 and devices is None:
         more += ["--devices", "auto"]
-    command = _command_again(frozenset(("submit", "workers", "wait", "dry_run", "precision", *slurm)), *more)
+    command = _command_again(frozenset(("submit", "num_jobs", "wait", "dry_run", "precision", *slurm)), *more)
 
     def end(summary: Summary) -> None:
         _end(job, plan, summary, allow_invalid)
@@ -366,7 +368,7 @@ def _refuse_slurm_options(wait: bool, slurm: dict[str, Any]) -> None:
 
 def _with_local_device(config: PipelineConfig) -> PipelineConfig:
     """The configuration with the GPU of this process, if it is one of several on this machine."""
-    if local_number(os.environ) is None:
+    if local_rank(os.environ) is None:
         return config  # without loading torch to count GPUs
     import torch
 

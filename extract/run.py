@@ -199,7 +199,7 @@ def extract_features(
         summary.done_before = len(share.of(plan.shards))
         with contextlib.suppress(StoreError):  # an index that does not fit its shards is written anew
             return _whole(job, summary)
-    if share.worker == 0 or not (job.folder / "config.yaml").exists():
+    if share.rank == 0 or not (job.folder / "config.yaml").exists():
         write_text(job.folder / "config.yaml", config.to_yaml("data", "extract"))
     if indexed == plan.digest() and (found.missing or not retry):
         # It lists shards that are gone, or another's; and its presence would mean complete.
@@ -216,7 +216,7 @@ def extract_features(
     # If images were appended meanwhile, the index is for those who make them to write.
     summary.complete = whole and read_plan(job.folder).digest() == plan.digest()
     if summary.complete:
-        _index(job, plan, summary, retry and share.workers > 1)
+        _index(job, plan, summary, retry and share.world_size > 1)
     summary.seconds = time.perf_counter() - begin
     return summary
 

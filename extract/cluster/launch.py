@@ -19,7 +19,8 @@ from gridcap.common.device import choose_batch_size
 from gridcap.common.errors import EXIT_INVALID, GridcapError, UserError
 from gridcap.common.progress import progress_bar
 from gridcap.extract.cluster import slurm as submit
-from gridcap.extract.cluster.share import LocalWorkers, Share
+from gridcap.extract.cluster.processes import LocalProcesses
+from gridcap.extract.cluster.share import Share
 from gridcap.extract.plan import Plan
 from gridcap.extract.run import extract_features, settled_plan
 from gridcap.extract.worker import Job, Summary
@@ -70,9 +71,9 @@ def extract_by_processes(
     if before < len(mine) or retry:
         on_cpu = config.extract.device == "cpu" or not torch.cuda.is_available()
         threads = threads_of(processes) if on_cpu else None
-        statuses = _run_workers(LocalWorkers(command, share, processes, threads), job, plan, mine)
+        statuses = _run_workers(LocalProcesses(command, share, processes, threads), job, plan, mine)
         failed = [
-            f"[{share.divided(i, processes, '').worker}] with status {status}"
+            f"[{share.subdivide(i, processes, '').rank}] with status {status}"
             for i, status in enumerate(statuses)
             if status not in (0, EXIT_INVALID)
         ]
@@ -94,7 +95,7 @@ def _count(job: Job, plan: Plan, shards: range) -> int:
     return sum(shard in shards for shard in plan.existing_shards(job.folder))
 
 
-def _run_workers(workers: LocalWorkers, job: Job, plan: Plan, mine: range) -> list[int]:
+def _run_workers(workers: LocalProcesses, job: Job, plan: Plan, mine: range) -> list[int]:
     try:
         with progress_bar(total=len(mine), unit="shard", desc=plan.split, disable=None) as bar:
             while workers.running():

@@ -390,13 +390,13 @@ def test_workers_make_their_shares_and_the_last_writes_the_index(
     fake: Any, photos: Any, no_launcher: Any, tmp_path: Path
 ) -> None:
     folder = photos(10)
-    first = run("--images", folder, *SMALL, "--worker", 0, "--workers", 2)
+    first = run("--images", folder, *SMALL, "--rank", 0, "--world-size", 2)
     assert first.exit_code == 0, first.output
-    assert "worker 0 of 2 (flags): 3 of 5 shards are mine" in first.stdout
+    assert "rank 0 of 2 (flags): 3 of 5 shards are mine" in first.stdout
     assert "my share is done: 3 shards (3 made now, 0 were there)" in first.stdout
     assert "2 shards of other workers are still missing" in first.stdout
     assert not (tmp_path / "features" / "photos.h5").exists()
-    last = run("--images", folder, *SMALL, "--worker", 1, "--workers", 2)
+    last = run("--images", folder, *SMALL, "--rank", 1, "--world-size", 2)
     assert last.exit_code == 0, last.output
     assert re.search(r"done: features/photos\.h5: 10 images in 5 shards", last.stdout)
     assert len(FeatureStore(tmp_path / "features" / "photos.h5")) == 10
@@ -406,23 +406,23 @@ def test_the_environment_numbers_the_workers(fake: Any, photos: Any, no_launcher
     no_launcher.setenv("SLURM_ARRAY_TASK_ID", "2")
     no_launcher.setenv("SLURM_ARRAY_TASK_COUNT", "3")
     result = run("--images", photos(10), *SMALL)
-    assert "worker 2 of 3 (Slurm array): 1 of 5 shards are mine" in result.stdout
+    assert "rank 2 of 3 (Slurm array): 1 of 5 shards are mine" in result.stdout
 
 
 def test_only_whoever_completes_the_store_ends_with_the_status_of_rejects(
     fake: Any, photos: Any, no_launcher: Any
 ) -> None:
     folder = photos(10, bad={0: "text"})
-    first = run("--images", folder, *SMALL, "--worker", 0, "--workers", 2)
+    first = run("--images", folder, *SMALL, "--rank", 0, "--world-size", 2)
     assert first.exit_code == 0, "torchrun would kill the others for anything else"
     assert "rejected images: 1" in first.stdout
-    last = run("--images", folder, *SMALL, "--worker", 1, "--workers", 2)
+    last = run("--images", folder, *SMALL, "--rank", 1, "--world-size", 2)
     assert last.exit_code == 3
     assert "rejected images: 1" in last.stdout, "of the whole store, not of its own share"
 
 
 def test_a_worker_without_shards_has_nothing_to_do_and_is_no_error(fake: Any, photos: Any, no_launcher: Any) -> None:
-    result = run("--images", photos(2), *SMALL, "--worker", 3, "--workers", 4)
+    result = run("--images", photos(2), *SMALL, "--rank", 3, "--world-size", 4)
     assert result.exit_code == 0, result.output
     assert "0 of 1 shards are mine" in result.stdout
     assert fake.built == 0
@@ -438,23 +438,23 @@ def test_other_processes_of_one_machine_do_not_repeat_the_configuration(
         result = run("--images", folder, *SMALL)
         assert result.exit_code == 0, result.output
         assert ("configuration" in result.stdout) == (rank == 0)
-        assert f"worker {rank} of 2 (torchrun)" in result.stdout
+        assert f"rank {rank} of 2 (torchrun)" in result.stdout
 
 
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (("--worker", 2, "--workers", 2), "--worker 2"),
-        (("--workers", 2), "--worker"),
+        (("--rank", 2, "--world-size", 2), "--rank 2"),
+        (("--world-size", 2), "--rank"),
         (("--devices", "none"), "--devices"),
         (("--devices", 0), "--devices"),
         (("--devices", 2, "--device", "cuda:1"), "cuda:1"),
         (("--partition", "gpu"), "--partition: only with --submit"),
         (("--gpus-per-task", 1, "--wait"), "--gpus-per-task, --wait: only with --submit"),
-        (("--submit", "slurm"), "--workers"),
-        (("--submit", "slurm", "--workers", 0), "--workers"),
-        (("--submit", "slurm", "--workers", 2, "--worker", 1), "--worker"),
-        (("--submit", "pbs", "--workers", 2), "pbs"),
+        (("--submit", "slurm"), "--num-jobs"),
+        (("--submit", "slurm", "--num-jobs", 0), "--num-jobs"),
+        (("--submit", "slurm", "--num-jobs", 2, "--rank", 1), "--rank"),
+        (("--submit", "pbs", "--num-jobs", 2), "pbs"),
     ],
 )
 def test_what_makes_no_sense_about_workers_is_wrong_use_and_makes_nothing(
@@ -474,8 +474,8 @@ def test_several_processes_of_one_machine_divide_the_work_and_the_whole_store_is
         def __init__(self, command: list[str], share: Share, workers: int, threads: int | None) -> None:
             assert command[2:] == [*(str(word) for word in given), "--brief"]
             assert threads is not None, "on a CPU they divide the cores"
-            parts = [share.divided(i, workers, "") for i in range(workers)]
-            self.statuses = [run(*command[2:], "--worker", p.worker, "--workers", p.workers).exit_code for p in parts]
+            parts = [share.subdivide(i, workers, "") for i in range(workers)]
+            self.statuses = [run(*command[2:], "--rank", p.rank, "--world-size", p.world_size).exit_code for p in parts]
 
         def running(self) -> bool:
             return False
@@ -483,7 +483,7 @@ def test_several_processes_of_one_machine_divide_the_work_and_the_whole_store_is
         def wait(self) -> list[int]:
             return self.statuses
 
-    no_launcher.setattr("gridcap.extract.cluster.launch.LocalWorkers", HereAndNow)
+    no_launcher.setattr("gridcap.extract.cluster.launch.LocalProcesses", HereAndNow)
     folder = photos(10, bad={3: "text"})
     # In the order in which the command declares them.
     given = (
@@ -512,7 +512,7 @@ def test_several_processes_of_one_machine_divide_the_work_and_the_whole_store_is
 
 # ------------------------------------------------------------------------------------------------------------- --submit
 
-SUBMIT = ("--submit", "slurm", "--workers", 3)
+SUBMIT = ("--submit", "slurm", "--num-jobs", 3)
 
 
 @pytest.fixture
@@ -674,7 +674,7 @@ def test_retrying_says_how_many_are_good_now(fake: Any, photos: Any, no_launcher
     assert again.exit_code == 3, again.output
     assert "retried: 1 images that were rejected before are good now" in again.stdout
     assert "rejected images: 1" in again.stdout
-    assert "--submit" in fails(2, "--images", folder, *SMALL, "--retry-invalid", "--submit", "slurm", "--workers", 2)
+    assert "--submit" in fails(2, "--images", folder, *SMALL, "--retry-invalid", "--submit", "slurm", "--num-jobs", 2)
 
 
 def test_views_are_a_list_and_begin_with_the_original(fake: Any, photos: Any, no_launcher: Any, tmp_path: Path) -> None:

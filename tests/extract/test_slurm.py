@@ -76,7 +76,7 @@ def until(condition: Callable[[], object], what: str) -> None:
 
 def submitted(images: Path, output: Path, workers: int, *more: object) -> str:
     """Submit; the number of the job."""
-    done = run(*command(images, output), "--submit", "slurm", "--workers", workers, *more)
+    done = run(*command(images, output), "--submit", "slurm", "--num-jobs", workers, *more)
     assert done.returncode == 0, done.stderr
     return re.search(r"submitted: job (\d+)", done.stdout)[1]
 
@@ -84,7 +84,7 @@ def submitted(images: Path, output: Path, workers: int, *more: object) -> str:
 @contextlib.contextmanager
 def waiting_for(images: Path, output: Path, workers: int, *more: str) -> Iterator[subprocess.Popen[str]]:
     """Submit, and wait in a process beside this one."""
-    words = [*command(images, output), "--submit", "slurm", "--workers", str(workers), "--wait", *more]
+    words = [*command(images, output), "--submit", "slurm", "--num-jobs", str(workers), "--wait", *more]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         yield process
@@ -147,7 +147,7 @@ def test_an_array_of_four_makes_the_same_bytes_and_waiting_sees_the_end(
     output = tmp_path / "a 'folder' of 100%" / "scenes.h5"
     output.parent.mkdir()
     with cleared():
-        done = run(*command(images, output), "--submit", "slurm", "--workers", 4, "--wait")
+        done = run(*command(images, output), "--submit", "slurm", "--num-jobs", 4, "--wait")
         assert done.returncode == 0, done.stdout + done.stderr + logs(output)
         assert re.search(r"done: .*16 images in 8 shards \(8 made now, 0 were there\)", done.stdout)
         assert_same(output, calm)
@@ -223,7 +223,7 @@ def test_after_scancel_of_one_task_waiting_fails_and_a_rerun_fills_the_holes(
 ) -> None:
     output = tmp_path / "scenes.h5"
     with cleared(), waiting_for(images, output, 2) as waiting:
-        until(lambda: "worker 1 of 2" in logs(output), "the start of task 1")
+        until(lambda: "rank 1 of 2" in logs(output), "the start of task 1")
         run("scancel", f"{current_job()}_1")
         said, errors = waiting.communicate(timeout=PATIENCE)
         assert waiting.returncode == 1, said + errors
@@ -245,7 +245,7 @@ def test_two_tasks_with_the_same_shards_at_the_same_time_make_the_same_bytes(
     output = tmp_path / "scenes.h5"
     with cleared():
         both = run(
-            "srun", "--ntasks=2", "--kill-on-bad-exit=0", *command(images, output), "--worker", 0, "--workers", 1
+            "srun", "--ntasks=2", "--kill-on-bad-exit=0", *command(images, output), "--rank", 0, "--world-size", 1
         )
         assert both.returncode == 0, both.stderr
         assert both.stdout.count("16 images in 8 shards") >= 1

@@ -127,7 +127,7 @@ def test_what_numbered_the_process_that_submitted_does_not_number_the_worker(
     monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "2")
     status, said = run_script(job_script(worker(body), SlurmRequest(2), store, tmp_path), tmp_path, task=1)
     assert status == 0, said
-    assert "worker 1 of 2 (Slurm array)" in said
+    assert "rank 1 of 2 (Slurm array)" in said
 
 
 def test_a_folder_that_is_not_on_the_node_is_an_error_and_nothing_runs(tmp_path: Path, store: Path) -> None:
