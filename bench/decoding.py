@@ -103,14 +103,14 @@ def captions(batch: int, beams: int) -> float:
     import torch
 
     from gridcap.common.device import choose_device, choose_precision
-    from gridcap.train.decoding.search import beam_search
+    from gridcap.train.decoding.beam import BeamOptions, beam_search
 
     device = choose_device("auto")
     decoder, grids, precision = _decoder(device), _grids(batch, device), choose_precision("auto", device)
 
     def search() -> None:
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            beam_search(decoder, grids, beams, LENGTH - 1)
+            beam_search(decoder, grids, BeamOptions(beams, LENGTH - 1))
 
     search()
     return rate(batch, search, 4.0)
@@ -125,7 +125,7 @@ def self_critical(captions_file: str, how: str) -> float:
     import torch
 
     from gridcap.common.device import choose_device
-    from gridcap.train.data.stream import CaptionBatch
+    from gridcap.train.data.batch import CaptionBatch
     from gridcap.train.objectives.reward import CaptionReward
     from gridcap.train.objectives.scst import SelfCritical
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import gridcap.train.decoders.build
-import gridcap.train.decoding.search
+import gridcap.train.decoding.base
 from gridcap.common.config import AttentionConfig
 from gridcap.train.data.vocabulary import BOS, PAD
 from gridcap.train.decoders.attention import AttentionDecoder
@@ -38,4 +38,4 @@ class Att2in2(AttentionDecoder):
 def stand_in() -> None:
     """Have every attention decoder that this process builds from now on be this one."""
     gridcap.train.decoders.build.AttentionDecoder = Att2in2  # type: ignore[attr-defined]
-    gridcap.train.decoding.search._FORBIDDEN_TOKENS = (PAD, BOS)  # type: ignore[assignment]
+    gridcap.train.decoding.base.FORBIDDEN_TOKENS = (PAD, BOS)  # type: ignore[assignment]

@@ -94,7 +94,7 @@ def _step_of_ours(recipe: str) -> tuple[Callable[[], object], Any]:
     import torch
 
     from gridcap.common.device import choose_device, choose_precision
-    from gridcap.train.data.stream import CaptionBatch
+    from gridcap.train.data.batch import CaptionBatch
     from gridcap.train.decoders.build import build_decoder
     from gridcap.train.engine.optimizer import make_optimizer, take_step
     from gridcap.train.objectives.base import CrossEntropy

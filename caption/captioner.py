@@ -27,7 +27,8 @@ from gridcap.extract.encoders.grid_encoder import (
     identify_weights,
     imagenet_name,
 )
-from gridcap.train.decoding.search import Hypothesis, search_alternatives, search_captions
+from gridcap.train.decoding.base import Hypothesis
+from gridcap.train.decoding.generate import generate_captions, generate_nbest
 from gridcap.train.engine.checkpoint import Checkpoint
 from gridcap.train.ensemble import load_ensemble
 
@@ -173,7 +174,7 @@ class Captioner:
             images: files.
             search: beam search or sampling, and its options.
             generator: for sampling; one for all batches makes the captions independent of their size (see
-                `search_captions`).
+                `generate_captions`).
 
         Returns:
             A caption an image, in their order.
@@ -199,7 +200,7 @@ class Captioner:
     ) -> list[Caption]:
         """As `caption`, from uint8 (B, side, side, 3)."""
         return [
-            self._caption(found) for found in search_captions(self._decoder, self._grids(squares), search, generator)
+            self._caption(found) for found in generate_captions(self._decoder, self._grids(squares), search, generator)
         ]
 
     def alternatives(self, image: Path, search: CaptionConfig, seed: int = 0) -> list[Caption]:
@@ -215,10 +216,10 @@ class Captioner:
         """
         grids = self._grids(np.stack([self.square(image)]))
         if search.decoding == "beam":
-            (found,) = search_alternatives(self._decoder, grids, search)
+            (found,) = generate_nbest(self._decoder, grids, search)
         else:
             generator = torch.Generator().manual_seed(seed)
-            drawn = search_captions(self._decoder, grids.expand(search.beam_size, -1, -1), search, generator)
+            drawn = generate_captions(self._decoder, grids.expand(search.beam_size, -1, -1), search, generator)
             found = sorted({tuple(one.tokens): one for one in drawn}.values(), key=lambda one: -one.log_prob)
         view = self.view(image)
         return [replace(self._caption(one), image=view) for one in found]
@@ -239,7 +240,7 @@ class Captioner:
         vocabulary, (rows, columns, _) = self.checkpoint.vocabulary, self._encoder.grid_shape
         return Caption(
             vocabulary.decode(found.tokens),
-            [vocabulary.words[token] for token in found.tokens],
+            [vocabulary.tokens[token] for token in found.tokens],
             found.log_prob,
             None if found.attention is None else found.attention.reshape(-1, rows, columns),
         )

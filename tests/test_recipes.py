@@ -85,7 +85,7 @@ def test_the_decoders_are_all_different(load):
 def test_each_is_the_decoder_of_its_paper(load):
     decoder = {name: load(name).decoder for name in DECODERS}
     assert all(isinstance(decoder[name], LstmConfig) for name in ("show-and-tell", "lstm-init", "lstm-inject"))
-    images = [decoder[name].image for name in ("show-and-tell", "lstm-init", "lstm-inject")]
+    images = [decoder[name].image_injection for name in ("show-and-tell", "lstm-init", "lstm-inject")]
     assert images == ["first-input", "initial-state", "every-step"]
     attentive = ("tutorial-gru", "soft-attention", "att2in", "top-down")
     assert all(isinstance(decoder[name], AttentionConfig) for name in attentive)

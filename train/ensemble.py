@@ -39,7 +39,7 @@ def load_ensemble(paths: Sequence[Path]) -> Checkpoint:
 
 def _check_same_words(first: Checkpoint, other: Checkpoint) -> None:
     """The same words under the same ids, or a MismatchError that says where they part."""
-    ours, theirs = first.vocabulary.words, other.vocabulary.words
+    ours, theirs = first.vocabulary.tokens, other.vocabulary.tokens
     if ours == theirs:
         return
     if len(ours) != len(theirs):

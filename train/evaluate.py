@@ -18,9 +18,10 @@ from gridcap.common.device import choose_device
 from gridcap.common.files import write_json, write_text
 from gridcap.common.progress import progress_bar
 from gridcap.common.store.provenance import check_same_features
-from gridcap.train.data.stream import CaptionedImages, CaptionStream
+from gridcap.train.data.captioned import CaptionedImages
+from gridcap.train.data.stream import CaptionStream, StreamOptions
 from gridcap.train.data.vocabulary import SPECIALS, tokenize
-from gridcap.train.decoding.search import search_captions
+from gridcap.train.decoding.generate import generate_captions
 from gridcap.train.engine.checkpoint import Checkpoint
 from gridcap.train.metrics.coco import Scores, score_captions
 from gridcap.train.objectives.loss import masked_cross_entropy, perplexity
@@ -110,7 +111,9 @@ def evaluate(
     device = choose_device(device_name)
     decoder, vocabulary = checkpoint.decoder.to(device), checkpoint.vocabulary
     per_image = max(len(captions) for captions in data.captions)
-    stream = CaptionStream(data, vocabulary, search.batch_size, per_image, checkpoint.config.train.max_length)
+    stream = CaptionStream(
+        data, vocabulary, StreamOptions(search.batch_size, per_image, checkpoint.config.train.max_length)
+    )
     generator = torch.Generator().manual_seed(seed)
     captions: dict[int, str] = {}
     references: dict[int, tuple[str, ...]] = {}
@@ -121,10 +124,10 @@ def evaluate(
         for batch in stream.in_order():
             moved = batch.to(device)
             grids = moved.grids.float()
-            logits, _ = decoder(decoder.encode(grids), moved.tokens[..., :-1], moved.words)
-            loss, count = masked_cross_entropy(logits, moved.tokens[..., 1:].flatten()[moved.words])
+            logits, _ = decoder(decoder.encode(grids), moved.tokens[..., :-1], moved.target_index)
+            loss, count = masked_cross_entropy(logits, moved.tokens[..., 1:].flatten()[moved.target_index])
             total, words = total + loss.item(), words + int(count)
-            found = search_captions(decoder, grids, search, generator)
+            found = generate_captions(decoder, grids, search, generator)
             for position, hypothesis in zip(batch.images, found, strict=True):
                 row = int(data.rows[position])
                 image_id = int(data.store.image_ids[row])
@@ -132,7 +135,7 @@ def evaluate(
                 references[image_id] = data.captions[position]
                 names[image_id] = data.store.file_names[row]
                 if keep_looks:
-                    looks[image_id] = [vocabulary.words[token] for token in hypothesis.tokens], hypothesis.attention
+                    looks[image_id] = [vocabulary.tokens[token] for token in hypothesis.tokens], hypothesis.attention
             bar.update(len(batch.images))
     scores = score_captions(captions, references)
     scores.values = {"perplexity": perplexity(total / words), **scores.values}

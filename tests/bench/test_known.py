@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import gridcap.train.decoders.build
-import gridcap.train.decoding.search
+import gridcap.train.decoding.base
 from bench import known
 from gridcap.common.config import AttentionConfig
 from gridcap.train.data.vocabulary import BOS, UNK
@@ -18,9 +18,7 @@ CONFIG = AttentionConfig(
 @pytest.fixture
 def decoder(monkeypatch):
     monkeypatch.setattr(gridcap.train.decoders.build, "AttentionDecoder", gridcap.train.decoders.build.AttentionDecoder)
-    monkeypatch.setattr(
-        gridcap.train.decoding.search, "_FORBIDDEN_TOKENS", gridcap.train.decoding.search._FORBIDDEN_TOKENS
-    )
+    monkeypatch.setattr(gridcap.train.decoding.base, "FORBIDDEN_TOKENS", gridcap.train.decoding.base.FORBIDDEN_TOKENS)
     known.stand_in()
     torch.manual_seed(0)
     return build_decoder(CONFIG, 9, (2, 2, 3)).eval()
@@ -62,4 +60,4 @@ def test_word_by_word_as_all_at_once(decoder):
 
 
 def test_it_writes_unk(decoder):
-    assert gridcap.train.decoding.search.token_log_probs(torch.zeros(9))[UNK].isfinite()
+    assert gridcap.train.decoding.base.token_log_probs(torch.zeros(9))[UNK].isfinite()

@@ -19,7 +19,8 @@ from gridcap.common.errors import CheckpointError, MismatchError, WeightsError
 from gridcap.common.image import InvalidImageError, load_image
 from gridcap.common.store.quantize import as_stored
 from gridcap.extract.encoders.grid_encoder import GridEncoder, identify_weights
-from gridcap.train.decoding.search import beam_search, search_captions
+from gridcap.train.decoding.beam import BeamOptions, beam_search
+from gridcap.train.decoding.generate import generate_captions
 from gridcap.train.engine.checkpoint import load_checkpoint
 from gridcap.train.ensemble import load_ensemble
 
@@ -31,9 +32,11 @@ def by_hand(encoder: Any, run: Path, photo: Path, search: CaptionConfig, resize_
     checkpoint = load_checkpoint(run)
     grid = encoder.encode(np.stack([load_image(photo, 299, resize_mode)]))
     cells = torch.from_numpy(grid).float().reshape(1, 64, 2048)
-    (found,) = beam_search(checkpoint.decoder, cells, search.beam_size, search.max_length, search.length_penalty)
+    (found,) = beam_search(
+        checkpoint.decoder, cells, BeamOptions(search.beam_size, search.max_length, search.length_penalty)
+    )
     attention = None if found.attention is None else found.attention.reshape(-1, 8, 8)
-    words = [checkpoint.vocabulary.words[t] for t in found.tokens]
+    words = [checkpoint.vocabulary.tokens[t] for t in found.tokens]
     return Caption(" ".join(words), words, found.log_prob, attention)
 
 
@@ -134,7 +137,7 @@ def test_several_checkpoints_decode_together(fake: Any, scenes: Any, checkpoint:
     captioner = Captioner.load(*runs, device="cpu")
     assert captioner.has_attention
     grids = torch.from_numpy(fake("", None, "", "", "float16").encode(np.stack([captioner.square(p) for p in photos])))
-    found = search_captions(load_ensemble(runs).decoder, grids.float().reshape(4, 64, 2048), SEARCH)
+    found = generate_captions(load_ensemble(runs).decoder, grids.float().reshape(4, 64, 2048), SEARCH)
     together = captioner.caption(photos, SEARCH)
     vocabulary = captioner.checkpoint.vocabulary
     assert [c.text for c in together] == [vocabulary.decode(h.tokens) for h in found]
@@ -327,9 +330,9 @@ def test_a_decoder_of_8_bit_features_is_given_their_rounding(
 
     def search(decoder: Any, grids: torch.Tensor, *more: Any) -> Any:
         seen.append(grids.numpy().copy())
-        return search_captions(decoder, grids, *more)
+        return generate_captions(decoder, grids, *more)
 
-    monkeypatch.setattr("gridcap.caption.captioner.search_captions", search)
+    monkeypatch.setattr("gridcap.caption.captioner.generate_captions", search)
     captioner = Captioner.load(checkpoint(provenance=provenance_of(dtype="uint8")))
     photos = sorted(scenes(2).iterdir())
     squares = np.stack([captioner.square(path) for path in photos])

@@ -92,7 +92,7 @@ def _state(run: Path) -> dict[str, Any]:
     loaded = load_checkpoint(run, "last")
     return {
         "weights": dict(loaded.decoder.state_dict()),
-        "words": loaded.vocabulary.words,
+        "words": loaded.vocabulary.tokens,
         "config": loaded.config.model_dump(mode="json"),
         "provenance": loaded.provenance,
         "training": load_training_state(loaded.path),

@@ -12,7 +12,8 @@ import numpy as np
 from gridcap.common.annotations import captions_only, load_split
 from gridcap.common.store.reader import FeatureStore
 from gridcap.common.store.shard import ShardWriter
-from gridcap.train.data.stream import CaptionedImages, CaptionStream
+from gridcap.train.data.captioned import CaptionedImages
+from gridcap.train.data.stream import CaptionStream, StreamOptions
 from gridcap.train.data.vocabulary import Vocabulary
 from tests.torture.case import Part, require
 from tests.torture.stores import extract_all, write_photos
@@ -45,7 +46,7 @@ def _run(folder: Path, rng: np.random.Generator) -> str:
         records = load_split(captions_only(folder / "captions.json"), "train").records
         data = CaptionedImages.join(store, records, folder / "captions.json")
         vocabulary = Vocabulary.build([text for captions in data.captions for text in captions])
-        stream = CaptionStream(data, vocabulary, 32, 5, 30, seed=int(rng.integers(1000)))
+        stream = CaptionStream(data, vocabulary, StreamOptions(32, 5, 30, seed=int(rng.integers(1000))))
         rows = sum(len(batch.images) for epoch in range(_ROWS_A_CASE // _ROWS) for batch in stream.epoch(epoch))
     require(rows == _ROWS_A_CASE, f"{rows} rows came through")
     made = extract_all(folder / "many", folder / "store" / "s.h5")

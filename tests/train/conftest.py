@@ -19,7 +19,7 @@ from gridcap.common.config import AttentionConfig, CaptionConfig, LstmConfig, Pi
 from gridcap.common.store.index import write_index
 from gridcap.common.store.reader import FeatureStore
 from gridcap.common.store.shard import ShardWriter
-from gridcap.train.data.stream import CaptionedImages
+from gridcap.train.data.captioned import CaptionedImages
 
 settings.register_profile("no clock", deadline=None)
 settings.load_profile("no clock")

@@ -347,7 +347,7 @@ def test_a_run_from_another_takes_its_decoder_its_words_and_its_longest_caption(
     loaded = load_checkpoint(project / "runs/on")
     assert loaded.config.train.decoder == settings_of(project / "runs/small").decoder
     assert loaded.config.train.max_length == 5
-    assert loaded.vocabulary.words == load_checkpoint(project / "runs/small").vocabulary.words
+    assert loaded.vocabulary.tokens == load_checkpoint(project / "runs/small").vocabulary.tokens
     assert len(loaded.vocabulary) == 9
     assert [row["epoch"] for row in logged(project / "runs/on")] == [0, 1]
 

@@ -6,7 +6,7 @@ import torch
 from gridcap.common.errors import CheckpointError, MismatchError
 from gridcap.train.data.vocabulary import Vocabulary
 from gridcap.train.decoders.build import build_decoder
-from gridcap.train.decoding.search import search_captions
+from gridcap.train.decoding.generate import generate_captions
 from gridcap.train.engine.checkpoint import load_checkpoint, save_checkpoint
 from gridcap.train.ensemble import load_ensemble
 
@@ -41,14 +41,14 @@ def test_several_become_one_that_means_their_probabilities(new_run):
     together, alone = load_ensemble(runs), [load_checkpoint(run) for run in runs]
     assert together.path == alone[0].path
     assert together.config == alone[0].config
-    assert together.vocabulary.words == alone[0].vocabulary.words
+    assert together.vocabulary.tokens == alone[0].vocabulary.tokens
     assert not any(module.training for module in together.decoder.modules())
     grids, tokens = torch.randn(3, 4, 8), torch.tensor([1, 4, 5]).expand(3, 2, 3)
     with torch.no_grad():
         logits, _ = together.decoder(together.decoder.encode(grids), tokens)
         members = [one.decoder(one.decoder.encode(grids), tokens)[0].softmax(-1) for one in alone]
     assert torch.allclose(logits.softmax(-1), torch.stack(members).mean(0), atol=1e-6)
-    assert len(search_captions(together.decoder, grids, together.config.caption)) == 3
+    assert len(generate_captions(together.decoder, grids, together.config.caption)) == 3
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from gridcap.common.annotations import ImageRecord
 from gridcap.common.config import CaptionConfig
 from gridcap.common.errors import MismatchError
-from gridcap.train.decoding.search import beam_search
+from gridcap.train.decoding.beam import BeamOptions, beam_search
 from gridcap.train.engine.checkpoint import load_checkpoint
 from gridcap.train.engine.loop import fit
 from gridcap.train.evaluate import Evaluation, evaluate, language_of, write_evaluation
@@ -59,7 +59,7 @@ def test_perplexity_is_the_exponential_of_the_mean_loss_over_every_word_of_every
 def test_captions_are_those_of_beam_search_on_each_image_alone(run, evaluation):
     checkpoint, data = run
     for position, row in enumerate(data.rows):
-        (found,) = beam_search(checkpoint.decoder, grid_of(data, position), 3, 6, 0.7)
+        (found,) = beam_search(checkpoint.decoder, grid_of(data, position), BeamOptions(3, 6, 0.7))
         assert evaluation.captions[int(data.store.image_ids[row])] == checkpoint.vocabulary.decode(found.tokens)
 
 

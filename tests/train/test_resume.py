@@ -13,7 +13,7 @@ import torch
 import gridcap.train.engine.loop
 from gridcap.common.config import TransformerConfig
 from gridcap.common.errors import MismatchError
-from gridcap.train.data.stream import CaptionedImages
+from gridcap.train.data.captioned import CaptionedImages
 from gridcap.train.engine.checkpoint import find_checkpoint, load_training_state
 from gridcap.train.engine.loop import fit
 
@@ -249,7 +249,6 @@ import gridcap.train.engine.loop
 from gridcap.common.annotations import load_annotations
 from gridcap.common.config import PipelineConfig
 from gridcap.common.store.reader import FeatureStore
-from gridcap.train.data.stream import CaptionedImages
 
 def load(name):
     captions = folder / f"{name}.json"

@@ -11,7 +11,7 @@ from gridcap.common.annotations import captions_only, load_split
 from gridcap.common.config import PipelineConfig
 from gridcap.common.errors import UserError
 from gridcap.common.store.reader import FeatureStore
-from gridcap.train.data.stream import CaptionedImages
+from gridcap.train.data.captioned import CaptionedImages
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Vocabulary: captions <-> token ids. Counted over the training split only."""
+"""Word-level vocabulary: captions <-> token ids."""
 
 from __future__ import annotations
 
@@ -15,74 +15,88 @@ from gridcap.common.files import write_json
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>")
 
-# Letters and digits with the marks that belong to them (Python's \w leaves combining marks out).
+_FORMAT, _VERSION = "gridcap-vocabulary", 2  # version 1 called the tokens "words"
+
+# Python's \w does not include combining marks; a letter or digit keeps the marks that follow it.
 MARKS = re.escape("".join(chr(c) for c in range(0x300, 0x10000) if unicodedata.category(chr(c))[0] == "M"))
 _PART = rf"[^\W_](?:[^\W_]|[{MARKS}])*"
 _WORD = re.compile(rf"{_PART}(?:'{_PART})*")
 
 
 def tokenize(caption: str) -> list[str]:
-    """Lower-case words without punctuation; "dog's" and "t-shirt" give "dog's", "t", "shirt"."""
+    """Return the lowercase words of a caption, without punctuation.
+
+    "dog's" is one word, "t-shirt" is two ("t", "shirt").
+    """
     return _WORD.findall(unicodedata.normalize("NFC", caption.lower().replace("’", "'")))
 
 
 class Vocabulary:
-    """Words and their ids; PAD 0, BOS 1, EOS 2, UNK 3, then words from the commonest to the rarest.
+    """Mapping between words and token ids: PAD 0, BOS 1, EOS 2, UNK 3, then words by decreasing frequency.
 
     Args:
-        words: all entries, the four specials first.
+        tokens: all V entries; the first four are `SPECIALS`.
+
+    Raises:
+        ValueError: the special tokens are missing, or an entry is repeated.
     """
 
-    def __init__(self, words: Sequence[str]) -> None:
-        if tuple(words[: len(SPECIALS)]) != SPECIALS or len(set(words)) != len(words):
-            raise ValueError(f"a vocabulary starts with {SPECIALS} and holds every word once")
-        self.words = list(words)
-        self._ids = {word: i for i, word in enumerate(self.words)}
+    def __init__(self, tokens: Sequence[str]) -> None:
+        if tuple(tokens[: len(SPECIALS)]) != SPECIALS or len(set(tokens)) != len(tokens):
+            raise ValueError(f"a vocabulary starts with {SPECIALS} and has no repeated entries")
+        self.tokens = list(tokens)
+        self._ids = {token: i for i, token in enumerate(self.tokens)}
 
     @classmethod
     def build(cls, captions: Iterable[str], max_size: int | None = 5000, min_count: int = 1) -> Vocabulary:
-        """Count words and keep the commonest; ties in alphabetical order, so the result is one and the same.
+        """Build a vocabulary from the most frequent words; ties are broken alphabetically.
 
         Args:
-            captions: of the training split.
-            max_size: largest size, specials included; None for no bound.
-            min_count: leave out words seen fewer times.
+            captions: captions of the training split.
+            max_size: maximum size, including the special tokens; None for no limit.
+            min_count: minimum number of occurrences of a word.
+
+        Raises:
+            ValueError: `max_size` leaves no room for words.
         """
         counts = Counter(word for caption in captions for word in tokenize(caption))
         if max_size is not None and max_size <= len(SPECIALS):
-            raise ValueError(f"a vocabulary of {max_size} has no room for words beside the {len(SPECIALS)} specials")
+            raise ValueError(f"max_size {max_size} leaves no room for words besides the {len(SPECIALS)} special tokens")
         ranked = sorted((w for w, n in counts.items() if n >= min_count), key=lambda w: (-counts[w], w))
         return cls([*SPECIALS, *ranked[: None if max_size is None else max_size - len(SPECIALS)]])
 
     def __len__(self) -> int:
-        return len(self.words)
+        return len(self.tokens)
 
     def encode(self, caption: str, max_length: int) -> list[int]:
-        """Token ids: BOS, at most `max_length` words (UNK for unknown ones), EOS."""
+        """Return the token ids of a caption: BOS, at most `max_length` words (UNK for unknown ones), EOS."""
         return [BOS, *(self._ids.get(word, UNK) for word in tokenize(caption)[:max_length]), EOS]
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The words up to the first EOS, joined by blanks; BOS and PAD are left out."""
+        """Return the text of token ids: the entries before the first EOS, without BOS and PAD, joined by spaces."""
         words = []
         for token in tokens:
             if token == EOS:
                 break
             if token not in (PAD, BOS):
-                words.append(self.words[token])
+                words.append(self.tokens[token])
         return " ".join(words)
 
     def save(self, path: Path) -> None:
-        """Write the words as JSON."""
-        write_json(path, {"format": "gridcap-vocabulary", "version": 1, "words": self.words})
+        """Write the vocabulary as JSON."""
+        write_json(path, {"format": _FORMAT, "version": _VERSION, "tokens": self.tokens})
 
     @classmethod
     def load(cls, path: Path) -> Vocabulary:
-        """Read what `save` wrote.
+        """Read a vocabulary written by `save`.
 
         Raises:
-            CheckpointError: missing or damaged.
+            CheckpointError: the file is missing, corrupted, or of another version.
         """
         try:
-            return cls([str(word) for word in json.loads(path.read_text(encoding="utf-8"))["words"]])
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            if saved["version"] != _VERSION:
+                raise ValueError(f"version {saved['version']}; this version of gridcap reads version {_VERSION}")
+            return cls([str(token) for token in saved["tokens"]])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path}: not a vocabulary: {error}", "choose another checkpoint") from error
+            raise CheckpointError(f"{path}: not a valid vocabulary file: {error}", "use another checkpoint") from error

@@ -1,1 +1,1 @@
-"""Greedy search, beam search, sampling, and MBR reranking."""
+"""Decoding methods: greedy and beam search, sampling, and MBR reranking."""

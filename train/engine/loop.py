@@ -19,7 +19,8 @@ from gridcap.common.errors import CheckpointError, MismatchError, TrainingError,
 from gridcap.common.files import remove_leftovers, write_text
 from gridcap.common.progress import progress_bar
 from gridcap.common.store.provenance import check_same_features
-from gridcap.train.data.stream import CaptionedImages, CaptionStream
+from gridcap.train.data.captioned import CaptionedImages
+from gridcap.train.data.stream import CaptionStream, StreamOptions
 from gridcap.train.data.vocabulary import Vocabulary
 from gridcap.train.decoders.base import Decoder
 from gridcap.train.decoders.build import build_decoder
@@ -195,7 +196,7 @@ class _Trainer:
             self._say(f"{output} has no checkpoint yet: beginning again")
         run = self._resume() if resume else self._begin()
         # Nobody writes before all have looked at what is there.
-        if len(set(self.ranks.gather((run.step, tuple(run.vocabulary.words), self.made_of["data"])))) > 1:
+        if len(set(self.ranks.gather((run.step, tuple(run.vocabulary.tokens), self.made_of["data"])))) > 1:
             raise UserError(
                 "the processes begin with different checkpoints, vocabularies or captions",
                 "let all of them see the same folders and files",
@@ -207,14 +208,16 @@ class _Trainer:
         stream = CaptionStream(
             self.train,
             run.vocabulary,
-            settings.batch_size,
-            settings.captions_per_image,
-            settings.max_length,
-            self.config.seed,
-            settings.shuffle,
-            self.ranks,
-            settings.grad_accum_steps,
-            self.device.type == "cuda",
+            StreamOptions(
+                settings.batch_size,
+                settings.captions_per_image,
+                settings.max_length,
+                self.config.seed,
+                settings.shuffle,
+                self.ranks,
+                settings.grad_accum_steps,
+                self.device.type == "cuda",
+            ),
         )
         objective = self._objective(run.vocabulary)
         self._announce(run, len(stream), resume)
@@ -361,7 +364,7 @@ class _Trainer:
             holding as stopping,
             progress_bar(
                 total=len(stream.data),
-                initial=first * stream.batch_size,
+                initial=first * stream.options.batch_size,
                 unit="image",
                 desc=label,
                 disable=not self.progress,
@@ -371,9 +374,9 @@ class _Trainer:
             batches = stream.epoch(epoch, first)
             for number in range(first, len(stream)):
                 with watch.waiting():
-                    parts = list(islice(batches, stream.parts))
+                    parts = list(islice(batches, stream.options.grad_accum_steps))
                 row = self._step(run, parts, objective, epoch, len(stream), totals)
-                bar.update(min(stream.batch_size, len(stream.data) - number * stream.batch_size))
+                bar.update(min(stream.options.batch_size, len(stream.data) - number * stream.options.batch_size))
                 if run.step % EVERY == 0 or number == 0:
                     if log is not None:
                         log.step({"step": run.step, "epoch": epoch + 1, **row()})

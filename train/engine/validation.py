@@ -6,10 +6,11 @@ import torch
 
 from gridcap.common.config import TrainConfig
 from gridcap.common.progress import progress_bar
-from gridcap.train.data.stream import CaptionedImages, CaptionStream
+from gridcap.train.data.captioned import CaptionedImages
+from gridcap.train.data.stream import CaptionStream, StreamOptions
 from gridcap.train.data.vocabulary import PAD, Vocabulary
 from gridcap.train.decoders.base import Decoder
-from gridcap.train.decoding.search import beam_search
+from gridcap.train.decoding.beam import BeamOptions, beam_search
 from gridcap.train.engine.distributed import ALONE, Ranks
 from gridcap.train.engine.health import attention_spread, most_common_share
 from gridcap.train.metrics.coco import cider
@@ -37,7 +38,7 @@ def validate(
     decoder.eval()
     per_image = max(len(captions) for captions in data.captions)
     size = max(1, settings.batch_size // (ranks.world * settings.grad_accum_steps))  # what fits in training fits here
-    stream = CaptionStream(data, vocabulary, size, per_image, settings.max_length, ranks=ranks)
+    stream = CaptionStream(data, vocabulary, StreamOptions(size, per_image, settings.max_length, ranks=ranks))
     total, spread, words = 0.0, 0.0, 0
     captions: dict[int, str] = {}
     batches = progress_bar(
@@ -47,9 +48,9 @@ def validate(
         moved = batch.to(device)
         grids, targets = moved.grids.float(), moved.tokens[..., 1:]
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            logits, attention = decoder(decoder.encode(grids), moved.tokens[..., :-1], moved.words)
-            loss, count = masked_cross_entropy(logits, targets.flatten()[moved.words])
-            found = beam_search(decoder, grids, 1, settings.max_length)
+            logits, attention = decoder(decoder.encode(grids), moved.tokens[..., :-1], moved.target_index)
+            loss, count = masked_cross_entropy(logits, targets.flatten()[moved.target_index])
+            found = beam_search(decoder, grids, BeamOptions(1, settings.max_length))
         total, words = total + loss.item(), words + int(count)
         if attention is not None:
             spread += attention_spread(attention, targets != PAD).item()

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from gridcap.common.config import TrainConfig
-from gridcap.train.data.stream import CaptionBatch
+from gridcap.train.data.batch import CaptionBatch
 from gridcap.train.data.vocabulary import PAD
 from gridcap.train.decoders.base import Decoder, Memory
-from gridcap.train.decoding.search import token_log_probs
+from gridcap.train.decoding.base import token_log_probs
 from gridcap.train.objectives.loss import attention_reg, smoothed_cross_entropy
 
 Terms = dict[str, Tensor]
@@ -50,10 +50,10 @@ class CrossEntropy:
         given, targets = batch.tokens[..., :-1], batch.tokens[..., 1:]
         if probability := self.own_words(epoch):
             logits, attention = forward_scheduled_sampling(decoder, memory, given, probability)
-            logits = logits.flatten(0, 2).index_select(0, batch.words)
+            logits = logits.flatten(0, 2).index_select(0, batch.target_index)
         else:
-            logits, attention = decoder(memory, given, batch.words)
-        there = targets.flatten().index_select(0, batch.words)
+            logits, attention = decoder(memory, given, batch.target_index)
+        there = targets.flatten().index_select(0, batch.target_index)
         loss, plain, words = smoothed_cross_entropy(logits, there, self._settings.label_smoothing)
         terms = {"words": words, "loss": plain}
         if self._penalty and attention is not None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from pycocoevalcap.bleu.bleu_scorer import cook_refs, cook_test
 
-from gridcap.train.data.stream import CaptionedImages
+from gridcap.train.data.captioned import CaptionedImages
 from gridcap.train.data.vocabulary import EOS, PAD, Vocabulary, tokenize
 from gridcap.train.metrics.ciderd import CiderD
 
@@ -46,7 +46,7 @@ class CaptionReward:
         and no caption is scored against cut ones in evaluation. Words outside of the vocabulary get ids from
         its size on, so they match nothing that the decoder can write and weigh what they do in evaluation.
         """
-        ids = {word: i for i, word in enumerate(vocabulary.words)}
+        ids = {word: i for i, word in enumerate(vocabulary.tokens)}
         return cls(
             [
                 [[ids.setdefault(word, len(ids)) for word in tokenize(caption)] for caption in captions]

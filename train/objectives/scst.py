@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own habit)
 from torch import Tensor
 
-from gridcap.train.data.stream import CaptionBatch
+from gridcap.train.data.batch import CaptionBatch
 from gridcap.train.data.vocabulary import BOS, PAD
 from gridcap.train.decoders.base import Decoder
-from gridcap.train.decoding.search import mask_special_tokens, sample_tokens
+from gridcap.train.decoding.base import mask_special_tokens
+from gridcap.train.decoding.sampling import SamplingOptions, sample_tokens
 from gridcap.train.objectives.base import Terms
 from gridcap.train.objectives.reward import CaptionReward
 
@@ -48,7 +49,9 @@ class SelfCritical:
         grids = batch.grids.float()
         decoder.eval()
         with torch.no_grad():
-            drawn = sample_tokens(decoder, decoder.encode(grids), self._samples, self._max_length, self._temperature)
+            drawn = sample_tokens(
+                decoder, decoder.encode(grids), self._samples, SamplingOptions(self._max_length, self._temperature)
+            )
         torch.clear_autocast_cache()  # before torch 2.10 the weights cast without gradient would be used again
         decoder.train()
         with ThreadPoolExecutor(1, thread_name_prefix="reward") as thread:

@@ -16,8 +16,10 @@ from gridcap.common.annotations import ImageRecord
 from gridcap.common.errors import MismatchError, StoreError
 from gridcap.common.store.reader import FeatureStore
 from gridcap.common.store.shard import ShardWriter
+from gridcap.train.data.batch import pad_captions
+from gridcap.train.data.captioned import CaptionedImages
 from gridcap.train.data.order import EpochOrder
-from gridcap.train.data.stream import CaptionedImages, CaptionStream, choose_captions, choose_views, pad_captions
+from gridcap.train.data.stream import CaptionStream, StreamOptions, sample_captions, sample_views
 from gridcap.train.data.vocabulary import BOS, EOS, PAD, Vocabulary
 from gridcap.train.engine.distributed import Ranks
 
@@ -45,7 +47,7 @@ def vocabulary(data):
 
 @pytest.fixture
 def stream(data, vocabulary):
-    return CaptionStream(data, vocabulary, batch_size=4, per_image=2, max_length=10, seed=5)
+    return CaptionStream(data, vocabulary, StreamOptions(batch_size=4, captions_per_image=2, max_length=10, seed=5))
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +76,7 @@ def test_a_flipped_bit_in_a_grid_trains_nothing(tmp_path, new_data, vocabulary):
     content[place] ^= 0x10
     with open(shard, "r+b") as file:  # the same file, as a failing disk would have it
         file.write(content)
-    stream = CaptionStream(data, vocabulary, batch_size=4, per_image=2, max_length=10)
+    stream = CaptionStream(data, vocabulary, StreamOptions(batch_size=4, captions_per_image=2, max_length=10))
     with pytest.raises(StoreError, match=f"{shard.name}: row 2 is damaged"):
         list(stream.epoch(0))
 
@@ -89,27 +91,27 @@ def texts_of(batch, vocabulary):
 
 @given(st.integers(1, 12), st.integers(1, 12), NUMBERS, NUMBERS, NUMBERS)
 def test_captions_are_chosen_without_repeats(available, wanted, seed, epoch, row):
-    chosen = choose_captions(available, wanted, seed, epoch, row)
+    chosen = sample_captions(available, wanted, seed, epoch, row)
     assert len(chosen) == len(set(chosen)) == min(available, wanted)
     assert set(chosen) <= set(range(available))
-    assert chosen == choose_captions(available, wanted, seed, epoch, row)
+    assert chosen == sample_captions(available, wanted, seed, epoch, row)
 
 
 def test_the_choice_of_captions_depends_on_seed_epoch_and_image():
     several = {
-        "epoch": {tuple(choose_captions(30, 5, 0, epoch, 0)) for epoch in range(8)},
-        "seed": {tuple(choose_captions(30, 5, seed, 0, 0)) for seed in range(8)},
-        "row": {tuple(choose_captions(30, 5, 0, 0, row)) for row in range(8)},
+        "epoch": {tuple(sample_captions(30, 5, 0, epoch, 0)) for epoch in range(8)},
+        "seed": {tuple(sample_captions(30, 5, seed, 0, 0)) for seed in range(8)},
+        "row": {tuple(sample_captions(30, 5, 0, 0, row)) for row in range(8)},
     }
     assert {name: len(choices) for name, choices in several.items()} == {"epoch": 8, "seed": 8, "row": 8}
 
 
 def test_every_caption_is_chosen_in_some_epoch():
-    assert {i for epoch in range(60) for i in choose_captions(7, 2, 0, epoch, 3)} == set(range(7))
+    assert {i for epoch in range(60) for i in sample_captions(7, 2, 0, epoch, 3)} == set(range(7))
 
 
 def test_padding_fills_short_captions_and_absent_ones():
-    tokens = pad_captions([[[BOS, 7, EOS], [BOS, EOS]], [[BOS, 8, 9, EOS]]], per_image=3)
+    tokens = pad_captions([[[BOS, 7, EOS], [BOS, EOS]], [[BOS, 8, 9, EOS]]], captions_per_image=3)
     assert tokens.dtype == torch.int64
     assert tokens.tolist() == [
         [[BOS, 7, EOS, PAD], [BOS, EOS, PAD, PAD], [PAD] * 4],
@@ -162,13 +164,13 @@ def test_each_row_of_tokens_is_framed_and_padded_at_its_end_only(stream):
 def test_words_are_the_places_of_what_is_to_be_predicted(stream):
     for batch in [*stream.epoch(0), *stream.in_order()]:
         targets = batch.tokens[..., 1:].flatten().tolist()
-        assert batch.words.dtype == torch.int64
-        assert batch.words.tolist() == [place for place, word in enumerate(targets) if word != PAD]
-        assert torch.equal(batch.to(torch.device("cpu")).words, batch.words)
+        assert batch.target_index.dtype == torch.int64
+        assert batch.target_index.tolist() == [place for place, word in enumerate(targets) if word != PAD]
+        assert torch.equal(batch.to(torch.device("cpu")).target_index, batch.target_index)
 
 
 def test_captions_are_cut_to_max_length(data, vocabulary):
-    stream = CaptionStream(data, vocabulary, batch_size=COUNT, per_image=4, max_length=2)
+    stream = CaptionStream(data, vocabulary, StreamOptions(batch_size=COUNT, captions_per_image=4, max_length=2))
     (batch,) = stream.epoch(0)
     assert batch.tokens.shape[-1] == 4
 
@@ -194,7 +196,7 @@ def test_in_order_gives_the_first_k_captions_in_the_order_of_the_store(vocabular
 
 
 def test_stopping_an_epoch_early_leaves_no_thread(data, vocabulary):
-    stream = CaptionStream(data, vocabulary, batch_size=1, per_image=1, max_length=5)
+    stream = CaptionStream(data, vocabulary, StreamOptions(batch_size=1, captions_per_image=1, max_length=5))
     before = set(threading.enumerate())
     batches = stream.epoch(0)
     next(batches)
@@ -212,7 +214,7 @@ def test_only_a_few_batches_are_read_ahead(data, vocabulary, monkeypatch):
             return super().submit(*args)
 
     monkeypatch.setattr("gridcap.train.data.stream.ThreadPoolExecutor", Pool)
-    batches = CaptionStream(data, vocabulary, batch_size=1, per_image=1, max_length=5).epoch(0)
+    batches = CaptionStream(data, vocabulary, StreamOptions(batch_size=1, captions_per_image=1, max_length=5)).epoch(0)
     for taken in range(1, 6):
         next(batches)
         assert taken < len(asked_for) < taken + 6
@@ -231,7 +233,7 @@ def test_a_read_error_reaches_the_one_who_iterates(tmp_path, new_store):
     with open(tmp_path / "s" / "00000.h5", "r+b") as file:
         file.truncate(64)
     with pytest.raises(StoreError, match=r"00000\.h5"):
-        list(CaptionStream(data, Vocabulary.build(["x"]), 4, 1, 5).epoch(0))
+        list(CaptionStream(data, Vocabulary.build(["x"]), StreamOptions(4, 1, 5)).epoch(0))
 
 
 # --- from the middle of an epoch ---
@@ -247,8 +249,8 @@ def contents(batch):
 def test_an_epoch_begun_at_a_step_goes_on_as_the_whole_epoch_does(
     data, vocabulary, shuffle, parts, at_once, monkeypatch
 ):
-    monkeypatch.setattr("gridcap.train.data.stream._STEPS_AT_ONCE", at_once)
-    stream = CaptionStream(data, vocabulary, 4, 2, 10, seed=5, shuffle=shuffle, parts=parts)
+    monkeypatch.setattr("gridcap.train.data.stream._STEPS_PER_ORDER_CALL", at_once)
+    stream = CaptionStream(data, vocabulary, StreamOptions(4, 2, 10, seed=5, shuffle=shuffle, grad_accum_steps=parts))
     every = [contents(batch) for batch in stream.epoch(2)]
     for first in range(len(stream) + 1):
         assert [contents(batch) for batch in stream.epoch(2, first)] == every[first * parts :]
@@ -256,9 +258,9 @@ def test_an_epoch_begun_at_a_step_goes_on_as_the_whole_epoch_does(
 
 @pytest.mark.parametrize("at_once", [1, 2, 64])
 def test_the_order_of_an_epoch_is_the_one_of_the_seed_and_the_shuffle(data, vocabulary, at_once, monkeypatch):
-    monkeypatch.setattr("gridcap.train.data.stream._STEPS_AT_ONCE", at_once)
+    monkeypatch.setattr("gridcap.train.data.stream._STEPS_PER_ORDER_CALL", at_once)
     for shuffle in ("rows", "blocks"):
-        stream = CaptionStream(data, vocabulary, 4, 2, 10, seed=8, shuffle=shuffle)
+        stream = CaptionStream(data, vocabulary, StreamOptions(4, 2, 10, seed=8, shuffle=shuffle))
         seen = np.concatenate([batch.images for batch in stream.epoch(6)])
         assert seen.tolist() == EpochOrder(COUNT, 8, 6, shuffle)[0:COUNT].tolist()
 
@@ -266,10 +268,15 @@ def test_the_order_of_an_epoch_is_the_one_of_the_seed_and_the_shuffle(data, voca
 # --- split over processes and parts ---
 
 
+def with_options(stream, **changes):
+    return replace(stream, options=replace(stream.options, **changes))
+
+
 def split(stream, world, parts, epoch, first=0):
     """Per step, the batches of all processes, in the order of the processes."""
     everywhere = [
-        list(replace(stream, ranks=Ranks(rank, world, rank), parts=parts).epoch(epoch, first)) for rank in range(world)
+        list(with_options(stream, ranks=Ranks(rank, world, rank), grad_accum_steps=parts).epoch(epoch, first))
+        for rank in range(world)
     ]
     steps = len(stream) - first
     assert all(len(batches) == steps * parts for batches in everywhere), "the same count of batches everywhere"
@@ -291,7 +298,7 @@ def test_processes_and_parts_split_each_steps_images_exactly(two_views, drawn, b
     whole_data, vocabulary = two_views
     count = drawn.draw(st.integers(1, len(whole_data)), label="count")
     data = replace(whole_data, rows=whole_data.rows[:count], captions=whole_data.captions[:count])
-    stream = CaptionStream(data, vocabulary, batch_size, per_image, 10, seed=3)
+    stream = CaptionStream(data, vocabulary, StreamOptions(batch_size, per_image, 10, seed=3))
     alone = list(stream.epoch(4))
     shared = split(stream, world, parts, 4)
     assert len(alone) == len(shared) == -(-count // batch_size)
@@ -305,7 +312,7 @@ def test_processes_and_parts_split_each_steps_images_exactly(two_views, drawn, b
 
 def test_a_share_without_images_is_an_empty_batch(data, vocabulary):
     """23 images in steps of 4: the last has 3 for 2 processes of 3 parts."""
-    stream = CaptionStream(data, vocabulary, 4, 2, 10)
+    stream = CaptionStream(data, vocabulary, StreamOptions(4, 2, 10))
     last = split(stream, 2, 3, 0)[-1]
     assert [len(batch.images) for batch in last] == [1, 1, 1, 0, 0, 0]
     for batch in last[3:]:
@@ -315,30 +322,30 @@ def test_a_share_without_images_is_an_empty_batch(data, vocabulary):
         assert batch.tokens.shape[:2] == (0, 2)
         assert batch.tokens.shape[2] >= 2, "one may take the last token off"
         assert batch.tokens.dtype == torch.int64
-        assert batch.words.tolist() == []
+        assert batch.target_index.tolist() == []
 
 
 def test_an_empty_batch_of_a_store_with_two_views(two_views):
     data, vocabulary = two_views
-    stream = CaptionStream(data, vocabulary, 1, 2, 10)
+    stream = CaptionStream(data, vocabulary, StreamOptions(1, 2, 10))
     assert [len(batch.images) for batch in split(stream, 1, 2, 0, len(data) - 1)[0]] == [1, 0]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
 def test_in_order_over_processes_covers_every_image_once(data, vocabulary, world):
-    stream = CaptionStream(data, vocabulary, 4, 2, 10)
+    stream = CaptionStream(data, vocabulary, StreamOptions(4, 2, 10))
     alone = {image: words for batch in stream.in_order() for image, words in words_of(batch).items()}
     found = [
         (int(image), rank)
         for rank in range(world)
-        for batch in replace(stream, ranks=Ranks(rank, world, 0)).in_order()
+        for batch in with_options(stream, ranks=Ranks(rank, world, 0)).in_order()
         for image in batch.images
     ]
     assert sorted(image for image, _ in found) == list(range(COUNT))
     assert len({rank for _, rank in found}) == min(world, len(stream)), "each has a share, as long as there are batches"
     shared = {}
     for rank in range(world):
-        for batch in replace(stream, ranks=Ranks(rank, world, 0)).in_order():
+        for batch in with_options(stream, ranks=Ranks(rank, world, 0)).in_order():
             shared |= words_of(batch)
     assert shared == alone
 
@@ -383,7 +390,7 @@ def test_join_counts_what_it_leaves_out_and_keeps_the_order_of_the_store(tmp_pat
     assert data.rows.tolist() == [0, 2, 9]
     assert data.captions == [("text 0",), ("text 2",), ("text 9",)]
     assert len(data) == 3
-    assert data.left_out == {"not in the feature store": 3, "rejected in extraction": 2, "without captions": 4}
+    assert data.left_out == {"not in the feature store": 3, "invalid in the feature store": 2, "without captions": 4}
 
 
 def test_an_id_that_means_two_files_is_refused_with_both_names(tmp_path, new_store):
@@ -405,13 +412,13 @@ def test_nothing_in_common_is_refused_with_both_sources(tmp_path, new_store):
 
 def test_each_epoch_draws_a_view_of_each_image_whatever_batch_it_is_in():
     rows = np.arange(400)
-    drawn = [choose_views(2, 7, epoch, rows) for epoch in range(6)]
+    drawn = [sample_views(2, 7, epoch, rows) for epoch in range(6)]
     for views in drawn:
         assert set(views) == {0, 1}
         assert 140 < views.sum() < 260
     assert len({views.tobytes() for views in drawn}) == 6
-    np.testing.assert_array_equal(choose_views(2, 7, 3, rows[[5, 90]]), drawn[3][[5, 90]])
-    assert choose_views(2, 8, 0, rows).tolist() != drawn[0].tolist()
+    np.testing.assert_array_equal(sample_views(2, 7, 3, rows[[5, 90]]), drawn[3][[5, 90]])
+    assert sample_views(2, 8, 0, rows).tolist() != drawn[0].tolist()
 
 
 def test_training_sees_the_drawn_view_and_validation_the_original(tmp_path):
@@ -426,11 +433,11 @@ def test_training_sees_the_drawn_view_and_validation_the_original(tmp_path):
         writer.finish()
     records = [ImageRecord(i, names[i], ("a cat",)) for i in range(2, 12)]  # so rows are other numbers than positions
     data = CaptionedImages.join(FeatureStore(tmp_path / "s.h5"), records, Path("captions"))
-    stream = CaptionStream(data, Vocabulary.build(["a cat"]), 5, 1, 10, seed=3)
+    stream = CaptionStream(data, Vocabulary.build(["a cat"]), StreamOptions(5, 1, 10, seed=3))
     for epoch in range(3):
         for batch in stream.epoch(epoch):
             rows = data.rows[batch.images]
-            signs = 1 - 2 * choose_views(2, 3, epoch, rows)
+            signs = 1 - 2 * sample_views(2, 3, epoch, rows)
             want = (grids[rows] * signs[:, None, None, None]).reshape(len(rows), 4, 3)
             np.testing.assert_array_equal(batch.grids.numpy(), want)
     np.testing.assert_array_equal(

@@ -17,34 +17,34 @@ def test_tokens_are_lower_case_words_without_punctuation():
 def test_special_ids_are_distinct_and_come_first():
     vocabulary = Vocabulary.build(CAPTIONS)
     assert (PAD, len({PAD, BOS, EOS, UNK})) == (0, 4)
-    assert [vocabulary.words[i] for i in (PAD, BOS, EOS, UNK)] == list(SPECIALS)
+    assert [vocabulary.tokens[i] for i in (PAD, BOS, EOS, UNK)] == list(SPECIALS)
 
 
 def test_words_stand_from_the_commonest_to_the_rarest_and_ties_in_alphabetical_order():
-    words = Vocabulary.build(CAPTIONS).words
+    words = Vocabulary.build(CAPTIONS).tokens
     assert words[4:] == ["a", "cat", "dog", "the", "and", "zebra"]
-    assert Vocabulary.build(reversed(CAPTIONS)).words == words
+    assert Vocabulary.build(reversed(CAPTIONS)).tokens == words
 
 
 def test_words_are_counted_not_captions():
-    assert Vocabulary.build(["b b b", "a", "a"]).words[4:] == ["b", "a"]
+    assert Vocabulary.build(["b b b", "a", "a"]).tokens[4:] == ["b", "a"]
 
 
 def test_min_count_leaves_out_words_seen_fewer_times():
-    assert Vocabulary.build(CAPTIONS, min_count=2).words[4:] == ["a", "cat", "dog", "the"]
-    assert Vocabulary.build(CAPTIONS, min_count=3).words[4:] == ["a"]
+    assert Vocabulary.build(CAPTIONS, min_count=2).tokens[4:] == ["a", "cat", "dog", "the"]
+    assert Vocabulary.build(CAPTIONS, min_count=3).tokens[4:] == ["a"]
 
 
 @pytest.mark.parametrize(("max_size", "kept"), [(5, ["a"]), (7, ["a", "cat", "dog"]), (10, None), (None, None)])
 def test_max_size_counts_the_specials(max_size, kept):
     vocabulary = Vocabulary.build(CAPTIONS, max_size=max_size)
-    assert vocabulary.words[4:] == (kept or ["a", "cat", "dog", "the", "and", "zebra"])
+    assert vocabulary.tokens[4:] == (kept or ["a", "cat", "dog", "the", "and", "zebra"])
     assert len(vocabulary) == (max_size or 10)
 
 
 def test_encode_frames_the_words_and_maps_unknown_ones_to_unk():
     vocabulary = Vocabulary.build(CAPTIONS)
-    a, dog = vocabulary.words.index("a"), vocabulary.words.index("dog")
+    a, dog = vocabulary.tokens.index("a"), vocabulary.tokens.index("dog")
     assert vocabulary.encode("A purple dog!", 10) == [BOS, a, UNK, dog, EOS]
 
 
@@ -61,7 +61,7 @@ def test_text_of_a_special_is_not_taken_for_it():
 
 def test_decode_stops_at_the_first_eos_and_leaves_out_bos_and_pad():
     vocabulary = Vocabulary.build(CAPTIONS)
-    a, dog = vocabulary.words.index("a"), vocabulary.words.index("dog")
+    a, dog = vocabulary.tokens.index("a"), vocabulary.tokens.index("dog")
     assert vocabulary.decode([BOS, a, PAD, dog, EOS, dog, PAD]) == "a dog"
     assert vocabulary.decode([a, dog]) == "a dog"
     assert vocabulary.decode([EOS, a]) == ""
@@ -76,7 +76,7 @@ def test_decode_undoes_encode_for_known_words(words):
 @given(st.lists(st.text(max_size=30), max_size=6), st.integers(5, 20))
 def test_any_text_gives_a_sound_vocabulary_and_sound_ids(captions, max_size):
     vocabulary = Vocabulary.build(captions, max_size=max_size)
-    assert len(vocabulary) == len(set(vocabulary.words)) <= max_size
+    assert len(vocabulary) == len(set(vocabulary.tokens)) <= max_size
     for caption in captions:
         ids = vocabulary.encode(caption, 7)
         assert ids[0] == BOS
@@ -89,7 +89,7 @@ def test_what_is_saved_is_loaded_with_the_same_ids(tmp_path):
     vocabulary = Vocabulary.build(["naïve café “quoted”", *CAPTIONS])
     vocabulary.save(tmp_path / "v.json")
     again = Vocabulary.load(tmp_path / "v.json")
-    assert again.words == vocabulary.words
+    assert again.tokens == vocabulary.tokens
     assert again.encode("a naïve zebra", 9) == vocabulary.encode("a naïve zebra", 9)
 
 
@@ -100,12 +100,13 @@ def test_what_is_saved_is_loaded_with_the_same_ids(tmp_path):
         "{",
         "[]",
         "null",
-        '{"words": null}',
-        '{"words": 3}',
-        '{"nothing": []}',
-        '{"words": ["a", "b"]}',
-        json.dumps({"words": [*SPECIALS, "dog", "dog"]}),
-        json.dumps({"words": [*SPECIALS[::-1], "dog"]}),
+        '{"version": 2, "tokens": null}',
+        '{"version": 2, "tokens": 3}',
+        '{"version": 2, "nothing": []}',
+        '{"version": 2, "tokens": ["a", "b"]}',
+        json.dumps({"version": 2, "tokens": [*SPECIALS, "dog", "dog"]}),
+        json.dumps({"version": 2, "tokens": [*SPECIALS[::-1], "dog"]}),
+        json.dumps({"version": 1, "words": [*SPECIALS, "dog"]}),
     ],
 )
 def test_a_damaged_file_is_refused_by_name(tmp_path, text):

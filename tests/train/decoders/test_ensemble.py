@@ -8,7 +8,7 @@ import torch
 from gridcap.common.config import AttentionConfig, LstmConfig, TransformerConfig
 from gridcap.train.decoders.build import build_decoder
 from gridcap.train.decoders.ensemble import Ensemble
-from gridcap.train.decoding.search import beam_search
+from gridcap.train.decoding.beam import BeamOptions, beam_search
 
 torch.set_num_threads(1)
 
@@ -77,9 +77,9 @@ def test_a_blind_member_stays_blind(grid, tokens):
 def test_searches_like_any_decoder(grid):
     member = build("transformer")
     ensemble = Ensemble([member, copy.deepcopy(member), copy.deepcopy(member)])
-    one, three = (beam_search(decoder, grid, 3, 6) for decoder in (member, ensemble))
+    one, three = (beam_search(decoder, grid, BeamOptions(3, 6)) for decoder in (member, ensemble))
     assert [found.tokens for found in one] == [found.tokens for found in three]
-    mixed = beam_search(Ensemble([build(family) for family in CONFIGS]), grid, 3, 6)
+    mixed = beam_search(Ensemble([build(family) for family in CONFIGS]), grid, BeamOptions(3, 6))
     assert all(found.attention.shape == (len(found.tokens), 4) for found in mixed)
 
 

@@ -12,17 +12,11 @@ from hypothesis import strategies as st
 from gridcap.common.config import CaptionConfig
 from gridcap.train.data.vocabulary import BOS, EOS, PAD, UNK
 from gridcap.train.decoders.base import Decoder
+from gridcap.train.decoding.base import mask_special_tokens, token_log_probs
+from gridcap.train.decoding.beam import BeamOptions, beam_search, beam_search_nbest
+from gridcap.train.decoding.generate import generate_captions, generate_nbest
 from gridcap.train.decoding.mbr import mean_similarity
-from gridcap.train.decoding.search import (
-    _draw,
-    beam_alternatives,
-    beam_search,
-    mask_special_tokens,
-    sample_tokens,
-    search_alternatives,
-    search_captions,
-    token_log_probs,
-)
+from gridcap.train.decoding.sampling import SamplingOptions, _choose, sample_tokens
 
 V = 7  # PAD, BOS, EOS, UNK and three words
 WORDS = (4, 5, 6)
@@ -146,7 +140,7 @@ SOME = settings(max_examples=25, deadline=None)
 @given(SEEDS, st.sampled_from([-1.0, 0.0, 1.0]))
 def test_one_beam_equals_an_argmax_loop(seed, end):
     decoder = random_decoder(seed, end=end)
-    found = beam_search(decoder, grids(0, 1, 2, 3), 1, LONGEST)
+    found = beam_search(decoder, grids(0, 1, 2, 3), BeamOptions(1, LONGEST))
     assert [h.tokens for h in found] == [argmax_loop(decoder, image) for image in range(4)]
 
 
@@ -154,7 +148,7 @@ def test_one_beam_equals_an_argmax_loop(seed, end):
 @given(SEEDS, st.sampled_from([0.0, 1.0]), st.sampled_from([-2.0, 0.0]))
 def test_enough_beams_equal_brute_force_over_all_captions(seed, penalty, end):
     decoder = random_decoder(seed, end=end)
-    found = beam_search(decoder, grids(0, 1, 2, 3), EVERYTHING, LONGEST, penalty)
+    found = beam_search(decoder, grids(0, 1, 2, 3), BeamOptions(EVERYTHING, LONGEST, penalty))
     for image, hypothesis in enumerate(found):
         assert hypothesis.tokens == best_of_all(decoder, image, penalty)
         assert hypothesis.log_prob == pytest.approx(log_prob(decoder, image, hypothesis.tokens), abs=1e-4)
@@ -165,7 +159,9 @@ def test_enough_beams_equal_brute_force_over_all_captions(seed, penalty, end):
 def test_alternatives_are_the_best_of_all_captions_in_their_order(seed, penalty):
     decoder = random_decoder(seed, images=2)
     captions = [list(c) for n in range(LONGEST + 1) for c in itertools.product(WORDS, repeat=n)]
-    for image, found in enumerate(beam_alternatives(decoder, grids(0, 1), EVERYTHING, LONGEST, penalty, count=5)):
+    for image, found in enumerate(
+        beam_search_nbest(decoder, grids(0, 1), BeamOptions(EVERYTHING, LONGEST, penalty), count=5)
+    ):
         scores = {tuple(w): log_prob(decoder, image, w) / max(1, len(w)) ** penalty for w in captions}
         best = sorted(scores, key=scores.__getitem__, reverse=True)[:5]
         assert [scores[tuple(h.tokens)] for h in found] == pytest.approx([scores[words] for words in best], abs=1e-4)
@@ -177,7 +173,7 @@ def test_length_penalty_favours_longer_captions():
     table[0, code_of([BOS, 4]), 5] = 0.0
     table[0, code_of([BOS, 4, 5]), EOS] = 0.0
     decoder = TableDecoder(table)
-    short, long = (beam_search(decoder, grids(0), 3, LONGEST, penalty)[0].tokens for penalty in (0.0, 1.0))
+    short, long = (beam_search(decoder, grids(0), BeamOptions(3, LONGEST, penalty))[0].tokens for penalty in (0.0, 1.0))
     assert (short, long) == ([], [4, 5])
 
 
@@ -186,7 +182,7 @@ def test_length_penalty_favours_longer_captions():
 def test_pad_bos_and_unk_are_never_written(seed, beams):
     decoder = random_decoder(seed)
     decoder.table[..., [PAD, BOS, UNK]] += 20
-    for hypothesis in beam_search(decoder, grids(0, 1, 2, 3), beams, LONGEST):
+    for hypothesis in beam_search(decoder, grids(0, 1, 2, 3), BeamOptions(beams, LONGEST)):
         assert set(hypothesis.tokens) <= set(WORDS)
 
 
@@ -195,8 +191,8 @@ def test_pad_bos_and_unk_are_never_written(seed, beams):
 def test_a_batch_gives_the_same_as_one_image_at_a_time(seed, beams, penalty, end):
     decoder = random_decoder(seed, end=end)
     order = (2, 0, 3, 1, 2)
-    together = beam_search(decoder, grids(*order), beams, LONGEST, penalty)
-    alone = [beam_search(decoder, grids(image), beams, LONGEST, penalty)[0] for image in order]
+    together = beam_search(decoder, grids(*order), BeamOptions(beams, LONGEST, penalty))
+    alone = [beam_search(decoder, grids(image), BeamOptions(beams, LONGEST, penalty))[0] for image in order]
     for a, b in zip(together, alone, strict=True):
         assert a.tokens == b.tokens
         assert a.log_prob == pytest.approx(b.log_prob, abs=1e-5)
@@ -208,7 +204,7 @@ def test_a_batch_gives_the_same_as_one_image_at_a_time(seed, beams, penalty, end
 @given(SEEDS, st.integers(1, 5), st.sampled_from([-100.0, 0.0]))
 def test_log_probability_is_that_of_the_words_with_eos_if_it_ended(seed, beams, end):
     decoder = random_decoder(seed, end=end)
-    for image, found in enumerate(beam_search(decoder, grids(0, 1, 2, 3), beams, LONGEST)):
+    for image, found in enumerate(beam_search(decoder, grids(0, 1, 2, 3), BeamOptions(beams, LONGEST))):
         possible = [log_prob(decoder, image, found.tokens, ended) for ended in (True, False)]
         if len(found.tokens) < LONGEST:
             possible.pop()
@@ -220,7 +216,7 @@ def test_without_an_end_the_best_unended_hypothesis_of_max_length_is_taken(beams
     decoder = random_decoder(0)
     decoder.table[..., EOS] = -torch.inf
     for longest in (1, 2, LONGEST):
-        for image, found in enumerate(beam_search(decoder, grids(0, 1, 2, 3), beams, longest)):
+        for image, found in enumerate(beam_search(decoder, grids(0, 1, 2, 3), BeamOptions(beams, longest))):
             assert len(found.tokens) == longest
             assert found.log_prob == pytest.approx(log_prob(decoder, image, found.tokens, ended=False), abs=1e-4)
             if beams == 1:
@@ -231,7 +227,7 @@ def test_an_ended_hypothesis_goes_before_an_unended_one():
     table = torch.zeros(1, V ** (LONGEST + 1), V)
     table[..., EOS] = -torch.inf
     table[0, code_of([BOS]), EOS] = 2.0
-    assert beam_search(TableDecoder(table), grids(0), 2, LONGEST)[0].tokens == []
+    assert beam_search(TableDecoder(table), grids(0), BeamOptions(2, LONGEST))[0].tokens == []
 
 
 @SOME
@@ -239,7 +235,7 @@ def test_an_ended_hypothesis_goes_before_an_unended_one():
 def test_each_words_attention_is_of_the_history_before_it(seed, beams):
     decoder = random_decoder(seed, end=-2.0)
     order = (3, 1, 0)
-    for image, found in zip(order, beam_search(decoder, grids(*order), beams, LONGEST), strict=True):
+    for image, found in zip(order, beam_search(decoder, grids(*order), BeamOptions(beams, LONGEST)), strict=True):
         if not found.tokens:
             continue
         assert found.attention.dtype == np.float32
@@ -251,12 +247,12 @@ def test_each_words_attention_is_of_the_history_before_it(seed, beams):
 
 def test_a_decoder_without_attention_gives_none():
     decoder = random_decoder(0, with_attention=False)
-    assert all(h.attention is None for h in beam_search(decoder, grids(0, 1), 2, LONGEST))
+    assert all(h.attention is None for h in beam_search(decoder, grids(0, 1), BeamOptions(2, LONGEST)))
 
 
 def test_more_beams_than_words_work():
     decoder = random_decoder(1)
-    assert beam_search(decoder, grids(0), 50, LONGEST)[0].tokens == best_of_all(decoder, 0, 0.0)
+    assert beam_search(decoder, grids(0), BeamOptions(50, LONGEST))[0].tokens == best_of_all(decoder, 0, 0.0)
 
 
 def test_grids_are_projected_once():
@@ -264,14 +260,14 @@ def test_grids_are_projected_once():
     calls = []
     real = decoder._project
     decoder._project = lambda grid: (calls.append(grid.shape), real(grid))[1]
-    beam_search(decoder, grids(0, 1, 2), 5, LONGEST)
+    beam_search(decoder, grids(0, 1, 2), BeamOptions(5, LONGEST))
     assert calls == [(3, 2, 3)]
 
 
 def test_search_keeps_no_gradients():
     decoder = random_decoder(2)
     decoder.table.requires_grad_()
-    assert isinstance(beam_search(decoder, grids(0), 2, LONGEST)[0].log_prob, float)
+    assert isinstance(beam_search(decoder, grids(0), BeamOptions(2, LONGEST))[0].log_prob, float)
 
 
 # ------------------------------------------------------------------------------------------------- blocked trigrams
@@ -311,7 +307,7 @@ def blocked_argmax_loop(decoder, longest):
 def test_one_blocked_beam_equals_a_loop_that_looks_for_repeated_trigrams(seed, words, end):
     decoder = random_chain(seed, words, end)
     wanted, ended = blocked_argmax_loop(decoder, 12)
-    for found in beam_search(decoder, grids(0, 0), 1, 12, block_trigrams=True):
+    for found in beam_search(decoder, grids(0, 0), BeamOptions(1, 12, block_trigrams=True)):
         assert found.tokens == wanted
         assert found.log_prob == pytest.approx(chain_log_prob(decoder, wanted, ended), abs=1e-3)
 
@@ -322,7 +318,7 @@ def test_enough_blocked_beams_equal_brute_force_over_all_captions_without_repeat
     decoder = random_chain(seed, words=2, end=-3.0)
     captions = [list(c) for n in range(8) for c in itertools.product((4, 5), repeat=n) if not repeats(c)]
     best = max(chain_log_prob(decoder, words) / max(1, len(words)) ** penalty for words in captions)
-    (found,) = beam_search(decoder, grids(0), 300, 7, penalty, block_trigrams=True)
+    (found,) = beam_search(decoder, grids(0), BeamOptions(300, 7, penalty, block_trigrams=True))
     assert not repeats(found.tokens)
     assert found.log_prob == pytest.approx(chain_log_prob(decoder, found.tokens), abs=1e-3)
     assert found.log_prob / max(1, len(found.tokens)) ** penalty == pytest.approx(best, abs=1e-3), "or one that ties"
@@ -335,7 +331,7 @@ def test_no_beam_of_any_image_repeats_a_trigram(seed, beams):
     table = random_chain(seed, end=-3.0).table
     decoder = random_decoder(seed)
     decoder.step = lambda tokens, state, memory: (table[tokens] + memory[0][:, None, None] * table[3], state, None)
-    for found in beam_search(decoder, grids(0, 1, 2, 3), beams, 15, block_trigrams=True):
+    for found in beam_search(decoder, grids(0, 1, 2, 3), BeamOptions(beams, 15, block_trigrams=True)):
         assert not repeats(found.tokens)
 
 
@@ -349,8 +345,8 @@ def lover_of_one_word():
 @pytest.mark.parametrize("beams", [1, 4])
 def test_a_decoder_that_loves_to_repeat_is_stopped_by_eos_which_is_never_blocked(beams):
     decoder = lover_of_one_word()
-    assert beam_search(decoder, grids(0), 1, 9)[0].tokens == [4] * 9
-    (found,) = beam_search(decoder, grids(0), beams, 9, 1.0, block_trigrams=True)
+    assert beam_search(decoder, grids(0), BeamOptions(1, 9))[0].tokens == [4] * 9
+    (found,) = beam_search(decoder, grids(0), BeamOptions(beams, 9, 1.0, block_trigrams=True))
     assert found.tokens == [4, 4, 4]
     assert found.log_prob == pytest.approx(-30.0, abs=1e-3)
 
@@ -361,7 +357,13 @@ def test_a_trigram_may_share_two_words_with_an_earlier_one():
         table[a, b] = 9.0
     table[5, 6] = 1.0  # after 4 5 4 5, the second 4 is blocked
     table[6, EOS] = 9.0
-    assert beam_search(ChainDecoder(table), grids(0), 1, 9, block_trigrams=True)[0].tokens == [4, 5, 4, 5, 6]
+    assert beam_search(ChainDecoder(table), grids(0), BeamOptions(1, 9, block_trigrams=True))[0].tokens == [
+        4,
+        5,
+        4,
+        5,
+        6,
+    ]
 
 
 # --------------------------------------------------------------------------------------------- log-probabilities
@@ -406,7 +408,9 @@ def seeded(seed=0):
 
 
 def draw(decoder, images, samples, longest=LONGEST, seed=0, **options):
-    return sample_tokens(decoder, decoder.encode(grids(*images)), samples, longest, generator=seeded(seed), **options)
+    return sample_tokens(
+        decoder, decoder.encode(grids(*images)), samples, SamplingOptions(longest, **options), generator=seeded(seed)
+    )
 
 
 def drawn_from(logits, temperature=1.0, top_k=None, top_p=None):
@@ -472,8 +476,8 @@ def test_captions_come_as_often_as_their_probability_says(options):
 def test_the_narrowest_sampling_equals_greedy_search(seed, options):
     decoder, images = random_decoder(seed), grids(0, 1, 2, 3)
     settings = CaptionConfig(decoding="sample", max_length=LONGEST, **options)
-    greedy = beam_search(decoder, images, 1, LONGEST)
-    for found, wanted in zip(search_captions(decoder, images, settings), greedy, strict=True):
+    greedy = beam_search(decoder, images, BeamOptions(1, LONGEST))
+    for found, wanted in zip(generate_captions(decoder, images, settings), greedy, strict=True):
         assert found.tokens == wanted.tokens
         assert found.log_prob == pytest.approx(wanted.log_prob, abs=1e-4)
         assert np.array_equal(found.attention, wanted.attention)
@@ -594,8 +598,8 @@ def test_drawn_tokens_may_go_into_training_and_hold_no_gradients():
 )
 def test_at_the_very_edges_nothing_is_drawn_that_has_no_probability(noise, token):
     probs = torch.tensor([[[0.0, 0.0, 0.25, 0.0, 0.25, 0.5, 0.0]]])
-    assert _draw(probs, torch.tensor([[noise]])).item() == token
-    assert _draw(probs * 0.375, torch.tensor([[noise]])).item() == token, "up to a factor"
+    assert _choose(probs, torch.tensor([[noise]])).item() == token
+    assert _choose(probs * 0.375, torch.tensor([[noise]])).item() == token, "up to a factor"
 
 
 def test_a_decoder_that_gives_nan_draws_tokens_that_exist():
@@ -611,8 +615,8 @@ def test_a_decoder_that_gives_nan_draws_tokens_that_exist():
 def test_beam_search_gets_all_its_settings(beams, block):
     decoder = random_chain(3, end=-3.0)
     settings = CaptionConfig(beam_size=beams, max_length=11, length_penalty=0.3, block_trigrams=block)
-    found = search_captions(decoder, grids(0, 0), settings)
-    assert found == beam_search(decoder, grids(0, 0), beams, 11, 0.3, block)
+    found = generate_captions(decoder, grids(0, 0), settings)
+    assert found == beam_search(decoder, grids(0, 0), BeamOptions(beams, 11, 0.3, block))
     assert repeats(found[0].tokens) != block, "the settings must matter"
 
 
@@ -621,12 +625,12 @@ def test_consensus_takes_the_hypothesis_most_like_the_others_and_keeps_all():
     changed = 0
     for seed in range(10):
         decoder = random_chain(seed, words=5)
-        likeliest = search_alternatives(decoder, grids(0, 1), settings.model_copy(update={"mbr": False}))
-        agreed = search_alternatives(decoder, grids(0, 1), settings)
+        likeliest = generate_nbest(decoder, grids(0, 1), settings.model_copy(update={"mbr": False}))
+        agreed = generate_nbest(decoder, grids(0, 1), settings)
         for before, after in zip(likeliest, agreed, strict=True):
             assert sorted(h.tokens for h in before) == sorted(h.tokens for h in after)
             assert (np.diff(mean_similarity([h.tokens for h in after])) <= 1e-12).all()
-        assert search_captions(decoder, grids(0, 1), settings) == [image[0] for image in agreed]
+        assert generate_captions(decoder, grids(0, 1), settings) == [image[0] for image in agreed]
         changed += agreed != likeliest
     assert changed > 3, "the setting must matter"
 
@@ -642,16 +646,16 @@ def as_values(found):
 @given(SEEDS, st.sampled_from([1, 2, 3]))
 def test_one_generator_for_all_batches_gives_the_same_captions_whatever_their_size(seed, size):
     decoder, order = random_decoder(seed), (2, 0, 3, 1, 2, 0, 0)
-    together = search_captions(decoder, grids(*order), SAMPLE, seeded(seed))
+    together = generate_captions(decoder, grids(*order), SAMPLE, seeded(seed))
     generator, parts = seeded(seed), []
     for start in range(0, len(order), size):
-        parts += search_captions(decoder, grids(*order[start : start + size]), SAMPLE, generator)
+        parts += generate_captions(decoder, grids(*order[start : start + size]), SAMPLE, generator)
     assert as_values(parts) == as_values(together)
 
 
 def test_another_seed_samples_other_captions():
     decoder, images = random_decoder(4), grids(*[0] * 20)
-    first, again, other = (search_captions(decoder, images, SAMPLE, seeded(seed)) for seed in (1, 1, 2))
+    first, again, other = (generate_captions(decoder, images, SAMPLE, seeded(seed)) for seed in (1, 1, 2))
     assert as_values(first) == as_values(again)
     assert [h.tokens for h in first] != [h.tokens for h in other]
     assert len({tuple(h.tokens) for h in first}) > 3, "images are drawn apart"
@@ -662,7 +666,7 @@ def test_another_seed_samples_other_captions():
 def test_a_sampled_captions_log_prob_is_the_decoders_own_and_its_attention_of_the_words_before(seed, options, end):
     decoder, order = random_decoder(seed, end=end), (3, 1, 0)
     settings = SAMPLE.model_copy(update=options)
-    for image, found in zip(order, search_captions(decoder, grids(*order), settings, seeded(seed)), strict=True):
+    for image, found in zip(order, generate_captions(decoder, grids(*order), settings, seeded(seed)), strict=True):
         possible = [log_prob(decoder, image, found.tokens, ended) for ended in (True, False)]
         if len(found.tokens) < LONGEST:
             possible.pop()
@@ -676,7 +680,7 @@ def test_a_sampled_captions_log_prob_is_the_decoders_own_and_its_attention_of_th
 
 def test_sampling_from_a_decoder_without_attention_gives_none_and_makes_each_step_once():
     decoder = lover_of_one_word()
-    (found,) = search_captions(decoder, grids(0), CaptionConfig(decoding="sample", max_length=6))
+    (found,) = generate_captions(decoder, grids(0), CaptionConfig(decoding="sample", max_length=6))
     assert found.tokens == [4] * 6
     assert found.attention is None
     assert decoder.steps == 7
@@ -702,7 +706,7 @@ class LinearDecoder(TableDecoder):
 @pytest.mark.parametrize("search", ["beam", "sample"])
 def test_a_search_of_several_captions_packs_its_weights_and_unpacks_them(search):
     decoder = LinearDecoder().eval()
-    search_captions(decoder, torch.zeros(4, 1, 1), CaptionConfig(decoding=search, beam_size=2, max_length=3))
+    generate_captions(decoder, torch.zeros(4, 1, 1), CaptionConfig(decoding=search, beam_size=2, max_length=3))
     assert decoder.was_packed
     assert all(decoder.was_packed)
     assert "forward" not in vars(decoder.output)

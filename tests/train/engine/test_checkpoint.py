@@ -62,7 +62,7 @@ def test_a_loaded_decoder_gives_the_same_logits_to_the_bit(save, run, family, pr
     loaded = load_checkpoint(run)
     assert torch.equal(logits_of(loaded.decoder), logits_of(decoder))
     assert not load_checkpoint(run).decoder.training
-    assert loaded.vocabulary.words == VOCABULARY.words
+    assert loaded.vocabulary.tokens == VOCABULARY.tokens
     assert loaded.provenance == provenance()
     assert loaded.config == new_config(run, decoder=tiny_decoders[family])
     assert loaded.path == run / "checkpoints" / "step-00000001"

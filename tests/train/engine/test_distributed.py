@@ -96,7 +96,7 @@ import gridcap.train.engine.loop
 from gridcap.common.annotations import load_annotations
 from gridcap.common.config import PipelineConfig
 from gridcap.common.store.reader import FeatureStore
-from gridcap.train.data.stream import CaptionedImages
+from gridcap.train.data.captioned import CaptionedImages
 
 folder, rank = Path(sys.argv[1]), os.environ["RANK"]
 torch.set_num_threads(1)

@@ -9,9 +9,9 @@ import torch
 import gridcap.train.engine.loop as train_loop
 from gridcap.common.annotations import ImageRecord
 from gridcap.common.errors import CheckpointError, MismatchError, TrainingError, UserError
-from gridcap.train.data.stream import CaptionedImages
+from gridcap.train.data.captioned import CaptionedImages
 from gridcap.train.decoders.build import build_decoder
-from gridcap.train.decoding.search import beam_search
+from gridcap.train.decoding.beam import BeamOptions, beam_search
 from gridcap.train.engine.checkpoint import find_checkpoint, load_checkpoint, load_training_state
 from gridcap.train.engine.loop import fit
 from gridcap.train.engine.validation import validate
@@ -51,7 +51,7 @@ def test_the_loss_falls_and_the_captions_become_right(
     decoder, vocabulary = load_checkpoint(tmp_path / "run").decoder, load_checkpoint(tmp_path / "run").vocabulary
     for data in (train_data, val_data):
         grids = torch.from_numpy(data.store.rows(data.rows)).float().reshape(len(data), 4, 8)
-        for hypothesis, captions in zip(beam_search(decoder, grids, 1, 8), data.captions, strict=True):
+        for hypothesis, captions in zip(beam_search(decoder, grids, BeamOptions(1, 8)), data.captions, strict=True):
             _, color, shape = captions[0].split()
             right = {f"a {color} {shape}", f"a {shape} that is {color}", f"one {color} {shape} here"}
             assert vocabulary.decode(hypothesis.tokens) in right
@@ -114,7 +114,7 @@ def test_the_vocabulary_holds_no_word_of_validation_captions_only(tmp_path, new_
     store = new_store(tmp_path / "val.h5", grids, [900, 901, 902])
     val = CaptionedImages.join(store, records, tmp_path / "v.json")
     train(new_config(tmp_path / "run", epochs=1), train_data, val)
-    words = load_checkpoint(tmp_path / "run").vocabulary.words
+    words = load_checkpoint(tmp_path / "run").vocabulary.tokens
     assert "purple" not in words
     assert {"red", "green", "blue", "circle", "here"} <= set(words)
 
@@ -525,7 +525,7 @@ def test_a_run_begins_with_the_decoder_and_the_words_of_another_and_validates_th
     assert same_bits(seen[0], weights_of(start)), "validated before any step"
     assert not same_bits(seen[1], seen[0])
     loaded = load_checkpoint(tmp_path / "run")
-    assert loaded.vocabulary.words == load_checkpoint(start).vocabulary.words
+    assert loaded.vocabulary.tokens == load_checkpoint(start).vocabulary.tokens
     assert len(loaded.vocabulary) == 9
     assert logged(tmp_path / "run") == history
 

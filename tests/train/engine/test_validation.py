@@ -10,7 +10,7 @@ import torch.nn.functional as F  # noqa: N812
 from gridcap.common.config import TransformerConfig
 from gridcap.train.data.vocabulary import Vocabulary
 from gridcap.train.decoders.build import build_decoder
-from gridcap.train.decoding.search import beam_search
+from gridcap.train.decoding.beam import BeamOptions, beam_search
 from gridcap.train.engine.distributed import Ranks
 from gridcap.train.engine.validation import validate
 from gridcap.train.metrics.coco import cider
@@ -78,7 +78,7 @@ def test_cider_and_the_commonest_are_those_of_greedy_captions(tiny_decoders, voc
     decoder = build(tiny_decoders["attention"], vocabulary, 3)
     row = check(decoder)
     grids = torch.from_numpy(val_data.store.rows(val_data.rows)).float().reshape(len(val_data), 4, 8)
-    texts = [vocabulary.decode(h.tokens) for h in beam_search(decoder.eval(), grids, 1, 8)]
+    texts = [vocabulary.decode(h.tokens) for h in beam_search(decoder.eval(), grids, BeamOptions(1, 8))]
     truth = dict(enumerate(val_data.captions))
     assert row["val_cider"] == pytest.approx(cider(dict(enumerate(texts)), truth))
     assert row["val_commonest"] == max(Counter(texts).values()) / len(val_data)

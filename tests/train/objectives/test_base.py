@@ -5,7 +5,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from gridcap.common.config import AttentionConfig, LstmConfig, TrainConfig, TransformerConfig
-from gridcap.train.data.stream import CaptionBatch
+from gridcap.train.data.batch import CaptionBatch
 from gridcap.train.data.vocabulary import BOS, EOS, PAD, UNK
 from gridcap.train.decoders.base import Decoder
 from gridcap.train.decoders.build import build_decoder

@@ -97,7 +97,7 @@ class TestBuild:
 
     def test_words_outside_of_the_vocabulary_match_nothing_but_are_counted_as_the_words_they_are(self, data):
         whole = Vocabulary.build(text for captions in data.captions for text in captions)
-        small = Vocabulary([word for word in whole.words if word not in ("green", "square")])
+        small = Vocabulary([word for word in whole.tokens if word not in ("green", "square")])
         at = next(i for i, captions in enumerate(data.captions) if len(captions) == 3 and "green" in captions[0])
         rewards = {
             words: CaptionReward.build(data, words, 1.0)([at], np.array([[words.encode("one that is here", 9)[1:]]]))
@@ -107,12 +107,12 @@ class TestBuild:
         assert rewards[small].item() > 0.5
         a = small.encode("a", 1)[1]
         red = next(i for i, captions in enumerate(data.captions) if captions == ("a red square",))
-        fewer = Vocabulary([word for word in small.words if word != "red"])
+        fewer = Vocabulary([word for word in small.tokens if word != "red"])
         assert CaptionReward.build(data, fewer, 0.0)([red], np.array([[[a, UNK, UNK, EOS]]])).item() == 0
 
     def test_long_references_are_whole(self, new_store, tmp_path):
         from gridcap.common.annotations import ImageRecord
-        from gridcap.train.data.stream import CaptionedImages
+        from gridcap.train.data.captioned import CaptionedImages
 
         long = " ".join(f"w{i}" for i in range(60))
         store = new_store(tmp_path / "s.h5", np.zeros((2, 2, 2, 8), np.float16), [1, 2])
