@@ -152,11 +152,9 @@ def forward(batch: int, compiled: bool) -> float:
     import torch
 
     from bench.device import device_rate
-    from gridcap.extract.encoders.grid_encoder import GridEncoder, identify_weights
+    from gridcap.extract.encoders.grid_encoder import EncoderOptions, GridEncoder
 
-    encoder = GridEncoder(
-        "inception_v3", identify_weights("inception_v3", "random"), "auto", "auto", "float16", compiled, batch
-    )
+    encoder = GridEncoder("inception_v3", "random", EncoderOptions(compiled=compiled, batch_size=batch))
     images = torch.randint(256, (batch, encoder.side, encoder.side, 3), dtype=torch.uint8, device=encoder.device)
     with torch.inference_mode():
         return device_rate(batch, partial(encoder._forward, images), encoder.device, 1.0)

@@ -20,13 +20,10 @@ from gridcap.common.image import decoder_name, load_image, load_view
 from gridcap.common.store.provenance import check_same_features
 from gridcap.common.store.quantize import as_stored
 from gridcap.common.store.shard import read_dtype
-from gridcap.extract.encoders.grid_encoder import (
-    ENCODERS,
-    GridEncoder,
-    describe_features,
-    identify_weights,
-    imagenet_name,
-)
+from gridcap.extract.encoders.grid_encoder import EncoderOptions, GridEncoder
+from gridcap.extract.encoders.provenance import describe_features
+from gridcap.extract.encoders.specs import ENCODERS
+from gridcap.extract.encoders.weights import identify_weights, imagenet_name
 from gridcap.train.decoding.base import Hypothesis
 from gridcap.train.decoding.generate import generate_captions, generate_nbest
 from gridcap.train.engine.checkpoint import Checkpoint
@@ -99,7 +96,8 @@ class Captioner:
         self._geometry = provenance["preprocessing"]["resize_mode"]
         name, dtype = provenance["encoder"], provenance["dtype"]
         identity = identify_weights(name, self._weights_source(weights))
-        found = describe_features(name, identity, self._geometry, "auto", device, dtype, decoder_name())
+        options = EncoderOptions(device=device, dtype=dtype)
+        found = describe_features(name, identity, options, self._geometry, decoder_name())
         # Photos given one by one go through Pillow, also where a folder went through nvJPEG: refusing them
         # would leave such a decoder without any new photo. `foreign_pixels` says so.
         self.foreign_pixels = provenance["preprocessing"].get("decoder") == "nvjpeg"
@@ -107,7 +105,7 @@ class Captioner:
             found["preprocessing"]["decoder"] = "nvjpeg"
         check_same_features(provenance, found, f"{checkpoint.path} was trained on", "this encoder makes")
         self._stored = np.dtype(dtype)
-        self._encoder = GridEncoder(name, identity, "auto", device, read_dtype(self._stored).name)
+        self._encoder = GridEncoder(name, identity, replace(options, dtype=read_dtype(self._stored).name))
         self._decoder = checkpoint.decoder.to(self._device)
 
     @classmethod

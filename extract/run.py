@@ -23,7 +23,9 @@ from gridcap.common.store.index import INDEX_FORMAT, open_index
 from gridcap.common.store.reader import FeatureStore
 from gridcap.common.store.shard import ShardReader, read_header, stored_bytes
 from gridcap.extract.cluster.share import WHOLE, Share
-from gridcap.extract.encoders.grid_encoder import describe_features, identify_weights
+from gridcap.extract.encoders.grid_encoder import EncoderOptions
+from gridcap.extract.encoders.provenance import describe_features
+from gridcap.extract.encoders.weights import identify_weights
 from gridcap.extract.images.nvjpeg import nvjpeg_name
 from gridcap.extract.manifest import Image, ImageList
 from gridcap.extract.plan import FILE, Plan, load_or_create_plan, read_plan, store_folder, write_planned_index
@@ -76,16 +78,8 @@ def prepare(
     begun = dry_run or (folder / FILE).exists()
     listed = ImageList.make(pairs, extract.shard_size, None if begun else folder)
     compiled = choose_compile(extract.compile, listed.images, device)
-    provenance = describe_features(
-        extract.encoder,
-        identity,
-        extract.resize_mode,
-        extract.precision,
-        extract.device,
-        extract.dtype,
-        decoder,
-        compiled,
-    )
+    options = EncoderOptions(extract.precision, extract.device, extract.dtype, compiled)
+    provenance = describe_features(extract.encoder, identity, options, extract.resize_mode, decoder)
     provenance["views"] = list(extract.views)
     # Sums round by how many threads share them, so the number belongs to the plan, and every worker keeps to it.
     provenance["threads"] = threads or torch.get_num_threads() if device.type == "cpu" else None

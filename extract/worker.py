@@ -28,7 +28,8 @@ from gridcap.common.image import InvalidImageError, image_path, load_image
 from gridcap.common.progress import progress_bar
 from gridcap.common.store.shard import ORIGINAL, InvalidGridError, ShardReader, read_dtype
 from gridcap.extract.cluster.share import Share
-from gridcap.extract.encoders.grid_encoder import GridEncoder, WeightsIdentity
+from gridcap.extract.encoders.grid_encoder import EncoderOptions, GridEncoder
+from gridcap.extract.encoders.weights import WeightsIdentity
 from gridcap.extract.images.nvjpeg import load_images_gpu
 from gridcap.extract.manifest import Image
 from gridcap.extract.plan import Plan, shard_writer
@@ -238,15 +239,9 @@ class Worker:
         if provenance["threads"]:
             torch.set_num_threads(provenance["threads"])
         returned = read_dtype(np.dtype(extract.dtype)).name  # the shard's writer makes the 8 bits of uint8
-        self._built = GridEncoder(
-            extract.encoder,
-            self._job.identity,
-            extract.precision,
-            extract.device,
-            returned,
-            bool(provenance["compile"]),
-            self._plan.batch_size,
-        )
+        compiled, batch_size = bool(provenance["compile"]), self._plan.batch_size
+        options = EncoderOptions(extract.precision, extract.device, returned, compiled, batch_size)
+        self._built = GridEncoder(extract.encoder, self._job.identity, options)
         return self._built
 
     def _encode(self, images: np.ndarray | Tensor) -> dict[str, PendingGrids]:

@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gridcap.caption.captioner import Caption, Captioner
     from gridcap.common.store.reader import FeatureStore
-    from gridcap.extract.encoders.grid_encoder import GridEncoder
+    from gridcap.extract.encoders.grid_encoder import EncoderOptions, GridEncoder
 
 _MODULES = {
     "Caption": "gridcap.caption.captioner",
     "Captioner": "gridcap.caption.captioner",
     "FeatureStore": "gridcap.common.store.reader",
+    "EncoderOptions": "gridcap.extract.encoders.grid_encoder",
     "GridEncoder": "gridcap.extract.encoders.grid_encoder",
 }
 
 __version__ = metadata.version("gridcap")
-__all__ = ["Caption", "Captioner", "FeatureStore", "GridEncoder", "__version__"]
+__all__ = ["Caption", "Captioner", "EncoderOptions", "FeatureStore", "GridEncoder", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

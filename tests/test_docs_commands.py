@@ -17,11 +17,10 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from torchvision import models
 
 import gridcap.extract.encoders.grid_encoder as encoder_module
 from demo.shapes import write_shapes
-from gridcap.extract.encoders.grid_encoder import ENCODERS, EncoderSpec
+from gridcap.extract.encoders.specs import ENCODERS, EncoderSpec
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/recipes.md", "docs/cluster.md", "docs/speed.md")  # in this order: the first makes the data
@@ -99,8 +98,8 @@ def run(line: str) -> str:
 @pytest.fixture(autouse=True)
 def _one_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random weights take seconds to make: once for all commands."""
-    built = functools.cache(encoder_module._build_trunk)
-    monkeypatch.setattr(encoder_module, "_build_trunk", lambda *arguments: copy.deepcopy(built(*arguments)))
+    built = functools.cache(encoder_module.build_trunk)
+    monkeypatch.setattr(encoder_module, "build_trunk", lambda *arguments: copy.deepcopy(built(*arguments)))
 
 
 @pytest.fixture(autouse=True)
@@ -147,5 +146,5 @@ def test_every_page_with_commands_is_among_them() -> None:
 
 def test_the_encoder_that_is_shown_is_one() -> None:
     (code,) = blocks("docs/extending.md", "python")
-    shown = eval("{" + code + "}", {"EncoderSpec": EncoderSpec, "models": models})
+    shown = eval("{" + code + "}", {"EncoderSpec": EncoderSpec})
     assert shown["resnet50"] == ENCODERS["resnet50"]

@@ -1,1 +1,1 @@
-"""Frozen vision encoders."""
+"""Frozen image encoders: specifications, weights, and `GridEncoder`."""

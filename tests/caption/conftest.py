@@ -15,7 +15,9 @@ import gridcap.caption.captioner as captioner_module
 from gridcap.common.config import PipelineConfig, load_config
 from gridcap.common.image import decoder_name
 from gridcap.common.process import keep_large_buffers
-from gridcap.extract.encoders.grid_encoder import describe_features, identify_weights
+from gridcap.extract.encoders.grid_encoder import EncoderOptions
+from gridcap.extract.encoders.provenance import describe_features
+from gridcap.extract.encoders.weights import identify_weights
 from gridcap.train.data.vocabulary import EOS, Vocabulary
 from gridcap.train.decoders.base import Decoder
 from gridcap.train.decoders.build import build_decoder
@@ -31,8 +33,8 @@ class FakeEncoder:
     side = 299
     grid_shape = (8, 8, 2048)
 
-    def __init__(self, name: str, identity: Any, precision: str, device: str, dtype: str) -> None:
-        self._dtype = dtype
+    def __init__(self, name: str, identity: Any, options: EncoderOptions) -> None:
+        self._dtype = options.dtype
         self._mixture = np.random.default_rng(0).normal(size=(3, 2048))
 
     def encode(self, images: np.ndarray) -> np.ndarray:
@@ -64,7 +66,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeEncoder]:
 def features_of(weights: str = "random", **change: Any) -> dict[str, Any]:
     """The provenance of inception_v3's features."""
     identity = _identify_once("inception_v3", weights)
-    made = describe_features("inception_v3", identity, "stretch", "float32", "cpu", "float16", decoder_name())
+    made = describe_features("inception_v3", identity, EncoderOptions("float32", "cpu"), "stretch", decoder_name())
     return made | change
 
 

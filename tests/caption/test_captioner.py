@@ -12,13 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
-import gridcap.extract.encoders.grid_encoder as encoder_module
 from gridcap.caption.captioner import Caption, Captioner
 from gridcap.common.config import CaptionConfig
 from gridcap.common.errors import CheckpointError, MismatchError, WeightsError
 from gridcap.common.image import InvalidImageError, load_image
 from gridcap.common.store.quantize import as_stored
-from gridcap.extract.encoders.grid_encoder import GridEncoder, identify_weights
+from gridcap.extract.encoders.grid_encoder import EncoderOptions, GridEncoder
+from gridcap.extract.encoders.provenance import describe_features
+from gridcap.extract.encoders.specs import ENCODERS
+from gridcap.extract.encoders.weights import identify_weights
 from gridcap.train.decoding.beam import BeamOptions, beam_search
 from gridcap.train.decoding.generate import generate_captions
 from gridcap.train.engine.checkpoint import load_checkpoint
@@ -60,7 +62,7 @@ def test_captions_are_those_of_encoding_and_searching_by_hand(
     captions = Captioner.load(run, device="cpu").caption(photos, search)
     assert len({c.text for c in captions}) > 1, "the fixture's captions must depend on the photo"
     for photo, caption in zip(photos, captions, strict=True):
-        assert_same(caption, by_hand(fake("", None, "", "", "float16"), run, photo, search))
+        assert_same(caption, by_hand(fake("", None, EncoderOptions()), run, photo, search))
 
 
 def test_the_length_penalty_reaches_the_search(fake: Any, scenes: Any, checkpoint: Any) -> None:
@@ -70,7 +72,7 @@ def test_the_length_penalty_reaches_the_search(fake: Any, scenes: Any, checkpoin
         search = SEARCH.model_copy(update={"length_penalty": penalty})
         captions = captioner.caption(photos, search)
         for photo, caption in zip(photos, captions, strict=True):
-            assert_same(caption, by_hand(fake("", None, "", "", "float16"), run, photo, search))
+            assert_same(caption, by_hand(fake("", None, EncoderOptions()), run, photo, search))
         words.append(sum(len(c.tokens) for c in captions))
     assert words[0] < words[1], "a penalty favors longer captions"
 
@@ -78,7 +80,7 @@ def test_the_length_penalty_reaches_the_search(fake: Any, scenes: Any, checkpoin
 def test_the_real_encoder_and_the_decoder_are_joined_in_the_same_way(
     scenes: Any, checkpoint: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = encoder_module.ENCODERS["inception_v3"]
+    spec = ENCODERS["inception_v3"]
     built: list[GridEncoder] = []
 
     class Noted(GridEncoder):
@@ -86,12 +88,10 @@ def test_the_real_encoder_and_the_decoder_are_joined_in_the_same_way(
             super().__init__(*args)
             built.append(self)
 
-    monkeypatch.setattr(encoder_module, "CALIBRATION_IMAGES", 4)  # seconds instead of ten
+    monkeypatch.setattr("gridcap.extract.encoders.weights.CALIBRATION_IMAGES", 4)  # seconds instead of ten
     monkeypatch.setattr("gridcap.caption.captioner.GridEncoder", Noted)
     identity = identify_weights("inception_v3", "random:5")
-    provenance = encoder_module.describe_features(
-        "inception_v3", identity, "crop", "float32", "cpu", "float16", "pillow 1"
-    )
+    provenance = describe_features("inception_v3", identity, EncoderOptions("float32", "cpu"), "crop", "pillow 1")
     run, photos = checkpoint(provenance=provenance), sorted(scenes(2, size=(80, 60)).iterdir())
     captions = Captioner.load(run, device="cpu").caption(photos, SEARCH)
     assert built[0].spec == spec
@@ -136,7 +136,7 @@ def test_several_checkpoints_decode_together(fake: Any, scenes: Any, checkpoint:
     runs, photos = [checkpoint("attention", name="a"), checkpoint("lstm", seed=2, name="b")], [*scenes(4).iterdir()]
     captioner = Captioner.load(*runs, device="cpu")
     assert captioner.has_attention
-    grids = torch.from_numpy(fake("", None, "", "", "float16").encode(np.stack([captioner.square(p) for p in photos])))
+    grids = torch.from_numpy(fake("", None, EncoderOptions()).encode(np.stack([captioner.square(p) for p in photos])))
     found = generate_captions(load_ensemble(runs).decoder, grids.float().reshape(4, 64, 2048), SEARCH)
     together = captioner.caption(photos, SEARCH)
     vocabulary = captioner.checkpoint.vocabulary

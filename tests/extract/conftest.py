@@ -15,7 +15,9 @@ import gridcap.extract.worker as worker_module
 from gridcap.common.annotations import list_images
 from gridcap.common.config import load_config
 from gridcap.common.process import keep_large_buffers
-from gridcap.extract.encoders.grid_encoder import describe_features, identify_weights
+from gridcap.extract.encoders.grid_encoder import EncoderOptions
+from gridcap.extract.encoders.provenance import describe_features
+from gridcap.extract.encoders.weights import identify_weights
 from gridcap.extract.staging import PendingGrids
 
 GRID = (2, 2, 3)
@@ -30,8 +32,8 @@ class FakeEncoder:
     built = 0
     batches: list[int] = []  # noqa: RUF012  # images in each call of encode, over all instances
 
-    def __init__(self, name: str, identity: Any, precision: str, device: str, dtype: str, *compiled: Any) -> None:
-        self._dtype = dtype
+    def __init__(self, name: str, identity: Any, options: EncoderOptions) -> None:
+        self._dtype = options.dtype
         type(self).built += 1
 
     def encode(self, images: np.ndarray) -> np.ndarray:

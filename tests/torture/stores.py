@@ -13,7 +13,8 @@ import gridcap.extract.worker
 from gridcap.common.annotations import FolderImages
 from gridcap.common.config import PipelineConfig, load_config
 from gridcap.extract.cluster.share import WHOLE, Share
-from gridcap.extract.encoders.grid_encoder import GridEncoder, describe_features
+from gridcap.extract.encoders.grid_encoder import EncoderOptions, GridEncoder
+from gridcap.extract.encoders.provenance import describe_features
 from gridcap.extract.staging import PendingGrids
 from gridcap.extract.worker import Job, Summary
 
@@ -28,8 +29,8 @@ class MeanEncoder:
     side = 16
     grid_shape = GRID
 
-    def __init__(self, name: str, identity: Any, precision: str, device: str, dtype: str, *compiled: Any) -> None:
-        self._dtype = dtype
+    def __init__(self, name: str, identity: Any, options: EncoderOptions) -> None:
+        self._dtype = options.dtype
 
     def submit(self, images: np.ndarray) -> PendingGrids:
         """Grids of uint8 (B, 16, 16, 3)."""

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.inception import BasicConv2d, InceptionA
 
-from gridcap.extract.encoders.grid_encoder import _fold_batch_norm
 from gridcap.extract.encoders.packed import PackedConvolution, can_pack, pack_convolutions
+from gridcap.extract.encoders.trunk import fold_batch_norm
 
 pytestmark = pytest.mark.skipif(not can_pack(torch.float32), reason="this torch has no oneDNN, or not its operators")
 
@@ -18,7 +18,7 @@ def block() -> nn.Module:
     """One of InceptionV3's, with its BatchNorms folded: several branches, 1 x 1, 3 x 3 and 5 x 5."""
     torch.manual_seed(0)
     block = InceptionA(16, 8).eval()
-    _fold_batch_norm(block)
+    fold_batch_norm(block)
     block.requires_grad_(False)
     return block.to(memory_format=torch.channels_last)
 
@@ -83,7 +83,7 @@ def test_a_mean_stays_where_it_is_when_another_order_would_compute_something_els
 
     torch.manual_seed(0)
     net = Net().eval()
-    _fold_batch_norm(net)
+    fold_batch_norm(net)
     net.requires_grad_(False).to(memory_format=torch.channels_last)
     images = torch.randn(2, 8, 6, 6).to(memory_format=torch.channels_last)
     with torch.inference_mode():
