@@ -85,7 +85,7 @@ def ours(photos: str, store: str) -> float:
     """From the first image to the last, as extract-features works, without its start."""
     tune_process()
     from bench.device import has_gpu
-    from gridcap.common.annotations import FolderImages
+    from gridcap.common.captions.folder import FolderImages
     from gridcap.common.config import load_config
     from gridcap.extract.run import extract_features, prepare
 

@@ -76,7 +76,7 @@ class StandIn:
 def extraction(folder: str, images: int) -> tuple[float, float]:
     """Seconds and MiB of reading and writing so many images."""
     tune_process()
-    from gridcap.common.annotations import FolderImages
+    from gridcap.common.captions.folder import FolderImages
     from gridcap.common.config import load_config
     from gridcap.extract.run import extract_features, prepare
 

@@ -10,7 +10,7 @@ import click
 import numpy as np
 
 from gridcap.caption.options import warn_if_random, weights_option
-from gridcap.common.annotations import list_images
+from gridcap.common.captions.folder import list_images
 from gridcap.common.command import flag, pipeline_command, show_config
 from gridcap.common.config import CaptionConfig, PipelineConfig
 from gridcap.common.errors import EXIT_INVALID, UserError
@@ -80,7 +80,7 @@ def main(
     Prints a line an image: path, tab, caption. An image that cannot be read is named and left out. Exit status:
     0 all captioned, 3 some images could not be read, 1 failure, 2 wrong use.
     """
-    paths = _expand(images)
+    paths = _expand(images, config.data.follow_links)
     if attention is not None and attention.suffix.lower() not in PICTURE_SUFFIXES:
         raise UserError(f"--attention {attention}: must end in .png, .pdf or .svg", f"use --attention {attention}.png")
     if attention is not None and len(paths) > _MOST_PANELS:
@@ -127,12 +127,15 @@ def main(
         sys.exit(EXIT_INVALID)
 
 
-def _expand(images: tuple[Path, ...]) -> list[Path]:
-    """Files as they are, folders as the images in them."""
+def _expand(images: tuple[Path, ...], follow_links: bool) -> list[Path]:
+    """Replace folders by their images. Report files in them that are not images."""
     paths: list[Path] = []
     for image in images:
         if image.is_dir():
-            paths += [image / record.file_name for record in list_images(image).records]
+            listed = list_images(image, follow_links=follow_links)
+            paths += [image / record.file_name for record in listed.records]
+            for line in listed.problems.lines():
+                click.echo(f"note: {image}: {line}", err=True)
         elif image.is_file():
             paths.append(image)
         else:

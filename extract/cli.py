@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gridcap.common.annotations import FolderImages, split_images
+from gridcap.common.captions.split import split_images
 from gridcap.common.command import flag, pipeline_command, show_config
 from gridcap.common.config import PipelineConfig, SplitConfig
 from gridcap.common.errors import EXIT_INVALID, GridcapError, UserError
@@ -159,7 +159,7 @@ def main(
     if not quiet:
         click.echo("configuration")
         show_config(config, "data", "extract")
-    records, problems = split_images(chosen, name, config.seed, config.data.max_invalid)
+    records, problems = split_images(chosen, name, config.seed, config.data.max_invalid, config.data.follow_links)
 
     from gridcap.extract.cluster import launch
     from gridcap.extract.run import extract_features, prepare, settled_plan
@@ -179,11 +179,7 @@ def main(
         job = replace(job, plan=launch.jobs_plan(config, job.plan, slurm["gpus_per_task"]))
     plan = _known_plan(config, job, append)
     if not quiet:
-        lines = problems.lines()
-        if isinstance(records, FolderImages) and records.left_out:
-            kinds = ", ".join(f"{count} {suffix}" for suffix, count in records.left_out.most_common(5))
-            lines.append(f"left out, not images by their names: {kinds}")
-        for line in lines:
+        for line in problems.lines():
             click.echo(f"note: {chosen.annotations or chosen.images}: {line}", err=True)
         _announce(job, plan)
     if submit is not None:

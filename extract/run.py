@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from gridcap.common.annotations import ImageRecord
+from gridcap.common.captions.records import ImageRecord
 from gridcap.common.config import PipelineConfig
 from gridcap.common.device import choose_batch_size, choose_compile, choose_device
 from gridcap.common.errors import ExtractionError, MismatchError, StoreError, UserError

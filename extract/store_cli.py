@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from gridcap.common.annotations import captions_only, load_split
+from gridcap.common.captions.split import captions_only, load_split
 from gridcap.common.command import flag, pipeline_command, show_config
 from gridcap.common.config import PipelineConfig
 from gridcap.common.errors import EXIT_FAILURE, UserError

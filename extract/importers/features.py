@@ -27,7 +27,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from gridcap.common.annotations import ImageRecord, id_from_name
+from gridcap.common.captions.records import ImageRecord, id_from_name
 from gridcap.common.errors import GridcapError, StoreError, UserError, first_line
 from gridcap.common.files import sha256_of
 from gridcap.common.store.hdf5 import check_own_data

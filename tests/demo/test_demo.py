@@ -17,7 +17,7 @@ from PIL import Image
 import demo.__main__ as program
 from demo.__main__ import accuracies, main
 from demo.shapes import split_scenes
-from gridcap.common.annotations import load_annotations
+from gridcap.common.captions.read import read_captions
 from gridcap.common.config import load_config
 from gridcap.common.scenes import COLORS, PLACES, SHAPES, SIZES, Scene, parse
 from gridcap.common.store.reader import FeatureStore
@@ -108,7 +108,7 @@ def test_the_demo_meets_its_bars(tmp_path: Path) -> None:
         entries = json.loads((output / name / "evaluation" / "test.beam-3.json").read_text())["captions"]
         captions[name] = {e["image_id"]: e["caption"] for e in entries}
         references[name] = {e["image_id"]: e["references"] for e in entries}
-    loaded = load_annotations(output / "shapes" / "captions_test.json", "test")
+    loaded = read_captions(output / "shapes" / "captions_test.json", "test")
     scenes = {r.image_id: Scene(**parse(r.captions[0])) for r in loaded.records}  # type: ignore[arg-type]
     assert len(scenes) == 160
     for name in ("decoder", "blind"):

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from demo.shapes import ShapesSplit, split_scenes, write_shapes
-from gridcap.common.annotations import load_annotations
+from gridcap.common.captions.read import read_captions
 from gridcap.common.scenes import COLORS, PLACES, SHAPES, SIZES, all_scenes, parse
 
 COUNTS = {"train": 12, "val": 5, "test": 7}
@@ -57,7 +57,7 @@ def test_the_written_scenes_are_those_of_their_split(written: dict[str, ShapesSp
 
 def test_the_captions_files_load_as_coco_files_without_a_problem(written: dict[str, ShapesSplit]) -> None:
     for name, split in written.items():
-        loaded = load_annotations(split.annotations, name)
+        loaded = read_captions(split.annotations, name)
         assert loaded.problems.counts == {}
         assert [r.image_id for r in loaded.records] == list(split.scenes)
         assert sorted(r.file_name for r in loaded.records) == sorted(p.name for p in split.images.iterdir())
@@ -70,7 +70,7 @@ def test_image_ids_are_unique_over_all_splits(written: dict[str, ShapesSplit]) -
 
 def test_every_image_has_five_different_captions_that_say_what_it_shows(written: dict[str, ShapesSplit]) -> None:
     for name, split in written.items():
-        for record in load_annotations(split.annotations, name).records:
+        for record in read_captions(split.annotations, name).records:
             assert len(record.captions) == len(set(record.captions)) == 5
             for caption in record.captions:
                 assert parse(caption) == asdict(split.scenes[record.image_id]), caption
@@ -86,7 +86,7 @@ def test_images_are_what_the_captions_file_says(written: dict[str, ShapesSplit])
 
 def test_the_object_is_at_its_place_in_its_color(written: dict[str, ShapesSplit]) -> None:
     for split in written.values():
-        for record in load_annotations(split.annotations).records:
+        for record in read_captions(split.annotations).records:
             scene = split.scenes[record.image_id]
             pixels = np.asarray(Image.open(split.images / record.file_name)).astype(int)
             coloured = abs(pixels - COLORS[scene.color]).sum(-1) < 60

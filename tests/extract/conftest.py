@@ -12,7 +12,7 @@ from PIL import Image
 
 import gridcap.extract.run as run_module
 import gridcap.extract.worker as worker_module
-from gridcap.common.annotations import list_images
+from gridcap.common.captions.folder import list_images
 from gridcap.common.config import load_config
 from gridcap.common.process import keep_large_buffers
 from gridcap.extract.encoders.grid_encoder import EncoderOptions

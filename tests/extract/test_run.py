@@ -22,7 +22,7 @@ from PIL import Image
 
 import gridcap.extract.plan as plan_module
 import gridcap.extract.worker as worker_module
-from gridcap.common.annotations import list_images
+from gridcap.common.captions.folder import list_images
 from gridcap.common.errors import ExtractionError, MismatchError, StoreError
 from gridcap.common.files import this_machine
 from gridcap.common.scenes import all_scenes, render

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gridcap.common.annotations import list_images
+from gridcap.common.captions.folder import list_images
 from gridcap.common.errors import ExtractionError, StoreError
 from gridcap.common.store.quantize import as_stored
 from gridcap.common.store.reader import FeatureStore

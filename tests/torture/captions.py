@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from gridcap.common.annotations import load_annotations
+from gridcap.common.captions.read import read_captions
 from gridcap.common.config import load_config
 from gridcap.common.errors import GridcapError
 from tests.torture.case import Part, require
@@ -119,7 +119,7 @@ def _run(folder: Path, rng: np.random.Generator) -> str:
         if kind == "yaml":
             load_config(path)
             return "read"
-        found = load_annotations(path, "train")
+        found = read_captions(path, "train")
         for record in found.records:
             require(record.image_id in _IDS, f"an id of {record.image_id}")
             require(all(isinstance(text, str) and text for text in record.captions), "a caption that is no text")

@@ -99,7 +99,7 @@ def main(target: str, folder: Path, seed: str) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["common", "extract", "json", "csv"]):
-        from gridcap.common.annotations import load_annotations
+        from gridcap.common.captions.read import read_captions
         from gridcap.common.config import load_config
         from gridcap.common.errors import GridcapError
         from gridcap.extract.importers.features import match_keys, open_source, read_grid
@@ -111,9 +111,9 @@ def main(target: str, folder: Path, seed: str) -> None:
             read_grid(source, key, "float32", None)
 
     readers: dict[str, Callable[[Path], Any]] = {
-        "coco": lambda path: load_annotations(path, "train"),
-        "karpathy": lambda path: load_annotations(path, "train"),
-        "csv": lambda path: load_annotations(path, "train"),
+        "coco": lambda path: read_captions(path, "train"),
+        "karpathy": lambda path: read_captions(path, "train"),
+        "csv": lambda path: read_captions(path, "train"),
         "yaml": load_config,
         "npy": lambda path: read_features(path.parent),
     }

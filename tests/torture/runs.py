@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gridcap.common.annotations import FolderImages
+from gridcap.common.captions.folder import FolderImages
 from gridcap.common.config import load_config
 from gridcap.common.store.reader import FeatureStore
 from gridcap.train.data.inputs import join_captions

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gridcap.common.annotations import captions_only, load_split
+from gridcap.common.captions.split import captions_only, load_split
 from gridcap.common.store.reader import FeatureStore
 from gridcap.common.store.shard import ShardWriter
 from gridcap.train.data.captioned import CaptionedImages

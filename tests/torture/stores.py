@@ -10,7 +10,7 @@ from PIL import Image
 
 import gridcap.extract.run
 import gridcap.extract.worker
-from gridcap.common.annotations import FolderImages
+from gridcap.common.captions.folder import FolderImages
 from gridcap.common.config import PipelineConfig, load_config
 from gridcap.extract.cluster.share import WHOLE, Share
 from gridcap.extract.encoders.grid_encoder import EncoderOptions, GridEncoder

@@ -14,7 +14,7 @@ import yaml
 from click.testing import CliRunner
 from hypothesis import settings
 
-from gridcap.common.annotations import ImageRecord
+from gridcap.common.captions.records import ImageRecord
 from gridcap.common.config import AttentionConfig, CaptionConfig, LstmConfig, PipelineConfig, TrainConfig
 from gridcap.common.store.index import write_index
 from gridcap.common.store.reader import FeatureStore

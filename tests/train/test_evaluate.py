@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from click.testing import CliRunner
 
-from gridcap.common.annotations import ImageRecord
+from gridcap.common.captions.records import ImageRecord
 from gridcap.common.config import CaptionConfig
 from gridcap.common.errors import MismatchError
 from gridcap.train.decoding.beam import BeamOptions, beam_search

@@ -246,13 +246,13 @@ import torch
 import gridcap.train.engine.checkpoint
 import gridcap.train.engine.log
 import gridcap.train.engine.loop
-from gridcap.common.annotations import load_annotations
+from gridcap.common.captions.read import read_captions
 from gridcap.common.config import PipelineConfig
 from gridcap.common.store.reader import FeatureStore
 
 def load(name):
     captions = folder / f"{name}.json"
-    return CaptionedImages.join(FeatureStore(folder / f"{name}.h5"), load_annotations(captions).records, captions)
+    return CaptionedImages.join(FeatureStore(folder / f"{name}.h5"), read_captions(captions).records, captions)
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)

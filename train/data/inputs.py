@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from gridcap.common.annotations import captions_only, load_split
+from gridcap.common.captions.split import captions_only, load_split
 from gridcap.common.config import PipelineConfig
 from gridcap.common.errors import UserError
 from gridcap.common.store.reader import FeatureStore

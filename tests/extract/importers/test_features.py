@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 import pytest
 
-from gridcap.common.annotations import ImageRecord, id_from_name
+from gridcap.common.captions.records import ImageRecord, id_from_name
 from gridcap.common.errors import MismatchError, UserError
 from gridcap.common.store.reader import FeatureStore
 from gridcap.extract.importers.features import as_grid, import_features, match_keys, open_source

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from gridcap.common.annotations import ImageRecord
+from gridcap.common.captions.records import ImageRecord
 from gridcap.common.errors import MismatchError, StoreError
 from gridcap.common.store.reader import FeatureStore
 from gridcap.common.store.shard import ShardWriter

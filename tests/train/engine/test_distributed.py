@@ -93,7 +93,7 @@ import hashlib, json, os, sys
 from pathlib import Path
 import torch
 import gridcap.train.engine.loop
-from gridcap.common.annotations import load_annotations
+from gridcap.common.captions.read import read_captions
 from gridcap.common.config import PipelineConfig
 from gridcap.common.store.reader import FeatureStore
 from gridcap.train.data.captioned import CaptionedImages
@@ -103,7 +103,7 @@ torch.set_num_threads(1)
 
 def load(name):
     captions = folder / f"{name}.json"
-    return CaptionedImages.join(FeatureStore(folder / f"{name}.h5"), load_annotations(captions).records, captions)
+    return CaptionedImages.join(FeatureStore(folder / f"{name}.h5"), read_captions(captions).records, captions)
 
 def digest(decoder):
     return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in decoder.parameters())).hexdigest()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import gridcap.train.engine.loop as train_loop
-from gridcap.common.annotations import ImageRecord
+from gridcap.common.captions.records import ImageRecord
 from gridcap.common.errors import CheckpointError, MismatchError, TrainingError, UserError
 from gridcap.train.data.captioned import CaptionedImages
 from gridcap.train.decoders.build import build_decoder

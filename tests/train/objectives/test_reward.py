@@ -111,7 +111,7 @@ class TestBuild:
         assert CaptionReward.build(data, fewer, 0.0)([red], np.array([[[a, UNK, UNK, EOS]]])).item() == 0
 
     def test_long_references_are_whole(self, new_store, tmp_path):
-        from gridcap.common.annotations import ImageRecord
+        from gridcap.common.captions.records import ImageRecord
         from gridcap.train.data.captioned import CaptionedImages
 
         long = " ".join(f"w{i}" for i in range(60))

@@ -1,0 +1,102 @@
+"""Detection of the format and the encoding of a captions file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gridcap.common.captions.read import read_captions
+from gridcap.common.captions.records import Problems
+from gridcap.common.errors import AnnotationError
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"images": [', "not valid JSON: line 1"),
+        (b"", "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b'{"images": [' + b"1" * 5000 + b"]}", "not valid JSON"),
+        (b'{"images": "caf\xe9"}', "not UTF-8"),
+        (b"\xff\xd8\xff\xe0\0 a JPEG", "not a text file"),
+        (b"[1, 2]", "no list of images"),
+        (b'{"annotations": []}', "no list of images"),
+        (b'{"images": {}}', "no list of images"),
+        (b'{"images": [], "annotations": {}}', "annotations is not a list"),
+    ],
+)
+def test_a_file_that_is_not_a_captions_file_raises_an_error_with_its_name(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
+    path = tmp_path / "mine.json"
+    path.write_bytes(content)
+    with pytest.raises(AnnotationError, match=message) as caught:
+        read_captions(path)
+    assert str(path) in caught.value.message
+    assert caught.value.hint
+
+
+def test_a_missing_captions_file_raises_an_error_with_its_name(tmp_path: Path) -> None:
+    with pytest.raises(AnnotationError, match=r"nowhere\.json: No such file"):
+        read_captions(tmp_path / "nowhere.json")
+
+
+@pytest.mark.parametrize("name", ["captions", "captions.data"])
+def test_json_is_recognized_without_its_extension(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(json.dumps({"images": [{"id": 1, "file_name": "a.jpg"}]}))
+    assert [record.file_name for record in read_captions(tmp_path / name).records] == ["a.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("results.token", "1000.jpg#0\tA child in a pink dress ."),
+        ("captions.tsv", "image\tcaption\n1.jpg\ta dog"),
+        ("captions.jsonl", '{"image": "1.jpg", "caption": "a dog"}\n{"image": "2.jpg", "caption": "a cat"}'),
+        ("captions.xml", "<captions/>"),
+        ("captions", "1.jpg a dog"),
+    ],
+)
+def test_item_23_an_unsupported_format_is_named_with_the_supported_ones(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(AnnotationError, match="unsupported captions format") as caught:
+        read_captions(tmp_path / name)
+    assert name in caught.value.message
+    assert "download" not in caught.value.hint
+    for supported in ("COCO", "Karpathy", "CSV"):
+        assert supported in caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["captions.csv", "captions.json", "captions.txt"])
+@pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "utf-16", "utf-16-le", "utf-16-be"])
+def test_item_23_another_encoding_is_named_with_its_remedy(tmp_path: Path, name: str, encoding: str) -> None:
+    table = "image,caption\ncafé.jpg,un café\n"
+    tree = json.dumps({"images": [{"id": 1, "file_name": "café.jpg"}]}, ensure_ascii=False)
+    (tmp_path / name).write_bytes((tree if name.endswith("json") else table).encode(encoding))
+    with pytest.raises(AnnotationError, match="not UTF-8 text") as caught:
+        read_captions(tmp_path / name)
+    assert ("UTF-16" if "16" in encoding else "CP1252") in caught.value.message
+    assert "iconv -f" in caught.value.hint
+
+
+def test_an_entry_too_deep_to_print_is_counted() -> None:
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    problems = Problems()
+    problems.add("image without sentences", deep)
+    assert problems.lines() == ["1 x image without sentences (value too large to show)"]
+
+
+def test_problems_show_their_first_three_examples() -> None:
+    problems = Problems()
+    for number in range(5):
+        problems.add("empty caption", f"annotation {number}")
+    problems.add("duplicate image id", "x" * 500)
+    many, one = problems.lines()
+    assert many == "5 x empty caption (annotation 0, annotation 1, annotation 2, ...)"
+    assert one.startswith("1 x duplicate image id (xxx")
+    assert len(one) < 200
