@@ -246,7 +246,7 @@ def test_a_folder_without_images_is_named(fake: Any, checkpoint: Any, tmp_path: 
     (tmp_path / "empty").mkdir()
     result = run("--checkpoint", checkpoint(), "empty")
     assert result.exit_code == 2
-    assert "empty: holds no images" in result.stderr
+    assert "empty: contains no images" in result.stderr
 
 
 def test_a_missing_checkpoint_is_named(fake: Any, scenes: Any) -> None:

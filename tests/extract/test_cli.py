@@ -301,7 +301,7 @@ def test_a_missing_folder_of_images_is_named(fake: Any, tmp_path: Path) -> None:
 def test_a_folder_without_images_is_named(fake: Any, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.txt").touch()
-    assert "empty: holds no images" in fails(2, "--images", "empty", *RANDOM)
+    assert "empty: contains no images" in fails(2, "--images", "empty", *RANDOM)
 
 
 @pytest.mark.parametrize("output", ["features", "features.hdf5", "features.h5.gz"])

@@ -107,7 +107,7 @@ def test_too_many_problems_are_refused_also_in_a_captions_file_given_by_its_flag
     for given in (["--annotations", "bad.json"], ["--set", "data.splits.train.annotations=bad.json"]):
         output = invoke(train_decoder, "--dry-run", *given, status=2)
         assert "bad.json" in output
-        assert "more than 20%" in output
+        assert "(limit 20%)" in output
 
 
 def test_missing_captions_are_a_users_error_that_names_the_flag(project, new_data, invoke):
