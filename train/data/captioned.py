@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from gridcap.common.annotations import ImageRecord
+from gridcap.common.captions.records import ImageRecord
 from gridcap.common.errors import MismatchError
 from gridcap.common.store.reader import FeatureStore
 
