@@ -1,1 +1,1 @@
-"""The decoders, one file a family; `base.py` holds the contract."""
+"""Caption decoders, one module per family; `base.py` defines the contract."""

@@ -1,6 +1,6 @@
-"""The scores of additive attention, with their gradient written down.
+"""Additive attention scores with an explicit gradient.
 
-They are the dearest part of a step of training that is no product of matrices: B x K x P x A values for every word.
+They are the most expensive operation of a training step that is not a matmul: B x K x P x A values per time step.
 """
 
 from __future__ import annotations
@@ -11,56 +11,56 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_IN_CACHE = 1 << 22  # values: eight megabytes of bfloat16
-# exp(-80) to exp(80) are numbers of float32 and of bfloat16; their product may be 0 or infinite, and the energy is then
-# 1 or 0, as it should be. (What is larger counts as this: beyond it a key and a query no longer cancel each other.)
-_LARGEST = 40.0
+_CACHE_ELEMENTS = 1 << 22  # 8 MiB of bfloat16
+# exp(-80) to exp(80) are representable in float32 and bfloat16. If the product of two powers underflows or overflows,
+# the energy is 1 or 0, as it should be. Larger magnitudes are clamped; then a key and a query no longer cancel.
+_MAX_MAGNITUDE = 40.0
 
 
 def additive_keys(keys: Tensor) -> Tensor:
-    """What `additive_scores` wants of the cells: exp(-2 key), made once an image and not for every word.
+    """Return exp(-2 key), the form of the keys that `additive_scores` expects; computed once per image.
 
     Args:
-        keys: (B, P, A) float32 or bfloat16; in float16 the powers would overflow.
+        keys: (B, P, A) float32 or bfloat16; float16 would overflow.
 
     Returns:
-        The same shape and type, for `additive_scores` alone: the gradient that it gives for them is the one of the
-        keys, and goes through here as it is.
+        Tensor of the same shape and dtype, for use in `additive_scores` only: the gradient that `additive_scores`
+        returns for it is that of the keys, and passes through this function unchanged.
     """
     return _AdditiveKeys.apply(keys)  # type: ignore[no-any-return]
 
 
 def additive_scores(keys: Tensor, query: Tensor, double: Tensor) -> Tensor:
-    """v . tanh(key_p + query) + sum(v) (Bahdanau et al. 2015, arXiv:1409.0473, appendix A.1.2).
+    """Return v . tanh(key_p + query) + sum(v) (Bahdanau et al. 2015, arXiv:1409.0473, appendix A.1.2).
 
-    The constant is nothing to the softmax over the cells that follows. The sum is 2 v . sigmoid(2 (key_p + query)),
-    since tanh(x) = 2 sigmoid(2 x) - 1, and that sigmoid is 1 / (1 + exp(-2 key_p) exp(-2 query)): with both powers
-    at hand a value costs one product and one division, on a CPU a sixth of the time of tanh.
+    The softmax over the cells cancels the constant. The sum is 2 v . sigmoid(2 (key_p + query)), since
+    tanh(x) = 2 sigmoid(2 x) - 1, and the sigmoid is 1 / (1 + exp(-2 key_p) exp(-2 query)). Given both powers, a value
+    costs one multiplication and one division, a sixth of the time of tanh on a CPU.
 
     Args:
         keys: (B, P, A) float, from `additive_keys`.
-        query: (B, K, A) in the same type.
-        double: 2 v, (A,) float: so it is doubled once, and not for every word.
+        query: (B, K, A) in the same dtype.
+        double: (A,) float, 2 v; the caller doubles it once for all time steps.
 
     Returns:
-        (B, K, P) in the type of the keys.
+        (B, K, P) in the dtype of the keys.
     """
     if torch.is_grad_enabled():
         return _AdditiveScores.apply(keys, query, double)  # type: ignore[no-any-return]
     double = double.to(keys.dtype)
-    # Nobody wants the energies afterwards: some images' at a time, so that a CPU's cache holds them.
-    images = len(keys) if keys.is_cuda else max(1, _IN_CACHE // (query.shape[1] * keys.shape[1] * keys.shape[2]))
-    parts = zip(torch.split(keys, images), torch.split(_power(query), images), strict=True)
-    return torch.cat([_energies(some_keys, some_powers) @ double for some_keys, some_powers in parts])
+    # The energies are not needed for a backward pass: process chunks of images that fit into the CPU cache.
+    chunk = len(keys) if keys.is_cuda else max(1, _CACHE_ELEMENTS // (query.shape[1] * keys.shape[1] * keys.shape[2]))
+    chunks = zip(torch.split(keys, chunk), torch.split(_power(query), chunk), strict=True)
+    return torch.cat([_energies(key_chunk, power_chunk) @ double for key_chunk, power_chunk in chunks])
 
 
 def _power(values: Tensor) -> Tensor:
-    """exp(-2 x), no larger and no smaller than what a product with another one may be made of."""
-    return values.clamp(-_LARGEST, _LARGEST).mul_(-2).exp_()
+    """Return exp(-2 x), with x clamped so that products of two powers behave."""
+    return values.clamp(-_MAX_MAGNITUDE, _MAX_MAGNITUDE).mul_(-2).exp_()
 
 
 def _energies(keys: Tensor, powers: Tensor) -> Tensor:
-    """1 / (1 + exp(-2 key_p) exp(-2 query)), that is sigmoid(2 (key_p + query)), of both powers: (B, K, P, A)."""
+    """Return 1 / (1 + exp(-2 key_p) exp(-2 query)) = sigmoid(2 (key_p + query)), (B, K, P, A), from both powers."""
     return torch.addcmul(keys.new_ones(()), keys[:, None], powers[:, :, None]).reciprocal_()
 
 
@@ -76,13 +76,13 @@ class _AdditiveKeys(torch.autograd.Function):
 
 
 class _AdditiveScores(torch.autograd.Function):
-    """Autograd by itself would sum over captions and cells in passes of their own, and keep two large tensors."""
+    """Fused gradient; autograd would sum over captions and cells in separate passes and keep two large tensors."""
 
     @staticmethod
     def forward(ctx: Any, keys: Tensor, query: Tensor, double: Tensor) -> Tensor:
         energy, rounded = _energies(keys, _power(query)), double.to(keys.dtype)
         ctx.save_for_backward(energy, rounded)
-        ctx.dtype = double.dtype  # what autograd adds up over the words, so not the rounded one's
+        ctx.dtype = double.dtype  # autograd accumulates this gradient over time steps, so it is not rounded
         return energy @ rounded
 
     @staticmethod
@@ -90,9 +90,9 @@ class _AdditiveScores(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         energy, rounded = ctx.saved_tensors
         b, k, cells, size = energy.shape
-        slope = torch.ops.aten.sigmoid_backward(gradient[..., None], energy)  # in one pass: both factors
-        inner = 2 * rounded  # as the sigmoid's argument is twice the sum of key and query
-        # A product with ones sums over the captions in a third of the time that sum takes.
+        slope = torch.ops.aten.sigmoid_backward(gradient[..., None], energy)  # both factors in one pass
+        inner = 2 * rounded  # the argument of the sigmoid is 2 (key + query)
+        # A matmul with ones sums over the captions in a third of the time of `sum`.
         over_captions = energy.new_ones(b, 1, k) @ slope.view(b, k, cells * size)
         for_keys = over_captions.view(b, cells, size).mul_(inner)
         for_query = slope.sum(2).mul_(inner)

@@ -1,9 +1,10 @@
-"""Recurrent decoders with additive attention over the grid's cells; the recurrent parts are in `cells.py`.
+"""Recurrent decoders with additive attention over the grid cells; the recurrent cells are in `cells.py`.
 
-The attention is Bahdanau's (arXiv:1409.0473), first used over a grid by Xu et al. 2015 (arXiv:1502.03044). Three
-things are ours: the grid is layer-normalized, so that any encoder's scale will do; every cell gets a learned
-position, since attention by itself does not know where a cell is; and the first state is made from the mean cell
-for every recurrent part, also for att2in and top-down, whose papers start from zeros.
+The attention is that of Bahdanau et al. 2015 (arXiv:1409.0473), first used on image grids by Xu et al. 2015
+(arXiv:1502.03044). There are three differences from the papers: the grid is layer-normalized, so that encoders of any
+scale work; every cell has a learned position embedding, because attention alone is permutation-invariant; and the
+initial state is computed from the mean cell for every recurrent cell, also for Att2in and Top-Down, whose papers use
+zeros.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from gridcap.train.decoders.looped import looped
 
 
 class AttentionDecoder(Decoder):
-    """memory = (cells (B, P, E), what `additive_keys` makes of them (B, P, A), what the cell wants of the mean cell).
+    """Recurrent decoder with attention.
 
-    Output "hidden": words from the state. Output "deep" (Xu et al. 2015, equation 7): words from
-    tanh(E y + L_h h + L_z z), with y the last word, h the state and z the context; the tanh is that of their code.
+    memory = (cells (B, P, E), attention keys (B, P, A) from `additive_keys`, cell-specific projection of the mean
+    feature). With `output_layer` "hidden", the logits are computed from the hidden state. With "deep" (Xu et al. 2015,
+    equation 7), they are computed from tanh(E y + L_h h + L_z z), where y is the last token, h the hidden state, and z
+    the context vector; the tanh is that of the authors' code.
 
     Args:
         config: sizes and layout.
@@ -50,48 +53,55 @@ class AttentionDecoder(Decoder):
         self.output = nn.Linear(embed if self.deep is not None else hidden, vocabulary_size)
 
     def _cells(self, grid: Tensor) -> Tensor:
-        """(B, P, C) -> the cells (B, P, E) that are looked at."""
+        """Return the projected cells (B, P, E) of a (B, P, C) grid."""
         projected = self.project(self.norm(grid))
         return self.dropout(torch.relu(projected + self.position.to(projected.dtype)))  # type: ignore[no-any-return]
 
     def _project(self, grid: Tensor) -> Memory:
         cells = self._cells(grid)
-        return cells, additive_keys(self.key(cells)), *self.cell.image_part(cells.mean(1))
+        return cells, additive_keys(self.key(cells)), *self.cell.project_image(cells.mean(1))
 
     def initial_state(self, memory: Memory) -> State:
         start = torch.tanh(self.initial(memory[0].mean(1, keepdim=True)))
-        # In the weights' type: under autocast the state is summed up over the words and must not be rounded.
+        # Keep the state in the dtype of the weights: under autocast, rounding would accumulate over time steps.
         return start.to(self.initial.weight.dtype).chunk(self.cell.states, -1)
 
-    def _logits(self, hidden: Tensor, seen: tuple[Tensor, Tensor] | None) -> Tensor:
-        """(..., H) states, and for the deep output (..., E) words and (..., E) contexts -> (..., V)."""
+    def _logits(self, hidden: Tensor, deep_inputs: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Return the logits (..., V).
+
+        Args:
+            hidden: (..., H) hidden states.
+            deep_inputs: token embeddings (..., E) and context vectors (..., E), for the deep output layer.
+        """
         features = self.dropout(hidden)
         if self.deep is not None:
-            assert seen is not None
-            word, context = seen
-            features = self.dropout(torch.tanh(word + self.deep(torch.cat([features, context], -1))))
+            assert deep_inputs is not None
+            embedded, context = deep_inputs
+            features = self.dropout(torch.tanh(embedded + self.deep(torch.cat([features, context], -1))))
         return self.output(features)  # type: ignore[no-any-return]
 
     def step(self, tokens: Tensor, state: State, memory: Memory) -> tuple[Tensor, State, Tensor | None]:
         cells, keys, *image = memory
-        words = self.dropout(self.embedding(tokens[..., None]))
-        word = self.cell.word_part(words, tuple(image))[:, :, 0]
-        look = self.cell(word, state, self.cell.attention.scene(cells, keys))
-        return self._logits(look.hidden, (words[:, :, 0], look.context)), look.state, look.weights
+        embedded = self.dropout(self.embedding(tokens[..., None]))
+        inputs = self.cell.project_tokens(embedded, tuple(image))[:, :, 0]
+        output = self.cell(inputs, state, self.cell.attention.prepare(cells, keys))
+        return self._logits(output.hidden, (embedded[:, :, 0], output.context)), output.state, output.weights
 
-    def forward(self, memory: Memory, tokens: Tensor, at: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, memory: Memory, tokens: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         cells, keys, *image = memory
-        words = self.dropout(self.embedding(tokens))
+        embedded = self.dropout(self.embedding(tokens))
         state = tuple(part.expand(-1, tokens.shape[1], -1) for part in self.initial_state(memory))
-        looks = []
-        # unbind, since taking word after word by its number would cost a whole (B, K, T, G) each on the way back
-        each, scene = self.cell.word_part(words, tuple(image)).unbind(2), self.cell.attention.scene(cells, keys)
+        outputs = []
+        # unbind: indexing by time step would allocate a (B, K, T, G) gradient per step in the backward pass.
+        steps = self.cell.project_tokens(embedded, tuple(image)).unbind(2)
+        attention_inputs = self.cell.attention.prepare(cells, keys)
         with looped(self.cell):
-            for word in each:
-                looks.append(self.cell(word, state, scene))
-                state = looks[-1].state
-        hidden = self._at(torch.stack([look.hidden for look in looks], 2), at)
-        seen = None
+            for inputs in steps:
+                outputs.append(self.cell(inputs, state, attention_inputs))
+                state = outputs[-1].state
+        hidden = self._gather_positions(torch.stack([output.hidden for output in outputs], 2), positions)
+        deep_inputs = None
         if self.deep is not None:
-            seen = self._at(words, at), self._at(torch.stack([look.context for look in looks], 2), at)
-        return self._logits(hidden, seen), torch.stack([look.weights for look in looks], 2)
+            context = torch.stack([output.context for output in outputs], 2)
+            deep_inputs = self._gather_positions(embedded, positions), self._gather_positions(context, positions)
+        return self._logits(hidden, deep_inputs), torch.stack([output.weights for output in outputs], 2)

@@ -1,7 +1,9 @@
-"""The decoder contract. Search, training, the report and the page use only this, so a new decoder is one file.
+"""The decoder contract.
 
-Axes: B images, K hypotheses or captions of each image, P grid cells, C channels, T tokens, V vocabulary,
-H hidden. An image's K hypotheses share its memory: the grid is projected once and never repeated.
+Decoding, training, the report, and the web page use only this contract, so a new decoder is one new module.
+
+Axes: B images, K captions (or hypotheses) per image, P grid cells, C channels, T time steps, V vocabulary size,
+H hidden size. The K hypotheses of an image share its memory: the grid is projected once and never repeated.
 """
 
 from __future__ import annotations
@@ -17,20 +19,20 @@ Memory = tuple[Tensor, ...]  # tensors (B, ...)
 
 
 class Decoder(nn.Module, abc.ABC):
-    """A caption decoder over a grid.
+    """Caption decoder over a feature grid.
 
     Args:
-        zero_features: replace the grid by zeros: the baseline that knows only the language.
+        zero_features: replace the grid with zeros, for a language-only baseline.
     """
 
-    has_attention: bool  # whether `step` returns attention
+    has_attention: bool  # whether `step` returns attention weights
 
     def __init__(self, zero_features: bool) -> None:
         super().__init__()
         self._zero_features = zero_features
 
     def encode(self, grid: Tensor) -> Memory:
-        """Project the grid, once an image.
+        """Project the grid, once per image.
 
         Args:
             grid: (B, P, C) float.
@@ -39,45 +41,46 @@ class Decoder(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def _project(self, grid: Tensor) -> Memory:
-        """As `encode`, of the grid that the decoder may see."""
+        """Implement `encode`; with `zero_features`, the grid is all zeros."""
 
     @abc.abstractmethod
     def initial_state(self, memory: Memory) -> State:
-        """The state before the first token: tensors (B, 1, ...), one hypothesis an image."""
+        """Return the state before the first token: tensors (B, 1, ...), one hypothesis per image."""
 
     @abc.abstractmethod
     def step(self, tokens: Tensor, state: State, memory: Memory) -> tuple[Tensor, State, Tensor | None]:
-        """One token further.
+        """Advance every hypothesis by one token.
 
         Args:
             tokens: (B, K) int64, the last token of each hypothesis.
             state: tensors (B, K, ...).
-            memory: from `encode`.
+            memory: result of `encode`.
 
         Returns:
-            logits (B, K, V); the next state, whose tensors may have grown along an axis after K; attention
-            (B, K, P) float32 that sums to 1 over the cells, or None for a decoder without attention.
+            Logits (B, K, V); the next state, whose tensors may have grown along an axis after K; and attention
+            weights (B, K, P) float32 that sum to 1 over the cells, or None for a decoder without attention.
         """
 
     @abc.abstractmethod
-    def forward(self, memory: Memory, tokens: Tensor, at: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Teacher forcing from `initial_state` on: the logits after each of the given tokens.
+    def forward(self, memory: Memory, tokens: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Return the logits after each of the given tokens (teacher forcing), starting from `initial_state`.
+
+        The result equals T calls of `step`, up to rounding and, in training mode, dropout.
 
         Args:
-            memory: from `encode`.
+            memory: result of `encode`.
             tokens: (B, K, T) int64.
-            at: (N,) int64, the places among the B * K * T after which logits are wanted. Captions have different
-                lengths, so about half of all places are padding, and the vocabulary is the dearest part.
+            positions: (N,) int64 flat indices into B * K * T of the tokens whose logits are computed (default: all).
+                About half of all positions are padding, and the output projection dominates the cost.
 
         Returns:
-            logits (B, K, T, V), or (N, V) with `at`; and attention (B, K, T, P) or None; equal to those of T calls
-            of `step` (up to rounding, and to dropout while training).
+            Logits (B, K, T, V), or (N, V) with `positions`; and attention weights (B, K, T, P) or None.
         """
 
     @staticmethod
-    def _at(features: Tensor, at: Tensor | None) -> Tensor:
-        """(B, K, T, ...) -> (N, ...): those of the wanted places."""
-        return features if at is None else features.flatten(0, 2).index_select(0, at)
+    def _gather_positions(features: Tensor, positions: Tensor | None) -> Tensor:
+        """Select (N, ...) flat positions of (B, K, T, ...) features; None returns the features unchanged."""
+        return features if positions is None else features.flatten(0, 2).index_select(0, positions)
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         return super().__call__(*args, **kwargs)  # type: ignore[no-any-return]

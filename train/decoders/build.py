@@ -1,4 +1,4 @@
-"""A decoder from its configuration."""
+"""Construction of a decoder from its configuration."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from gridcap.train.decoders.transformer import TransformerDecoder
 
 
 def build_decoder(config: AnyFamily, vocabulary_size: int, grid_shape: Sequence[int]) -> Decoder:
-    """Build a decoder with fresh weights.
+    """Build a decoder with newly initialized weights.
 
     Args:
-        config: its family and sizes.
+        config: family and sizes of the decoder.
         vocabulary_size: V.
-        grid_shape: (row, column, channel) of the grids it will see.
+        grid_shape: (rows, columns, channels) of the grids.
     """
     cells, channels = math.prod(grid_shape[:-1]), grid_shape[-1]
     if isinstance(config, LstmConfig):

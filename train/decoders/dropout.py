@@ -1,26 +1,27 @@
-"""Dropout whose masks are drawn quickly on a CPU as well."""
+"""Dropout with fast mask generation on CPUs."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-_VALUES = 2**16  # of a draw: an int16 for every number
+_LEVELS = 2**16  # each element uses 16 random bits
 
 
 class Dropout(nn.Dropout):
-    """As `nn.Dropout` (Srivastava et al. 2014): (...) float -> the same shape, some of it zero, the rest scaled.
+    """Drop-in replacement for `nn.Dropout` (Srivastava et al. 2014).
 
-    On a CPU torch draws a mask number by number, at 10 to 20 ns each, which a step of training feels. Here 64 random
-    bits serve four numbers, so the share of zeros is rounded to a multiple of 2^-16.
+    On CPUs, PyTorch generates the mask element by element, at 10 to 20 ns each, a noticeable part of a training step.
+    Here, 64 random bits serve four elements; the drop probability is rounded to a multiple of 2^-16. On other devices
+    this is `nn.Dropout`.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not self.p or x.device.type != "cpu":
             return super().forward(x)
-        zeros = min(round(self.p * _VALUES), _VALUES - 1)
-        draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-        draws = draws.view(torch.int16)[: x.numel()].view(x.shape)
+        dropped = min(round(self.p * _LEVELS), _LEVELS - 1)
+        bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+        bits = bits.view(torch.int16)[: x.numel()].view(x.shape)
         mask = torch.empty(x.shape, dtype=x.dtype)
-        torch.ge(draws, zeros - _VALUES // 2, out=mask)
-        return x * mask.mul_(_VALUES / (_VALUES - zeros))
+        torch.ge(bits, dropped - _LEVELS // 2, out=mask)
+        return x * mask.mul_(_LEVELS / (_LEVELS - dropped))

@@ -1,4 +1,4 @@
-"""Several decoders as one, by the mean of their probabilities (Vinyals et al. 2015, arXiv:1411.4555, section 4)."""
+"""Ensemble of decoders: the mean of their probabilities (Vinyals et al. 2015, arXiv:1411.4555, section 4)."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from gridcap.train.decoders.base import Decoder, Memory, State
 
 
 class Ensemble(Decoder):
-    """A decoder whose probabilities are the mean of its members', word by word.
+    """Decoder that averages the token probabilities of its members at every step.
 
-    Memory and state are the members' tuples one after the other. The logits are float32 logarithms of
-    probabilities, and the attention is the mean over the members that have one.
+    Memory and state are the concatenated tuples of the members. The logits are float32 log-probabilities, and the
+    attention is the mean over the members that have attention.
 
     Args:
-        decoders: of any families, for one vocabulary and grids of one shape.
+        decoders: decoders of any family, with the same vocabulary and grid shape.
 
     Raises:
-        ValueError: there are none.
+        ValueError: `decoders` is empty.
     """
 
     def __init__(self, decoders: Sequence[Decoder]) -> None:
-        super().__init__(zero_features=False)  # a blind member covers the grid for itself
+        super().__init__(zero_features=False)  # members with zero_features zero the grid themselves
         if not decoders:
             raise ValueError("an ensemble needs at least one decoder")
         self.members = nn.ModuleList(decoders)
         self.has_attention = any(decoder.has_attention for decoder in decoders)
-        # Tensors in each member's memory and state: always the same, but known only once they were made.
+        # Number of tensors in each member's memory and state; constant, but unknown before the first call.
         self._memory_lengths: list[int] = []
         self._state_lengths: list[int] = []
 
@@ -43,16 +43,16 @@ class Ensemble(Decoder):
     def _project(self, grid: Tensor) -> Memory:
         parts = [member.encode(grid) for member in self._decoders()]
         self._memory_lengths = [len(part) for part in parts]
-        return _joined(parts)
+        return _concatenate(parts)
 
     def initial_state(self, memory: Memory) -> State:
-        memories = _divided(memory, self._memory_lengths)
+        memories = _split(memory, self._memory_lengths)
         parts = [member.initial_state(own) for member, own in zip(self._decoders(), memories, strict=True)]
         self._state_lengths = [len(part) for part in parts]
-        return _joined(parts)
+        return _concatenate(parts)
 
     def step(self, tokens: Tensor, state: State, memory: Memory) -> tuple[Tensor, State, Tensor | None]:
-        memories, states = _divided(memory, self._memory_lengths), _divided(state, self._state_lengths)
+        memories, states = _split(memory, self._memory_lengths), _split(state, self._state_lengths)
         logits, after, attentions = zip(
             *(
                 member.step(tokens, own_state, own_memory)
@@ -60,24 +60,25 @@ class Ensemble(Decoder):
             ),
             strict=True,
         )
-        return _mean_probability(logits), _joined(after), _mean_attention(attentions)
+        return _mean_probability(logits), _concatenate(after), _mean_attention(attentions)
 
-    def forward(self, memory: Memory, tokens: Tensor, at: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        memories = _divided(memory, self._memory_lengths)
+    def forward(self, memory: Memory, tokens: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        memories = _split(memory, self._memory_lengths)
         logits, attentions = zip(
-            *(member(own, tokens, at) for member, own in zip(self._decoders(), memories, strict=True)), strict=True
+            *(member(own, tokens, positions) for member, own in zip(self._decoders(), memories, strict=True)),
+            strict=True,
         )
         return _mean_probability(logits), _mean_attention(attentions)
 
 
-def _joined(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+def _concatenate(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     return tuple(tensor for part in parts for tensor in part)
 
 
-def _divided(joined: tuple[Tensor, ...], lengths: Sequence[int]) -> list[tuple[Tensor, ...]]:
-    """The parts that `_joined` put together."""
-    tensors = iter(joined)
-    return [tuple(next(tensors) for _ in range(length)) for length in lengths]
+def _split(tensors: tuple[Tensor, ...], lengths: Sequence[int]) -> list[tuple[Tensor, ...]]:
+    """Undo `_concatenate`."""
+    remaining = iter(tensors)
+    return [tuple(next(remaining) for _ in range(length)) for length in lengths]
 
 
 def _mean_probability(logits: Sequence[Tensor]) -> Tensor:
@@ -86,5 +87,5 @@ def _mean_probability(logits: Sequence[Tensor]) -> Tensor:
 
 
 def _mean_attention(attentions: Sequence[Tensor | None]) -> Tensor | None:
-    there = [attention for attention in attentions if attention is not None]
-    return torch.stack(there).mean(0) if there else None
+    available = [attention for attention in attentions if attention is not None]
+    return torch.stack(available).mean(0) if available else None

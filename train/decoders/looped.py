@@ -1,8 +1,8 @@
-"""Products in a loop over words: the gradient of what stays the same is made once, for all words.
+"""Deferred weight gradients for matmuls in a loop over time steps.
 
-Autograd makes a product as large as the weights for every word, rounds it to bfloat16 under autocast, and adds it to
-the sum of those before. Kept until the end, the inputs and the gradients of all words are one product, which is
-quicker, and rounded once.
+Autograd computes a weight-sized product per time step, rounds it to bfloat16 under autocast, and adds it to the sum
+so far. Here, the inputs and output gradients of all steps are kept, and the weight gradient is computed in one matmul
+at the end, which is faster and rounds only once.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (torch's own habit)
+import torch.nn.functional as F  # noqa: N812 (the usual name in PyTorch code)
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -21,12 +21,12 @@ from gridcap.train.decoders.packed import can_pack, computes_in, pack
 
 
 class LoopedLinear(nn.Linear):
-    """As `nn.Linear`, with its parameters; inside `looped` as above."""
+    """`nn.Linear` whose weight gradient is deferred inside a `looped` block; the parameters are the same."""
 
     _loop: tuple[_LinearLoop, Tensor] | None = None
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
+        """Map (..., in) to (..., out)."""
         if self._loop is None:
             return super().forward(inputs)
         loop, token = self._loop
@@ -34,7 +34,7 @@ class LoopedLinear(nn.Linear):
 
 
 class LoopedMean:
-    """Weighted means of an image's cells, for all words of a loop as above.
+    """Weighted means over the cells of an image, with deferred gradients for the cells.
 
     Args:
         cells: (B, P, E).
@@ -48,7 +48,7 @@ class LoopedMean:
             self._loop = loop, _Sources.apply(loop, cells)
 
     def __call__(self, weights: Tensor) -> Tensor:
-        """(B, K, P) -> (B, K, E) in the cells' type."""
+        """Map weights (B, K, P) to means (B, K, E) in the dtype of the cells."""
         weights = weights.to(self._cells.dtype)
         if self._loop is None:
             return weights @ self._cells
@@ -58,7 +58,10 @@ class LoopedMean:
 
 @contextlib.contextmanager
 def looped(module: nn.Module) -> Iterator[None]:
-    """The block is a loop that calls the `LoopedLinear` layers of a module. Without gradient it changes nothing."""
+    """Defer the weight gradients of the `LoopedLinear` layers of a module that are called in this block.
+
+    Has no effect when gradients are disabled.
+    """
     layers = [layer for layer in module.modules() if isinstance(layer, LoopedLinear)] if torch.is_grad_enabled() else []
     try:
         for layer in layers:
@@ -71,11 +74,11 @@ def looped(module: nn.Module) -> Iterator[None]:
 
 
 class _Loop(abc.ABC):
-    """One loop's products with the same matrix.
+    """The products of one loop with the same matrix.
 
     Attributes:
-        inputs: (..., in) of each call.
-        gradients: (..., out), call -> that of its output.
+        inputs: inputs (..., in) of each call.
+        gradients: call index -> gradient (..., out) of its output.
     """
 
     def __init__(self) -> None:
@@ -84,19 +87,19 @@ class _Loop(abc.ABC):
 
     @abc.abstractmethod
     def forward(self, inputs: Tensor) -> Tensor:
-        """The product."""
+        """Return the product."""
 
     @abc.abstractmethod
     def backward(self, gradient: Tensor) -> Tensor:
-        """The gradient of its inputs."""
+        """Return the gradient of the inputs."""
 
     @abc.abstractmethod
     def finish(self, inputs: list[Tensor], gradients: list[Tensor]) -> tuple[Tensor | None, ...]:
-        """The gradients of the sources, from those calls that the loss has seen."""
+        """Return the gradients of the sources, from the calls that contribute to the loss."""
 
 
 class _LinearLoop(_Loop):
-    """inputs @ weight.t() + bias, in the type that autocast wants."""
+    """inputs @ weight.t() + bias, in the autocast dtype."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
@@ -114,9 +117,9 @@ class _LinearLoop(_Loop):
         return gradient @ self.weight
 
     def finish(self, inputs: list[Tensor], gradients: list[Tensor]) -> tuple[Tensor | None, ...]:
-        every = torch.cat([gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients])
-        by_weight = every.t() @ torch.cat([some.reshape(-1, some.shape[-1]) for some in inputs])
-        return by_weight.to(self._dtype), None if self._bias is None else every.sum(0).to(self._dtype)
+        outputs = torch.cat([gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients])
+        weight = outputs.t() @ torch.cat([part.reshape(-1, part.shape[-1]) for part in inputs])
+        return weight.to(self._dtype), None if self._bias is None else outputs.sum(0).to(self._dtype)
 
 
 class _MeanLoop(_Loop):
@@ -137,8 +140,11 @@ class _MeanLoop(_Loop):
 
 
 class _Sources(torch.autograd.Function):
-    """Gives a token that all products of a loop depend on: autograd asks here when it has asked all of them. They have
-    no gradient for it, which autograd passes on as well."""
+    """Return a token on which all products of a loop depend.
+
+    Autograd calls `backward` here after that of all products. The products return no gradient for the token, which
+    autograd accepts.
+    """
 
     @staticmethod
     def forward(ctx: Any, loop: _Loop, matrix: Tensor, *others: Tensor | None) -> Tensor:
@@ -150,10 +156,10 @@ class _Sources(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
         loop: _Loop = ctx.loop
-        asked, loop.gradients = loop.gradients, {}
-        if not asked:
+        gradients, loop.gradients = loop.gradients, {}
+        if not gradients:
             return None, *(None,) * ctx.count
-        return None, *loop.finish([loop.inputs[call] for call in asked], list(asked.values()))
+        return None, *loop.finish([loop.inputs[call] for call in gradients], list(gradients.values()))
 
 
 class _Product(torch.autograd.Function):

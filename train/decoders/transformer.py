@@ -1,11 +1,11 @@
 """Transformer decoder over the projected grid.
 
-Vaswani et al. 2017, "Attention Is All You Need" (arXiv:1706.03762), with the normalisation before each sublayer
-instead of after it (Xiong et al. 2020, arXiv:2002.04745), which trains without a delicate warm-up. The frozen CNN
-stands where the encoder was: its grid is normalized, projected, and given learned positions.
+Vaswani et al. 2017, "Attention Is All You Need" (arXiv:1706.03762), in the pre-norm variant of Xiong et al. 2020
+(arXiv:2002.04745), which does not need a carefully tuned warmup. The grid of the frozen CNN takes the place of the
+encoder output: it is normalized, projected, and given learned position embeddings.
 
-Captions are padded at the end only, so the causal mask keeps padding out of every word's sight and no other mask
-is needed.
+Captions are padded at the end only, so the causal mask hides the padding from all tokens, and no padding mask is
+needed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (torch's own habit)
+import torch.nn.functional as F  # noqa: N812 (the usual name in PyTorch code)
 from torch import Tensor, nn
 
 from gridcap.common.config import TransformerConfig
@@ -23,13 +23,14 @@ from gridcap.train.decoders.dropout import Dropout
 
 
 class TransformerDecoder(Decoder):
-    """memory = keys and values of the grid for layer after layer, (B, heads, P, D / heads) each.
+    """Pre-norm Transformer decoder.
 
-    state = keys and values of the words so far for layer after layer, (B, K, t, D) each, t growing from 0. The
-    attention that is given out is the last layer's look at the grid, the mean of its heads.
+    memory = keys and values of the grid for every layer, (B, heads, P, D / heads) each, where D is `embed_size`.
+    state = keys and values of the previous tokens for every layer, (B, K, T, D) each, with T growing from 0. The
+    returned attention is the cross-attention of the last layer, averaged over heads.
 
     Args:
-        config: sizes; D is `embed_size`.
+        config: sizes.
         vocabulary_size: V.
         cells: P.
         channels: C.
@@ -62,11 +63,15 @@ class TransformerDecoder(Decoder):
         return (empty,) * len(memory)
 
     def _run(
-        self, tokens: Tensor, state: State, memory: Memory, at: Tensor | None = None
+        self, tokens: Tensor, state: State, memory: Memory, positions: Tensor | None = None
     ) -> tuple[Tensor, State, Tensor]:
-        """(B, K, T) tokens after the t of the state -> logits (B, K, T, V) or (N, V), state, attention (B, K, T, P)."""
-        words = self.embedding(tokens)
-        x = self.dropout(words + _sinusoids(state[0].shape[2], words))
+        """Process (B, K, T) tokens after those in the state.
+
+        Returns:
+            Logits (B, K, T, V) or (N, V), the next state, and attention weights (B, K, T, P).
+        """
+        embedded = self.embedding(tokens)
+        x = self.dropout(embedded + _sinusoids(state[0].shape[2], embedded))
         after: list[Tensor] = []
         attention = None
         for i, layer in enumerate(self.layers):
@@ -74,22 +79,24 @@ class TransformerDecoder(Decoder):
             x, cache, attention = layer(x, state[part], memory[part], i == len(self.layers) - 1)
             after += cache
         assert attention is not None
-        return self.output(self.dropout(self.output_norm(self._at(x, at)))), tuple(after), attention
+        features = self.dropout(self.output_norm(self._gather_positions(x, positions)))
+        return self.output(features), tuple(after), attention
 
     def step(self, tokens: Tensor, state: State, memory: Memory) -> tuple[Tensor, State, Tensor | None]:
         logits, state, attention = self._run(tokens[..., None], state, memory)
         return logits[:, :, 0], state, attention[:, :, 0]
 
-    def forward(self, memory: Memory, tokens: Tensor, at: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, memory: Memory, tokens: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         state = tuple(part.expand(-1, tokens.shape[1], -1, -1) for part in self.initial_state(memory))
-        logits, _, attention = self._run(tokens, state, memory, at)
+        logits, _, attention = self._run(tokens, state, memory, positions)
         return logits, attention
 
 
 class _Layer(nn.Module):
-    """Words look at the words before, then at the grid, then a map of each word by itself; all added to the input.
+    """Self-attention, cross-attention to the grid, and a feed-forward network, each with a residual connection.
 
-    Queries, keys and values have no bias: a key's would change no softmax, and a value's is the output map's.
+    Queries, keys, and values have no bias: a key bias does not change the softmax, and a value bias is redundant with
+    that of the output projection.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -97,12 +104,12 @@ class _Layer(nn.Module):
         size = config.embed_size
         self._heads = config.heads
         self.dropout = Dropout(config.dropout)
-        self.words_norm = nn.LayerNorm(size)
-        self.words = nn.Linear(size, 3 * size, bias=False)
-        self.words_output = nn.Linear(size, size)
-        self.grid_norm = nn.LayerNorm(size)
-        self.grid = nn.Linear(size, size, bias=False)
-        self.grid_output = nn.Linear(size, size)
+        self.self_attn_norm = nn.LayerNorm(size)
+        self.self_attn_qkv = nn.Linear(size, 3 * size, bias=False)
+        self.self_attn_output = nn.Linear(size, size)
+        self.cross_attn_norm = nn.LayerNorm(size)
+        self.cross_attn_query = nn.Linear(size, size, bias=False)
+        self.cross_attn_output = nn.Linear(size, size)
         self.feedforward = nn.Sequential(
             nn.LayerNorm(size),
             nn.Linear(size, config.feedforward_size),
@@ -112,62 +119,63 @@ class _Layer(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, cache: State, memory: Memory, wants_attention: bool
+        self, x: Tensor, cache: State, memory: Memory, needs_attention: bool
     ) -> tuple[Tensor, State, Tensor | None]:
-        """One layer.
+        """Apply one layer.
 
         Args:
-            x: (B, K, T, D); with words in the cache T is 1.
-            cache: keys and values of the words before, (B, K, t, D).
+            x: (B, K, T, D); T is 1 if the cache is not empty.
+            cache: keys and values of the previous tokens, (B, K, t, D).
             memory: keys and values of the grid, (B, heads, P, D / heads).
-            wants_attention: also give the look at the grid, which keeps the fast kernel from being used.
+            needs_attention: return the cross-attention weights, which rules out the fused kernel.
 
         Returns:
-            (B, K, T, D), the cache with the T words, and attention (B, K, T, P) float32 or None.
+            (B, K, T, D), the cache extended by T tokens, and attention weights (B, K, T, P) float32 or None.
         """
-        seen, cache = self._look_at_words(self.words_norm(x), cache)
-        x = x + self.dropout(self.words_output(seen))
-        seen, attention = self._look_at_grid(self.grid_norm(x), memory, wants_attention)
-        x = x + self.dropout(self.grid_output(seen))
+        attended, cache = self._self_attention(self.self_attn_norm(x), cache)
+        x = x + self.dropout(self.self_attn_output(attended))
+        attended, attention = self._cross_attention(self.cross_attn_norm(x), memory, needs_attention)
+        x = x + self.dropout(self.cross_attn_output(attended))
         return x + self.dropout(self.feedforward(x)), cache, attention
 
-    def _look_at_words(self, x: Tensor, cache: State) -> tuple[Tensor, State]:
-        query, key, value = self.words(x).chunk(3, -1)
+    def _self_attention(self, x: Tensor, cache: State) -> tuple[Tensor, State]:
+        query, key, value = self.self_attn_qkv(x).chunk(3, -1)
         cache = torch.cat([cache[0], key], 2), torch.cat([cache[1], value], 2)
         queries, keys, values = (_split_heads(part.flatten(0, 1), self._heads) for part in (query, *cache))
-        # A lone word sees all of the cache; several words come only with an empty one (`forward`).
-        seen = F.scaled_dot_product_attention(queries, keys, values, is_causal=x.shape[2] > 1)
-        return _join_heads(seen).reshape(x.shape), cache
+        # A single token attends to the whole cache; with several tokens (`forward`) the cache was empty.
+        attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=x.shape[2] > 1)
+        return _join_heads(attended).reshape(x.shape), cache
 
-    def _look_at_grid(self, x: Tensor, memory: Memory, wants_attention: bool) -> tuple[Tensor, Tensor | None]:
+    def _cross_attention(self, x: Tensor, memory: Memory, needs_attention: bool) -> tuple[Tensor, Tensor | None]:
         keys, values = memory
-        query = _split_heads(self.grid(x).flatten(1, 2), self._heads)  # (B, heads, K T, d): the grid is not repeated
-        if not wants_attention:
+        # (B, heads, K * T, D / heads): all captions of an image share its keys and values.
+        query = _split_heads(self.cross_attn_query(x).flatten(1, 2), self._heads)
+        if not needs_attention:
             return _join_heads(F.scaled_dot_product_attention(query, keys, values)).reshape(x.shape), None
         scores = query @ keys.transpose(-2, -1) / math.sqrt(query.shape[-1])
         weights = scores.float().softmax(-1)
-        seen = _join_heads(weights.to(values.dtype) @ values).reshape(x.shape)
-        return seen, weights.mean(1).reshape(*x.shape[:3], -1)
+        attended = _join_heads(weights.to(values.dtype) @ values).reshape(x.shape)
+        return attended, weights.mean(1).reshape(*x.shape[:3], -1)
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:
-    """(N, L, D) -> (N, heads, L, D / heads)."""
+    """Reshape (N, L, D) to (N, heads, L, D / heads)."""
     return x.reshape(*x.shape[:2], heads, x.shape[-1] // heads).transpose(1, 2)
 
 
 def _join_heads(x: Tensor) -> Tensor:
-    """(N, heads, L, D / heads) -> (N, L, D)."""
+    """Reshape (N, heads, L, D / heads) to (N, L, D)."""
     return x.transpose(1, 2).flatten(2)
 
 
-def _sinusoids(start: int, words: Tensor) -> Tensor:
-    """Vaswani's positions for words (..., T, D) that `start` others stand before: (T, D).
+def _sinusoids(start: int, embedded: Tensor) -> Tensor:
+    """Return sinusoidal position embeddings (T, D) for embeddings (..., T, D) at positions `start`, `start` + 1, ...
 
-    Sines stand in the first half and cosines in the second, not in turn: no linear map minds the order. An odd D
-    lacks the last cosine.
+    The sines are in the first half and the cosines in the second; interleaving them, as in the paper, is equivalent up
+    to a permutation. For odd D, the last cosine is missing.
     """
-    count, size = words.shape[-2:]
+    count, size = embedded.shape[-2:]
     half = (size + 1) // 2
-    rates = torch.exp(torch.arange(half, device=words.device) * (-math.log(10000.0) / half))
-    angles = torch.arange(start, start + count, device=words.device)[:, None] * rates
-    return torch.cat([angles.sin(), angles.cos()], -1)[:, :size].to(words.dtype)
+    rates = torch.exp(torch.arange(half, device=embedded.device) * (-math.log(10000.0) / half))
+    angles = torch.arange(start, start + count, device=embedded.device)[:, None] * rates
+    return torch.cat([angles.sin(), angles.cos()], -1)[:, :size].to(embedded.dtype)

@@ -43,7 +43,7 @@ def test_scores_and_all_three_gradients_are_the_formulas(seed: int, b: int, k: i
 def test_without_gradient_the_scores_are_the_same_in_stretches_of_any_size(
     in_cache: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gridcap.train.decoders.additive._IN_CACHE", in_cache)
+    monkeypatch.setattr("gridcap.train.decoders.additive._CACHE_ELEMENTS", in_cache)
     inputs = example(1, 5, 2, 3, 4)
     with torch.no_grad():
         torch.testing.assert_close(ours(*inputs), formula(*inputs))

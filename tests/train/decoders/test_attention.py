@@ -61,8 +61,8 @@ def test_gru_is_torchs_gru_over_context_and_word():
     expected, context = look(decoder, cell.from_hidden, h, cells)
     torch.testing.assert_close(weights, expected)
     reference = nn.GRUCell(2 * E, H)
-    reference.weight_ih.data = torch.cat([cell.from_context.weight, cell.from_word.weight], 1)
-    reference.bias_ih.data = cell.from_word.bias
+    reference.weight_ih.data = torch.cat([cell.from_context.weight, cell.from_token.weight], 1)
+    reference.bias_ih.data = cell.from_token.bias
     reference.weight_hh.data, reference.bias_hh.data = cell.from_hidden.weight[A:], cell.from_hidden.bias[A:]
     torch.testing.assert_close(after, reference(torch.cat([context, word])[None], h[None])[0])
 
@@ -73,7 +73,7 @@ def test_lstm_reads_context_and_word():
     _, after, weights, (h, c), word, _, cells = step(decoder)
     expected, context = look(decoder, cell.from_hidden, h, cells)
     torch.testing.assert_close(weights, expected)
-    sums = cell.from_word(word) + cell.from_context(context) + cell.from_hidden(h)[A:]
+    sums = cell.from_token(word) + cell.from_context(context) + cell.from_hidden(h)[A:]
     torch.testing.assert_close(after, list(lstm(sums, c)))
 
 
@@ -83,7 +83,7 @@ def test_att2in_takes_the_larger_candidate_and_shows_the_context_to_nothing_else
     _, after, weights, (h, c), word, _, cells = step(decoder)
     expected, context = look(decoder, cell.from_hidden, h, cells)
     torch.testing.assert_close(weights, expected)
-    own = cell.from_word(word) + cell.from_hidden(h)[A:]
+    own = cell.from_token(word) + cell.from_hidden(h)[A:]
     into, forget, out = own[: 3 * H].sigmoid().chunk(3)
     one, other = (own[3 * H :] + cell.from_context(context)).chunk(2)
     assert 0 < (one > other).sum() < H, "both candidates win somewhere"
@@ -96,7 +96,7 @@ def test_top_down_looks_with_the_first_lstm_and_writes_with_the_second():
     cell = decoder.cell
     logits, after, weights, (h2, h1, c2, c1), word, mean, cells = step(decoder)
     own, of_other = cell.from_first(h1), cell.from_second(h2)[: 4 * H]
-    h1, c1 = lstm(of_other + cell.from_mean(mean) + cell.from_word(word) + own, c1)
+    h1, c1 = lstm(of_other + cell.from_mean(mean) + cell.from_token(word) + own, c1)
     expected, context = look(decoder, cell.from_hidden, h1, cells)
     torch.testing.assert_close(weights, expected)
     h2, c2 = lstm(cell.from_context(context) + cell.from_hidden(h1)[A:] + cell.from_second(h2)[4 * H :], c2)
@@ -111,7 +111,7 @@ def test_the_gate_scales_the_context_by_a_scalar_of_the_state(cell):
     gate = gated.cell.attention.gate
     state, (cells, keys, *_) = some_state(plain), plain.encode(grid())
     query = torch.randn(B, K, A)
-    scene = plain.cell.attention.scene(cells, keys)
+    scene = plain.cell.attention.prepare(cells, keys)
     context, weights = plain.cell.attention(query, state[0], scene)
     scaled, same = gated.cell.attention(query, state[0], scene)
     torch.testing.assert_close(scaled, context * gate(state[0]).sigmoid())

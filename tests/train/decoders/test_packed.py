@@ -136,4 +136,4 @@ def test_what_is_packed_is_what_the_weights_are_now(net: Net) -> None:
         expected = net(inputs)
         with packed(net, 5):
             torch.testing.assert_close(net(inputs), expected, rtol=1e-4, atol=1e-4)
-    assert module_of_packed._FEWEST_ROWS <= 5, "or these tests test nothing"
+    assert module_of_packed.MIN_ROWS <= 5, "or these tests test nothing"

@@ -36,20 +36,20 @@ def torchs(layer, memory_weight):
     """torch's pre-norm decoder layer with the weights of ours; its memory is the grid before keys and values."""
     twin = nn.TransformerDecoderLayer(D, HEADS, 12, 0.0, batch_first=True, norm_first=True).eval()
     weights = {
-        "self_attn.in_proj_weight": layer.words.weight,
+        "self_attn.in_proj_weight": layer.self_attn_qkv.weight,
         "self_attn.in_proj_bias": torch.zeros(3 * D),
-        "self_attn.out_proj.weight": layer.words_output.weight,
-        "self_attn.out_proj.bias": layer.words_output.bias,
-        "multihead_attn.in_proj_weight": torch.cat([layer.grid.weight, memory_weight]),
+        "self_attn.out_proj.weight": layer.self_attn_output.weight,
+        "self_attn.out_proj.bias": layer.self_attn_output.bias,
+        "multihead_attn.in_proj_weight": torch.cat([layer.cross_attn_query.weight, memory_weight]),
         "multihead_attn.in_proj_bias": torch.zeros(3 * D),
-        "multihead_attn.out_proj.weight": layer.grid_output.weight,
-        "multihead_attn.out_proj.bias": layer.grid_output.bias,
+        "multihead_attn.out_proj.weight": layer.cross_attn_output.weight,
+        "multihead_attn.out_proj.bias": layer.cross_attn_output.bias,
         "linear1.weight": layer.feedforward[1].weight,
         "linear1.bias": layer.feedforward[1].bias,
         "linear2.weight": layer.feedforward[4].weight,
         "linear2.bias": layer.feedforward[4].bias,
     }
-    norms = (layer.words_norm, layer.grid_norm, layer.feedforward[0])
+    norms = (layer.self_attn_norm, layer.cross_attn_norm, layer.feedforward[0])
     weights |= {f"norm{i}.{k}": v for i, norm in enumerate(norms, 1) for k, v in norm.state_dict().items()}
     twin.load_state_dict(weights)
     return twin

@@ -98,8 +98,8 @@ class Fixed(torch.nn.Module):
         logits, state, _ = self.inner.step(tokens, state, memory)
         return logits, state, self.looks.expand(*tokens.shape, -1)
 
-    def forward(self, memory, tokens, at=None):
-        logits, _ = self.inner(memory, tokens, at)
+    def forward(self, memory, tokens, positions=None):
+        logits, _ = self.inner(memory, tokens, positions)
         return logits, self.looks.expand(*tokens.shape, -1)
 
 

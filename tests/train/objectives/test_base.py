@@ -187,7 +187,7 @@ class Recorder(Decoder):
         self.fed.append(tokens.clone())
         return logits, (state[0] + 1,), None
 
-    def forward(self, memory, tokens, at=None):
+    def forward(self, memory, tokens, positions=None):
         raise AssertionError("not asked for")
 
 

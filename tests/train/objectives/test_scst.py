@@ -44,8 +44,8 @@ class Table(Decoder):
     def step(self, tokens, state, memory):
         return self.table[memory[0][:, None], tokens], state, None
 
-    def forward(self, memory, tokens, at=None):
-        return self._at(self.table[memory[0][:, None, None], tokens], at), None
+    def forward(self, memory, tokens, positions=None):
+        return self._gather_positions(self.table[memory[0][:, None, None], tokens], positions), None
 
 
 class Reward:
