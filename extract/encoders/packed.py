@@ -1,8 +1,8 @@
-"""Convolutions for a CPU: weights laid out for oneDNN once, and not for every batch, and ReLU in the same pass.
+"""Packed convolutions for CPUs: weights laid out for oneDNN once instead of per batch, and fused ReLU.
 
-It is what torch.compile makes of them with frozen weights, by the same operators of torch, without half a minute of
-compiling. One thing is more: where a mean over neighbors comes before a 1 x 1 convolution, it comes after it. Both are
-linear and each leaves alone what the other sums over, and after it there are a fourth to a tenth of the channels.
+torch.compile with frozen weights uses the same operators, but takes half a minute to compile. In addition, average
+pooling moves after a following 1x1 convolution: both are linear and act on different axes, so the order does not
+matter, and the output of the convolution has a fourth to a tenth of the channels.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections import Counter
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (torch's own habit)
+import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from torch import Tensor, fx, nn
 from torchvision.models.inception import BasicConv2d
 
@@ -19,12 +19,12 @@ from gridcap.common.device import has_onednn
 
 
 class PackedConvolution(nn.Module):
-    """A convolution with a bias, and ReLU: (B, C, H, W) in channels_last memory -> the same of other sizes.
+    """A convolution with bias and ReLU: (B, C, H, W) -> (B, C', H', W'), both in channels_last memory format.
 
     Args:
-        layer: the convolution, in its final number type.
-        shape: of what it will be given; for another batch size it is right too, and a little slower.
-        pool: what of `torch.nn.functional.avg_pool2d` lies before it, for a 1 x 1 convolution: all but the images.
+        layer: the convolution, in its final dtype.
+        shape: shape of the expected input; other batch sizes are correct but slightly slower.
+        pool: keyword arguments of the `torch.nn.functional.avg_pool2d` that precedes the convolution, if any.
     """
 
     def __init__(self, layer: nn.Conv2d, shape: torch.Size, pool: dict[str, Any] | None = None) -> None:
@@ -35,81 +35,83 @@ class PackedConvolution(nn.Module):
         self._weight: Tensor = reorder(layer.weight.detach().to_mkldnn(), *self._settings, list(shape))
 
     def forward(self, images: Tensor) -> Tensor:
-        """As the convolution, and ReLU."""
+        """Apply pooling, convolution, bias, and ReLU."""
         if self._pool is None:
             return self._convolve(images, self._bias, "relu")
         pooled = F.avg_pool2d(self._convolve(images, None, "none"), **self._pool)
-        if self._bias is not None:  # after the mean, in which what is around the image counts as zeros
+        if self._bias is not None:  # added after pooling, which would average it with zeros from the padding
             pooled += self._bias[:, None, None]
         return pooled.relu_()
 
-    def _convolve(self, images: Tensor, bias: Tensor | None, then: str) -> Tensor:
+    def _convolve(self, images: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         return torch.ops.mkldnn._convolution_pointwise(  # type: ignore[no-any-return]
-            images, self._weight, bias, *self._settings, then, [], ""
+            images, self._weight, bias, *self._settings, activation, [], ""
         )
 
 
 def can_pack(precision: torch.dtype) -> bool:
-    """Whether there are the operators for it."""
+    """Return whether this torch build and CPU provide the operators."""
     return has_onednn(precision, "_convolution_pointwise") and hasattr(torch._C._nn, "mkldnn_reorder_conv2d_weight")
 
 
 class _Tracer(fx.Tracer):
+    """Tracer that keeps BasicConv2d blocks as single nodes."""
+
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return isinstance(module, BasicConv2d) or super().is_leaf_module(module, name)
 
 
 @torch.inference_mode()
 def pack_convolutions(trunk: nn.Module, image: Tensor, batch_size: int) -> nn.Module:
-    """Pack the convolutions of a CNN whose BatchNorms are folded: those that a ReLU follows, as in InceptionV3.
+    """Pack the `BasicConv2d` blocks (convolution and ReLU, as in InceptionV3) of a CNN with folded BatchNorm.
 
     Args:
-        trunk: on a CPU, frozen, in its final number type and memory format.
-        image: (1, C, H, W), one that it could be given, of any content.
-        batch_size: of the batches that it will be given.
+        trunk: frozen, on the CPU, in its final dtype and memory format.
+        image: (1, C, H, W), an input of any content.
+        batch_size: expected batch size.
 
     Returns:
-        What computes the same up to rounding. Without such convolutions it is the trunk itself.
+        A module that computes the same function up to rounding; `trunk` itself if there is nothing to pack.
     """
     blocks = {name: block for name, block in trunk.named_modules() if isinstance(block, BasicConv2d)}
     if not blocks:
         return trunk
     shapes: dict[nn.Module, torch.Size] = {}
 
-    def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def record_shape(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         shapes[layer] = torch.Size((batch_size, *inputs[0].shape[1:]))
 
-    hooks = [block.register_forward_pre_hook(note) for block in blocks.values()]
+    hooks = [block.register_forward_pre_hook(record_shape) for block in blocks.values()]
     trunk(image)
     for hook in hooks:
         hook.remove()
     packed = fx.GraphModule(trunk, _Tracer().trace(trunk))
-    pools = _take_pools(packed.graph, blocks)
+    pools = _remove_pools(packed.graph, blocks)
     for name, block in blocks.items():
         packed.set_submodule(name, PackedConvolution(block.conv, shapes[block], pools.get(name)))
     packed.recompile()
     return packed
 
 
-def _take_pools(graph: fx.Graph, blocks: dict[str, BasicConv2d]) -> dict[str, dict[str, Any]]:
-    """Take the means over neighbors out of a graph where only a 1 x 1 convolution comes after; say which, and how."""
+def _remove_pools(graph: fx.Graph, blocks: dict[str, BasicConv2d]) -> dict[str, dict[str, Any]]:
+    """Remove average pooling whose only user is a 1x1 convolution; return block name -> arguments of the pooling."""
     pools: dict[str, dict[str, Any]] = {}
-    called = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
     for node in list(graph.nodes):
-        before = node.args[0] if node.args else None
+        source = node.args[0] if node.args else None
         if (
             node.op == "call_module"
             and node.target in blocks
             and _is_pointwise(blocks[node.target].conv)
-            and called[node.target] == 1
-            and isinstance(before, fx.Node)
-            and before.target is F.avg_pool2d
-            and len(before.users) == 1
-            and len(before.args) == 1
+            and calls[node.target] == 1
+            and isinstance(source, fx.Node)
+            and source.target is F.avg_pool2d
+            and len(source.users) == 1
+            and len(source.args) == 1
         ):
-            pools[str(node.target)] = dict(before.kwargs)
-            node.args = before.args
-            graph.erase_node(before)
+            pools[str(node.target)] = dict(source.kwargs)
+            node.args = source.args
+            graph.erase_node(source)
     return pools
 
 

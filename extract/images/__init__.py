@@ -1,1 +1,1 @@
-"""Image decoding on the CPU and the GPU."""
+"""Decoding of image batches, on the CPU and the GPU."""

@@ -1,4 +1,4 @@
-"""Which JPEG files a decoder for the common case may have, from a look at their headers."""
+"""Selection of the JPEG files that nvJPEG can decode, from their headers."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from PIL import Image
 
 from gridcap.common.image import MAX_PIXELS, SCAN, WatchedFile
 
-_LARGEST_FILE = 3 * MAX_PIXELS  # bytes; Pillow need not read a larger one as a whole
-_ORIENTATION = 0x0112
-_FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended and progressive, with Huffman codes
-# Of other frames (lossless, arithmetic codes, ...), and those that nothing belongs to: not before the first scan.
-_NOT_HERE = {0xC3, *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xDA)}
-_MOST_SCANS = 100  # progressive files have about ten
+_MAX_BYTES = 3 * MAX_PIXELS
+_MAX_SCANS = 100  # progressive files have about ten
+_EXIF_ORIENTATION = 0x0112
 _END_OF_IMAGE = b"\xff\xd9"
+# Frame markers that nvJPEG decodes: baseline, extended, and progressive DCT with Huffman coding.
+_FRAMES = {0xC0, 0xC1, 0xC2}
+# Other frame types (lossless, arithmetic coding, ...), and markers that are not allowed before the first scan.
+_UNSUPPORTED = {0xC3, *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xDA)}
 
 
 class Jpeg:
-    """A whole gray or color JPEG file, not decoded.
+    """An undecoded, complete grayscale or color JPEG file.
 
     Attributes:
-        path: where it is.
-        data: its bytes, (n,) uint8.
+        path: the file.
+        data: its bytes, uint8 (n,).
         pixels: width times height.
-        orientation: EXIF's, 1 to 8; 1 is upright.
+        orientation: EXIF orientation, 1 to 8; 1 is upright.
     """
 
     def __init__(self, path: Path, data: bytearray, pixels: int, orientation: int) -> None:
@@ -37,75 +38,88 @@ class Jpeg:
 
 
 def read_supported_jpeg(path: Path) -> Jpeg | None:
-    """A file for nvJPEG, or None if it is one for Pillow: of another kind, damaged, not readable, too large.
+    """Read a JPEG file that nvJPEG can decode, or return None if Pillow must handle the file.
 
-    A file that does not end as a JPEG does may be truncated, of which nvJPEG need not complain; one of very many scans
-    may take minutes, and here nothing would cut it off.
+    Files without an end marker may be truncated, which nvJPEG does not always report. Files with very many scans can
+    take minutes to decode, and nvJPEG has no time limit.
     """
     try:
-        data = _read_whole(path)
-        pixels, orientation = _look_at_header(data)
-    except Exception:  # Pillow will meet it again, and say why
+        data = _read_file(path)
+        pixels, orientation = read_header(data)
+    except Exception:  # Pillow reads the file next and reports what is wrong
         return None
-    whole = data.endswith(_END_OF_IMAGE) and data.count(SCAN) <= _MOST_SCANS
-    return Jpeg(path, data, pixels, orientation) if whole else None
+    complete = data.endswith(_END_OF_IMAGE) and data.count(SCAN) <= _MAX_SCANS
+    return Jpeg(path, data, pixels, orientation) if complete else None
 
 
-def _read_whole(path: Path) -> bytearray:
-    """A file's bytes; InvalidImageError or ValueError if it is no regular file, or a very large one."""
+def _read_file(path: Path) -> bytearray:
+    """Read a regular file of at most `_MAX_BYTES` bytes; InvalidImageError or ValueError otherwise."""
     with WatchedFile(path) as file:
         size = os.fstat(file.fileno()).st_size
-        if size > _LARGEST_FILE:
-            raise ValueError("not for nvJPEG")
+        if size > _MAX_BYTES:
+            raise ValueError("file too large")
         data = bytearray(size)
         if file.readinto(data) != size:
-            raise ValueError("it became shorter")
+            raise ValueError("file was truncated while it was read")
         return data
 
 
-def _look_at_header(data: bytearray) -> tuple[int, int]:
-    """Pixels and EXIF orientation of a JPEG file (ITU-T T.81, annex B.2).
+def read_header(data: bytearray) -> tuple[int, int]:
+    """Return the number of pixels and the EXIF orientation of a JPEG file (ITU-T T.81, annex B.2).
 
-    Pillow would tell too, in a tenth of a millisecond, which for thousands of files a second is too much.
+    Pillow needs 0.1 ms for this, which is too slow for thousands of files per second.
 
     Raises:
-        ValueError, IndexError: it is no JPEG file, or none that nvJPEG decodes as Pillow does.
+        ValueError, IndexError: not a JPEG file, or not one that nvJPEG decodes as Pillow does.
     """
     if data[:2] != b"\xff\xd8":
-        raise ValueError("no JPEG file")
-    at, pixels, orientation, exif = 2, 0, 1, None
+        raise ValueError("not a JPEG file")
+    position, pixels, orientation, has_exif = 2, 0, 1, False
     while True:
-        if data[at] != 0xFF:
-            raise ValueError("no marker")
-        kind = data[at + 1]
-        if kind == 0xFF:  # to fill up
-            at += 1
+        if data[position] != 0xFF:
+            raise ValueError("marker expected")
+        marker = data[position + 1]
+        if marker == 0xFF:  # fill byte
+            position += 1
             continue
-        body, end = at + 4, at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-        if kind == 0xDA:
+        if marker == 0xDA:  # start of scan
             break
-        if kind < 0xC0 or kind in _NOT_HERE or end < body or (kind in _FRAMES and pixels):
-            raise ValueError("not for nvJPEG")
-        if kind in _FRAMES:
-            pixels = int.from_bytes(data[body + 1 : body + 3], "big") * int.from_bytes(data[body + 3 : body + 5], "big")
-            components = bytes(data[body + 6 : end : 3])  # their names
-            if data[body] != 8 or data[body + 5] != len(components) or components == b"RGB":
-                raise ValueError("not 8 bits, or RGB is stored")
-            if len(components) not in (1, 3):
-                raise ValueError("neither gray nor color")
-        elif kind == 0xE1 and data.startswith(b"Exif\0\0", body):
-            if exif is not None:
-                raise ValueError("EXIF in several pieces, which Pillow joins")
+        start, end = position + 4, position + 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+        if marker < 0xC0 or marker in _UNSUPPORTED or end < start or (marker in _FRAMES and pixels):
+            raise ValueError("unsupported marker")
+        if marker in _FRAMES:
+            pixels = _frame_pixels(data, start, end)
+        elif marker == 0xE1 and data.startswith(b"Exif\0\0", start):
+            if has_exif:
+                raise ValueError("EXIF in several segments, which Pillow joins")
+            has_exif = True
             exif = Image.Exif()
-            exif.load(bytes(data[body:end]))
-            orientation = exif.get(_ORIENTATION, 1)
-        elif kind == 0xEE and data.startswith(b"Adobe", body) and data[body + 11] == 0:
-            raise ValueError("RGB is stored, not YCbCr")
-        elif (kind == 0xE2 and data.startswith(b"MPF\0", body)) or (
-            kind == 0xE1 and data.find(b"Orientation", body, end) >= 0
-        ):
-            raise ValueError("several pictures, or an orientation in XMP")
-        at = end
+            exif.load(bytes(data[start:end]))
+            orientation = exif.get(_EXIF_ORIENTATION, 1)
+        else:
+            _check_segment(data, marker, start, end)
+        position = end
     if not 0 < pixels <= MAX_PIXELS:
-        raise ValueError("no size, or too large")
+        raise ValueError("no frame header, or too many pixels")
     return pixels, orientation
+
+
+def _frame_pixels(data: bytearray, start: int, end: int) -> int:
+    """Return the number of pixels in a frame header; ValueError unless it is 8-bit grayscale or YCbCr."""
+    component_ids = bytes(data[start + 6 : end : 3])
+    if data[start] != 8 or data[start + 5] != len(component_ids) or component_ids == b"RGB":
+        raise ValueError("not 8 bits per sample, or stored as RGB")
+    if len(component_ids) not in (1, 3):
+        raise ValueError("neither grayscale nor color")
+    height, width = (int.from_bytes(data[start + at : start + at + 2], "big") for at in (1, 3))
+    return height * width
+
+
+def _check_segment(data: bytearray, marker: int, start: int, end: int) -> None:
+    """Raise ValueError for application segments that change how Pillow interprets the image."""
+    if marker == 0xEE and data.startswith(b"Adobe", start) and data[start + 11] == 0:
+        raise ValueError("stored as RGB instead of YCbCr")
+    if marker == 0xE2 and data.startswith(b"MPF\0", start):
+        raise ValueError("several images in one file")
+    if marker == 0xE1 and data.find(b"Orientation", start, end) >= 0:
+        raise ValueError("orientation in XMP")

@@ -1,4 +1,4 @@
-"""Packed convolutions give what the others give, for any batch."""
+"""Packed convolutions compute the same function, for any batch size."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torchvision.models.inception import BasicConv2d, InceptionA
 from gridcap.extract.encoders.packed import PackedConvolution, can_pack, pack_convolutions
 from gridcap.extract.encoders.trunk import fold_batch_norm
 
-pytestmark = pytest.mark.skipif(not can_pack(torch.float32), reason="this torch has no oneDNN, or not its operators")
+pytestmark = pytest.mark.skipif(not can_pack(torch.float32), reason="torch without oneDNN or without its operators")
 
 
 @pytest.fixture
 def block() -> nn.Module:
-    """One of InceptionV3's, with its BatchNorms folded: several branches, 1 x 1, 3 x 3 and 5 x 5."""
+    """An InceptionV3 block with folded BatchNorm: branches of 1x1, 3x3, and 5x5 convolutions."""
     torch.manual_seed(0)
     block = InceptionA(16, 8).eval()
     fold_batch_norm(block)
@@ -24,51 +24,45 @@ def block() -> nn.Module:
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_a_block_gives_the_same_for_the_batch_it_was_packed_for_and_for_others(
-    block: nn.Module, kind: torch.dtype, tolerance: float
-) -> None:
+def test_a_packed_block_is_equivalent_for_any_batch_size(block: nn.Module, kind: torch.dtype, tolerance: float) -> None:
     if not can_pack(kind):
-        pytest.skip("this CPU does not compute in bfloat16")
+        pytest.skip("this CPU does not support bfloat16")
     block = block.to(kind)
     images = torch.randn(4, 16, 9, 9, dtype=kind).to(memory_format=torch.channels_last)
     with torch.inference_mode():
         expected = {count: block(images[:count]) for count in (4, 1, 3)}
         packed = pack_convolutions(block, images[:1], len(images))
-        for count, wanted in expected.items():
-            torch.testing.assert_close(packed(images[:count]), wanted, rtol=tolerance, atol=tolerance)
-    assert not [layer for layer in packed.modules() if isinstance(layer, BasicConv2d)], "all of them were packed"
+        for count, reference in expected.items():
+            torch.testing.assert_close(packed(images[:count]), reference, rtol=tolerance, atol=tolerance)
+    assert not [layer for layer in packed.modules() if isinstance(layer, BasicConv2d)], "all blocks must be packed"
     assert sum(isinstance(layer, PackedConvolution) for layer in packed.modules()) == 7
 
 
-def test_a_mean_over_neighbours_before_a_1_x_1_convolution_is_taken_of_its_fewer_channels(
-    block: nn.Module, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_average_pooling_moves_after_a_1x1_convolution(block: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     images = torch.randn(2, 16, 9, 9).to(memory_format=torch.channels_last)
-    seen = []
+    calls = []
     real = nn.functional.avg_pool2d
     with torch.inference_mode():
         packed = pack_convolutions(block, images[:1], 2)
         monkeypatch.setattr(
             "gridcap.extract.encoders.packed.F.avg_pool2d",
-            lambda x, **how: seen.append((x.shape[1], how)) or real(x, **how),
+            lambda x, **arguments: calls.append((x.shape[1], arguments)) or real(x, **arguments),
         )
         packed(images)
-    assert seen == [(8, {"kernel_size": 3, "stride": 1, "padding": 1})]
+    assert calls == [(8, {"kernel_size": 3, "stride": 1, "padding": 1})]
 
 
 @pytest.mark.parametrize(
-    ("why", "layer"),
+    ("case", "layer"),
     [
-        ("pool is read twice", {"kernel_size": 1}),
+        ("pool is used twice", {"kernel_size": 1}),
         ("block is called twice", {"kernel_size": 1}),
-        ("wider", {"kernel_size": 3}),
-        ("strides", {"kernel_size": 1, "stride": 2}),
-        ("pads", {"kernel_size": 1, "padding": 1}),
+        ("3x3", {"kernel_size": 3}),
+        ("stride", {"kernel_size": 1, "stride": 2}),
+        ("padding", {"kernel_size": 1, "padding": 1}),
     ],
 )
-def test_a_mean_stays_where_it_is_when_another_order_would_compute_something_else(
-    why: str, layer: dict[str, int]
-) -> None:
+def test_average_pooling_stays_if_the_order_matters(case: str, layer: dict[str, int]) -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -77,9 +71,9 @@ def test_a_mean_stays_where_it_is_when_another_order_would_compute_something_els
         def forward(self, images: Tensor) -> Tensor:
             pooled = nn.functional.avg_pool2d(images, kernel_size=3, stride=1, padding=1)
             out: Tensor = self.block(pooled)
-            if why == "pool is read twice":
+            if case == "pool is used twice":
                 return out + pooled.mean()
-            return out + self.block(images) if why == "block is called twice" else out
+            return out + self.block(images) if case == "block is called twice" else out
 
     torch.manual_seed(0)
     net = Net().eval()
@@ -92,6 +86,6 @@ def test_a_mean_stays_where_it_is_when_another_order_would_compute_something_els
         torch.testing.assert_close(packed(images), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_cnn_without_such_convolutions_is_left_as_it_is() -> None:
+def test_a_cnn_without_packable_blocks_is_returned_unchanged() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
     assert pack_convolutions(net, torch.zeros(1, 3, 8, 8), 2) is net

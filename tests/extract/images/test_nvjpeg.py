@@ -1,6 +1,6 @@
-"""Decoding by batches gives what decoding by Pillow gives, nearly; and refuses the same files for the same reasons.
+"""Batch decoding is close to Pillow's decoding, and marks the same images invalid for the same reasons.
 
-torchvision decodes on the CPU through the same call as on a GPU, so all but nvJPEG itself is tested anywhere.
+torchvision decodes on the CPU through the same call as on a GPU, so everything but nvJPEG itself is tested anywhere.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding:
 
 
 def picture(seed: int, size: tuple[int, int] = (120, 90)) -> Image.Image:
-    """A rendered scene, not square, with soft noise: every pixel row and column differs from its neighbor."""
+    """Return a non-square rendered scene in which adjacent pixel rows and columns differ."""
     scene = list(all_scenes())[seed]
     return Image.fromarray(np.asarray(render(scene, np.random.default_rng(seed), 128))).resize(size)
 
@@ -47,44 +47,44 @@ def by_pillow(path: Path, side: int, resize_mode: str) -> np.ndarray | str:
 def assert_as_pillow(
     paths: list[Path], device: torch.device, side: int = 64, resize_mode: str = "stretch", cut: str = ""
 ) -> None:
-    """Each square within 1.5/255 of Pillow's on average, or refused for the same reason and all zero.
+    """Assert that each image is within 1.5/255 of Pillow's on average, or invalid for the same reason and all zero.
 
-    nvJPEG interpolates color otherwise, which on pictures as small as these is seen, and what is missing of a file
-    that was `cut` has other pixels; the CPU decodes as Pillow does, and resizes within 0.2/255.
+    nvJPEG upsamples chroma differently, which matters for images this small, and fills the missing part of the file
+    named `cut` differently. The CPU decodes as Pillow does and resizes within 0.2/255.
     """
-    on_device, rejects = load_images_gpu(paths, side, resize_mode, device)
+    on_device, invalid = load_images_gpu(paths, side, resize_mode, device)
     assert on_device.shape == (len(paths), side, side, 3)
     assert (on_device.dtype, on_device.device.type) == (torch.uint8, device.type)
     squares = on_device.cpu().numpy()
     for position, path in enumerate(paths):
-        want = by_pillow(path, side, resize_mode)
-        if isinstance(want, str):
-            assert rejects[position] == want
+        expected = by_pillow(path, side, resize_mode)
+        if isinstance(expected, str):
+            assert invalid[position] == expected
             assert not squares[position].any()
         else:
-            assert position not in rejects
-            difference = abs(squares[position].astype(int) - want)
+            assert position not in invalid
+            difference = abs(squares[position].astype(int) - expected)
             allowed = 0.5 if device == CPU else 30 if path.name == cut else 1.5
             assert difference.mean() < allowed, path.name
 
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The sizes of the lists that torchvision is given."""
+    """Record the length of each list passed to torchvision."""
     sizes: list[int] = []
     real = nvjpeg.decode_jpeg
 
-    def noted(data: list[torch.Tensor], *args: object) -> list[torch.Tensor]:
+    def recording(data: list[torch.Tensor], *args: object) -> list[torch.Tensor]:
         sizes.append(len(data))
         return list(real(data, *args))
 
-    monkeypatch.setattr(nvjpeg, "decode_jpeg", noted)
+    monkeypatch.setattr(nvjpeg, "decode_jpeg", recording)
     return sizes
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("resize_mode", ["stretch", "crop", "letterbox"])
-def test_color_gray_and_progressive_files_of_any_size(
+def test_color_gray_and_progressive_files_of_any_size_are_decoded(
     tmp_path: Path, resize_mode: str, device: torch.device, decoded: list[int]
 ) -> None:
     picture(0).save(tmp_path / "a.jpg", quality=90)
@@ -94,11 +94,11 @@ def test_color_gray_and_progressive_files_of_any_size(
     picture(4, (64, 64)).save(tmp_path / "e.jpg", quality=90, subsampling=0)
     picture(5, (1, 1)).save(tmp_path / "f.jpg", quality=90)
     assert_as_pillow(sorted(tmp_path.iterdir()), device, resize_mode=resize_mode)
-    assert decoded == [6], "none of them through Pillow"
+    assert decoded == [6], "no file may go through Pillow"
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_file_of_very_many_scans_and_a_named_pipe_are_left_to_pillow(
+def test_files_with_many_scans_and_named_pipes_are_left_to_pillow(
     tmp_path: Path, device: torch.device, decoded: list[int]
 ) -> None:
     picture(1).save(tmp_path / "a.jpg", progressive=True)
@@ -111,10 +111,10 @@ def test_a_file_of_very_many_scans_and_a_named_pipe_are_left_to_pillow(
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("orientation", range(10))
-def test_a_photo_turned_by_its_exif_orientation_comes_out_upright(
+def test_exif_orientation_is_applied(
     tmp_path: Path, orientation: int, device: torch.device, decoded: list[int]
 ) -> None:
-    """0 and 9 mean nothing, and are left alone."""
+    """The values 0 and 9 are undefined and ignored."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     picture(7).save(tmp_path / "phone.jpg", quality=95, subsampling=0, exif=exif)
@@ -123,24 +123,24 @@ def test_a_photo_turned_by_its_exif_orientation_comes_out_upright(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_what_is_no_plain_jpeg_goes_through_pillow(tmp_path: Path, device: torch.device, decoded: list[int]) -> None:
+def test_unsupported_formats_go_through_pillow(tmp_path: Path, device: torch.device, decoded: list[int]) -> None:
     picture(0).save(tmp_path / "a.png")
     picture(1).convert("CMYK").save(tmp_path / "cmyk.jpg", quality=90)
     picture(2).save(tmp_path / "c.webp")
     picture(3).save(tmp_path / "rgb.jpg", quality=90, keep_rgb=True)
     picture(4).save(tmp_path / "padded.jpg", quality=90)
     with (tmp_path / "padded.jpg").open("ab") as file:
-        file.write(b"a camera's notes")
+        file.write(b"trailing data")
     paths = sorted(tmp_path.iterdir())
-    squares, rejects = load_images_gpu(paths, 64, "stretch", device)
-    assert rejects == {}
+    squares, invalid = load_images_gpu(paths, 64, "stretch", device)
+    assert invalid == {}
     assert decoded == []
     for square, path in zip(squares, paths, strict=True):
         np.testing.assert_array_equal(square.cpu(), load_image(path, 64, "stretch"))
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_bad_files_are_refused_as_by_pillow_and_harm_no_other(tmp_path: Path, device: torch.device) -> None:
+def test_invalid_files_have_pillows_reasons_and_do_not_affect_others(tmp_path: Path, device: torch.device) -> None:
     picture(0).save(tmp_path / "a.jpg", quality=90)
     whole = (tmp_path / "a.jpg").read_bytes()
     (tmp_path / "b.jpg").write_bytes(whole[: len(whole) // 2])
@@ -153,30 +153,30 @@ def test_bad_files_are_refused_as_by_pillow_and_harm_no_other(tmp_path: Path, de
     assert_as_pillow([*sorted(tmp_path.iterdir()), tmp_path / "missing.jpg"], device, cut="f.jpg")
 
 
-def test_files_that_torchvision_refuses_go_through_pillow_alone(
+def test_only_files_that_torchvision_cannot_decode_go_through_pillow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It refuses the whole list when one of its files is bad."""
+    """torchvision fails for the whole list if one of its files is invalid."""
     paths = [tmp_path / f"{i}.jpg" for i in range(4)]
     for i, path in enumerate(paths):
         picture(i).save(path, quality=90)
-    bad = paths[2].stat().st_size
+    unsupported = paths[2].stat().st_size
     real = nvjpeg.decode_jpeg
     sizes = []
 
-    def picky(data: list[torch.Tensor], *args: object) -> object:
+    def failing(data: list[torch.Tensor], *args: object) -> object:
         sizes.append(len(data))
-        if any(len(d) == bad for d in data):
+        if any(len(d) == unsupported for d in data):
             raise RuntimeError("nvjpegDecode failed: NVJPEG_STATUS_JPEG_NOT_SUPPORTED")
         return real(data, *args)
 
-    monkeypatch.setattr(nvjpeg, "decode_jpeg", picky)
+    monkeypatch.setattr(nvjpeg, "decode_jpeg", failing)
     assert_as_pillow(paths, CPU)
     assert sizes == [4, 1, 1, 1, 1]
 
 
-def test_a_full_gpu_is_not_taken_for_a_bad_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else the pixels would depend on what else the GPU holds."""
+def test_out_of_memory_does_not_mark_an_image_invalid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise pixel values would depend on the free memory of the GPU."""
 
     def full(*args: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -187,47 +187,45 @@ def test_a_full_gpu_is_not_taken_for_a_bad_image(tmp_path: Path, monkeypatch: py
         load_images_gpu([tmp_path / "a.jpg"], 64, "stretch", CPU)
 
 
-def test_large_files_are_decoded_some_at_a_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoded: list[int]
-) -> None:
+def test_large_files_are_decoded_in_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoded: list[int]) -> None:
     paths = [tmp_path / f"{i}.jpg" for i in range(5)]
     for i, path in enumerate(paths):
         picture(i, (100, 100)).save(path, quality=90)
-    monkeypatch.setattr(nvjpeg, "_PIXELS_AT_ONCE", 20_000)
+    monkeypatch.setattr(nvjpeg, "MAX_DECODED_PIXELS", 20_000)
     assert_as_pillow(paths, CPU)
     assert decoded == [2, 2, 1]
 
 
-def test_no_images_are_no_error() -> None:
-    squares, rejects = load_images_gpu([], 64, "stretch", CPU)
+def test_an_empty_batch_is_allowed() -> None:
+    squares, invalid = load_images_gpu([], 64, "stretch", CPU)
     assert squares.shape == (0, 64, 64, 3)
-    assert rejects == {}
+    assert invalid == {}
 
 
-def test_an_orientation_that_stands_in_xmp_alone_is_left_to_pillow(tmp_path: Path, decoded: list[int]) -> None:
+def test_orientation_in_xmp_is_left_to_pillow(tmp_path: Path, decoded: list[int]) -> None:
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><a tiff:Orientation="6"/></x:xmpmeta>'
     picture(3, (70, 41)).save(tmp_path / "a.jpg", xmp=xmp)
     assert_as_pillow([tmp_path / "a.jpg"], CPU)
     assert decoded == []
 
 
-def test_exif_in_two_pieces_is_left_to_pillow(tmp_path: Path, decoded: list[int]) -> None:
-    """It joins them, and the first orientation counts."""
-    pieces = []
+def test_exif_in_two_segments_is_left_to_pillow(tmp_path: Path, decoded: list[int]) -> None:
+    """Pillow joins them and uses the first orientation."""
+    segments = []
     for orientation in (6, 3):
         exif = Image.Exif()
         exif[0x0112] = orientation
-        piece = exif.tobytes()
-        pieces.append(b"\xff\xe1" + (len(piece) + 2).to_bytes(2, "big") + piece)
+        segment = exif.tobytes()
+        segments.append(b"\xff\xe1" + (len(segment) + 2).to_bytes(2, "big") + segment)
     picture(3, (70, 41)).save(tmp_path / "a.jpg")
     whole = (tmp_path / "a.jpg").read_bytes()
-    (tmp_path / "a.jpg").write_bytes(whole[:2] + b"".join(pieces) + whole[2:])
+    (tmp_path / "a.jpg").write_bytes(whole[:2] + b"".join(segments) + whole[2:])
     assert_as_pillow([tmp_path / "a.jpg"], CPU)
     assert decoded == []
 
 
 @pytest.mark.parametrize("marker", [b"\xff\x02\x00\x04ab", b"\xff\x01", b"\xff\xd0"])
-def test_markers_that_have_no_place_before_the_first_scan_are_left_to_pillow(
+def test_markers_not_allowed_before_the_first_scan_are_left_to_pillow(
     tmp_path: Path, marker: bytes, decoded: list[int]
 ) -> None:
     picture(3).save(tmp_path / "a.jpg")
@@ -237,7 +235,7 @@ def test_markers_that_have_no_place_before_the_first_scan_are_left_to_pillow(
     assert decoded == []
 
 
-def test_a_gpu_without_room_for_nvjpeg_is_no_bad_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_nvjpeg_allocation_failure_is_out_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: object) -> None:
         raise RuntimeError("nvjpegDecodeBatched failed: NVJPEG_STATUS_ALLOCATOR_FAILURE")
 
@@ -247,23 +245,23 @@ def test_a_gpu_without_room_for_nvjpeg_is_no_bad_file(tmp_path: Path, monkeypatc
         load_images_gpu([tmp_path / "a.jpg"], 64, "stretch", CPU)
 
 
-def test_nvjpeg_without_a_gpu_is_the_users_error() -> None:
-    with pytest.raises(UserError, match="--decoder nvjpeg: needs an NVIDIA GPU") as caught:
+def test_nvjpeg_without_a_gpu_is_a_usage_error() -> None:
+    with pytest.raises(UserError, match="--jpeg-decoder nvjpeg: needs an NVIDIA GPU") as caught:
         nvjpeg_name(CPU)
     assert "pillow" in caught.value.hint
 
 
-def test_a_torchvision_without_nvjpeg_is_noticed_before_the_first_image(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torchvision_without_nvjpeg_is_reported_before_the_first_image(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*args: object) -> None:
         raise RuntimeError("decode_jpegs_cuda: torchvision not compiled with nvJPEG support\nmore")
 
     monkeypatch.setattr(nvjpeg, "decode_jpeg", missing)
-    with pytest.raises(UserError, match=r"cannot: decode_jpegs_cuda: torchvision not compiled.*support$"):
+    with pytest.raises(UserError, match=r"cannot decode: decode_jpegs_cuda: torchvision not compiled.*support$"):
         nvjpeg_name(torch.device("cuda"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-def test_nvjpeg_names_itself_with_torchvisions_version() -> None:
+def test_nvjpeg_name_contains_the_torchvision_version() -> None:
     name, version = nvjpeg_name(torch.device("cuda")).split(" ")
     assert name == "nvjpeg"
     assert version[0].isdigit()
