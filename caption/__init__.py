@@ -1,1 +1,1 @@
-"""Captioning of new images: an encoder and a decoder combined."""
+"""Captioning of new images with an encoder and a trained decoder."""

@@ -1,83 +1,100 @@
-"""Attention pictures: where the decoder looked as it wrote each word."""
+"""Attention maps: figures that show the attention weights of each token over the image."""
 
 from __future__ import annotations
 
 import io
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from gridcap.caption.captioner import Caption
 from gridcap.common.files import replacing
 
-_COLUMNS = 8
-_PANEL = 1.7  # inches
+MAX_COLUMNS = 8  # panels per row, the image included
+PANEL_INCHES = 1.7
+TITLE_INCHES = 0.42
+TOKEN_INCHES = 0.28
 
 
-def plot_attention(
-    images: Sequence[np.ndarray], captions: Sequence[Caption], titles: Sequence[str], path: Path
-) -> None:
-    """Draw a block of panels for each image: the image, then one panel a word with the attention over it.
+@dataclass(frozen=True)
+class AttentionPanels:
+    """One image with the attention maps of its caption.
 
-    Brightness is the attention's share relative to the word's strongest cell, smoothly enlarged from the grid.
+    Attributes:
+        image: uint8 (H, W, 3), the part of the photo that the grid covers.
+        tokens: T tokens.
+        attention: float32 (T, rows, columns), non-negative.
+        title: line of text above the panels.
+    """
+
+    image: np.ndarray
+    tokens: Sequence[str]
+    attention: np.ndarray
+    title: str = ""
+
+
+def plot_attention(items: Sequence[AttentionPanels], path: Path) -> None:
+    """Write a figure with one block of panels per image: the image, then one panel per token.
+
+    In each panel, brightness is the attention weight relative to the token's maximum, upsampled bicubically.
 
     Args:
-        images: uint8 (H, W, 3), showing just what the grid covers.
-        captions: of these images, with attention.
-        titles: a line above each block.
-        path: of the picture, .png, .pdf or .svg.
-
-    Raises:
-        ValueError: a caption has no attention.
+        items: images with their attention maps, at least one.
+        path: figure to write; its suffix selects the format (any that matplotlib supports).
     """
-    figure = _figure(images, captions, titles)
+    figure = _figure(items)
     with replacing(path) as temporary:
-        figure.savefig(temporary, format=path.suffix.removeprefix(".").lower() or "png", facecolor="white")
+        figure.savefig(temporary, format=path.suffix.removeprefix(".").lower(), facecolor="white")
 
 
-def attention_png(image: np.ndarray, caption: Caption) -> bytes:
-    """The block of one image, without a title, as a PNG file's bytes."""
+def render_attention(item: AttentionPanels) -> bytes:
+    """Return the panels of one image as a PNG file."""
     buffer = io.BytesIO()
-    _figure([image], [caption], [""]).savefig(buffer, format="png", facecolor="white")
+    _figure([item]).savefig(buffer, format="png", facecolor="white")
     return buffer.getvalue()
 
 
-def png(image: np.ndarray) -> bytes:
-    """An image (H, W, 3) uint8 as a PNG file's bytes."""
+def encode_png(image: np.ndarray) -> bytes:
+    """Return a uint8 (H, W, 3) image as a PNG file."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "png")
     return buffer.getvalue()
 
 
-def _figure(images: Sequence[np.ndarray], captions: Sequence[Caption], titles: Sequence[str]) -> Figure:
-    blocks = [math.ceil((1 + len(c.tokens)) / _COLUMNS) for c in captions]
-    width = min(_COLUMNS, 1 + max(len(c.tokens) for c in captions))
-    heights = [n * (_PANEL + 0.28) + 0.42 for n in blocks]
-    figure = Figure(figsize=(max(6.0, width * _PANEL), sum(heights)), dpi=110, layout="constrained")
+def upsample(weights: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Upsample attention weights (rows, columns) to (height, width), scaled so that the maximum is about 1."""
+    relative = Image.fromarray((weights / max(float(weights.max()), 1e-12)).astype(np.float32))
+    return np.asarray(relative.resize((width, height), Image.Resampling.BICUBIC)).clip(0, 1)
+
+
+def _figure(items: Sequence[AttentionPanels]) -> Figure:
+    rows = [math.ceil((1 + len(item.tokens)) / MAX_COLUMNS) for item in items]
+    columns = min(MAX_COLUMNS, 1 + max(len(item.tokens) for item in items))
+    heights = [n * (PANEL_INCHES + TOKEN_INCHES) + TITLE_INCHES for n in rows]
+    # The figure is at least 6 inches wide, so that titles of short captions fit.
+    figure = Figure(figsize=(max(6.0, columns * PANEL_INCHES), sum(heights)), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    parts = np.atleast_1d(np.array(figure.subfigures(len(images), 1, height_ratios=heights), dtype=object))
-    for part, image, caption, title, rows in zip(parts, images, captions, titles, blocks, strict=True):
-        if caption.attention is None:
-            raise ValueError("a caption without attention cannot be drawn")
-        part.suptitle(title, fontsize=10, x=0.01, ha="left", weight="bold", parse_math=False)
-        axes = part.subplots(rows, width, squeeze=False).ravel()
-        for axis in axes:
-            axis.set_axis_off()
-        axes[0].imshow(image)
-        gray = np.asarray(Image.fromarray(image).convert("L"))
-        for axis, word, weights in zip(axes[1:], caption.tokens, caption.attention, strict=False):
-            axis.imshow(gray, cmap="gray", vmin=0, vmax=255)
-            axis.imshow(enlarge(weights, *image.shape[:2]), cmap="inferno", alpha=0.6, vmin=0, vmax=1)
-            axis.set_title(word, fontsize=10, pad=2, parse_math=False)
+    blocks = np.atleast_1d(np.array(figure.subfigures(len(items), 1, height_ratios=heights), dtype=object))
+    for block, item, count in zip(blocks, items, rows, strict=True):
+        # File names and captions may contain "$" and must not be parsed as formulas.
+        block.suptitle(item.title, fontsize=10, x=0.01, ha="left", weight="bold", parse_math=False)
+        _draw_panels(block.subplots(count, columns, squeeze=False).ravel(), item)
     return figure
 
 
-def enlarge(weights: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Attention (rows, columns) -> (height, width), smooth, scaled so that the strongest cell is about 1."""
-    scaled = Image.fromarray((weights / max(float(weights.max()), 1e-12)).astype(np.float32))
-    return np.asarray(scaled.resize((width, height), Image.Resampling.BICUBIC)).clip(0, 1)
+def _draw_panels(axes: Any, item: AttentionPanels) -> None:
+    for axis in axes:
+        axis.set_axis_off()
+    axes[0].imshow(item.image)
+    gray = np.asarray(Image.fromarray(item.image).convert("L"))
+    height, width = gray.shape
+    for axis, token, weights in zip(axes[1:], item.tokens, item.attention, strict=False):
+        axis.imshow(gray, cmap="gray", vmin=0, vmax=255)
+        axis.imshow(upsample(weights, height, width), cmap="inferno", alpha=0.6, vmin=0, vmax=1)
+        axis.set_title(token, fontsize=10, pad=2, parse_math=False)

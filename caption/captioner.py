@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-import html
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -13,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gridcap.caption.result import Caption
 from gridcap.common.config import CaptionConfig
 from gridcap.common.device import choose_device
 from gridcap.common.errors import ExtractionError, WeightsError
@@ -30,105 +29,80 @@ from gridcap.train.engine.checkpoint import Checkpoint
 from gridcap.train.ensemble import load_ensemble
 
 
-@dataclass(frozen=True)
-class Caption:
-    """A caption of one image.
-
-    Attributes:
-        text: the sentence.
-        tokens: its words.
-        log_prob: natural logarithm of its probability, as for `train.search.Hypothesis`.
-        attention: (words, rows, columns) float32, where the decoder looked as it wrote each word; each sums to
-            1 over the grid. None for a decoder without attention.
-        image: uint8 (H, W, 3), what the grid covers of the photo, for showing; None if it was not kept.
-    """
-
-    text: str
-    tokens: list[str]
-    log_prob: float
-    attention: np.ndarray | None = field(repr=False)
-    image: np.ndarray | None = field(default=None, repr=False, compare=False)
-
-    def _repr_html_(self) -> str:
-        """For a notebook: the image, where the decoder looked at each word, and the caption."""
-        said = f"{html.escape(self.text)} <small>(log-probability {self.log_prob:.2f})</small>"
-        if self.image is None:
-            return f"<p>{said}</p>"
-        from gridcap.caption.attention_maps import attention_png, png
-
-        whole = png(self.image) if self.attention is None else attention_png(self.image, self)
-        data = base64.b64encode(whole).decode()
-        alt = html.escape(self.text, quote=True)
-        return (
-            f'<figure><img alt="{alt}" src="data:image/png;base64,{data}" style="max-width: 100%">'
-            f"<figcaption>{said}</figcaption></figure>"
-        )
-
-
 class Captioner:
-    """Captions photos with a trained decoder and the very encoder its features came from.
+    """Generate captions for photos with a trained decoder and the encoder that its features came from.
+
+    The encoder, its weights, and the preprocessing are restored from the checkpoint's provenance and checked against
+    it, so a photo is processed exactly as the training images were.
 
     Args:
-        checkpoint: the decoder, or an ensemble of several.
-        device: auto, cpu, cuda, ...
-        weights: the encoder's weights file, for a decoder trained on features from a local file; None finds
-            them by the checkpoint's provenance.
+        checkpoint: decoder to use, or an ensemble from `load_ensemble`.
+        device: "auto", "cpu", "cuda", "cuda:1", ...
+        weights: weights file of the encoder; required if the features were extracted with a local weights file.
+            None selects the weights that the provenance names.
 
     Attributes:
-        provenance: of the features that the decoder was trained on.
-        foreign_pixels: whether the decoder was trained on images decoded by nvJPEG, whose pixels differ a little.
+        checkpoint: the decoder with its vocabulary and configuration.
+        provenance: how the training features were extracted.
+        trained_on_nvjpeg: whether the training images were decoded by nvJPEG. Captioner decodes with Pillow, so pixel
+            values may differ slightly.
 
     Raises:
-        WeightsError: the weights cannot be had.
-        MismatchError: they are not those of the training features.
+        WeightsError: the encoder or its weights are not available.
+        MismatchError: the weights or the preprocessing differ from those of the training features.
+
+    Example:
+        >>> captioner = Captioner.load("runs/mine")
+        >>> captioner("photo.jpg").text
+        'a dog runs along the beach'
+        >>> [caption.log_prob for caption in captioner(["a.jpg", "b.jpg"], beam_size=5)]
+        [-7.9, -9.3]
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: str = "auto", weights: Path | None = None) -> None:
+    def __init__(self, checkpoint: Checkpoint, device: str = "auto", weights: str | Path | None = None) -> None:
         self.checkpoint = checkpoint
         self.provenance = provenance = checkpoint.provenance
         if provenance["encoder"] not in ENCODERS:
             raise WeightsError(
-                f"{checkpoint.path}: was trained on {provenance['encoder']} features "
-                f"({provenance['weights']['name']}), and their encoder is not known here",
-                "new photos need a decoder trained on features made by extract-features",
+                f"{checkpoint.path}: trained on features of {provenance['encoder']} "
+                f"({provenance['weights']['name']}), which is not a Gridcap encoder",
+                "to caption new photos, train on features from extract-features",
             )
-        self._device = choose_device(device)
-        self._geometry = provenance["preprocessing"]["resize_mode"]
         name, dtype = provenance["encoder"], provenance["dtype"]
-        identity = identify_weights(name, self._weights_source(weights))
+        preprocessing = provenance["preprocessing"]
+        self._resize_mode = preprocessing["resize_mode"]
+        self.trained_on_nvjpeg = preprocessing.get("decoder") == "nvjpeg"
+        identity = identify_weights(name, _weights_source(checkpoint.path, provenance, weights))
         options = EncoderOptions(device=device, dtype=dtype)
-        found = describe_features(name, identity, options, self._geometry, decoder_name())
-        # Photos given one by one go through Pillow, also where a folder went through nvJPEG: refusing them
-        # would leave such a decoder without any new photo. `foreign_pixels` says so.
-        self.foreign_pixels = provenance["preprocessing"].get("decoder") == "nvjpeg"
-        if self.foreign_pixels:
-            found["preprocessing"]["decoder"] = "nvjpeg"
-        check_same_features(provenance, found, f"{checkpoint.path} was trained on", "this encoder makes")
-        self._stored = np.dtype(dtype)
-        self._encoder = GridEncoder(name, identity, replace(options, dtype=read_dtype(self._stored).name))
+        available = describe_features(name, identity, options, self._resize_mode, decoder_name())
+        if self.trained_on_nvjpeg:
+            # Single photos are decoded by Pillow. Rejecting the mismatch would leave such decoders without any photo.
+            available["preprocessing"]["decoder"] = "nvjpeg"
+        check_same_features(provenance, available, f"{checkpoint.path} was trained on", "this encoder produces")
+        self._stored_dtype = np.dtype(dtype)
+        self._encoder = GridEncoder(name, identity, replace(options, dtype=read_dtype(self._stored_dtype).name))
+        self._device = choose_device(device)
         self._decoder = checkpoint.decoder.to(self._device)
 
     @classmethod
-    def load(cls, *paths: str | Path, device: str = "auto", weights: Path | None = None) -> Captioner:
-        """Load a run or a checkpoint, or several that decode together; else as for the class and `load_ensemble`."""
-        return cls(load_ensemble([Path(path) for path in paths]), device, weights)
+    def load(cls, *paths: str | Path, device: str = "auto", weights: str | Path | None = None) -> Captioner:
+        """Load a captioner from a run or checkpoint folder; several folders form an ensemble.
 
-    def _weights_source(self, given: Path | None) -> str:
-        name = self.provenance["weights"]["name"]
-        if given is not None:
-            return str(given)
-        if self.provenance["weights"]["random"]:
-            return str(name)
-        if name == imagenet_name(self.provenance["encoder"]):
-            return "imagenet"
-        raise WeightsError(
-            f"{self.checkpoint.path}: was trained on features from the weights file {name}",
-            f"give that file: --weights path/to/{name}",
-        )
+        Args:
+            paths: folders of runs (the best checkpoint is used) or of checkpoints, at least one.
+            device: see `Captioner`.
+            weights: see `Captioner`.
+
+        Raises:
+            CheckpointError: a checkpoint is missing or corrupted.
+            MismatchError: the checkpoints differ in features or vocabulary; see also `Captioner`.
+            WeightsError: see `Captioner`.
+        """
+        return cls(load_ensemble([Path(path) for path in paths]), device, weights)
 
     @property
     def has_attention(self) -> bool:
-        """Whether the decoder says where it looked."""
+        """Whether the decoder returns attention weights."""
         return self.checkpoint.decoder.has_attention
 
     @overload
@@ -136,109 +110,141 @@ class Captioner:
     @overload
     def __call__(self, images: Sequence[str | Path], **options: Any) -> list[Caption]: ...
     def __call__(self, images: str | Path | Sequence[str | Path], **options: Any) -> Caption | list[Caption]:
-        """Caption a photo, or many, with the pictures kept for a notebook.
-
-            captioner = Captioner.load("runs/x")
-            captioner("photo.jpg").text
-            captioner(["a.jpg", "b.jpg"], beam_size=5)
+        """Caption one image or several, and keep the images for display in a notebook.
 
         Args:
-            images: a file, or several, which are captioned in batches.
-            options: of `common.config.CaptionConfig`: beam_size, max_length, search="sample", temperature, ...
+            images: one file, or a sequence of files, which are processed in batches.
+            options: fields of `CaptionConfig`: beam_size, max_length, decoding="sample", temperature, ...
 
         Returns:
-            A caption, or a list of them.
+            One caption for one file; a list of captions, in the same order, for a sequence.
 
         Raises:
             InvalidImageError: a file cannot be used.
-            pydantic.ValidationError: no such option, or no such value of it.
+            pydantic.ValidationError: an option is unknown or its value is not allowed.
         """
         if isinstance(images, str | Path):
             return self([images], **options)[0]
-        search = CaptionConfig(**options)
-        paths, found = [Path(image) for image in images], []
-        for start in range(0, len(paths), search.batch_size):
-            some = paths[start : start + search.batch_size]
-            captions = self.caption(some, search)
-            found += [replace(one, image=self.view(path)) for one, path in zip(captions, some, strict=True)]
-        return found
+        settings = CaptionConfig(**options)
+        paths, captions = [Path(image) for image in images], []
+        for start in range(0, len(paths), settings.batch_size):
+            batch = paths[start : start + settings.batch_size]
+            results = self.caption(batch, settings)
+            captions += [
+                replace(caption, image=self.display_image(path)) for caption, path in zip(results, batch, strict=True)
+            ]
+        return captions
 
     def caption(
-        self, images: Sequence[Path], search: CaptionConfig, generator: torch.Generator | None = None
+        self, images: Sequence[Path], settings: CaptionConfig, generator: torch.Generator | None = None
     ) -> list[Caption]:
-        """Caption a batch of images.
+        """Caption one batch of images.
 
         Args:
-            images: files.
-            search: beam search or sampling, and its options.
-            generator: for sampling; one for all batches makes the captions independent of their size (see
-                `generate_captions`).
+            images: B files.
+            settings: decoding options.
+            generator: random number generator for sampling. Using the same one for all batches makes the captions
+                independent of the batch size (see `generate_captions`).
 
         Returns:
-            A caption an image, in their order.
+            B captions in the order of the images.
 
         Raises:
-            InvalidImageError: a file cannot be used; filter with `load_image` first.
+            InvalidImageError: a file cannot be used. To skip such files, call `preprocess` on each of them first.
         """
-        return self.caption_squares(np.stack([self.square(path) for path in images]), search, generator)
+        return self.caption_pixels(np.stack([self.preprocess(path) for path in images]), settings, generator)
 
-    def square(self, image: Path) -> np.ndarray:
-        """The image as the encoder sees it, uint8 (side, side, 3). Raises InvalidImageError."""
-        return load_image(image, self._encoder.side, self._geometry)
-
-    def view(self, image: Path, longest: int = 480) -> np.ndarray:
-        """What the grid covers of an image, for showing: uint8 (H, W, 3), in its own proportions.
-
-        The whole image when it was stretched, else the square that was cut or padded. Raises InvalidImageError.
-        """
-        return load_view(image, self._encoder.side, self._geometry, longest)
-
-    def caption_squares(
-        self, squares: np.ndarray, search: CaptionConfig, generator: torch.Generator | None = None
+    def caption_pixels(
+        self, pixels: np.ndarray, settings: CaptionConfig, generator: torch.Generator | None = None
     ) -> list[Caption]:
-        """As `caption`, from uint8 (B, side, side, 3)."""
-        return [
-            self._caption(found) for found in generate_captions(self._decoder, self._grids(squares), search, generator)
-        ]
+        """Caption a batch of preprocessed images, uint8 (B, side, side, 3); otherwise like `caption`."""
+        hypotheses = generate_captions(self._decoder, self._encode(pixels), settings, generator)
+        return [self._to_caption(hypothesis) for hypothesis in hypotheses]
 
-    def alternatives(self, image: Path, search: CaptionConfig, seed: int = 0) -> list[Caption]:
-        """The captions that the beam ended with, the best first; or as many drawn ones as `beam_size` says.
-
-        Args:
-            image: a file.
-            search: beam search or sampling, and its options.
-            seed: for sampling; captions that are drawn twice are given once, the likeliest first.
+    def preprocess(self, image: Path) -> np.ndarray:
+        """Return the encoder input of one image, uint8 (side, side, 3), RGB.
 
         Raises:
             InvalidImageError: the file cannot be used.
         """
-        grids = self._grids(np.stack([self.square(image)]))
-        if search.decoding == "beam":
-            (found,) = generate_nbest(self._decoder, grids, search)
+        return load_image(image, self._encoder.side, self._resize_mode)
+
+    def display_image(self, image: Path, max_size: int = 480) -> np.ndarray:
+        """Return the part of an image that the grid covers, for display.
+
+        That is the whole image in its own aspect ratio if it is stretched for the encoder, or the cropped or padded
+        square.
+
+        Args:
+            image: image file.
+            max_size: maximum of height and width in pixels.
+
+        Returns:
+            uint8 (H, W, 3), RGB.
+
+        Raises:
+            InvalidImageError: the file cannot be used.
+        """
+        return load_view(image, self._encoder.side, self._resize_mode, max_size)
+
+    def alternatives(self, image: Path, settings: CaptionConfig, seed: int = 0) -> list[Caption]:
+        """Return several captions of one image, with the image.
+
+        Args:
+            image: image file.
+            settings: decoding options. `beam_size` is the number of hypotheses or samples.
+            seed: random seed for sampling.
+
+        Returns:
+            The final hypotheses of beam search, best first; or the distinct samples, most probable first.
+
+        Raises:
+            InvalidImageError: the file cannot be used.
+        """
+        grid = self._encode(self.preprocess(image)[None])
+        if settings.decoding == "beam":
+            (hypotheses,) = generate_nbest(self._decoder, grid, settings)
         else:
             generator = torch.Generator().manual_seed(seed)
-            drawn = generate_captions(self._decoder, grids.expand(search.beam_size, -1, -1), search, generator)
-            found = sorted({tuple(one.tokens): one for one in drawn}.values(), key=lambda one: -one.log_prob)
-        view = self.view(image)
-        return [replace(self._caption(one), image=view) for one in found]
+            samples = generate_captions(self._decoder, grid.expand(settings.beam_size, -1, -1), settings, generator)
+            distinct = {tuple(sample.tokens): sample for sample in samples}
+            hypotheses = sorted(distinct.values(), key=lambda hypothesis: -hypothesis.log_prob)
+        display = self.display_image(image)
+        return [replace(self._to_caption(hypothesis), image=display) for hypothesis in hypotheses]
 
-    def _grids(self, squares: np.ndarray) -> Tensor:
-        """uint8 (B, side, side, 3) -> (B, P, C), as the decoder was trained to see them."""
-        encoded = self._encoder.encode(squares)
+    def _encode(self, pixels: np.ndarray) -> Tensor:
+        """Encode uint8 (B, side, side, 3) to grids (B, P, C) on the device, rounded like the stored features."""
+        encoded = self._encoder.encode(pixels)
         if not np.isfinite(encoded).all():
             raise ExtractionError(
-                f"a grid holds a value that {encoded.dtype} cannot hold, so its image cannot be captioned",
+                f"a feature value exceeds the range of {encoded.dtype}, so its image cannot be captioned",
                 "train on float32 features (extract-features --dtype float32)",
             )
-        grids = torch.from_numpy(as_stored(encoded, self._stored))
+        grids = torch.from_numpy(as_stored(encoded, self._stored_dtype))
         rows, columns, channels = self._encoder.grid_shape
         return grids.to(self._device).float().reshape(len(grids), rows * columns, channels)
 
-    def _caption(self, found: Hypothesis) -> Caption:
+    def _to_caption(self, hypothesis: Hypothesis) -> Caption:
         vocabulary, (rows, columns, _) = self.checkpoint.vocabulary, self._encoder.grid_shape
+        attention = hypothesis.attention
         return Caption(
-            vocabulary.decode(found.tokens),
-            [vocabulary.tokens[token] for token in found.tokens],
-            found.log_prob,
-            None if found.attention is None else found.attention.reshape(-1, rows, columns),
+            text=vocabulary.decode(hypothesis.tokens),
+            tokens=[vocabulary.tokens[token] for token in hypothesis.tokens],
+            log_prob=hypothesis.log_prob,
+            attention=None if attention is None else attention.reshape(-1, rows, columns),
         )
+
+
+def _weights_source(checkpoint: Path, provenance: Mapping[str, Any], weights: str | Path | None) -> str:
+    """Return the weights argument for `identify_weights`: the given file, "imagenet", or a random seed."""
+    name = provenance["weights"]["name"]
+    if weights is not None:
+        return str(weights)
+    if provenance["weights"]["random"]:
+        return str(name)
+    if name == imagenet_name(provenance["encoder"]):
+        return "imagenet"
+    raise WeightsError(
+        f"{checkpoint}: trained on features from the local weights file {name}",
+        f"pass that file: --weights path/to/{name}",
+    )

@@ -1,34 +1,52 @@
-"""caption-images: captions for photos that the model never saw."""
+"""The `caption-images` command (`gridcap caption`)."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
 
-from gridcap.caption.options import warn_if_random, weights_option
+from gridcap.caption.options import show_dry_run, warn_if_random, weights_option
 from gridcap.common.captions.folder import list_images
-from gridcap.common.command import flag, pipeline_command, show_config
+from gridcap.common.command import flag, pipeline_command
 from gridcap.common.config import CaptionConfig, PipelineConfig
 from gridcap.common.errors import EXIT_INVALID, UserError
 from gridcap.common.files import check_writable, write_json
+from gridcap.common.text import escape_line, plural
 
 if TYPE_CHECKING:
-    from gridcap.caption.captioner import Caption, Captioner
+    from gridcap.caption.captioner import Captioner
+    from gridcap.caption.result import Caption
 
 EXAMPLES = """
 caption-images --checkpoint runs/mine photo.jpg
 caption-images --checkpoint runs/mine holiday/ --output captions.json
-caption-images --checkpoint runs/mine photo.jpg --attention looked.png --beam-size 5
-caption-images --checkpoint runs/mine holiday/ --report report.html        (a page: hover a word to see the look)
-caption-images --checkpoint runs/a --checkpoint runs/b photo.jpg --block-trigrams
+caption-images --checkpoint runs/mine photo.jpg --attention attention.png --beam-size 5
+caption-images --checkpoint runs/mine holiday/ --report report.html           (interactive attention maps)
+caption-images --checkpoint runs/a --checkpoint runs/b photo.jpg              (ensemble)
 caption-images --checkpoint runs/mine photo.jpg --decoding sample --top-p 0.9 --seed 1
 """
-PICTURE_SUFFIXES = (".png", ".pdf", ".svg")
-_MOST_PANELS = 40  # images in one attention picture
+FIGURE_SUFFIXES = (".png", ".pdf", ".svg", ".jpg", ".jpeg")
+MAX_FIGURE_IMAGES = 40
+DEFAULT_WORKERS = 4
+
+
+@dataclass(frozen=True)
+class CaptionRequest:
+    """The options of one `caption-images` call that are not configuration keys."""
+
+    images: tuple[Path, ...]
+    checkpoints: tuple[Path, ...]
+    output: Path | None
+    attention: Path | None
+    report: Path | None
+    weights: Path | None
 
 
 @pipeline_command("caption-images", EXAMPLES)
@@ -39,18 +57,18 @@ _MOST_PANELS = 40  # images in one attention picture
     type=click.Path(path_type=Path),
     required=True,
     multiple=True,
-    help="Folder of a run or of a checkpoint. Several decode together: give it again.",
+    help="Folder of a run or of a checkpoint. Repeat the option to decode with an ensemble.",
 )
-@click.option("--output", type=click.Path(path_type=Path), help="Write the captions to this JSON file too.")
+@click.option("--output", type=click.Path(path_type=Path), help="JSON file to write the captions to.")
 @click.option(
     "--attention",
     type=click.Path(path_type=Path),
-    help="Draw where the decoder looked, word by word: .png, .pdf or .svg.",
+    help="Figure to write the attention maps to (.png, .pdf, .svg, or .jpg).",
 )
 @click.option(
     "--report",
     type=click.Path(path_type=Path),
-    help="Write a page with the images, their captions, and where the decoder looked: .html, in one file.",
+    help="HTML file to write a report to: images, captions, and attention maps.",
 )
 @weights_option
 @flag("--decoding", "caption.decoding")
@@ -64,132 +82,153 @@ _MOST_PANELS = 40  # images in one attention picture
 @flag("--top-p", "caption.top_p")
 @flag("--seed", "seed")
 @flag("--batch-size", "caption.batch_size")
+@flag("--num-workers", "extract.num_workers")
 @flag("--device", "extract.device")
-def main(
-    config: PipelineConfig,
-    dry_run: bool,
-    images: tuple[Path, ...],
-    checkpoints: tuple[Path, ...],
-    output: Path | None,
-    attention: Path | None,
-    report: Path | None,
-    weights: Path | None,
-) -> None:
-    """Caption photos: files, or folders of them.
+def main(config: PipelineConfig, dry_run: bool, **options: Any) -> None:
+    """Caption images: files, or all images in folders and their subfolders.
 
-    Prints a line an image: path, tab, caption. An image that cannot be read is named and left out. Exit status:
-    0 all captioned, 3 some images could not be read, 1 failure, 2 wrong use.
+    Prints one line per image: path, tab, caption. Invalid images are reported and skipped. Exit status: 0 all images
+    captioned, 1 failure, 2 usage error, 3 some images invalid.
     """
-    paths = _expand(images, config.data.follow_links)
-    if attention is not None and attention.suffix.lower() not in PICTURE_SUFFIXES:
-        raise UserError(f"--attention {attention}: must end in .png, .pdf or .svg", f"use --attention {attention}.png")
-    if attention is not None and len(paths) > _MOST_PANELS:
-        raise UserError(
-            f"--attention: {len(paths)} images are too many for one picture", f"give at most {_MOST_PANELS}"
-        )
-    from gridcap.common.report.page import check_is_html
-
-    if report is not None:
-        check_is_html(report)
-    from gridcap.caption.captioner import Captioner
-    from gridcap.train.engine.checkpoint import find_checkpoint
-
+    request = CaptionRequest(**options)
+    paths = _find_images(request.images, config.data.follow_links)
+    _check_outputs(request, len(paths))
     if dry_run:
-        click.echo("configuration")
-        show_config(config, "caption")
-        found_at = ", ".join(str(find_checkpoint(path)) for path in checkpoints)
-        click.echo(f"dry run: would caption {len(paths)} images with {found_at}")
+        show_dry_run(config, request.checkpoints, f"caption {plural(len(paths), 'image')} with {{}}")
         return
-
-    check_writable(output, attention, report)
-    captioner = Captioner.load(*checkpoints, device=config.extract.device, weights=weights)
-    if attention is not None and not captioner.has_attention:
-        raise UserError(
-            f"--attention: the decoder of {captioner.checkpoint.path} has no attention",
-            "train one with attention: --recipe soft-attention, top-down, transformer, ...",
-        )
-    warn_if_random([captioner])
-    if captioner.foreign_pixels:
-        click.echo(
-            "note: the decoder was trained on images decoded by nvJPEG, and these go through Pillow: their pixels "
-            "differ a little",
-            err=True,
-        )
-    found, bad = _caption_all(captioner, paths, config.caption, config.seed)
-    if output is not None:
-        write_json(output, [{"file_name": str(p), "caption": c.text, "log_prob": c.log_prob} for p, c in found.items()])
-        click.echo(f"captions: {output}", err=True)
-    if attention is not None and found:
-        _draw(captioner, found, attention)
-    if report is not None and found:
-        _report(captioner, found, config.caption, report)
-    if bad:
+    captioner = _load_captioner(config, request)
+    captions: dict[Path, Caption] = {}
+    for path, caption in _caption_all(captioner, paths, config):
+        captions[path] = caption
+        click.echo(f"{escape_line(str(path))}\t{caption.text}")
+    _write_outputs(captioner, captions, request, config.caption)
+    if len(captions) < len(paths):
         sys.exit(EXIT_INVALID)
 
 
-def _expand(images: tuple[Path, ...], follow_links: bool) -> list[Path]:
-    """Replace folders by their images. Report files in them that are not images."""
+def _find_images(arguments: tuple[Path, ...], follow_links: bool) -> list[Path]:
+    """Return the given files and the images in the given folders; report other files in these folders."""
     paths: list[Path] = []
-    for image in images:
-        if image.is_dir():
-            listed = list_images(image, follow_links=follow_links)
-            paths += [image / record.file_name for record in listed.records]
-            for line in listed.problems.lines():
-                click.echo(f"note: {image}: {line}", err=True)
-        elif image.is_file():
-            paths.append(image)
+    for argument in arguments:
+        if argument.is_dir():
+            images = list_images(argument, follow_links=follow_links)
+            paths += [argument / record.file_name for record in images.records]
+            for line in images.problems.lines():
+                click.echo(f"note: {argument}: {escape_line(line)}", err=True)
+        elif argument.is_file():
+            paths.append(argument)
         else:
-            raise UserError(f"{image}: no such file or folder", "check the path")
+            raise UserError(f"{escape_line(str(argument))}: no such file or folder", "check the path")
     return list(dict.fromkeys(paths))
 
 
-def _caption_all(
-    captioner: Captioner, paths: list[Path], search: CaptionConfig, seed: int
-) -> tuple[dict[Path, Caption], dict[Path, str]]:
-    """Caption in batches; print each caption as it comes."""
+def _check_outputs(request: CaptionRequest, count: int) -> None:
+    """Raise UserError if a requested output is not possible."""
+    from gridcap.common.report.page import check_is_html
+
+    attention = request.attention
+    if attention is not None and attention.suffix.lower() not in FIGURE_SUFFIXES:
+        raise UserError(
+            f"--attention {attention}: unsupported figure format (use {', '.join(FIGURE_SUFFIXES)})",
+            f"pass --attention {attention.with_suffix('.png')}",
+        )
+    if attention is not None and count > MAX_FIGURE_IMAGES:
+        raise UserError(
+            f"--attention: {count} images do not fit into one figure (maximum {MAX_FIGURE_IMAGES})",
+            "pass fewer images, or use --report, which has no limit",
+        )
+    if request.report is not None:
+        check_is_html(request.report)
+
+
+def _load_captioner(config: PipelineConfig, request: CaptionRequest) -> Captioner:
+    from gridcap.caption.captioner import Captioner
+
+    check_writable(request.output, request.attention, request.report)
+    captioner = Captioner.load(*request.checkpoints, device=config.extract.device, weights=request.weights)
+    if request.attention is not None and not captioner.has_attention:
+        raise UserError(
+            f"--attention: the decoder of {captioner.checkpoint.path} has no attention",
+            "train a decoder with attention: --recipe soft-attention, top-down, transformer, ...",
+        )
+    warn_if_random([captioner])
+    if captioner.trained_on_nvjpeg:
+        click.echo(
+            "note: the training images were decoded by nvJPEG, these images are decoded by Pillow; pixel values may "
+            "differ slightly",
+            err=True,
+        )
+    return captioner
+
+
+def _caption_all(captioner: Captioner, paths: list[Path], config: PipelineConfig) -> Iterator[tuple[Path, Caption]]:
+    """Caption the images in batches; report and skip invalid ones."""
     import torch
 
     from gridcap.common.image import InvalidImageError
 
-    generator = torch.Generator().manual_seed(seed)
-    found: dict[Path, Caption] = {}
-    bad: dict[Path, str] = {}
-    for start in range(0, len(paths), search.batch_size):
-        squares: dict[Path, np.ndarray] = {}
-        for path in paths[start : start + search.batch_size]:
-            try:
-                squares[path] = captioner.square(path)
-            except InvalidImageError as error:
-                bad[path] = str(error)
-                click.echo(f"{path}: left out: {error}", err=True)
-        if squares:
-            captions = captioner.caption_squares(np.stack(list(squares.values())), search, generator)
-            for path, caption in zip(squares, captions, strict=True):
-                found[path] = caption
-                click.echo(f"{path}\t{caption.text}")
-    return found, bad
+    def preprocess(path: Path) -> np.ndarray | InvalidImageError:
+        try:
+            return captioner.preprocess(path)
+        except InvalidImageError as error:
+            return error
+
+    generator, settings = torch.Generator().manual_seed(config.seed), config.caption
+    with ThreadPoolExecutor(config.extract.num_workers or DEFAULT_WORKERS) as pool:
+        for start in range(0, len(paths), settings.batch_size):
+            batch = paths[start : start + settings.batch_size]
+            pixels: dict[Path, np.ndarray] = {}
+            for path, result in zip(batch, pool.map(preprocess, batch), strict=True):
+                if isinstance(result, InvalidImageError):
+                    click.echo(f"{escape_line(str(path))}: invalid image, skipped: {result}", err=True)
+                else:
+                    pixels[path] = result
+            if pixels:
+                captions = captioner.caption_pixels(np.stack([*pixels.values()]), settings, generator)
+                yield from zip(pixels, captions, strict=True)
 
 
-def _draw(captioner: Captioner, found: dict[Path, Caption], path: Path) -> None:
-    from gridcap.caption.attention_maps import plot_attention
+def _write_outputs(
+    captioner: Captioner, captions: dict[Path, Caption], request: CaptionRequest, settings: CaptionConfig
+) -> None:
+    if request.output is not None:
+        entries = [
+            {"file_name": str(path), "caption": caption.text, "log_prob": caption.log_prob}
+            for path, caption in captions.items()
+        ]
+        write_json(request.output, entries)
+        click.echo(f"captions: {request.output}", err=True)
+    if request.attention is not None and captions:
+        _write_attention(captioner, captions, request.attention)
+        click.echo(f"attention maps: {request.attention}", err=True)
+    if request.report is not None and captions:
+        _write_report(captioner, captions, settings, request.report)
+        click.echo(f"report: {request.report}", err=True)
 
-    views = [captioner.view(image) for image in found]
-    titles = [f"{image.name}: {caption.text}" for image, caption in found.items()]
-    plot_attention(views, list(found.values()), titles, path)
-    click.echo(f"attention: {path}", err=True)
+
+def _write_attention(captioner: Captioner, captions: dict[Path, Caption], path: Path) -> None:
+    from gridcap.caption.attention_maps import AttentionPanels, plot_attention
+
+    items = []
+    for image, caption in captions.items():
+        assert caption.attention is not None, "the command checks that the decoder has attention"
+        title = f"{image.name}: {caption.text}"
+        items.append(AttentionPanels(captioner.display_image(image), caption.tokens, caption.attention, title))
+    plot_attention(items, path)
 
 
-def _report(captioner: Captioner, found: dict[Path, Caption], search: CaptionConfig, path: Path) -> None:
+def _write_report(captioner: Captioner, captions: dict[Path, Caption], settings: CaptionConfig, path: Path) -> None:
     from gridcap.common.report.page import LONGEST, ReportImage, describe_encoder, write_report
 
     facts = {
         "checkpoint": str(captioner.checkpoint.path),
         "encoder": describe_encoder(captioner.provenance),
-        "search": f"beam {search.beam_size}" if search.decoding == "beam" else "sampled",
+        "decoding": f"beam search, beam size {settings.beam_size}" if settings.decoding == "beam" else "sampling",
     }
-    shown = (
-        ReportImage(str(image), captioner.view(image, LONGEST), caption.text, caption.tokens, caption.attention)
-        for image, caption in found.items()
+    images = (
+        ReportImage(
+            str(image), captioner.display_image(image, LONGEST), caption.text, caption.tokens, caption.attention
+        )
+        for image, caption in captions.items()
     )
-    write_report(path, f"{len(found)} captions", facts, {}, shown)
-    click.echo(f"report: {path}", err=True)
+    write_report(path, plural(len(captions), "caption"), facts, {}, images)

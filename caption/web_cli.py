@@ -1,4 +1,4 @@
-"""caption-web: the page."""
+"""The `gridcap serve` command."""
 
 from __future__ import annotations
 
@@ -7,28 +7,30 @@ from pathlib import Path
 
 import click
 
-from gridcap.caption.options import warn_if_random, weights_option
-from gridcap.common.command import flag, pipeline_command, show_config
+from gridcap.caption.options import show_dry_run, warn_if_random, weights_option
+from gridcap.common.command import flag, pipeline_command
 from gridcap.common.config import PipelineConfig
 from gridcap.common.errors import UserError
 
 EXAMPLES = """
-caption-web --checkpoint runs/mine
-caption-web --checkpoint runs/a --checkpoint runs/b                   (side by side)
-caption-web --checkpoint runs/mine --host 0.0.0.0 --port 8000         (for everybody in the network)
+gridcap serve --checkpoint runs/mine
+gridcap serve --checkpoint runs/a --checkpoint runs/b                   (compare two runs)
+gridcap serve --checkpoint runs/mine --host 0.0.0.0 --port 8000         (reachable from the network)
 """
 
 
-@pipeline_command("caption-web", EXAMPLES)
+@pipeline_command("serve", EXAMPLES)
 @click.option(
     "--checkpoint",
     "checkpoints",
     type=click.Path(path_type=Path),
     required=True,
     multiple=True,
-    help="Folder of a run or of a checkpoint. Several are shown side by side: give it again.",
+    help="Folder of a run or of a checkpoint. Repeat the option to compare several.",
 )
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is everywhere.")
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for all interfaces."
+)
 @click.option("--port", type=click.IntRange(1, 65535), default=7860, show_default=True, help="Port to listen on.")
 @weights_option
 @flag("--decoding", "caption.decoding")
@@ -39,20 +41,15 @@ caption-web --checkpoint runs/mine --host 0.0.0.0 --port 8000         (for every
 def main(
     config: PipelineConfig, dry_run: bool, checkpoints: tuple[Path, ...], host: str, port: int, weights: Path | None
 ) -> None:
-    """Serve a web page: a photo in, captions out, and where the decoder looked.
+    """Serve a web page that captions uploaded photos and shows attention maps.
 
-    Nothing leaves this machine. Ctrl-C ends it.
+    Photos are processed on this machine only. Press Ctrl-C to stop.
     """
-    from gridcap.train.engine.checkpoint import find_checkpoint
-
     if dry_run:
-        click.echo("configuration")
-        show_config(config, "caption")
-        found_at = ", ".join(str(find_checkpoint(path)) for path in checkpoints)
-        click.echo(f"dry run: would serve {found_at} at http://{host}:{port}")
+        show_dry_run(config, checkpoints, f"serve {{}} at http://{host}:{port}")
         return
     if importlib.util.find_spec("gradio") is None:
-        raise UserError("caption-web needs Gradio, and it is not installed", "pip install 'gridcap[web]'")
+        raise UserError("gridcap serve requires Gradio, which is not installed", "pip install 'gridcap[web]'")
     from gridcap.caption.captioner import Captioner
 
     captioners = [Captioner.load(path, device=config.extract.device, weights=weights) for path in checkpoints]
@@ -63,6 +60,6 @@ def main(
     try:
         url = serve(page, host, port)
     except OSError as error:
-        raise UserError(f"--port {port}: {error}", "choose another --port") from error
-    click.echo(f"the page is at {url} (Ctrl-C ends it)")
+        raise UserError(f"--port {port}: {error}", "pass another --port") from error
+    click.echo(f"serving at {url} (press Ctrl-C to stop)")
     page.block_thread()

@@ -10,12 +10,13 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gridcap.caption.captioner import Caption, Captioner
+    from gridcap.caption.captioner import Captioner
+    from gridcap.caption.result import Caption
     from gridcap.common.store.reader import FeatureStore
     from gridcap.extract.encoders.grid_encoder import EncoderOptions, GridEncoder
 
 _MODULES = {
-    "Caption": "gridcap.caption.captioner",
+    "Caption": "gridcap.caption.result",
     "Captioner": "gridcap.caption.captioner",
     "FeatureStore": "gridcap.common.store.reader",
     "EncoderOptions": "gridcap.extract.encoders.grid_encoder",

@@ -1,4 +1,4 @@
-"""Fixtures for captioning: checkpoints of tiny random decoders, and an encoder that only averages pixels."""
+"""Fixtures for captioning: checkpoints of tiny random decoders, and a fake encoder that averages pixels."""
 
 from __future__ import annotations
 
@@ -24,50 +24,52 @@ from gridcap.train.decoders.build import build_decoder
 from gridcap.train.engine.checkpoint import save_checkpoint
 
 WORDS = ["a", "large", "small", "red", "blue", "ring", "cross", "in", "the", "corner"]
-_identify_once = functools.cache(identify_weights)  # it renders scenes, for the identity of random weights
+_identify_once = functools.cache(identify_weights)  # slow: random weights are calibrated on rendered scenes
 
 
 class FakeEncoder:
-    """Random mixtures of the mean colors of 8 x 8 parts: a pure function of the pixels, of the real shape."""
+    """Random projections of the mean colors of 8 x 8 cells: a pure function of the pixels with the real grid shape."""
 
     side = 299
     grid_shape = (8, 8, 2048)
 
     def __init__(self, name: str, identity: Any, options: EncoderOptions) -> None:
         self._dtype = options.dtype
-        self._mixture = np.random.default_rng(0).normal(size=(3, 2048))
+        self._projection = np.random.default_rng(0).normal(size=(3, 2048))
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         assert images.shape[1:] == (299, 299, 3)
         colors = images[:, :296, :296].reshape(-1, 8, 37, 8, 37, 3).mean((2, 4)) / 255
-        return ((colors - 0.5) @ self._mixture).astype(self._dtype)
+        return ((colors - 0.5) @ self._projection).astype(self._dtype)
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _large_buffers() -> None:
-    """As every command does before it loads torch: the encoder is twice as fast with it."""
+    """Tune the allocator as every command does before it loads torch; it doubles the speed of the encoder."""
     keep_large_buffers()
 
 
 @pytest.fixture(autouse=True)
-def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Away from the repository's own pipeline.yaml, which the command would read."""
+def _working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run in an empty folder: commands would read the pipeline.yaml of the repository."""
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeEncoder]:
-    """Put FakeEncoder in the place of the CNN."""
+    """Replace the CNN with FakeEncoder."""
     monkeypatch.setattr(captioner_module, "GridEncoder", FakeEncoder)
     monkeypatch.setattr(captioner_module, "identify_weights", _identify_once)
     return FakeEncoder
 
 
 def features_of(weights: str = "random", **change: Any) -> dict[str, Any]:
-    """The provenance of inception_v3's features."""
+    """Return the provenance of inception_v3 features."""
     identity = _identify_once("inception_v3", weights)
-    made = describe_features("inception_v3", identity, EncoderOptions("float32", "cpu"), "stretch", decoder_name())
-    return made | change
+    provenance = describe_features(
+        "inception_v3", identity, EncoderOptions("float32", "cpu"), "stretch", decoder_name()
+    )
+    return provenance | change
 
 
 def decoder_config(family: str) -> PipelineConfig:
@@ -78,7 +80,7 @@ def decoder_config(family: str) -> PipelineConfig:
 
 
 def tiny_decoder(config: PipelineConfig, seed: int, end_bias: float) -> Decoder:
-    """A random decoder whose captions depend on the grid; with a larger `end_bias` they are shorter."""
+    """Return a random decoder whose captions depend on the grid; a larger `end_bias` makes them shorter."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         decoder = build_decoder(config.train.decoder, len(WORDS) + 4, (8, 8, 2048))
@@ -92,7 +94,7 @@ def tiny_decoder(config: PipelineConfig, seed: int, end_bias: float) -> Decoder:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path):
-    """Save a run with one checkpoint; its folder."""
+    """Return a function that saves a run with one checkpoint and returns its folder."""
 
     def make(
         family: str = "attention",
@@ -111,22 +113,22 @@ def checkpoint(tmp_path: Path):
 
 @pytest.fixture
 def provenance_of():
-    """Make a provenance: `provenance_of(weights="random:1", dtype="float32")`."""
+    """Return a function that builds a provenance: `provenance_of(weights="random:1", dtype="float32")`."""
     return features_of
 
 
 @pytest.fixture
 def scenes(tmp_path: Path):
-    """Make a folder of `count` small JPEGs of coloured patches; those in `bad` are text."""
+    """Return a function that writes `count` small JPEGs of colored patches; those in `invalid` are text files."""
 
-    def make(count: int, bad: tuple[int, ...] = (), size: tuple[int, int] = (64, 64), name: str = "scenes") -> Path:
+    def make(count: int, invalid: tuple[int, ...] = (), size: tuple[int, int] = (64, 64), name: str = "scenes") -> Path:
         folder = tmp_path / name
         folder.mkdir()
         for i in range(count):
             patches = np.random.default_rng(i).integers(0, 256, (4, 4, 3), np.uint8)
             Image.fromarray(patches).resize(size, Image.Resampling.NEAREST).save(folder / f"{i}.jpg", quality=95)
-        for i in bad:
-            (folder / f"{i}.jpg").write_text("this is no image")
+        for i in invalid:
+            (folder / f"{i}.jpg").write_text("this is not an image")
         return folder
 
     return make
