@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# A real Slurm of one node, all of whose state lies in one folder: for the tests, on any machine where root may
-# start daemons. No systemd, cgroups, accounting or configuration outside the folder.
+# A real single-node Slurm with all its state in one folder, for the tests, on any machine where root may start daemons.
+# No systemd, cgroups, accounting, or configuration outside the folder.
 #
 #   slurm_one_node.sh start FOLDER     then use it with SLURM_CONF=FOLDER/slurm.conf
 #   slurm_one_node.sh stop FOLDER
 #
-# The partition `main` is the default; jobs in `high` preempt those in `main`, which get their warning signal,
-# ten seconds of grace, and go back into the queue. The node has four cores, whatever the machine has.
+# The partition `main` is the default. Jobs in `high` preempt jobs in `main`, which receive their warning signal, get ten
+# seconds of grace, and are requeued. The node has four cores, regardless of the machine.
 set -euo pipefail
 
 folder=$(mkdir -p "$2" && cd "$2" && pwd)
 export SLURM_CONF=$folder/slurm.conf
 
-free_ports() { # two ports that nobody listens on
+free_ports() { # print two unused ports
   python3 - <<'PYTHON'
 import socket
 sockets = [socket.socket() for _ in range(2)]
@@ -22,7 +22,7 @@ print(*(s.getsockname()[1] for s in sockets))
 PYTHON
 }
 
-wait_for() { # SECONDS COMMAND...: until the command succeeds
+wait_for() { # SECONDS COMMAND...: repeat the command until it succeeds
   local deadline=$((SECONDS + $1))
   shift
   until "$@"; do

@@ -1,8 +1,7 @@
-"""Extraction as an array of Slurm jobs: a script that can be read, `sbatch`, and a look at what becomes of it.
+"""Extraction as a Slurm job array: the job script, its submission, and waiting for the jobs.
 
-Not by submitit: it pickles a Python function and decides itself what a signal does, requeueing a fixed number of
-times whether or not anything was made. Our command needs neither: it can be run again as it is, and a script that
-says everything can be shown, kept and changed by hand.
+submitit is not used: it pickles a Python function and handles signals itself, requeueing a fixed number of times
+regardless of progress. Our command can simply be rerun, and a self-contained script can be read, kept, and edited.
 """
 
 from __future__ import annotations
@@ -18,26 +17,27 @@ from pathlib import Path
 from gridcap.common.errors import EXIT_FAILURE, GridcapError, UserError
 from gridcap.common.files import write_text
 from gridcap.common.progress import progress_bar
+from gridcap.common.text import plural
 from gridcap.extract.plan import Plan
 
 GRACE = 60
-"""Seconds between the warning and the time limit: a shard is given up within ten, and Slurm's clock is coarse."""
+"""Seconds between the warning signal and the time limit. A worker stops within ten seconds; Slurm's timer is coarse."""
 
-_LOOK = 2.0  # seconds between two looks at the shards
-_ASK = 5  # looks for each question to Slurm's controller, which many users share
-_ENDED = frozenset(
+POLL_INTERVAL = 2.0  # seconds between two counts of the shards
+POLLS_PER_QUERY = 5  # counts per query to Slurm's controller, which many users share
+_FINAL_STATES = frozenset(
     ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
 )
 
 
 @dataclass(frozen=True)
 class SlurmRequest:
-    """What is asked of Slurm; None leaves it to the cluster's default.
+    """Resources to request from Slurm; None keeps the cluster's default.
 
     Attributes:
-        workers: tasks of the array.
-        partition, time, mem: as sbatch takes them.
-        gpus_per_task, cpus_per_task: for each task of the array.
+        workers: number of tasks in the array.
+        partition, time, mem: in sbatch's syntax.
+        gpus_per_task, cpus_per_task: per task of the array.
     """
 
     workers: int
@@ -49,18 +49,18 @@ class SlurmRequest:
 
 
 def slurm_folder(store: Path) -> Path:
-    """Where the script and the logs go: features/train -> features/train.slurm."""
+    """Return the folder of the job script and the logs: features/train -> features/train.slurm."""
     return store.with_name(f"{store.name}.slurm")
 
 
-def job_script(command: Sequence[str], request: SlurmRequest, store: Path, here: Path) -> str:
-    """The text of the job script.
+def job_script(command: Sequence[str], request: SlurmRequest, store: Path, cwd: Path) -> str:
+    """Return the text of the job script.
 
     Args:
-        command: of one worker, with absolute paths of the interpreter and the program.
-        request: what to ask of Slurm.
-        store: the folder of the shards.
-        here: the folder in which the command runs.
+        command: command of one task, with absolute paths of the interpreter and the program.
+        request: resources to request.
+        store: folder of the shards.
+        cwd: folder in which the command runs.
     """
     options = {
         "job-name": f"gridcap-{store.name}",
@@ -76,25 +76,25 @@ def job_script(command: Sequence[str], request: SlurmRequest, store: Path, here:
         "signal": f"B:USR2@{GRACE}",
         "output": f"{str(slurm_folder(store.absolute())).replace('%', '%%')}/%A_%a.log",
     }
-    asked = "\n".join(
-        f"#SBATCH --{name}" + (f"={_quoted(str(value))}" if value != "" else "")
+    directives = "\n".join(
+        f"#SBATCH --{name}" + (f"={_quote_directive(str(value))}" if value != "" else "")
         for name, value in options.items()
         if value is not None
     )
     threads = f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{request.cpus_per_task}}}\n" if request.cpus_per_task else ""
     return f"""#!/usr/bin/env bash
-{asked}
+{directives}
 
-# Written by extract-features --submit. Each task makes its share of the shards; whoever finishes last writes the
-# index. Submitted again, it makes what is missing.
+# Written by extract-features --submit. Each task writes its share of the shards, and the last one to finish writes the
+# index. Submitting the script again writes the missing shards.
 
-cd {shlex.quote(str(here))} || exit 2
+cd {shlex.quote(str(cwd))} || exit {EXIT_FAILURE}
 store={shlex.quote(str(store.absolute()))}
 command=(
-{_folded(command)}
+{_quote_command(command)}
 )
 export PYTHONUNBUFFERED=1
-unset SLURM_STEP_ID RANK WORLD_SIZE LOCAL_RANK # left over from where it was submitted, they would number the worker
+unset SLURM_STEP_ID RANK WORLD_SIZE LOCAL_RANK # inherited from the submitting shell, they would set a wrong rank
 {threads}
 existing_shards() {{ # of this task
   find "$store" -name '[0-9]*.h5' | awk -F/ -v n={request.workers} -v i="$SLURM_ARRAY_TASK_ID" \\
@@ -102,12 +102,12 @@ existing_shards() {{ # of this task
 }}
 was_preempted() {{ [[ $(scontrol show job "$SLURM_JOB_ID") =~ PreemptTime=[0-9] ]]; }}
 
-# Slurm sends its warning to this shell alone (--signal=B), which hands it on; scancel's SIGTERM goes to every process
-# by itself. The shell must outlive both, to requeue.
+# Slurm sends its warning to this shell only (--signal=B), which forwards it; scancel sends SIGTERM to every process.
+# The shell must survive both to requeue the task.
 worker= signalled=
 warn() {{
   signalled=yes
-  echo "warned by Slurm: task $SLURM_ARRAY_TASK_ID is told to stop"
+  echo "warning signal from Slurm: stopping task $SLURM_ARRAY_TASK_ID"
   [[ $worker ]] && kill -USR2 "$worker"
 }}
 trap warn USR2
@@ -116,18 +116,18 @@ trap 'signalled=yes' TERM
 before=$(existing_shards)
 "${{command[@]}}" &
 worker=$!
-[[ $signalled ]] && warn # it came before there was a worker
+[[ $signalled ]] && warn # the signal arrived before the worker started
 while true; do
   signalled=
   wait "$worker"
   status=$?
-  [[ $signalled ]] || break # otherwise it was the signal that ended the waiting
+  [[ $signalled ]] || break # otherwise the signal interrupted `wait`
 done
 
-# A job that ends by itself while it is being preempted is not requeued by Slurm, so it is done here. If Slurm was
-# first, the job no longer counts as preempted, and ends.
+# Slurm does not requeue a job that exits while it is being preempted, so the script does. If Slurm was faster, the job
+# no longer counts as preempted and exits.
 requeue() {{
-  echo "requeued: task $SLURM_ARRAY_TASK_ID goes on when Slurm starts it again"
+  echo "requeued: task $SLURM_ARRAY_TASK_ID resumes when Slurm restarts it"
   scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID"
 }}
 if ((status == 140 || status == 143)) && was_preempted; then
@@ -136,8 +136,8 @@ elif ((status == 140)); then
   if (($(existing_shards) > before)); then
     requeue
   else
-    echo "error: not one shard was finished within the time limit, so this task is not requeued"
-    echo "  what to do: raise --time, or begin a new store with a smaller --shard-size"
+    echo "error: no shard was completed within the time limit, so this task is not requeued"
+    echo "  what to do: raise --time, or create a new store with a smaller --shard-size"
     status={EXIT_FAILURE}
   fi
 fi
@@ -145,30 +145,30 @@ exit "$status"
 """
 
 
-def _quoted(value: str) -> str:
-    """For a #SBATCH line, where sbatch itself, not the shell, takes quotes away."""
+def _quote_directive(value: str) -> str:
+    """Quote a value for an #SBATCH line, which sbatch parses itself."""
     if not any(c in value for c in " \t'\"\\#"):
         return value
     return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def _folded(command: Sequence[str]) -> str:
-    """Quoted for the shell: the program on a line, then each flag with its value."""
+def _quote_command(command: Sequence[str]) -> str:
+    """Quote a command for the shell: the program on one line, then one line per flag with its value."""
     lines: list[str] = []
-    for word in command:
-        if not lines or word.startswith("--"):
-            lines.append(shlex.quote(word))
+    for argument in command:
+        if not lines or argument.startswith("--"):
+            lines.append(shlex.quote(argument))
         else:
-            lines[-1] += f" {shlex.quote(word)}"
+            lines[-1] += f" {shlex.quote(argument)}"
     return "\n".join(f"  {line}" for line in lines)
 
 
 def submit(script: str, store: Path) -> str:
-    """Write the job script beside the store and give it to Slurm; the number of the job.
+    """Write the job script next to the store, submit it, and return the job id.
 
     Raises:
-        UserError: there is no Slurm here.
-        GridcapError: Slurm refuses it.
+        UserError: Slurm is not installed.
+        GridcapError: sbatch failed.
     """
     path = slurm_folder(store) / "job.sh"
     write_text(path, script)
@@ -176,61 +176,62 @@ def submit(script: str, store: Path) -> str:
         done = subprocess.run(["sbatch", "--parsable", path], capture_output=True, text=True)
     except FileNotFoundError:
         raise UserError(
-            "--submit slurm: there is no sbatch on the PATH",
-            f"run this where jobs are submitted; the script is {path}, for sbatch there",
+            "--submit slurm: sbatch not found on the PATH",
+            f"run this on a login node, or submit {path} there with sbatch",
         ) from None
     if done.returncode != 0:
-        said = (done.stderr.strip() or "no reason given").splitlines()[0]
+        message = (done.stderr.strip() or "no error message").splitlines()[0]
         raise GridcapError(
-            f"{path}: {said}",
-            "is Slurm running here? if it is, check --partition, --time and what else was asked of it",
+            f"{path}: sbatch failed: {message}", "check that Slurm is running, and check --partition, --time, --mem"
         )
     return done.stdout.strip().partition(";")[0]
 
 
-def follow(number: str, output: Path, store: Path, plan: Plan) -> None:
-    """Wait, with a bar over the shards, until the store is complete.
+def follow(job_id: str, output: Path, store: Path, plan: Plan) -> None:
+    """Wait until the store is complete, with a progress bar over its shards.
 
     Args:
-        number: of the Slurm job.
-        output: the store's index file.
-        store: the folder of its shards.
-        plan: of the store.
+        job_id: id of the job array.
+        output: index file of the store.
+        store: folder of the shards.
+        plan: plan of the store.
 
     Raises:
-        GridcapError: no task is left and the store is not complete, with how the tasks ended.
+        GridcapError: all tasks have ended but the store is incomplete; the message lists how the tasks ended.
     """
     tasks: dict[int, _Task] = {}
-    looks = 0
-    all_ended = False
-    there = len(plan.existing_shards(store))
-    with progress_bar(total=plan.shards, initial=there, unit="shard", desc=f"job {number}", disable=None) as bar:
+    polls = 0
+    ended_before = False
+    existing = len(plan.existing_shards(store))
+    with progress_bar(total=plan.shards, initial=existing, unit="shard", desc=f"job {job_id}", disable=None) as bar:
         while True:
-            asked = _tasks(number) if looks % _ASK == 0 else None
-            there = len(plan.existing_shards(store))
-            bar.update(there - bar.n)
-            if there == plan.shards and output.exists():
+            queried = _query_tasks(job_id) if polls % POLLS_PER_QUERY == 0 else None
+            existing = len(plan.existing_shards(store))
+            bar.update(existing - bar.n)
+            if existing == plan.shards and output.exists():
                 return
-            if asked is not None:
-                for gone in tasks.keys() - asked.keys():
-                    tasks[gone].ended = True
-                tasks.update(asked)
-                bar.set_postfix_str(_in_short(tasks))
-                if all_ended:
+            if queried is not None:
+                for unlisted in tasks.keys() - queried.keys():
+                    tasks[unlisted].ended = True
+                tasks.update(queried)
+                bar.set_postfix_str(_summary(tasks))
+                if ended_before:
                     break
-                # Asked twice: a network folder may show the last files some seconds late.
-                all_ended = all(task.ended for task in tasks.values())
-            looks += 1
-            time.sleep(_LOOK)
-    ends = "; ".join(f"task {i} {task.end}" for i, task in sorted(tasks.items())) or "Slurm no longer knows its tasks"
+                # Count once more: a network file system may list the last files some seconds late.
+                ended_before = all(task.ended for task in tasks.values())
+            polls += 1
+            time.sleep(POLL_INTERVAL)
+    ends = "; ".join(f"task {i} {task.end}" for i, task in sorted(tasks.items())) or "Slurm no longer lists its tasks"
     raise GridcapError(
-        f"job {number} has ended, {plan.shards - there} of {plan.shards} shards are missing: {ends}",
-        f"see the logs, {slurm_folder(store)}/{number}_*.log; the same command again makes just what is missing",
+        f"job {job_id} has ended, but {plan.shards - existing} of {plural(plan.shards, 'shard')} are missing: {ends}",
+        f"see the logs, {slurm_folder(store)}/{job_id}_*.log; rerun the command to write the missing shards",
     )
 
 
 @dataclass
 class _Task:
+    """State of one task of the array."""
+
     state: str
     reason: str
     exit_code: str
@@ -238,16 +239,16 @@ class _Task:
 
     @property
     def end(self) -> str:
-        if self.state not in _ENDED:
+        if self.state not in _FINAL_STATES:
             return f"{self.state} when last seen"
         return f"{self.state} ({self.exit_code})" if self.state == "FAILED" else self.state
 
 
-def _tasks(number: str) -> dict[int, _Task] | None:
-    """The tasks that Slurm still knows of, ended ones among them for some minutes; None if it does not answer."""
-    wanted = "ArrayTaskID:|,State:|,Reason:|,exit_code:|"
+def _query_tasks(job_id: str) -> dict[int, _Task] | None:
+    """Query the tasks that Slurm lists, which include ended ones for some minutes; None if Slurm does not answer."""
+    columns = "ArrayTaskID:|,State:|,Reason:|,exit_code:|"
     done = subprocess.run(
-        ["squeue", "--noheader", "--array", "--states=all", f"--jobs={number}", f"--Format={wanted}"],
+        ["squeue", "--noheader", "--array", "--states=all", f"--jobs={job_id}", f"--Format={columns}"],
         capture_output=True,
         text=True,
     )
@@ -257,14 +258,14 @@ def _tasks(number: str) -> dict[int, _Task] | None:
     for line in done.stdout.splitlines():
         task, state, reason, exit_code = line.split("|")[:4]
         if task.isdigit():
-            tasks[int(task)] = _Task(state, reason, exit_code, state in _ENDED)
+            tasks[int(task)] = _Task(state, reason, exit_code, state in _FINAL_STATES)
     return tasks
 
 
-def _in_short(tasks: dict[int, _Task]) -> str:
+def _summary(tasks: dict[int, _Task]) -> str:
+    """Count the tasks per state, such as "2 running, 1 pending (Resources)"."""
+    counts = Counter((task.state, task.reason if task.state == "PENDING" else "None") for task in tasks.values())
     return ", ".join(
         f"{count} {state.lower()}" + (f" ({reason})" if reason != "None" else "")
-        for (state, reason), count in Counter(
-            (task.state, task.reason if task.state == "PENDING" else "None") for task in tasks.values()
-        ).items()
+        for (state, reason), count in counts.items()
     )

@@ -1,6 +1,6 @@
-"""Extraction on a real Slurm of one node: killed, preempted, out of time, and the same bytes in the end.
+"""Extraction on a real single-node Slurm: cancelled, preempted, and timed-out jobs end in the same bytes.
 
-Nothing here looks at a clock but to give up: the node has as many cores as this machine, and others use them too.
+Timeouts only bound the duration of a failing test, because other processes use the cores of this machine, too.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from gridcap.common.scenes import all_scenes, render
 pytestmark = pytest.mark.slow
 
 PROGRAM = Path(sys.executable).parent / "extract-features"
-PATIENCE = 300  # seconds until a test gives up; nothing is measured
+TIMEOUT = 300  # seconds until a test fails; no timing is measured
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """16 small pictures, in a folder whose name a careless script would break."""
+    """Create 16 small images in a folder whose name needs quoting."""
     folder = tmp_path_factory.mktemp("data") / "my pictures, 100% 'mine'"
     folder.mkdir()
     for i in range(16):
@@ -42,20 +42,20 @@ def command(images: Path, output: Path) -> list[str]:
     return [str(PROGRAM), "--images", str(images), "--output", str(output), *options.split(), *sizes.split()]
 
 
-def run(*words: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(w) for w in words], capture_output=True, text=True, timeout=PATIENCE)
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(argument) for argument in arguments], capture_output=True, text=True, timeout=TIMEOUT)
 
 
 def contents(output: Path) -> dict[str, bytes]:
-    """The bytes of the index and of everything beside the shards."""
+    """Return the contents of the index and of all files in the store's folder."""
     paths = [output, *output.with_suffix("").rglob("*")]
     return {str(p.relative_to(output.parent)): p.read_bytes() for p in paths if p.is_file()}
 
 
 @pytest.fixture(scope="module")
-def calm(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What one process makes that nobody disturbs."""
-    output = tmp_path_factory.mktemp("calm") / "scenes.h5"
+def reference(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Return the store that one uninterrupted process writes."""
+    output = tmp_path_factory.mktemp("reference") / "scenes.h5"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         done = run(*command(images, output))
@@ -67,25 +67,25 @@ def shards_of(output: Path) -> set[int]:
     return {int(path.stem) for path in output.with_suffix("").rglob("[0-9]*.h5")}
 
 
-def until(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE
+def until(condition: Callable[[], object], event: str) -> None:
+    deadline = time.monotonic() + TIMEOUT
     while not condition():
-        assert time.monotonic() < deadline, f"never came: {what}\n{run('squeue').stdout}"
+        assert time.monotonic() < deadline, f"timed out waiting for {event}\n{run('squeue').stdout}"
         time.sleep(0.2)
 
 
-def submitted(images: Path, output: Path, workers: int, *more: object) -> str:
-    """Submit; the number of the job."""
-    done = run(*command(images, output), "--submit", "slurm", "--num-jobs", workers, *more)
+def submit(images: Path, output: Path, num_jobs: int, *more: object) -> str:
+    """Submit and return the job id."""
+    done = run(*command(images, output), "--submit", "slurm", "--num-jobs", num_jobs, *more)
     assert done.returncode == 0, done.stderr
     return re.search(r"submitted: job (\d+)", done.stdout)[1]
 
 
 @contextlib.contextmanager
-def waiting_for(images: Path, output: Path, workers: int, *more: str) -> Iterator[subprocess.Popen[str]]:
-    """Submit, and wait in a process beside this one."""
-    words = [*command(images, output), "--submit", "slurm", "--num-jobs", str(workers), "--wait", *more]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def waiting_for(images: Path, output: Path, num_jobs: int, *more: str) -> Iterator[subprocess.Popen[str]]:
+    """Submit with --wait in another process."""
+    arguments = [*command(images, output), "--submit", "slurm", "--num-jobs", str(num_jobs), "--wait", *more]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         yield process
     finally:
@@ -94,12 +94,12 @@ def waiting_for(images: Path, output: Path, workers: int, *more: str) -> Iterato
 
 
 def current_job() -> str:
-    """The number of the only job in the queue."""
+    """Return the id of the only job in the queue."""
     (job,) = set(run("squeue", "--noheader", "--format=%F").stdout.split())
     return job
 
 
-def nothing_left(job: str) -> bool:
+def has_left_the_queue(job: str) -> bool:
     return not run("squeue", "--noheader", f"--jobs={job}").stdout.strip()
 
 
@@ -108,32 +108,32 @@ def logs(output: Path) -> str:
 
 
 class Worker:
-    """The extract-features process of a task."""
+    """The extract-features process of an array task."""
 
     def __init__(self, job: str, task: int) -> None:
-        wanted = {f"SLURM_ARRAY_JOB_ID={job}", f"SLURM_ARRAY_TASK_ID={task}"}
-        found = []
+        variables = {f"SLURM_ARRAY_JOB_ID={job}", f"SLURM_ARRAY_TASK_ID={task}"}
+        matches = []
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                programs = {Path(word).name for word in (process / "cmdline").read_text().split("\0")}
-                if PROGRAM.name in programs and wanted <= set((process / "environ").read_text().split("\0")):
-                    found.append(int(process.name))
-        (self._process,) = found
+                programs = {Path(argument).name for argument in (process / "cmdline").read_text().split("\0")}
+                if PROGRAM.name in programs and variables <= set((process / "environ").read_text().split("\0")):
+                    matches.append(int(process.name))
+        (self._process,) = matches
 
     def send_signal(self, number: signal.Signals) -> None:
         os.kill(self._process, number)
 
 
-def assert_same(output: Path, calm: dict[str, bytes]) -> None:
-    """The store is what the calm run made: every byte, and no temporary file."""
-    mine = contents(output)
-    assert sorted(mine) == sorted(calm), logs(output)
-    assert [name for name in calm if mine[name] != calm[name]] == []
+def assert_same(output: Path, reference: dict[str, bytes]) -> None:
+    """Assert that the store equals the reference in every byte and has no temporary files."""
+    actual = contents(output)
+    assert sorted(actual) == sorted(reference), logs(output)
+    assert [name for name in reference if actual[name] != reference[name]] == []
 
 
 @contextlib.contextmanager
-def cleared() -> Iterator[None]:
-    """Leave no job behind for the next test."""
+def empty_queue() -> Iterator[None]:
+    """Cancel all jobs at the end of the block."""
     try:
         yield
     finally:
@@ -141,112 +141,112 @@ def cleared() -> Iterator[None]:
         until(lambda: not run("squeue", "--noheader").stdout.strip(), "an empty queue")
 
 
-def test_an_array_of_four_makes_the_same_bytes_and_waiting_sees_the_end(
-    slurm: None, images: Path, calm: dict[str, bytes], tmp_path: Path
+def test_an_array_of_four_writes_the_reference_store(
+    slurm: None, images: Path, reference: dict[str, bytes], tmp_path: Path
 ) -> None:
     output = tmp_path / "a 'folder' of 100%" / "scenes.h5"
     output.parent.mkdir()
-    with cleared():
+    with empty_queue():
         done = run(*command(images, output), "--submit", "slurm", "--num-jobs", 4, "--wait")
         assert done.returncode == 0, done.stdout + done.stderr + logs(output)
         assert re.search(r"done: .*16 images in 8 shards \(8 made now, 0 were there\)", done.stdout)
-        assert_same(output, calm)
-        said = logs(output)
-        for worker in range(4):
-            assert f"worker {worker} of 4 (Slurm array): 2 of 8 shards are mine" in said
+        assert_same(output, reference)
+        output_logs = logs(output)
+        for rank in range(4):
+            assert f"rank {rank} of 4 (Slurm array" in output_logs
 
 
-def test_a_preempted_job_is_requeued_once_and_makes_the_same_bytes(
-    slurm: None, images: Path, calm: dict[str, bytes], tmp_path: Path
+def test_a_preempted_job_is_requeued_once(
+    slurm: None, images: Path, reference: dict[str, bytes], tmp_path: Path
 ) -> None:
     output = tmp_path / "scenes.h5"
-    with cleared():
-        job = submitted(images, output, 1)
+    with empty_queue():
+        job = submit(images, output, 1)
         until(lambda: shards_of(output), "a first shard")
         worker = Worker(job, 0)
-        worker.send_signal(signal.SIGSTOP)  # so that it is in the middle when the warning comes
+        worker.send_signal(signal.SIGSTOP)  # the warning must arrive while the worker is running
         high = run("sbatch", "--parsable", "--partition=high", "--exclusive", "--output=/dev/null", "--wrap=true")
-        until(lambda: "warned by Slurm" in logs(output), "the warning")
+        until(lambda: "warning signal from Slurm" in logs(output), "the warning")
         worker.send_signal(signal.SIGCONT)
         until(lambda: "requeued: task 0" in logs(output), "the requeue")
         assert not output.exists()
-        until(lambda: nothing_left(high.stdout.strip()), "the end of the other job")
-        until(lambda: nothing_left(job), "the end of the job")
-        assert_same(output, calm)
-        said = logs(output)
-        assert said.count("requeued: task 0") == 1
-        assert "interrupted: nothing is broken" in said, "it was warned, not just killed"
+        until(lambda: has_left_the_queue(high.stdout.strip()), "the end of the other job")
+        until(lambda: has_left_the_queue(job), "the end of the job")
+        assert_same(output, reference)
+        assert logs(output).count("requeued: task 0") == 1
+        assert "interrupted" in logs(output), "the worker must be warned, not killed"
 
 
-def test_a_job_that_reaches_its_time_limit_is_requeued_and_makes_the_same_bytes(
-    slurm: None, images: Path, calm: dict[str, bytes], tmp_path: Path
+def test_a_job_at_its_time_limit_is_requeued(
+    slurm: None, images: Path, reference: dict[str, bytes], tmp_path: Path
 ) -> None:
     output = tmp_path / "scenes.h5"
-    with cleared():
-        job = submitted(images, output, 1, "--time", "60")
+    with empty_queue():
+        job = submit(images, output, 1, "--time", "60")
         until(lambda: shards_of(output), "a first shard")
         worker = Worker(job, 0)
         worker.send_signal(signal.SIGSTOP)
         run("scontrol", "update", f"JobId={job}", "TimeLimit=1")
-        until(lambda: "warned by Slurm" in logs(output), "the warning")
+        until(lambda: "warning signal from Slurm" in logs(output), "the warning")
         worker.send_signal(signal.SIGCONT)
         until(lambda: "requeued: task 0" in logs(output), "the requeue")
         until(lambda: run("scontrol", "update", f"JobId={job}", "TimeLimit=60").returncode == 0, "a longer limit")
-        until(lambda: nothing_left(job), "the end of the job")
-        assert_same(output, calm)
+        until(lambda: has_left_the_queue(job), "the end of the job")
+        assert_same(output, reference)
         assert logs(output).count("requeued: task 0") == 1
 
 
-def test_a_time_limit_too_short_for_a_single_shard_is_said_and_ends_the_matter(
-    slurm: None, images: Path, tmp_path: Path
-) -> None:
+def test_a_time_limit_too_short_for_one_shard_is_a_failure(slurm: None, images: Path, tmp_path: Path) -> None:
     output = tmp_path / "scenes.h5"
-    with cleared(), waiting_for(images, output, 1, "--time", "1", "--shard-size", "16") as waiting:
+    with empty_queue(), waiting_for(images, output, 1, "--time", "1", "--shard-size", "16") as waiting:
         until(
-            lambda: "plan: 16 images" in logs(output) or "warned by Slurm" in logs(output), "the worker or the warning"
+            lambda: "plan: 16 images" in logs(output) or "warning signal from Slurm" in logs(output),
+            "the worker or the warning",
         )
-        with contextlib.suppress(ValueError, ProcessLookupError):  # on a busy machine the warning may come first
+        with contextlib.suppress(ValueError, ProcessLookupError):  # on a busy machine the warning may arrive first
             worker = Worker(current_job(), 0)
-            worker.send_signal(signal.SIGSTOP)  # so that it does not finish before the warning comes
-            until(lambda: "warned by Slurm" in logs(output), "the warning")
+            worker.send_signal(signal.SIGSTOP)  # the worker must not finish before the warning arrives
+            until(lambda: "warning signal from Slurm" in logs(output), "the warning")
             worker.send_signal(signal.SIGCONT)
-        said, errors = waiting.communicate(timeout=PATIENCE)
-        assert waiting.returncode == 1, said + errors
-        assert "1 of 1 shards are missing: task 0 FAILED" in errors
-        assert "not one shard was finished within the time limit" in logs(output)
+        stdout, stderr = waiting.communicate(timeout=TIMEOUT)
+        assert waiting.returncode == 1, stdout + stderr
+        assert "1 of 1 shard are missing: task 0 FAILED" in stderr
+        assert "no shard was completed within the time limit" in logs(output)
         assert "requeued:" not in logs(output)
         assert not output.exists()
 
 
-def test_after_scancel_of_one_task_waiting_fails_and_a_rerun_fills_the_holes(
-    slurm: None, images: Path, calm: dict[str, bytes], tmp_path: Path
+def test_after_scancel_of_one_task_a_rerun_writes_the_missing_shards(
+    slurm: None, images: Path, reference: dict[str, bytes], tmp_path: Path
 ) -> None:
     output = tmp_path / "scenes.h5"
-    with cleared(), waiting_for(images, output, 2) as waiting:
+    with empty_queue(), waiting_for(images, output, 2) as waiting:
         until(lambda: "rank 1 of 2" in logs(output), "the start of task 1")
         run("scancel", f"{current_job()}_1")
-        said, errors = waiting.communicate(timeout=PATIENCE)
-        assert waiting.returncode == 1, said + errors
-        assert "task 0 COMPLETED; task 1 CANCELLED" in errors
-        assert "scenes.slurm" in errors, "where the logs are"
+        stdout, stderr = waiting.communicate(timeout=TIMEOUT)
+        assert waiting.returncode == 1, stdout + stderr
+        assert "task 0 COMPLETED; task 1 CANCELLED" in stderr
+        assert "scenes.slurm" in stderr, "the error must name the logs"
         assert not output.exists()
-        assert "requeued:" not in logs(output), "who cancels a job does not want it back"
+        assert "requeued:" not in logs(output), "a canceled job must not be requeued"
         assert set(range(0, 8, 2)) <= shards_of(output) < set(range(8))
-        made = {path: path.stat().st_mtime_ns for path in output.with_suffix("").rglob("[0-9]*.h5")}
+        times = {path: path.stat().st_mtime_ns for path in output.with_suffix("").rglob("[0-9]*.h5")}
         rerun = run(*command(images, output))
         assert rerun.returncode == 0, rerun.stderr
-        assert_same(output, calm)
-        assert all(path.stat().st_mtime_ns == stamp for path, stamp in made.items()), "a sound shard is made once"
+        assert_same(output, reference)
+        assert all(path.stat().st_mtime_ns == stamp for path, stamp in times.items()), (
+            "complete shards must not be rewritten"
+        )
 
 
-def test_two_tasks_with_the_same_shards_at_the_same_time_make_the_same_bytes(
-    slurm: None, images: Path, calm: dict[str, bytes], tmp_path: Path
+def test_two_tasks_may_write_the_same_shards_concurrently(
+    slurm: None, images: Path, reference: dict[str, bytes], tmp_path: Path
 ) -> None:
     output = tmp_path / "scenes.h5"
-    with cleared():
+    with empty_queue():
         both = run(
             "srun", "--ntasks=2", "--kill-on-bad-exit=0", *command(images, output), "--rank", 0, "--world-size", 1
         )
         assert both.returncode == 0, both.stderr
         assert both.stdout.count("16 images in 8 shards") >= 1
-        assert_same(output, calm)
+        assert_same(output, reference)

@@ -1,4 +1,4 @@
-"""The job script run by bash with a stand-in for scontrol, and the dialogue with Slurm's commands."""
+"""The job script, run by bash with fake Slurm commands, and the interaction with sbatch and squeue."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from gridcap.common.errors import GridcapError, UserError
+from gridcap.common.errors import EXIT_FAILURE, GridcapError, UserError
 from gridcap.extract.cluster import slurm as submit
 from gridcap.extract.cluster.slurm import SlurmRequest, follow, job_script, slurm_folder
 from gridcap.extract.manifest import ImageList
 from gridcap.extract.plan import Plan
 
-AWKWARD = ["two words", "it's", 'a "quote"', "$HOME `date` \\", "100%", "*", "", "ünïcode", "--flag=x y"]
+UNUSUAL = ["two words", "it's", 'a "quote"', "$HOME `date` \\", "100%", "*", "", "ünïcode", "--flag=x y"]
 
 
 @pytest.fixture
-def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
-    """Put a bash script in the place of one of Slurm's commands."""
+def fake_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Replace one of Slurm's commands with a bash script."""
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
@@ -38,7 +38,7 @@ def lines(text: str, start: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith(start)]
 
 
-def test_the_script_asks_for_what_was_asked_and_for_nothing_else(tmp_path: Path) -> None:
+def test_the_script_requests_only_the_given_resources(tmp_path: Path) -> None:
     plain = job_script(["x"], SlurmRequest(8), tmp_path / "train", tmp_path)
     assert lines(plain, "#SBATCH") == [
         "#SBATCH --job-name=gridcap-train",
@@ -57,36 +57,36 @@ def test_the_script_asks_for_what_was_asked_and_for_nothing_else(tmp_path: Path)
     assert "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-6}" in full
 
 
-def test_options_come_before_the_first_command_where_sbatch_reads_them(tmp_path: Path) -> None:
+def test_sbatch_directives_precede_the_first_command(tmp_path: Path) -> None:
     script = job_script(["x"], SlurmRequest(1), tmp_path / "s", tmp_path).splitlines()
     assert script[0] == "#!/usr/bin/env bash"
     last = max(i for i, line in enumerate(script) if line.startswith("#SBATCH"))
     assert all(line.startswith("#") for line in script[:last])
 
 
-def test_the_log_goes_beside_the_store_whatever_its_folder_is_called(tmp_path: Path) -> None:
+def test_the_log_path_is_quoted(tmp_path: Path) -> None:
     script = job_script(["x"], SlurmRequest(1), tmp_path / 'a "b" 50% c' / "s", tmp_path)
     (output,) = lines(script, "#SBATCH --output")
-    assert output.endswith('/a \\"b\\" 50%% c/s.slurm/%A_%a.log"'), "a lone % would begin one of Slurm's own patterns"
+    assert output.endswith('/a \\"b\\" 50%% c/s.slurm/%A_%a.log"'), "a single % would start a Slurm filename pattern"
 
 
 def run_script(script: str, folder: Path, task: int = 0, signals: tuple[signal.Signals, ...] = ()) -> tuple[int, str]:
-    """Run a job script as Slurm would; its status and what it printed."""
+    """Run a job script as Slurm does; return its exit status and its output."""
     (folder / "job.sh").write_text(script)
     environ = {**os.environ, "SLURM_JOB_ID": "71", "SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": str(task)}
     process = subprocess.Popen(
         ["bash", folder / "job.sh"], env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     assert process.stdout is not None
-    said = ""
+    output = ""
     if signals:
-        while "ready" not in said:
-            said += (line := process.stdout.readline())
-            assert line, said
+        while "ready" not in output:
+            output += (line := process.stdout.readline())
+            assert line, output
         for number in signals:
             process.send_signal(number)
-    said += process.communicate(timeout=60)[0]
-    return process.returncode, said
+    output += process.communicate(timeout=60)[0]
+    return process.returncode, output
 
 
 def worker(body: str) -> list[str]:
@@ -99,7 +99,7 @@ def shard(number: int) -> str:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
-    """Tasks 0 and 1 of two have a shard each, and a temporary file."""
+    """Create a store in which each of two tasks has written one shard, and a temporary file."""
     folder = tmp_path / "s"
     folder.mkdir()
     for name in ("00000.h5", "00001.h5", ".00002.h5.host-1-abc.tmp", "plan.json"):
@@ -107,40 +107,40 @@ def store(tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_command_gets_its_words_as_they_were_and_runs_where_it_was(tmp_path: Path, store: Path) -> None:
-    here = tmp_path / "it's here"
-    here.mkdir()
+def test_arguments_and_working_directory_are_preserved(tmp_path: Path, store: Path) -> None:
+    cwd = tmp_path / "it's here"
+    cwd.mkdir()
     command = worker("print(ascii((sys.argv[1:], os.getcwd())))")
-    status, said = run_script(job_script([*command, *AWKWARD], SlurmRequest(1), store, here), tmp_path)
-    assert status == 0, said
-    assert ascii((AWKWARD, str(here))) in said
+    status, output = run_script(job_script([*command, *UNUSUAL], SlurmRequest(1), store, cwd), tmp_path)
+    assert status == 0, output
+    assert ascii((UNUSUAL, str(cwd))) in output
 
 
-def test_what_numbered_the_process_that_submitted_does_not_number_the_worker(
+def test_rank_variables_of_the_submitting_shell_are_ignored(
     tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """sbatch hands its whole environment on, that of an interactive srun too."""
+    """sbatch passes on its whole environment, including that of an interactive srun."""
     for name, value in {"SLURM_STEP_ID": 0, "SLURM_PROCID": 0, "SLURM_STEP_NUM_TASKS": 4, "RANK": 1}.items():
         monkeypatch.setenv(name, str(value))
     body = "from gridcap.extract.cluster.share import find_share; print(find_share(os.environ, None, None))"
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
     monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "2")
-    status, said = run_script(job_script(worker(body), SlurmRequest(2), store, tmp_path), tmp_path, task=1)
-    assert status == 0, said
-    assert "rank 1 of 2 (Slurm array)" in said
+    status, output = run_script(job_script(worker(body), SlurmRequest(2), store, tmp_path), tmp_path, task=1)
+    assert status == 0, output
+    assert "rank 1 of 2 (Slurm array)" in output
 
 
-def test_a_folder_that_is_not_on_the_node_is_an_error_and_nothing_runs(tmp_path: Path, store: Path) -> None:
+def test_a_working_directory_missing_on_the_node_is_a_failure(tmp_path: Path, store: Path) -> None:
     script = job_script(worker("print('ran')"), SlurmRequest(1), store, tmp_path / "elsewhere")
-    status, said = run_script(script, tmp_path)
-    assert status == 2
-    assert "elsewhere" in said
-    assert "ran" not in said.splitlines()
+    status, output = run_script(script, tmp_path)
+    assert status == EXIT_FAILURE
+    assert "elsewhere" in output
+    assert "ran" not in output.splitlines()
 
 
 NOT_PREEMPTED = "[[ $1 == show ]] && echo 'PreemptTime=None' || echo scontrol \"$@\""
 PREEMPTED = "[[ $1 == show ]] && echo 'PreemptTime=2026-01-01T00:00:00' || echo scontrol \"$@\""
-FORGOTTEN = "[[ $1 == show ]] && echo 'JobState=COMPLETING' || exit 1"  # Slurm has already requeued it
+FORGOTTEN = "[[ $1 == show ]] && echo 'JobState=COMPLETING' || exit 1"  # Slurm has requeued the job already
 REQUEUED = "scontrol requeue 70_1"
 
 
@@ -150,108 +150,108 @@ REQUEUED = "scontrol requeue 70_1"
         ("sys.exit(0)", NOT_PREEMPTED, 0, False),
         ("sys.exit(1)", NOT_PREEMPTED, 1, False),
         ("sys.exit(3)", NOT_PREEMPTED, 3, False),
-        ("sys.exit(1)", PREEMPTED, 1, False),  # it failed on its own account
+        ("sys.exit(1)", PREEMPTED, 1, False),  # it failed by itself
         (f"{shard(3)}; sys.exit(140)", NOT_PREEMPTED, 140, True),
-        ("sys.exit(140)", NOT_PREEMPTED, 1, False),  # it would be the same the next time
-        (f"{shard(2)}; sys.exit(140)", NOT_PREEMPTED, 1, False),  # another task's shard is no progress of this one
+        ("sys.exit(140)", NOT_PREEMPTED, 1, False),  # no progress: it would fail again
+        (f"{shard(2)}; sys.exit(140)", NOT_PREEMPTED, 1, False),  # the shard belongs to another task
         ("pathlib.Path('s', '.00003.h5.host-2-abc.tmp').touch(); sys.exit(140)", NOT_PREEMPTED, 1, False),
         ("sys.exit(140)", PREEMPTED, 140, True),
-        ("sys.exit(143)", PREEMPTED, 143, True),  # a Slurm that preempts with SIGTERM alone
+        ("sys.exit(143)", PREEMPTED, 143, True),  # preempted with SIGTERM only
         ("sys.exit(143)", NOT_PREEMPTED, 143, False),  # scancel
         ("sys.exit(143)", FORGOTTEN, 143, False),
         ("os.kill(os.getpid(), signal.SIGKILL)", NOT_PREEMPTED, 137, False),
     ],
 )
-def test_a_job_is_requeued_when_that_gets_it_further(
+def test_a_job_is_requeued_only_if_it_makes_progress(
     tmp_path: Path,
     store: Path,
-    stand_in: Callable[[str, str], None],
+    fake_command: Callable[[str, str], None],
     body: str,
     slurm: str,
     status: int,
     requeued: bool,
 ) -> None:
-    stand_in("scontrol", slurm)
-    ended, said = run_script(job_script(worker(body), SlurmRequest(2), store, tmp_path), tmp_path, task=1)
-    assert ended == status, said
-    assert (REQUEUED in said) == requeued, said
+    fake_command("scontrol", slurm)
+    exit_status, output = run_script(job_script(worker(body), SlurmRequest(2), store, tmp_path), tmp_path, task=1)
+    assert exit_status == status, output
+    assert (REQUEUED in output) == requeued, output
     if status == 1 and "140" in body:
-        assert "not one shard was finished within the time limit" in said
-        assert "--time" in said
+        assert "no shard was completed within the time limit" in output
+        assert "--time" in output
 
 
-def test_the_warning_is_handed_on_once_and_the_worker_is_waited_for(
-    tmp_path: Path, store: Path, stand_in: Callable[[str, str], None]
+def test_the_warning_signal_is_forwarded_once(
+    tmp_path: Path, store: Path, fake_command: Callable[[str, str], None]
 ) -> None:
-    stand_in("scontrol", PREEMPTED)
+    fake_command("scontrol", PREEMPTED)
     body = """
-got = []
-signal.signal(signal.SIGUSR2, lambda number, frame: got.append(number))
+received = []
+signal.signal(signal.SIGUSR2, lambda number, frame: received.append(number))
 print("ready", flush=True)
-while not got:
+while not received:
     time.sleep(0.01)
 time.sleep(0.5)
-print("got", got, flush=True)
+print("received", received, flush=True)
 sys.exit(140)
 """
-    status, said = run_script(
+    status, output = run_script(
         job_script(worker(body), SlurmRequest(2), store, tmp_path), tmp_path, 1, (signal.SIGUSR2,)
     )
-    assert status == 140, said
-    assert f"got [{signal.SIGUSR2.value}]" in said
-    assert REQUEUED in said
+    assert status == 140, output
+    assert f"received [{signal.SIGUSR2.value}]" in output
+    assert REQUEUED in output
 
 
-def test_a_sigterm_to_the_shell_does_not_end_it_before_the_worker(
-    tmp_path: Path, store: Path, stand_in: Callable[[str, str], None]
+def test_the_shell_survives_sigterm_until_the_worker_exits(
+    tmp_path: Path, store: Path, fake_command: Callable[[str, str], None]
 ) -> None:
-    """Slurm sends SIGTERM to all processes: the worker has its own."""
-    stand_in("scontrol", NOT_PREEMPTED)
+    """Slurm sends SIGTERM to all processes, including the worker."""
+    fake_command("scontrol", NOT_PREEMPTED)
     body = "print('ready', flush=True); time.sleep(0.7); print('finished'); sys.exit(143)"
     script = job_script(worker(body), SlurmRequest(2), store, tmp_path)
-    status, said = run_script(script, tmp_path, 1, (signal.SIGTERM, signal.SIGTERM))
+    status, output = run_script(script, tmp_path, 1, (signal.SIGTERM, signal.SIGTERM))
     assert status == 143
-    assert "finished" in said
+    assert "finished" in output
 
 
 # ---------------------------------------------------------------------------------------------------- Slurm's commands
 
 
-def test_submitting_writes_the_script_and_returns_the_number(
-    tmp_path: Path, stand_in: Callable[[str, str], None]
+def test_submit_writes_the_script_and_returns_the_job_id(
+    tmp_path: Path, fake_command: Callable[[str, str], None]
 ) -> None:
-    stand_in("sbatch", f"cat \"${{@: -1}}\" >'{tmp_path}/seen'; echo '1234;cluster'")
+    fake_command("sbatch", f"cat \"${{@: -1}}\" >'{tmp_path}/seen'; echo '1234;cluster'")
     assert submit.submit("#!/bin/sh\n", tmp_path / "s") == "1234"
     assert (tmp_path / "seen").read_text() == (slurm_folder(tmp_path / "s") / "job.sh").read_text() == "#!/bin/sh\n"
 
 
-def test_without_slurm_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_sbatch_is_a_usage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="sbatch"):
         submit.submit("", tmp_path / "s")
 
 
-def test_what_slurm_refuses_is_shown(tmp_path: Path, stand_in: Callable[[str, str], None]) -> None:
-    stand_in("sbatch", "echo 'sbatch: error: invalid partition specified: gpuu' >&2; exit 1")
+def test_an_sbatch_error_is_shown(tmp_path: Path, fake_command: Callable[[str, str], None]) -> None:
+    fake_command("sbatch", "echo 'sbatch: error: invalid partition specified: gpuu' >&2; exit 1")
     with pytest.raises(GridcapError, match="invalid partition specified: gpuu"):
         submit.submit("", tmp_path / "s")
 
 
 @pytest.fixture
 def plan() -> Plan:
-    """Four shards."""
+    """Return a plan of four shards."""
     images = [(i, f"{i}.png") for i in range(8)]
     return Plan("s", 2, 2, {}, (ImageList.make(images, 2),))
 
 
 @pytest.fixture
-def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(submit, "_LOOK", 0.01)
-    monkeypatch.setattr(submit, "_ASK", 1)
+def fast_polling(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit, "POLL_INTERVAL", 0.01)
+    monkeypatch.setattr(submit, "POLLS_PER_QUERY", 1)
 
 
 def squeue(*answers: str) -> str:
-    """A stand-in that gives one answer after the other, and then the last again and again."""
+    """Return a fake squeue that gives the answers in turn and then repeats the last one."""
     cases = "\n".join(f"{i}) {answer};;" for i, answer in enumerate(answers[:-1]))
     return f"""
 count=$(cat "$0.count" 2>/dev/null || echo 0)
@@ -262,18 +262,18 @@ case $count in
 esac"""
 
 
-GONE = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
+UNLISTED = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
 SILENT = "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1"
 RUNNING = "echo '0|RUNNING|None|0|'; echo '1|PENDING|Resources|0|'"
 
 
-def test_waiting_ends_when_the_store_is_complete_whatever_the_jobs_still_do(
-    tmp_path: Path, plan: Plan, stand_in: Callable[[str, str], None], quickly: None
+def test_follow_returns_when_the_store_is_complete(
+    tmp_path: Path, plan: Plan, fake_command: Callable[[str, str], None], fast_polling: None
 ) -> None:
-    made = " ".join(f"'{tmp_path}/s/{plan.shard_name(i)}'" for i in range(4))
+    shards = " ".join(f"'{tmp_path}/s/{plan.shard_name(i)}'" for i in range(4))
     (tmp_path / "s").mkdir()
-    (tmp_path / "s.h5").touch()  # of an earlier time: an index alone does not make a store complete
-    stand_in("squeue", squeue(RUNNING, SILENT, f"{RUNNING}; touch {made}"))
+    (tmp_path / "s.h5").touch()  # an index of an earlier run: not sufficient for a complete store
+    fake_command("squeue", squeue(RUNNING, SILENT, f"{RUNNING}; touch {shards}"))
     follow("7", tmp_path / "s.h5", tmp_path / "s", plan)
 
 
@@ -281,17 +281,25 @@ def test_waiting_ends_when_the_store_is_complete_whatever_the_jobs_still_do(
     ("answers", "ends"),
     [
         (("echo '0|COMPLETED|None|0|'; echo '1|FAILED|NonZeroExitCode|1|'",), "task 0 COMPLETED; task 1 FAILED"),
-        ((RUNNING, SILENT, "echo '0|CANCELLED|None|0|'; echo '1|TIMEOUT|None|0|'"), "task 0 CANCELLED; task 1 TIMEOUT"),
-        ((RUNNING, GONE), "task 0 RUNNING when last seen; task 1 PENDING when last seen"),
-        ((GONE,), "Slurm no longer knows its tasks"),
+        (
+            (RUNNING, SILENT, "echo '0|CANCELLED|None|0|'; echo '1|TIMEOUT|None|0|'"),
+            "task 0 CANCELLED; task 1 TIMEOUT",
+        ),
+        ((RUNNING, UNLISTED), "task 0 RUNNING when last seen; task 1 PENDING when last seen"),
+        ((UNLISTED,), "Slurm no longer lists its tasks"),
     ],
 )
-def test_waiting_says_how_the_tasks_ended_when_the_store_is_not_complete(
-    tmp_path: Path, plan: Plan, stand_in: Callable[[str, str], None], quickly: None, answers: tuple[str, ...], ends: str
+def test_follow_reports_how_the_tasks_ended(
+    tmp_path: Path,
+    plan: Plan,
+    fake_command: Callable[[str, str], None],
+    fast_polling: None,
+    answers: tuple[str, ...],
+    ends: str,
 ) -> None:
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / plan.shard_name(2)).touch()
-    stand_in("squeue", squeue(*answers))
+    fake_command("squeue", squeue(*answers))
     with pytest.raises(GridcapError) as caught:
         follow("7", tmp_path / "s.h5", tmp_path / "s", plan)
     assert f"3 of 4 shards are missing: {ends}" in caught.value.message
