@@ -87,13 +87,15 @@ def ours(photos: str, store: str) -> float:
     from bench.device import has_gpu
     from gridcap.common.captions.folder import FolderImages
     from gridcap.common.config import load_config
-    from gridcap.extract.run import extract_features, prepare
+    from gridcap.extract.job import ExtractionRequest, prepare
+    from gridcap.extract.run import extract_features
 
     best = {"extract.jpeg_decoder": "nvjpeg", "extract.compile": "on"} if has_gpu() else {}
     config = load_config(None, {"extract.weights": "random", **best})
     folder = Path(store)
-    job = prepare(config, "bench", FolderImages(Path(photos)), Path(photos), folder / "bench.h5")
-    summary = extract_features(config, job, progress=False)
+    images = Path(photos)
+    request = ExtractionRequest(config, "bench", FolderImages(images), images, folder / "bench.h5")
+    summary = extract_features(prepare(request), show_progress=False)
     shutil.rmtree(folder)
     return summary.encoded / summary.running
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-import gridcap.extract.worker
+import gridcap.extract.encoding
 from bench.inputs import make_captions, make_photos, make_store
 from bench.measure import Row, fresh
 from gridcap.common.process import tune_process
@@ -78,14 +78,15 @@ def extraction(folder: str, images: int) -> tuple[float, float]:
     tune_process()
     from gridcap.common.captions.folder import FolderImages
     from gridcap.common.config import load_config
-    from gridcap.extract.run import extract_features, prepare
+    from gridcap.extract.job import ExtractionRequest, prepare
+    from gridcap.extract.run import extract_features
 
     photos = make_photos(Path(folder) / "photos", images)
-    setattr(gridcap.extract.worker, "GridEncoder", StandIn)  # noqa: B010 (mypy would not have it otherwise)
+    setattr(gridcap.extract.encoding, "GridEncoder", StandIn)  # noqa: B010 (mypy would not have it otherwise)
     config = load_config(None, {"extract.weights": "random", "extract.device": "cpu"})
-    job = prepare(config, "growth", FolderImages(photos), photos, Path(folder) / "growth.h5")
+    request = ExtractionRequest(config, "growth", FolderImages(photos), photos, Path(folder) / "growth.h5")
     begin = time.perf_counter()
-    extract_features(config, job, progress=False)
+    extract_features(prepare(request), show_progress=False)
     return time.perf_counter() - begin, _memory()
 
 

@@ -25,7 +25,8 @@ from gridcap.common.store.reader import FeatureStore
 from gridcap.common.store.shard import ShardInfo
 from gridcap.extract.cluster.share import Share
 from gridcap.extract.manifest import ImageList
-from gridcap.extract.plan import FILE, Plan, load_or_create_plan, read_plan, store_folder, write_planned_index
+from gridcap.extract.plan import FILE, Plan, read_plan, store_folder, write_planned_index
+from gridcap.extract.planning import PlanRequest, load_or_create_plan
 
 WORKERS = 64
 PROVENANCE = {
@@ -56,7 +57,7 @@ class Names:
 def make_plan(output: Path, images: int, shard_size: int) -> str:
     """The first worker: lists the images and writes the plan."""
     folder = store_folder(output)
-    plan = Plan("scale", shard_size, 32, PROVENANCE, (ImageList.make(Names(images), shard_size, folder),))
+    plan = Plan("scale", shard_size, 32, PROVENANCE, (ImageList.from_images(Names(images), shard_size, folder),))
     publish_text(folder / FILE, plan.to_json())
     return f"{plan.shards} shards; list {(folder / plan.lists[0].file).stat().st_size / 1e9:.2f} GB, plan.json " + (
         f"{(folder / FILE).stat().st_size / 1e6:.1f} MB"
@@ -65,8 +66,8 @@ def make_plan(output: Path, images: int, shard_size: int) -> str:
 
 def start_worker(output: Path, images: int, shard_size: int) -> str:
     """Any other worker: lists the images, compares them with the plan, and finds its share."""
-    wanted = Plan("scale", shard_size, 32, PROVENANCE, (ImageList.make(Names(images), shard_size),))
-    plan = load_or_create_plan(wanted, Names(images), store_folder(output))
+    wanted = Plan("scale", shard_size, 32, PROVENANCE, (ImageList.from_images(Names(images), shard_size),))
+    plan = load_or_create_plan(PlanRequest(wanted, Names(images), store_folder(output)))
     mine = Share(7, WORKERS).of(plan.shards)
     first = plan.images_of(mine[0], store_folder(output))
     return f"{len(mine)} shards of {WORKERS} workers; the first begins with {first[0][1]}"

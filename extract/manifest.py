@@ -1,6 +1,6 @@
-"""A store's list of images: a file with a line each, written and compared as a stream, read shard by shard.
+"""The image manifest of a store: a JSON Lines file that is written and compared as a stream and read shard by shard.
 
-[image_id, "file_name"]
+Each line is `[image_id, "file_name"]`.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ from gridcap.common.errors import StoreError, UserError, os_reason
 from gridcap.common.files import put_in_place, temporary_file
 
 Image = tuple[int, str]  # image_id, file_name
-_MOST_NAME = 4096  # bytes, as of a path on Linux; a column of a store is as wide as its longest name
-_quoted = json.encoder.encode_basestring
+MAX_NAME_BYTES = 4096  # PATH_MAX on Linux; the name column of a store is as wide as its longest name
+RECREATE_HINT = "delete plan.json in this folder and rerun extract-features: finished shards are kept"
+_quote = json.encoder.encode_basestring
 
 
 @dataclass(frozen=True)
 class ImageList:
-    """One list of images: its file's hash, and where each shard's lines stand in it.
+    """An image list: the checksum of its file and the position of each shard's lines.
 
     Attributes:
-        images: how many.
-        sha256: of the file.
-        name_bytes: of the longest file name, in UTF-8.
-        offsets: the byte where each shard's lines begin, and the end of the file.
-        crc32: of each shard's lines.
+        images: number of images.
+        sha256: SHA-256 of the file.
+        name_bytes: length of the longest file name in UTF-8.
+        offsets: byte offset of each shard's first line, then the size of the file.
+        crc32: CRC-32 of each shard's lines.
     """
 
     images: int
@@ -45,64 +46,64 @@ class ImageList:
 
     @property
     def file(self) -> str:
-        """Its name; made from its content, so that workers who write it at once write the same."""
+        """Name of the file; derived from its content, so that concurrent writers write the same file."""
         return f"images-{self.sha256[:16]}.jsonl"
 
     @classmethod
-    def make(cls, images: Iterable[Image], shard_size: int, folder: Path | None = None) -> ImageList:
-        """Go through the images once; with a `folder`, write the list there.
+    def from_images(cls, images: Iterable[Image], shard_size: int, folder: Path | None = None) -> ImageList:
+        """Build the list in one pass over the images and, with `folder`, write its file there.
 
         Raises:
-            UserError: a file name of more than 4096 bytes.
+            UserError: a file name is longer than 4096 bytes.
         """
         if folder is None:
             return cls._scan(images, shard_size, None)
-        new = not folder.exists()
+        is_new = not folder.exists()
         try:
             with temporary_file(folder / "images.jsonl") as temporary:
                 with open(temporary, "wb") as sink:
-                    made = cls._scan(images, shard_size, sink)
-                put_in_place(temporary, folder / made.file)
+                    image_list = cls._scan(images, shard_size, sink)
+                put_in_place(temporary, folder / image_list.file)
         except BaseException:
-            if new:  # empty, it would look like a store that was begun
+            if is_new:  # an empty folder would look like a started store
                 with contextlib.suppress(OSError):
                     folder.rmdir()
             raise
-        return made
+        return image_list
 
     @classmethod
     def _scan(cls, images: Iterable[Image], shard_size: int, sink: IO[bytes] | None) -> ImageList:
         total, longest = 0, 1
         digest, offsets, checksums = hashlib.sha256(), [0], []
-        left = iter(images)
-        while part := list(itertools.islice(left, shard_size)):
-            lines = "".join(f"[{image_id}, {_quoted(name)}]\n" for image_id, name in part).encode()
+        remaining = iter(images)
+        while part := list(itertools.islice(remaining, shard_size)):
+            lines = "".join(f"[{image_id}, {_quote(name)}]\n" for image_id, name in part).encode()
             digest.update(lines)
             checksums.append(zlib.crc32(lines))
             offsets.append(offsets[-1] + len(lines))
             total += len(part)
             longest = max(longest, *(len(name.encode()) for _, name in part))
-            if longest > _MOST_NAME:
-                raise _too_long(part)
+            if longest > MAX_NAME_BYTES:
+                raise _name_too_long(part)
             if sink is not None:
                 sink.write(lines)
         return cls(total, digest.hexdigest(), longest, tuple(offsets), tuple(checksums))
 
-    def of(self, shard: int, folder: Path) -> list[Image]:
-        """The images of a shard, counted from this list's first.
+    def images_of(self, shard: int, folder: Path) -> list[Image]:
+        """Read the images of a shard, counted from the first shard of this list.
 
         Raises:
-            StoreError: the list is missing or damaged.
+            StoreError: the file is missing or corrupted.
         """
         return _read_lines(folder / self.file, self.offsets[shard], self.offsets[shard + 1], self.crc32[shard])
 
 
-def _too_long(images: Iterable[Image]) -> UserError:
+def _name_too_long(images: Iterable[Image]) -> UserError:
     image_id, name = max(images, key=lambda image: len(image[1].encode()))
     return UserError(
-        f"image {image_id}: its file name {name[:40]!r}... has {len(name.encode())} bytes; a path has {_MOST_NAME} "
-        "at most",
-        "mend its entry in the captions file, or its key among the features",
+        f"image {image_id}: file name {name[:40]!r}... has {len(name.encode())} bytes; at most {MAX_NAME_BYTES} are "
+        "supported",
+        "fix the entry in the captions file, or the key in the features file",
     )
 
 
@@ -111,11 +112,8 @@ def _read_lines(path: Path, start: int, stop: int, crc32: int) -> list[Image]:
     try:
         with open(path, "rb") as file:
             lines = os.pread(file.fileno(), stop - start, start)
-    except OSError as error:
-        raise StoreError(f"{path}: {os_reason(error)}", _BEGIN_AGAIN) from error
+    except FileNotFoundError as error:
+        raise StoreError(f"{path}: {os_reason(error)}", RECREATE_HINT) from error
     if zlib.crc32(lines) != crc32:
-        raise StoreError(f"{path}: damaged: bytes {start} to {stop} are not those of the plan", _BEGIN_AGAIN)
+        raise StoreError(f"{path}: corrupted: bytes {start} to {stop} do not match the plan", RECREATE_HINT)
     return [(image_id, name) for image_id, name in json.loads(b"[" + lines[:-1].replace(b"\n", b",") + b"]")]
-
-
-_BEGIN_AGAIN = "delete plan.json there and run the same extract-features command again: it keeps the shards"

@@ -1,4 +1,4 @@
-"""Batches on their way through an encoder: pending grids, and the buffers between numpy and a GPU."""
+"""Asynchronous encoding: pending grids and the pinned buffers for transfers between NumPy and a GPU."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_RING = 3  # batches on the GPU at once: one waiting or being copied in, one computed, one copied out
+NUM_SLOTS = 3  # batches on the GPU: one queued or copied in, one computed, one copied out
 
 
 class PendingGrids:
-    """A batch on its way through the encoder, from `GridEncoder.submit`."""
+    """Grids of a batch that may still be computed, as returned by `GridEncoder.submit`."""
 
     def __init__(self, collect: Callable[[], np.ndarray]) -> None:
         self._collect: Callable[[], np.ndarray] | None = collect
@@ -22,50 +22,59 @@ class PendingGrids:
         self._lock = threading.Lock()
 
     def result(self) -> np.ndarray:
-        """The grids, as `GridEncoder.encode` gives them; waits for them. Any thread may ask, and more than once."""
+        """Wait for the grids and return them like `GridEncoder.encode`. Thread-safe and repeatable."""
         with self._lock:
             if self._collect is not None:
                 self._grids = self._collect()
-                self._collect = None  # and with it the buffers it reads from
+                self._collect = None  # releases the buffers
             assert self._grids is not None
             return self._grids
 
 
 class Staging:
-    """Page-locked buffers between numpy and a GPU, used in turn, so that no copy waits for arithmetic."""
+    """Pinned buffers, used in turn, that overlap transfers with computation.
+
+    Args:
+        device: GPU that runs the forward pass.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._downloads = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._slots = [_Slot() for _ in range(_RING)]
+        self._slots = [_Slot() for _ in range(NUM_SLOTS)]
         self._next = 0
 
     def run(self, images: Tensor, forward: Callable[[Tensor], Tensor]) -> PendingGrids:
-        """Copy images in, unless they are there, start `forward` on them, and start to copy out what it gives."""
+        """Transfer images to the GPU, start `forward` on them, and start the transfer of its result to the host.
+
+        Args:
+            images: batch on the host or, already transferred, on the GPU.
+            forward: maps the batch on the GPU to its grids.
+        """
         slot = self._slots[self._next]
-        self._next = (self._next + 1) % _RING
+        self._next = (self._next + 1) % NUM_SLOTS
         if slot.pending is not None:
-            slot.pending.result()  # its grids lie where this batch's will
-        computing = torch.cuda.current_stream(self._device)
+            slot.pending.result()  # its grids are in the buffer that this batch reuses
+        compute_stream = torch.cuda.current_stream(self._device)
         if images.is_cuda:
-            images.record_stream(computing)  # they were made on another
-            there = images
+            images.record_stream(compute_stream)  # allocated on another stream
+            batch = images
         else:
-            slot.images = _fitting(slot.images, images)
+            slot.images = _pinned_like(slot.images, images)
             slot.images.copy_(images)
-            there = slot.images.to(self._device, non_blocking=True)
-        grids = forward(there)
-        slot.grids = target = _fitting(slot.grids, grids)
-        self._downloads.wait_stream(computing)
+            batch = slot.images.to(self._device, non_blocking=True)
+        grids = forward(batch)
+        slot.grids = target = _pinned_like(slot.grids, grids)
+        self._downloads.wait_stream(compute_stream)
         with torch.cuda.stream(self._downloads):
             target.copy_(grids, non_blocking=True)
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record(self._downloads)
-        grids.record_stream(self._downloads)  # or its memory is given to the next batch while it is being copied
+        grids.record_stream(self._downloads)  # keeps the allocator from reusing the memory during the copy
 
         def collect() -> np.ndarray:
             done.synchronize()
-            return target.clone().numpy()  # by torch, which lets other threads run meanwhile
+            return target.clone().numpy()  # a copy by torch, which releases the GIL
 
         slot.pending = PendingGrids(collect)
         return slot.pending
@@ -73,15 +82,15 @@ class Staging:
 
 @dataclass
 class _Slot:
-    """The buffers of one batch, and the batch that is in them."""
+    """Buffers of one batch, and the batch that occupies them."""
 
     images: Tensor | None = None
     grids: Tensor | None = None
     pending: PendingGrids | None = None
 
 
-def _fitting(buffer: Tensor | None, like: Tensor) -> Tensor:
-    """The buffer if it has the shape of `like`, else a new page-locked one."""
+def _pinned_like(buffer: Tensor | None, like: Tensor) -> Tensor:
+    """Return the buffer if it has the shape of `like`, else a new pinned one."""
     if buffer is not None and buffer.shape == like.shape:
         return buffer
     return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)

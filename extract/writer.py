@@ -1,7 +1,7 @@
-"""The write stage of the extraction: which batches come when, and the threads that make shards of their grids.
+"""Write stage of the extraction: the order of the batches, and the threads that write shards.
 
-One thread is enough beside a CPU that encodes; a GPU makes grids faster than one thread can write, check and hash them,
-so there several shards grow at a time, each in a writer of its own.
+One thread keeps up with an encoder on the CPU. A GPU produces grids faster than one thread can write, verify, and
+checksum them, so several shards are written at a time, each by a thread of its own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,13 @@ MAX_WRITERS = 8
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows `start` to `stop` of the store, all in one shard, and the writer of the thread that writes that shard."""
+    """Rows `start` to `stop` of the store, all in one shard.
+
+    Attributes:
+        shard: number of the shard.
+        start, stop: rows, counted over the store.
+        writer: number of the thread that writes the shard.
+    """
 
     shard: int
     start: int
@@ -31,36 +37,38 @@ class Batch:
 
 
 def batches_of(plan: Plan, shards: Iterable[int], writers: int = 1) -> Iterator[Batch]:
-    """The batches of so many shards at a time, one of each in turn; a shard that ends makes room for the next."""
-    todo = deque(shards)
-    begun: dict[int, deque[Batch]] = {}
-    while todo or begun:
+    """Yield the batches of up to `writers` shards at a time, round robin; a finished shard makes room for the next."""
+    remaining = deque(shards)
+    open_shards: dict[int, deque[Batch]] = {}
+    while remaining or open_shards:
         for writer in range(writers):
-            if writer not in begun:
-                if not todo:
+            if writer not in open_shards:
+                if not remaining:
                     continue
-                rows = plan.rows_of(shard := todo.popleft())
+                rows = plan.rows_of(shard := remaining.popleft())
                 starts = range(rows.start, rows.stop, plan.batch_size)
-                begun[writer] = deque(Batch(shard, s, min(rows.stop, s + plan.batch_size), writer) for s in starts)
-            yield begun[writer].popleft()
-            if not begun[writer]:
-                del begun[writer]
+                open_shards[writer] = deque(
+                    Batch(shard, start, min(rows.stop, start + plan.batch_size), writer) for start in starts
+                )
+            yield open_shards[writer].popleft()
+            if not open_shards[writer]:
+                del open_shards[writer]
 
 
 def writer_count(on_gpu: bool, shards: int) -> int:
-    """How many shards are written at a time."""
+    """Return the number of shards to write at a time."""
     return max(1, min(MAX_WRITERS, cores() // 2, shards)) if on_gpu else 1
 
 
 class ShardWriterThread:
-    """A thread that turns batches, in their order, into finished shards, one after the other.
+    """A thread that writes batches, in order, into shards, one shard after the other.
 
     Args:
-        folder: of the shards.
-        plan: theirs.
+        folder: folder of the shards.
+        plan: plan of the store.
 
     Attributes:
-        finished: shards.
+        finished: number of finished shards.
     """
 
     def __init__(self, folder: Path, plan: Plan) -> None:
@@ -70,36 +78,36 @@ class ShardWriterThread:
         self._failed = False
         self.finished = 0
 
-    def write(self, batch: Batch, grids: dict[str, PendingGrids], rejects: dict[int, str]) -> Future[None]:
-        """Have one batch written when its grids are there; the last of a shard finishes it. After a failure no more.
+    def write(self, batch: Batch, grids: dict[str, PendingGrids], invalid: dict[int, str]) -> Future[None]:
+        """Queue a batch; the last batch of a shard finishes it. After a failure, queued batches are dropped.
 
         Args:
-            batch: the next of its shard.
-            grids: view -> (B, *grid).
-            rejects: row of the store -> reason.
+            batch: next batch of its shard.
+            grids: view -> grids (B, *grid).
+            invalid: row of the store -> reason.
         """
-        return self._thread.submit(self._write_unless_failed, batch, grids, rejects)
+        return self._thread.submit(self._write_unless_failed, batch, grids, invalid)
 
-    def end(self) -> None:
-        """Stop; what is not finished is removed."""
+    def close(self) -> None:
+        """Stop the thread and remove an unfinished shard."""
         self._thread.shutdown(cancel_futures=True)
         self._abandon()
 
-    def _write_unless_failed(self, batch: Batch, grids: dict[str, PendingGrids], rejects: dict[int, str]) -> None:
+    def _write_unless_failed(self, batch: Batch, grids: dict[str, PendingGrids], invalid: dict[int, str]) -> None:
         if self._failed:
             return
         try:
-            self._write(batch, grids, rejects)
+            self._write(batch, grids, invalid)
         except BaseException:
             self._failed = True
             self._abandon()
             raise
 
-    def _write(self, batch: Batch, grids: dict[str, PendingGrids], rejects: dict[int, str]) -> None:
+    def _write(self, batch: Batch, grids: dict[str, PendingGrids], invalid: dict[int, str]) -> None:
         rows = self._plan.rows_of(batch.shard)
         if self._open is None:
             self._open = shard_writer(self._folder, self._plan, batch.shard)
-        local = {row - rows.start: why for row, why in rejects.items()}
+        local = {row - rows.start: reason for row, reason in invalid.items()}
         for view, pending in grids.items():
             self._open.write(batch.start - rows.start, pending.result(), local, view)
         if batch.stop == rows.stop:
@@ -108,7 +116,7 @@ class ShardWriterThread:
             self.finished += 1
 
     def _abandon(self) -> None:
-        """Remove an unfinished shard's temporary file. What closing it raises says no more than what came before."""
+        """Remove the temporary file of an unfinished shard, without hiding the error that came before."""
         writer, self._open = self._open, None
         if writer is not None:
             writer.__exit__(OSError, None, None)

@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,14 @@ from gridcap.common.config import PipelineConfig
 from gridcap.common.device import choose_batch_size
 from gridcap.common.errors import EXIT_INVALID, GridcapError, UserError
 from gridcap.common.progress import progress_bar
-from gridcap.extract.cluster import slurm as submit
+from gridcap.common.text import plural
+from gridcap.extract.cluster import slurm
 from gridcap.extract.cluster.processes import LocalProcesses
 from gridcap.extract.cluster.share import Share
+from gridcap.extract.job import Extraction
 from gridcap.extract.plan import Plan
-from gridcap.extract.run import extract_features, settled_plan
-from gridcap.extract.worker import Job, Summary
+from gridcap.extract.run import extract_features
+from gridcap.extract.summary import Summary
 
 
 def count_processes(config: PipelineConfig, devices: str) -> int:
@@ -45,69 +47,79 @@ def threads_of(processes: int) -> int:
     return max(1, torch.get_num_threads() // processes)
 
 
-def extract_by_processes(
-    config: PipelineConfig,
-    job: Job,
-    plan: Plan,
-    share: Share,
-    processes: int,
-    command: Sequence[str],
-    append: bool,
-    retry: bool,
-) -> Summary:
-    """Make a share with several processes on this machine.
+@dataclass(frozen=True)
+class LocalRun:
+    """A share of an extraction, to be divided among processes on this machine.
+
+    Attributes:
+        share: shards to write.
+        processes: number of processes.
+        command: command of one process; its rank and world size are added.
+    """
+
+    share: Share
+    processes: int
+    command: Sequence[str]
+
+
+def extract_by_processes(extraction: Extraction, local: LocalRun, retry: bool) -> Summary:
+    """Extract a share with several processes on this machine.
 
     Args:
-        config, job, plan, share, append, retry: as for `extract_features`; the plan is settled.
-        processes: how many.
-        command: of one of them; its share is added.
+        extraction: the extraction, whose plan is on disk.
+        local: the share and its processes.
+        retry: read invalid images again.
 
     Raises:
-        GridcapError: a process failed; what it said was shown.
+        GridcapError: a process failed; its output has been shown.
     """
-    mine = share.of(plan.shards)
-    before = _count(job, plan, mine)
-    begin = time.perf_counter()
-    if before < len(mine) or retry:
-        on_cpu = config.extract.device == "cpu" or not torch.cuda.is_available()
-        threads = threads_of(processes) if on_cpu else None
-        statuses = _run_workers(LocalProcesses(command, share, processes, threads), job, plan, mine)
+    plan = extraction.plan
+    own = local.share.of(plan.shards)
+    existing = _count(extraction, own)
+    start = time.perf_counter()
+    if existing < len(own) or retry:
+        on_cpu = extraction.config.extract.device == "cpu" or not torch.cuda.is_available()
+        threads = threads_of(local.processes) if on_cpu else None
+        processes = LocalProcesses(local.command, local.share, local.processes, threads)
         failed = [
-            f"[{share.subdivide(i, processes, '').rank}] with status {status}"
-            for i, status in enumerate(statuses)
+            f"[{local.share.subdivide(i, local.processes, '').rank}] with status {status}"
+            for i, status in enumerate(_wait_with_progress(processes, extraction, own))
             if status not in (0, EXIT_INVALID)
         ]
         if failed:
             raise GridcapError(
-                f"{len(failed)} of {processes} processes failed: {', '.join(failed)}",
-                "see their lines above; the same command again makes just what is missing",
+                f"{len(failed)} of {plural(local.processes, 'process', 'processes')} failed: {', '.join(failed)}",
+                "see their messages above; rerun the command to write the missing shards",
             )
-    made = _count(job, plan, mine) - before
-    seconds = time.perf_counter() - begin
-    if len(plan.existing_shards(job.folder)) < plan.shards:
-        return Summary(plan.images, plan.shards, before, made, complete=False, seconds=seconds)
-    summary = extract_features(config, job, progress=False, append=append)
-    return replace(summary, done_before=plan.shards - made, made=made, seconds=seconds) if made or retry else summary
+    written = _count(extraction, own) - existing
+    seconds = time.perf_counter() - start
+    if len(plan.existing_shards(extraction.folder)) < plan.shards:
+        return Summary(plan.images, plan.shards, existing, written, complete=False, seconds=seconds)
+    summary = extract_features(extraction, show_progress=False)
+    if written or retry:
+        return replace(summary, existing=plan.shards - written, written=written, seconds=seconds)
+    return summary
 
 
-def _count(job: Job, plan: Plan, shards: range) -> int:
-    """How many of these shards are there."""
-    return sum(shard in shards for shard in plan.existing_shards(job.folder))
+def _count(extraction: Extraction, shards: range) -> int:
+    """Count the existing shards among `shards`."""
+    return sum(shard in shards for shard in extraction.plan.existing_shards(extraction.folder))
 
 
-def _run_workers(workers: LocalProcesses, job: Job, plan: Plan, mine: range) -> list[int]:
+def _wait_with_progress(processes: LocalProcesses, extraction: Extraction, own: range) -> list[int]:
+    """Wait for the processes, with a progress bar over their shards, and return their exit statuses."""
     try:
-        with progress_bar(total=len(mine), unit="shard", desc=plan.split, disable=None) as bar:
-            while workers.running():
-                bar.update(_count(job, plan, mine) - bar.n)
+        with progress_bar(total=len(own), unit="shard", desc=extraction.plan.split, disable=None) as bar:
+            while processes.running():
+                bar.update(_count(extraction, own) - bar.n)
                 time.sleep(1)
-            bar.update(_count(job, plan, mine) - bar.n)
-        return workers.wait()
-    except KeyboardInterrupt as stop:
-        workers.stop(signal.Signals(getattr(stop, "number", signal.SIGINT)))
+            bar.update(_count(extraction, own) - bar.n)
+        return processes.wait()
+    except KeyboardInterrupt as error:
+        processes.stop(signal.Signals(getattr(error, "number", signal.SIGINT)))
         raise
     except BaseException:
-        workers.stop(signal.SIGTERM)
+        processes.stop(signal.SIGTERM)
         raise
 
 
@@ -124,7 +136,7 @@ def jobs_config(config: PipelineConfig, gpus: int | None) -> PipelineConfig:
 def planning_config(config: PipelineConfig) -> PipelineConfig:
     """The configuration to plan with here: the machine that submits may have no GPU, and needs none to plan."""
     precision = "float32" if config.extract.precision == "float16" else config.extract.precision
-    stand_in = {"device": "cpu", "decoder": "pillow", "precision": precision}
+    stand_in = {"device": "cpu", "jpeg_decoder": "pillow", "precision": precision}
     return config.model_copy(update={"extract": config.extract.model_copy(update=stand_in)})
 
 
@@ -142,55 +154,62 @@ def jobs_plan(config: PipelineConfig, plan: Plan, gpus: int | None) -> Plan:
     return replace(plan, batch_size=batch_size, provenance={**provenance, **changed})
 
 
-def submit_jobs(
-    config: PipelineConfig,
-    job: Job,
-    plan: Plan,
-    request: submit.SlurmRequest,
-    command: Sequence[str],
-    wait: bool,
-    dry_run: bool,
-    append: bool,
-    end: Callable[[Summary], None],
-) -> None:
-    """Give the work to Slurm, and see it to its end if asked to.
+@dataclass(frozen=True)
+class Submission:
+    """Jobs to submit.
+
+    Attributes:
+        request: resources to request from Slurm.
+        command: command of one job.
+        wait: wait until the store is complete.
+        report: called with the summary of a complete store.
+    """
+
+    request: slurm.SlurmRequest
+    command: Sequence[str]
+    wait: bool
+    report: Callable[[Summary], None]
+
+
+def submit_jobs(extraction: Extraction, submission: Submission, dry_run: bool) -> None:
+    """Submit an extraction to Slurm.
 
     Args:
-        config, job, plan, append: as for `extract_features`.
-        request: what to ask of Slurm.
-        command: of one job.
-        wait: follow the jobs until the store is complete.
-        dry_run: show the script and do nothing.
-        end: says what is in a complete store.
+        extraction: the extraction.
+        submission: the jobs.
+        dry_run: print the job script and do nothing else.
 
     Raises:
-        UserError: there is no Slurm here.
-        GridcapError: Slurm refuses, or the jobs ended before the store was complete.
+        UserError: Slurm is not installed.
+        GridcapError: Slurm rejects the job, or the jobs ended before the store was complete.
     """
-    script = submit.job_script(command, request, job.folder, Path.cwd())
-    path = submit.slurm_folder(job.folder) / "job.sh"
+    request = submission.request
+    script = slurm.job_script(submission.command, request, extraction.folder, Path.cwd())
+    path = slurm.slurm_folder(extraction.folder) / "job.sh"
     if dry_run:
-        click.echo(f"dry run: nothing was written or submitted; this would be {path}:\n{script}")
+        click.echo(f"dry run: nothing was written or submitted; {path} would be:\n{script}")
         return
-    plan = settled_plan(config, job, append)
-    before = len(plan.existing_shards(job.folder))
-    if before == plan.shards:
-        end(extract_features(config, job, progress=False, append=append))
+    extraction = extraction.save()
+    plan = extraction.plan
+    existing = len(plan.existing_shards(extraction.folder))
+    if existing == plan.shards:
+        submission.report(extract_features(extraction, show_progress=False))
         return
-    number = submit.submit(script, job.folder)
+    job_id = slurm.submit(script, extraction.folder)
     click.echo(
-        f"submitted: job {number}, tasks 0-{request.workers - 1} of {path}\n"
-        f"  watch:   squeue --jobs={number}; tail -f {path.parent}/{number}_*.log\n"
-        f"  cancel:  scancel {number}\n"
-        f"  when all its shards are there, {job.output} is written and the store is complete"
+        f"submitted: job {job_id}, tasks 0-{request.workers - 1} of {path}\n"
+        f"  watch:   squeue --jobs={job_id}; tail -f {path.parent}/{job_id}_*.log\n"
+        f"  cancel:  scancel {job_id}\n"
+        f"  the last job to finish writes {extraction.output}, which completes the store"
     )
-    if not wait:
+    if not submission.wait:
         return
-    begin = time.perf_counter()
+    start = time.perf_counter()
     try:
-        submit.follow(number, job.output, job.folder, plan)
-    except KeyboardInterrupt as stop:
-        click.echo(f"\nno longer waiting: the jobs go on without this command (scancel {number} ends them)", err=True)
-        sys.exit(128 + getattr(stop, "number", signal.SIGINT))
-    summary = extract_features(config, job, progress=False, append=append)  # says what is in it
-    end(replace(summary, done_before=before, made=plan.shards - before, seconds=time.perf_counter() - begin))
+        slurm.follow(job_id, extraction.output, extraction.folder, plan)
+    except KeyboardInterrupt as error:
+        click.echo(f"\nno longer waiting; the jobs continue (scancel {job_id} cancels them)", err=True)
+        sys.exit(128 + getattr(error, "number", signal.SIGINT))
+    summary = extract_features(extraction, show_progress=False)
+    seconds = time.perf_counter() - start
+    submission.report(replace(summary, existing=existing, written=plan.shards - existing, seconds=seconds))

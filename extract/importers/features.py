@@ -34,7 +34,8 @@ from gridcap.common.store.hdf5 import check_own_data
 from gridcap.common.store.shard import ORIGINAL, InvalidGridError
 from gridcap.extract.importers.array_pickle import load_arrays
 from gridcap.extract.manifest import ImageList
-from gridcap.extract.plan import FILE, Plan, load_or_create_plan, shard_writer, store_folder, write_planned_index
+from gridcap.extract.plan import Plan, shard_writer, store_folder, write_planned_index
+from gridcap.extract.planning import PlanRequest, load_or_create_plan
 
 _SUFFIXES = ("_grids", "_features")
 _ID = re.compile("[0-9]{1,18}")  # which 64 bits can hold
@@ -263,9 +264,8 @@ def import_features(
     }
     folder = store_folder(output)
     images = [(record.image_id, record.file_name) for record, _ in pairs]
-    listed = ImageList.make(images, shard_size, None if (folder / FILE).exists() else folder)
-    wanted = Plan(split, shard_size, 1, provenance, (listed,))
-    plan = load_or_create_plan(wanted, images, folder)
+    wanted = Plan(split, shard_size, 1, provenance, (ImageList.from_images(images, shard_size),))
+    plan = load_or_create_plan(PlanRequest(wanted, images, folder))
     for shard in range(plan.shards):
         first = plan.rows_of(shard).start
         with shard_writer(folder, plan, shard) as writer:

@@ -10,14 +10,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import gridcap.extract.run as run_module
-import gridcap.extract.worker as worker_module
+import gridcap.extract.encoding as encoding_module
+import gridcap.extract.indexing as indexing_module
+import gridcap.extract.job as job_module
 from gridcap.common.captions.folder import list_images
 from gridcap.common.config import load_config
 from gridcap.common.process import keep_large_buffers
 from gridcap.extract.encoders.grid_encoder import EncoderOptions
 from gridcap.extract.encoders.provenance import describe_features
 from gridcap.extract.encoders.weights import identify_weights
+from gridcap.extract.job import Extraction, ExtractionRequest, prepare
+from gridcap.extract.run import extract_features
 from gridcap.extract.staging import PendingGrids
 
 GRID = (2, 2, 3)
@@ -64,6 +67,11 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture(autouse=True)
+def _no_waiting_for_network_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(indexing_module, "LISTING_INTERVAL", 0)
+
+
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeEncoder]:
     """Put a fresh FakeEncoder class in the place of the CNN."""
@@ -75,9 +83,9 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeEncoder]:
     def describe(*args: Any) -> dict[str, Any]:
         return {**describe_features(*args), "grid_shape": list(GRID)}
 
-    monkeypatch.setattr(worker_module, "GridEncoder", Fake)
-    monkeypatch.setattr(run_module, "describe_features", describe)
-    monkeypatch.setattr(run_module, "identify_weights", _identify_once)
+    monkeypatch.setattr(encoding_module, "GridEncoder", Fake)
+    monkeypatch.setattr(job_module, "describe_features", describe)
+    monkeypatch.setattr(job_module, "identify_weights", _identify_once)
     return Fake
 
 
@@ -101,24 +109,27 @@ def photos(tmp_path: Path):
 
 @pytest.fixture
 def job(tmp_path: Path):
-    """Prepare an extraction of a folder; keyword arguments set keys: `extract__batch_size=2`."""
+    """Prepare the extraction of a folder; keyword arguments set configuration keys: `extract__batch_size=2`."""
 
-    def make(images: Path, output: Path | None = None, records: list[Any] | None = None, **keys: Any):
+    def make(
+        images: Path, output: Path | None = None, records: list[Any] | None = None, append: bool = False, **keys: Any
+    ) -> Extraction:
         flags = {"extract.weights": "random", "extract.precision": "float32", "data.splits.s.images": images}
         flags.update({key.replace("__", "."): value for key, value in keys.items()})
         config = load_config(None, flags)
         records = list_images(images).records if records is None else records
-        return config, run_module.prepare(config, "s", records, images, output or tmp_path / "features" / "s.h5")
+        output = output or tmp_path / "features" / "s.h5"
+        return prepare(ExtractionRequest(config, "s", records, images, output, append=append))
 
     return make
 
 
 @pytest.fixture
 def extracted(job):
-    """Run an extraction to its end: (config, job) as from `job`, and its summary."""
+    """Run an extraction to completion; return the extraction and its summary."""
 
     def run(images: Path, output: Path | None = None, **keys: Any):
-        config, prepared = job(images, output, **keys)
-        return prepared, run_module.extract_features(config, prepared, progress=False)
+        prepared = job(images, output, **keys)
+        return prepared, extract_features(prepared, show_progress=False)
 
     return run

@@ -25,7 +25,7 @@ from gridcap.extract.cluster.share import Share
 
 def run(*arguments: object, command: PipelineCommand = main) -> click.testing.Result:
     result = click.testing.CliRunner().invoke(command, [str(a) for a in arguments])
-    assert "defect in gridcap" not in result.output, result.output
+    assert "internal error" not in result.output, result.output
     return result
 
 
@@ -60,7 +60,7 @@ def test_a_folder_alone_is_a_split_of_its_own_name(fake: Any, photos: Any, tmp_p
         assert len(store) == 5
         assert store.split == "photos"
         assert store.valid.all()
-    assert re.search(r"done: features/photos\.h5: 5 images in 1 shards", result.stdout)
+    assert re.search(r"done: features/photos\.h5: 5 images, 1 shard written", result.stdout)
 
 
 def test_the_current_folder_may_be_the_folder_of_images(
@@ -119,8 +119,8 @@ def test_what_is_kept_of_a_begun_store_and_what_is_there_is_said(fake: Any, phot
     (tmp_path / "s.h5").unlink()
     (tmp_path / "s" / "00001.h5").unlink()
     result = run(*arguments, "--shard-size", 4, "--batch-size", 1, "--dry-run")
-    assert "begun with shard size 2 and batch size 2" in result.output
-    assert "already there: 2 of 3 shards" in result.output
+    assert "started with shard size 2 and batch size 2" in result.output
+    assert "already complete: 2 of 3 shards" in result.output
     assert not (tmp_path / "s.h5").exists()
 
 
@@ -151,7 +151,7 @@ def test_a_split_with_a_dot_in_its_name_can_be_chosen(fake: Any, photos: Any, pi
 
 
 @pytest.mark.parametrize(
-    "bad", [{"limit": "0"}, {"limit": "-3"}, {"batch-size": "0"}, {"max-bad": "many"}, {"weights": "random:x"}]
+    "bad", [{"limit": "0"}, {"limit": "-3"}, {"batch-size": "0"}, {"max-invalid": "many"}, {"weights": "random:x"}]
 )
 def test_a_senseless_value_is_wrong_use_and_writes_nothing(
     fake: Any, photos: Any, tmp_path: Path, bad: dict[str, str]
@@ -168,7 +168,7 @@ def test_a_senseless_value_is_wrong_use_and_writes_nothing(
 def test_random_weights_are_warned_of_loudly(fake: Any, photos: Any) -> None:
     result = run("--images", photos(2), *RANDOM)
     assert "WARNING: random weights" in result.stderr
-    assert "not for real captions" in result.stderr
+    assert "--weights imagenet for real captions" in result.stderr
 
 
 def test_a_local_weights_file_gives_no_such_warning(fake: Any, photos: Any, tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_rejects_are_listed_by_reason_and_end_with_status_3(fake: Any, photos: A
     folder = photos(12, bad={2: "", 5: "text", 9: "text"})
     result = run("--images", folder, *RANDOM, "--max-invalid", 3)
     assert result.exit_code == 3
-    assert "rejected images: 3" in result.stdout
+    assert "invalid images: 3" in result.stdout
     assert re.search(r"^ +2  not an image  ", result.stdout, re.M)
     assert re.search(r"^ +1  empty file  \(0002\.png\)$", result.stdout, re.M)
     assert FeatureStore(tmp_path / "features" / "photos.h5").valid.sum() == 9
@@ -203,14 +203,14 @@ def test_rejects_are_listed_by_reason_and_end_with_status_3(fake: Any, photos: A
     again = run("--images", folder, *RANDOM, "--max-invalid", 3)
     assert again.exit_code == 3, "still so when there is nothing to do"
     assert "nothing to do" in again.stdout
-    assert "rejected images: 3" in again.stdout
+    assert "invalid images: 3" in again.stdout
 
 
 def test_rejects_can_be_allowed(fake: Any, photos: Any) -> None:
     folder = photos(12, bad={2: ""})
     result = run("--images", folder, *RANDOM, "--allow-invalid")
     assert result.exit_code == 0
-    assert "rejected images: 1" in result.stdout
+    assert "invalid images: 1" in result.stdout
     assert run("--images", folder, *RANDOM, "--allow-invalid").exit_code == 0
 
 
@@ -220,7 +220,7 @@ def test_a_complete_store_is_said_to_be_so(fake: Any, photos: Any) -> None:
     assert "nothing to do" not in first.stdout
     second = run("--images", folder, *RANDOM)
     assert second.exit_code == 0
-    assert re.search(r"nothing to do: features/photos\.h5 is complete \(4 images, 1 shards\)", second.stdout)
+    assert re.search(r"nothing to do: features/photos\.h5 is complete \(4 images, 1 shard\)", second.stdout)
 
 
 def test_what_is_wrong_in_a_captions_file_is_noted(fake: Any, photos: Any, tmp_path: Path) -> None:
@@ -340,7 +340,7 @@ def test_a_store_of_other_features_is_not_overwritten(fake: Any, photos: Any) ->
 
 def test_too_many_bad_images_are_a_failure(fake: Any, photos: Any) -> None:
     said = fails(1, "--images", photos(4, bad={0: "", 1: "", 2: ""}), *RANDOM)
-    assert "3 of 4 images are bad" in said
+    assert "3 of 4 images are invalid" in said
     assert not Path("features/photos.h5").exists()
 
 
@@ -392,13 +392,13 @@ def test_workers_make_their_shares_and_the_last_writes_the_index(
     folder = photos(10)
     first = run("--images", folder, *SMALL, "--rank", 0, "--world-size", 2)
     assert first.exit_code == 0, first.output
-    assert "rank 0 of 2 (flags): 3 of 5 shards are mine" in first.stdout
-    assert "my share is done: 3 shards (3 made now, 0 were there)" in first.stdout
-    assert "2 shards of other workers are still missing" in first.stdout
+    assert "rank 0 of 2 (flags): 3 of 5 shards" in first.stdout
+    assert "share done: 3 shards written (0 already complete)" in first.stdout
+    assert "2 shards of other processes are still missing" in first.stdout
     assert not (tmp_path / "features" / "photos.h5").exists()
     last = run("--images", folder, *SMALL, "--rank", 1, "--world-size", 2)
     assert last.exit_code == 0, last.output
-    assert re.search(r"done: features/photos\.h5: 10 images in 5 shards", last.stdout)
+    assert re.search(r"done: features/photos\.h5: 10 images, 2 shards written", last.stdout)
     assert len(FeatureStore(tmp_path / "features" / "photos.h5")) == 10
 
 
@@ -406,7 +406,7 @@ def test_the_environment_numbers_the_workers(fake: Any, photos: Any, no_launcher
     no_launcher.setenv("SLURM_ARRAY_TASK_ID", "2")
     no_launcher.setenv("SLURM_ARRAY_TASK_COUNT", "3")
     result = run("--images", photos(10), *SMALL)
-    assert "rank 2 of 3 (Slurm array): 1 of 5 shards are mine" in result.stdout
+    assert "rank 2 of 3 (Slurm array): 1 of 5 shards" in result.stdout
 
 
 def test_only_whoever_completes_the_store_ends_with_the_status_of_rejects(
@@ -415,16 +415,16 @@ def test_only_whoever_completes_the_store_ends_with_the_status_of_rejects(
     folder = photos(10, bad={0: "text"})
     first = run("--images", folder, *SMALL, "--rank", 0, "--world-size", 2)
     assert first.exit_code == 0, "torchrun would kill the others for anything else"
-    assert "rejected images: 1" in first.stdout
+    assert "invalid images: 1" in first.stdout
     last = run("--images", folder, *SMALL, "--rank", 1, "--world-size", 2)
     assert last.exit_code == 3
-    assert "rejected images: 1" in last.stdout, "of the whole store, not of its own share"
+    assert "invalid images: 1" in last.stdout, "of the whole store, not of its own share"
 
 
 def test_a_worker_without_shards_has_nothing_to_do_and_is_no_error(fake: Any, photos: Any, no_launcher: Any) -> None:
     result = run("--images", photos(2), *SMALL, "--rank", 3, "--world-size", 4)
     assert result.exit_code == 0, result.output
-    assert "0 of 1 shards are mine" in result.stdout
+    assert "0 of 1 shard" in result.stdout
     assert fake.built == 0
 
 
@@ -504,8 +504,8 @@ def test_several_processes_of_one_machine_divide_the_work_and_the_whole_store_is
     )
     result = run(*given, "--devices", 3)
     assert result.exit_code == 3, result.output
-    assert "10 images in 5 shards (5 made now, 0 were there)" in result.stdout
-    assert "rejected images: 1" in result.stdout
+    assert "10 images, 5 shards written (0 already complete)" in result.stdout
+    assert "invalid images: 1" in result.stdout
     again = run(*given, "--devices", 3)
     assert "nothing to do" in again.stdout
 
@@ -596,7 +596,7 @@ def test_a_task_with_several_gpus_uses_them_all(fake: Any, photos: Any, slurm: P
 
 def test_no_more_jobs_than_shards_are_submitted(fake: Any, photos: Any, slurm: Path) -> None:
     result = run("--images", photos(4), *SMALL, *SUBMIT)
-    assert "only 2 shards" in result.stderr
+    assert "2 shards need only 2 jobs" in result.stderr
     assert "#SBATCH --array=0-1\n" in slurm.read_text()
 
 
@@ -632,7 +632,7 @@ def test_control_c_ends_the_waiting_and_not_the_jobs(
     no_launcher.setattr("gridcap.extract.cluster.slurm.follow", interrupt)
     result = run("--images", photos(10), *SMALL, *SUBMIT, "--wait")
     assert result.exit_code == 130
-    assert "the jobs go on" in result.stderr
+    assert "the jobs continue" in result.stderr
     assert "scancel 42" in result.stderr
 
 
@@ -655,12 +655,12 @@ def test_appending_says_what_is_new_and_a_dry_run_of_it_writes_nothing(
     assert "--append" in fails(2, "--images", folder, *SMALL)
     before = files(tmp_path)
     dry = run("--images", folder, *SMALL, "--append", "--dry-run")
-    assert "to append: 1 images to the 4 of before" in dry.stdout, dry.output
+    assert "to append: 1 image to the existing 4" in dry.stdout, dry.output
     assert files(tmp_path) == before
     done = run("--images", folder, *SMALL, "--append")
     assert done.exit_code == 0, done.output
-    assert "already there: 2 of 3 shards" in done.stdout
-    assert "5 images in 3 shards (1 made now, 2 were there)" in done.stdout
+    assert "already complete: 2 of 3 shards" in done.stdout
+    assert "5 images, 1 shard written (2 already complete)" in done.stdout
     assert "nothing to do" in run("--images", folder, *SMALL).stdout
     with FeatureStore(tmp_path / "features" / "photos.h5") as store:
         np.testing.assert_array_equal(store.row(0), store.row(4))
@@ -672,8 +672,8 @@ def test_retrying_says_how_many_are_good_now(fake: Any, photos: Any, no_launcher
     shutil.copy(folder / "0000.png", folder / "0001.png")
     again = run("--images", folder, *SMALL, "--max-invalid", "50%", "--retry-invalid")
     assert again.exit_code == 3, again.output
-    assert "retried: 1 images that were rejected before are good now" in again.stdout
-    assert "rejected images: 1" in again.stdout
+    assert "retried: 1 image valid now" in again.stdout
+    assert "invalid images: 1" in again.stdout
     assert "--submit" in fails(2, "--images", folder, *SMALL, "--retry-invalid", "--submit", "slurm", "--num-jobs", 2)
 
 
@@ -706,7 +706,7 @@ def test_room_on_the_disk_is_shown_and_a_lack_of_it_refused_before_the_first_ima
     fake: Any, photos: Any, no_launcher: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     folder = photos(4)
-    assert "to make: 2 shards, 0 MiB" in run("--images", folder, *SMALL, "--dry-run").stdout
+    assert "to write: 2 shards, 0 MiB" in run("--images", folder, *SMALL, "--dry-run").stdout
     no_launcher.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10))
-    assert "are free" in fails(1, "--images", folder, *SMALL)
+    assert "GiB are free" in fails(1, "--images", folder, *SMALL)
     assert not list((tmp_path / "features").rglob("*.h5"))

@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 import gridcap.extract.plan as plan_module
-import gridcap.extract.worker as worker_module
+import gridcap.extract.reading as reading_module
 from gridcap.common.captions.folder import list_images
 from gridcap.common.errors import ExtractionError, MismatchError, StoreError
 from gridcap.common.files import this_machine
@@ -29,7 +29,7 @@ from gridcap.common.scenes import all_scenes, render
 from gridcap.common.store.reader import FeatureStore
 from gridcap.common.store.shard import ShardReader, ShardWriter
 from gridcap.extract.cluster.share import Share
-from gridcap.extract.run import extract_features, settled_plan, survey
+from gridcap.extract.run import extract_features, survey
 
 
 def right_grids(fake: Any, folder: Path, dtype: str = "float16") -> np.ndarray:
@@ -88,7 +88,7 @@ def test_a_store_is_what_encoding_one_by_one_gives(
     assert_right(fake, folder, job.output)
     assert summary.images == 11
     assert summary.shards == -(-11 // shard_size)
-    assert summary.done_before == 0
+    assert summary.existing == 0
     assert shards_in(job.folder) == [f"{s:05}.h5" for s in range(summary.shards)]
     assert no_temporaries(job.output.parent)
 
@@ -112,8 +112,8 @@ def test_pictures_in_subfolders_and_captions_order_are_kept(fake: Any, photos: A
     (folder / "deep" / "er").mkdir(parents=True)
     (folder / "0002.png").rename(folder / "deep" / "er" / "ünïcode 2.png")
     records = list_images(folder).records[::-1]
-    config, prepared = job(folder, records=records, extract__shard_size=4)
-    extract_features(config, prepared, progress=False)
+    prepared = job(folder, records=records, extract__shard_size=4)
+    extract_features(prepared, show_progress=False)
     with FeatureStore(prepared.output) as store:
         assert store.file_names == [r.file_name for r in records]
         for record in records:
@@ -149,16 +149,16 @@ def test_a_rejected_image_keeps_its_row_and_harms_no_other(fake: Any, photos: An
     job, summary = extracted(folder, extract__shard_size=4, extract__batch_size=2, data__max_invalid="4")
     reasons = {0: "empty file", 5: "not an image", 6: "not an image", 10: "not an image"}
     assert_right(fake, folder, job.output, reasons)
-    assert dict(summary.rejects) == {"empty file": 1, "not an image": 3}
+    assert dict(summary.invalid) == {"empty file": 1, "not an image": 3}
 
 
 def test_a_missing_image_is_a_reject(fake: Any, photos: Any, job: Any) -> None:
     folder = photos(5)
     records = list_images(folder).records
     (folder / "0003.png").unlink()
-    config, prepared = job(folder, records=records)
-    summary = extract_features(config, prepared, progress=False)
-    assert dict(summary.rejects) == {"missing": 1}
+    prepared = job(folder, records=records)
+    summary = extract_features(prepared, show_progress=False)
+    assert dict(summary.invalid) == {"missing": 1}
     with FeatureStore(prepared.output) as store:
         assert store.valid.tolist() == [True, True, True, False, True]
 
@@ -170,11 +170,11 @@ def test_a_link_out_of_the_image_folder_is_a_reject_unless_links_are_followed(
     folder = photos(5)
     (folder / "0003.png").rename(tmp_path / "secret.png")
     (folder / "0003.png").symlink_to(tmp_path / "secret.png")
-    config, prepared = job(folder, **{"data.follow_links": follow})
-    summary = extract_features(config, prepared, progress=False)
+    prepared = job(folder, **{"data.follow_links": follow})
+    summary = extract_features(prepared, show_progress=False)
     with FeatureStore(prepared.output) as store:
         assert store.valid.tolist() == [True, True, True, follow, True]
-    assert all("follow_links=true allows it" in reason for reason in summary.rejects)
+    assert all("follow_links=true allows it" in reason for reason in summary.invalid)
 
 
 def test_a_shard_of_nothing_but_rejects_is_a_shard_too(fake: Any, photos: Any, extracted: Any) -> None:
@@ -238,8 +238,8 @@ def test_a_second_run_touches_nothing(fake: Any, photos: Any, extracted: Any) ->
     assert contents(features) == before
     assert times(features) == stamps
     assert fake.built == built, "no encoder is built when there is nothing to do"
-    assert (second.done_before, second.shards, second.seconds) == (3, 3, 0)
-    assert second.rejects == first.rejects
+    assert (second.existing, second.shards, second.seconds) == (3, 3, 0)
+    assert second.invalid == first.invalid
 
 
 def test_other_batch_and_shard_sizes_do_not_disturb_a_complete_store(fake: Any, photos: Any, extracted: Any) -> None:
@@ -247,7 +247,7 @@ def test_other_batch_and_shard_sizes_do_not_disturb_a_complete_store(fake: Any, 
     job, _ = extracted(folder, extract__shard_size=4, extract__batch_size=2)
     before = contents(job.output.parent)
     _, summary = extracted(folder, extract__shard_size=5, extract__batch_size=3)
-    assert summary.shards == summary.done_before == 3
+    assert summary.shards == summary.existing == 3
     assert contents(job.output.parent) == before
 
 
@@ -265,7 +265,7 @@ def test_only_a_missing_shard_is_made_again_with_the_same_bytes(
     fake.batches.clear()
     _, summary = extracted(folder, extract__shard_size=4, extract__batch_size=2)
     assert fake.batches == [2, 2]
-    assert (summary.shards, summary.done_before) == (3, 2)
+    assert (summary.shards, summary.existing) == (3, 2)
     assert contents(features) == before
     for name in ("s/00000.h5", "s/00002.h5", "s/plan.json"):
         assert times(features)[name] == stamps[name]
@@ -452,7 +452,7 @@ def test_a_full_disk_leaves_no_shard_with_the_grids_of_another(
         extracted(folder, extract__shard_size=2, extract__batch_size=2)
     assert no_temporaries(folder.parent / "features")
     job, summary = extracted(folder, extract__shard_size=2, extract__batch_size=2)
-    assert summary.done_before >= 1, "what was done before the disk was full is kept"
+    assert summary.existing >= 1, "what was done before the disk was full is kept"
     assert_right(fake, folder, job.output)
 
 
@@ -551,7 +551,7 @@ def test_readers_run_ahead_of_a_slow_encoder_by_a_few_batches_only(
     fake: Any, photos: Any, extracted: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gauge = Gauge()
-    real_load, real_encode = worker_module.load_image, fake.encode
+    real_load, real_encode = reading_module.load_image, fake.encode
 
     def load(*args: Any) -> np.ndarray:
         gauge.enter(1)
@@ -562,7 +562,7 @@ def test_readers_run_ahead_of_a_slow_encoder_by_a_few_batches_only(
         gauge.leave(len(images))
         return real_encode(self, images)
 
-    monkeypatch.setattr(worker_module, "load_image", load)
+    monkeypatch.setattr(reading_module, "load_image", load)
     monkeypatch.setattr(fake, "encode", encode)
     extracted(photos(BATCH * BATCHES), extract__shard_size=16, extract__batch_size=BATCH)
     assert gauge.entered == BATCH * BATCHES
@@ -599,13 +599,13 @@ def test_images_are_read_by_several_threads(
 ) -> None:
     """Three readers meet at a barrier; with fewer threads it would break."""
     barrier = threading.Barrier(3, timeout=20)
-    real_load = worker_module.load_image
+    real_load = reading_module.load_image
 
     def load(*args: Any) -> np.ndarray:
         barrier.wait()
         return real_load(*args)
 
-    monkeypatch.setattr(worker_module, "load_image", load)
+    monkeypatch.setattr(reading_module, "load_image", load)
     folder = photos(12)
     job, _ = extracted(folder, extract__num_workers=3, extract__batch_size=6)
     assert_right(fake, folder, job.output)
@@ -725,29 +725,29 @@ def test_workers_in_any_order_make_the_store_that_one_makes(
     extracted(folder, tmp_path / "one" / "s.h5", **keys)
     summaries = []
     for worker in (2, 0, 3, 1):
-        config, prepared = job(folder, tmp_path / "many" / "s.h5", **keys)
-        summaries.append(extract_features(config, prepared, Share(worker, 4), progress=False))
+        prepared = job(folder, tmp_path / "many" / "s.h5", **keys)
+        summaries.append(extract_features(prepared, Share(worker, 4), show_progress=False))
     assert [s.complete for s in summaries] == [False, False, False, True]
-    assert [s.made for s in summaries] == [3, 3, 2, 3]
-    assert [s.rejects.total() for s in summaries] == [1, 0, 0, 1], "their own; at the end of the whole store"
+    assert [s.written for s in summaries] == [3, 3, 2, 3]
+    assert [s.invalid.total() for s in summaries] == [1, 0, 0, 1], "their own; at the end of the whole store"
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
 
 
 def test_another_number_of_workers_finishes_what_some_left(fake: Any, photos: Any, job: Any) -> None:
-    config, prepared = job(photos(20), extract__shard_size=2)
-    extract_features(config, prepared, Share(1, 4), progress=False)
-    assert not extract_features(config, prepared, Share(0, 2), progress=False).complete
-    last = extract_features(config, prepared, Share(1, 2), progress=False)
-    assert (last.complete, last.made, last.done_before) == (True, 2, 3)
+    prepared = job(photos(20), extract__shard_size=2)
+    extract_features(prepared, Share(1, 4), show_progress=False)
+    assert not extract_features(prepared, Share(0, 2), show_progress=False).complete
+    last = extract_features(prepared, Share(1, 2), show_progress=False)
+    assert (last.complete, last.written, last.existing) == (True, 2, 3)
     assert_right(fake, prepared.images, prepared.output)
 
 
 def test_a_worker_without_work_still_completes_the_store(fake: Any, photos: Any, job: Any) -> None:
-    config, prepared = job(photos(4), extract__shard_size=2)
-    extract_features(config, prepared, Share(0, 1), progress=False)
+    prepared = job(photos(4), extract__shard_size=2)
+    extract_features(prepared, Share(0, 1), show_progress=False)
     prepared.output.unlink()
     built = fake.built
-    assert extract_features(config, prepared, Share(7, 8), progress=False).complete
+    assert extract_features(prepared, Share(7, 8), show_progress=False).complete
     assert fake.built == built
 
 
@@ -756,9 +756,9 @@ def test_two_workers_with_the_same_shards_at_once_make_the_same_store(
 ) -> None:
     folder = photos(24)
     extracted(folder, tmp_path / "one" / "s.h5", extract__shard_size=4)
-    config, prepared = job(folder, tmp_path / "both" / "s.h5", extract__shard_size=4)
+    prepared = job(folder, tmp_path / "both" / "s.h5", extract__shard_size=4)
     with ThreadPoolExecutor(2) as pool:
-        runs = [pool.submit(extract_features, config, prepared, progress=False) for _ in range(2)]
+        runs = [pool.submit(extract_features, prepared, show_progress=False) for _ in range(2)]
         assert all(run.result().complete for run in runs)
     assert contents(tmp_path / "both") == contents(tmp_path / "one")
 
@@ -770,39 +770,39 @@ def test_appended_images_become_new_shards_and_the_old_ones_are_not_touched(
     fake: Any, photos: Any, job: Any, tmp_path: Path
 ) -> None:
     folder = photos(7)
-    config, prepared = job(folder, extract__shard_size=3)
-    extract_features(config, prepared, progress=False)
+    prepared = job(folder, extract__shard_size=3)
+    extract_features(prepared, show_progress=False)
     before = times(prepared.folder)
     for i in range(7, 12):
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)).save(folder / f"{i:04}.png")
-    config, longer = job(folder, extract__shard_size=3)
     with pytest.raises(MismatchError, match="5 new"):
-        extract_features(config, longer, progress=False)
-    summary = extract_features(config, longer, progress=False, append=True)
-    assert (summary.made, summary.done_before, summary.shards, summary.complete) == (2, 3, 5, True)
+        job(folder, extract__shard_size=3)
+    longer = job(folder, extract__shard_size=3, append=True)
+    summary = extract_features(longer, show_progress=False)
+    assert (summary.written, summary.existing, summary.shards, summary.complete) == (2, 3, 5, True)
     after = times(longer.folder)
     assert {name: after[name] for name in before if name.endswith("0.h5")} == {
         name: stamp for name, stamp in before.items() if name.endswith("0.h5")
     }
     assert_right(fake, folder, longer.output)
-    assert extract_features(config, longer, progress=False).made == 0, "and the same list is complete now"
+    assert extract_features(longer, show_progress=False).written == 0, "and the same list is complete now"
 
 
 def test_the_store_stays_readable_until_what_was_appended_is_there(
     fake: Any, photos: Any, job: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = photos(6)
-    config, prepared = job(folder, extract__shard_size=3)
-    extract_features(config, prepared, progress=False)
+    prepared = job(folder, extract__shard_size=3)
+    extract_features(prepared, show_progress=False)
     Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(folder / "9.png")
-    config, longer = job(folder, extract__shard_size=3)
+    longer = job(folder, extract__shard_size=3, append=True)
     with monkeypatch.context() as patch:
         patch.setattr(fake, "encode", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            extract_features(config, longer, progress=False, append=True)
+            extract_features(longer, show_progress=False)
     with FeatureStore(longer.output) as store:
         assert len(store) == 6
-    extract_features(config, longer, progress=False)
+    extract_features(longer, show_progress=False)
     with FeatureStore(longer.output) as store:
         assert len(store) == 7
         assert store.file_names[6] == "9.png"
@@ -814,31 +814,30 @@ def test_the_store_stays_readable_until_what_was_appended_is_there(
 def test_what_does_not_fit_on_the_disk_is_not_begun(
     fake: Any, photos: Any, job: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, prepared = job(photos(12), extract__shard_size=4)
+    prepared = job(photos(12), extract__shard_size=4)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=12 * 2 * 2 * 3 * 2 - 1))
     with pytest.raises(ExtractionError, match="GiB are free") as caught:
-        extract_features(config, prepared, progress=False)
+        extract_features(prepared, show_progress=False)
     assert "--output" in caught.value.hint
     assert fake.built == 0
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=12 * 2 * 2 * 3 * 2))
-    assert extract_features(config, prepared, progress=False).complete
+    assert extract_features(prepared, show_progress=False).complete
 
 
 def test_a_survey_counts_what_is_there_and_what_is_mine(fake: Any, photos: Any, job: Any) -> None:
-    config, prepared = job(photos(10), extract__shard_size=2)
-    extract_features(config, prepared, Share(0, 2), progress=False)
-    plan = settled_plan(config, prepared)
-    found = survey(prepared, plan, Share(1, 2))
-    assert (found.there, found.missing) == ([0, 2, 4], [1, 3])
-    assert found.needed == 4 * 2 * 2 * 3 * 2
-    assert survey(prepared, plan, Share(0, 2)).missing == []
+    prepared = job(photos(10), extract__shard_size=2)
+    extract_features(prepared, Share(0, 2), show_progress=False)
+    state = survey(prepared, Share(1, 2))
+    assert (state.existing, state.missing) == ([0, 2, 4], [1, 3])
+    assert state.needed == 4 * 2 * 2 * 3 * 2
+    assert survey(prepared, Share(0, 2)).missing == []
 
 
 def test_an_index_that_another_worker_replaces_while_it_is_read_is_read_again(
     fake: Any, photos: Any, job: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a kill of one of three workers showed: the two others ended together, and one of them with an error."""
-    config, prepared = job(photos(5, bad={2: "text"}))
+    prepared = job(photos(5, bad={2: "text"}))
     opened = []
 
     class Replaced(FeatureStore):
@@ -849,8 +848,8 @@ def test_an_index_that_another_worker_replaces_while_it_is_read_is_read_again(
                 shutil.copy(path, path.with_suffix(".other"))
                 path.with_suffix(".other").replace(path)
 
-    monkeypatch.setattr("gridcap.extract.run.FeatureStore", Replaced)
-    summary = extract_features(config, prepared, progress=False)
+    monkeypatch.setattr("gridcap.extract.indexing.FeatureStore", Replaced)
+    summary = extract_features(prepared, show_progress=False)
     assert summary.complete
     assert summary.examples == {"not an image": ["0002.png"]}
     assert len(opened) == 2
@@ -861,27 +860,27 @@ def test_an_index_that_does_not_fit_its_shards_is_written_anew(
 ) -> None:
     """As when a retried shard took the place of the one that another worker was just indexing."""
     folder = photos(6, bad={4: "text"})
-    config, prepared = job(folder, extract__shard_size=3)
-    extract_features(config, prepared, progress=False)
+    prepared = job(folder, extract__shard_size=3)
+    extract_features(prepared, show_progress=False)
     stale = prepared.output.read_bytes()
     Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(folder / "0004.png")
-    extract_features(config, prepared, progress=False, retry=True)
+    extract_features(prepared, show_progress=False, retry=True)
     right = prepared.output.read_bytes()
     prepared.output.write_bytes(stale)
-    assert extract_features(config, prepared, progress=False).rejects.total() == 0
+    assert extract_features(prepared, show_progress=False).invalid.total() == 0
     assert prepared.output.read_bytes() == right
 
 
 def test_a_shard_of_another_plan_never_gets_into_an_index(fake: Any, photos: Any, job: Any, tmp_path: Path) -> None:
     """Not even one of a share that this worker does not look at: its rows would stand under other images' ids."""
-    config, one = job(photos(8), tmp_path / "one" / "s.h5", extract__shard_size=2)
-    extract_features(config, one, progress=False)
-    config, two = job(photos(7, name="others"), tmp_path / "two" / "s.h5", extract__shard_size=2)
-    extract_features(config, two, Share(0, 2), progress=False)
+    one = job(photos(8), tmp_path / "one" / "s.h5", extract__shard_size=2)
+    extract_features(one, show_progress=False)
+    two = job(photos(7, name="others"), tmp_path / "two" / "s.h5", extract__shard_size=2)
+    extract_features(two, Share(0, 2), show_progress=False)
     for name in ("00001.h5", "00003.h5"):
         shutil.copy(one.folder / name, two.folder / name)
     with pytest.raises(StoreError, match=r"00001\.h5: belongs to another plan"):
-        extract_features(config, two, Share(0, 2), progress=False)
+        extract_features(two, Share(0, 2), show_progress=False)
     assert not two.output.exists()
 
 
@@ -889,27 +888,26 @@ def test_a_worker_from_before_an_append_leaves_the_index_to_those_after_it(
     fake: Any, photos: Any, job: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = photos(4)
-    config, older = job(folder, extract__shard_size=2)
-    extract_features(config, older, progress=False)
+    older = job(folder, extract__shard_size=2)
+    extract_features(older, show_progress=False)
     before = older.output.read_bytes()
     shutil.copy(folder / "0000.png", folder / "later.png")
-    config, newer = job(folder, extract__shard_size=2)
-    old_plan = settled_plan(config, older)
-    extract_features(config, newer, progress=False, append=True)
+    newer = job(folder, extract__shard_size=2, append=True)
+    older = older.save()
+    extract_features(newer, show_progress=False)
     after = newer.output.read_bytes()
-    monkeypatch.setattr("gridcap.extract.run.settled_plan", lambda *_: old_plan)
-    monkeypatch.setattr("gridcap.extract.run._indexed_plan", lambda *_: None)
-    assert not extract_features(config, older, progress=False).complete
+    monkeypatch.setattr("gridcap.extract.run.indexed_digest", lambda *_: None)
+    assert not extract_features(older, show_progress=False).complete
     assert newer.output.read_bytes() == after != before
 
 
 def test_what_killed_runs_left_is_removed_before_room_is_made_for_more(
     fake: Any, photos: Any, job: Any, dead_process: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, prepared = job(photos(4), extract__shard_size=2)
+    prepared = job(photos(4), extract__shard_size=2).save()
     left = prepared.folder / _temporary_name("00000.h5", this_machine(), dead_process)
     left.write_bytes(b"half a shard")
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
     with pytest.raises(ExtractionError, match="GiB are free"):
-        extract_features(config, prepared, progress=False)
+        extract_features(prepared, show_progress=False)
     assert not left.exists()

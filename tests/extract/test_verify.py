@@ -29,7 +29,7 @@ def store(tmp_path: Path) -> Path:
     """Seven images in three shards; image 3 is rejected."""
     images = [(100 + i, f"{i}.jpg") for i in range(7)]
     folder = tmp_path / "s"
-    plan = Plan("s", 3, 3, PROVENANCE, (ImageList.make(images, 3, folder),))
+    plan = Plan("s", 3, 3, PROVENANCE, (ImageList.from_images(images, 3, folder),))
     (folder / "plan.json").write_text(plan.to_json())
     rng = np.random.default_rng(0)
     for shard in range(plan.shards):
@@ -195,7 +195,7 @@ def test_a_changed_number_in_the_index_is_found_and_only_the_index_goes(store: P
 def test_in_the_middle_of_an_append_the_older_index_is_incomplete_and_is_kept(store: Path) -> None:
     folder = store.with_suffix("")
     plan = read_plan(folder)
-    more = ImageList.make([(200, "later.jpg")], 3, folder)
+    more = ImageList.from_images([(200, "later.jpg")], 3, folder)
     (folder / "plan.json").write_text(dataclasses.replace(plan, lists=(*plan.lists, more)).to_json())
     report = verify_store(store)
     assert problems(report) == {("index there and complete", ""), ("shard readable", "00003.h5")}

@@ -53,12 +53,12 @@ def test_a_store_written_by_several_threads_has_the_bytes_of_one_thread(
 ) -> None:
     folder = photos(23, bad={4: "text", 22: ""})
     keys = {"extract__shard_size": 4, "extract__batch_size": 3, "extract__views": "original,hflip"}
-    config, alone = job(folder, tmp_path / "alone" / "s.h5", **keys)
-    extract_features(config, alone, progress=False)
+    alone = job(folder, tmp_path / "alone" / "s.h5", **keys)
+    extract_features(alone, show_progress=False)
     monkeypatch.setattr("gridcap.extract.worker.writer_count", lambda on_gpu, shards: writers)
-    config, together = job(folder, tmp_path / "together" / "s.h5", **keys)
-    summary = extract_features(config, together, progress=False)
-    assert (summary.made, summary.complete, summary.rejects.total()) == (6, True, 2)
+    together = job(folder, tmp_path / "together" / "s.h5", **keys)
+    summary = extract_features(together, show_progress=False)
+    assert (summary.written, summary.complete, summary.invalid.total()) == (6, True, 2)
     assert contents(tmp_path / "together") == contents(tmp_path / "alone")
 
 
@@ -73,10 +73,10 @@ def test_an_error_in_one_writer_ends_all_and_leaves_no_unfinished_shard(
         return np.full_like(grids, np.inf) if sum(fake.batches) > 8 else grids
 
     monkeypatch.setattr(fake, "encode", overflowing)
-    config, prepared = job(photos(20), extract__shard_size=4, extract__batch_size=2)
+    prepared = job(photos(20), extract__shard_size=4, extract__batch_size=2)
     with pytest.raises(ExtractionError, match="cannot hold"):
-        extract_features(config, prepared, progress=False)
+        extract_features(prepared, show_progress=False)
     assert not prepared.output.exists()
     assert not list(prepared.folder.rglob("*.tmp"))
     monkeypatch.setattr(fake, "encode", real)
-    assert extract_features(config, prepared, progress=False).complete
+    assert extract_features(prepared, show_progress=False).complete

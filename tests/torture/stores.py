@@ -8,15 +8,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-import gridcap.extract.run
-import gridcap.extract.worker
+import gridcap.extract.encoding
+import gridcap.extract.job
 from gridcap.common.captions.folder import FolderImages
-from gridcap.common.config import PipelineConfig, load_config
+from gridcap.common.config import load_config
 from gridcap.extract.cluster.share import WHOLE, Share
 from gridcap.extract.encoders.grid_encoder import EncoderOptions, GridEncoder
 from gridcap.extract.encoders.provenance import describe_features
+from gridcap.extract.job import Extraction, ExtractionRequest, prepare
+from gridcap.extract.run import extract_features
 from gridcap.extract.staging import PendingGrids
-from gridcap.extract.worker import Job, Summary
+from gridcap.extract.summary import Summary
 
 GRID = (2, 2, 3)
 PHOTOS = 22
@@ -44,14 +46,14 @@ def _describe(*arguments: Any) -> dict[str, Any]:
 
 def use_mean_encoder() -> None:
     """Put MeanEncoder in the place of the CNN, in this process."""
-    setattr(gridcap.extract.worker, "GridEncoder", MeanEncoder)  # noqa: B010 (mypy would not have it otherwise)
-    setattr(gridcap.extract.run, "describe_features", _describe)  # noqa: B010
+    setattr(gridcap.extract.encoding, "GridEncoder", MeanEncoder)  # noqa: B010 (mypy would not have it otherwise)
+    setattr(gridcap.extract.job, "describe_features", _describe)  # noqa: B010
 
 
 def use_real_encoder() -> None:
     """Put the CNN back in its place."""
-    setattr(gridcap.extract.worker, "GridEncoder", GridEncoder)  # noqa: B010
-    setattr(gridcap.extract.run, "describe_features", describe_features)  # noqa: B010
+    setattr(gridcap.extract.encoding, "GridEncoder", GridEncoder)  # noqa: B010
+    setattr(gridcap.extract.job, "describe_features", describe_features)  # noqa: B010
 
 
 def write_photos(folder: Path) -> Path:
@@ -64,7 +66,7 @@ def write_photos(folder: Path) -> Path:
     return folder
 
 
-def make_job(photos: Path, output: Path) -> tuple[PipelineConfig, Job]:
+def make_job(photos: Path, output: Path) -> Extraction:
     """What the extraction of these photos needs."""
     flags = {
         "extract.weights": "random",
@@ -73,11 +75,10 @@ def make_job(photos: Path, output: Path) -> tuple[PipelineConfig, Job]:
         "extract.num_workers": 2,
     }
     config = load_config(None, {**flags, "extract.precision": "float32", "extract.device": "cpu"})
-    return config, gridcap.extract.run.prepare(config, "torture", FolderImages(photos), photos, output, threads=1)
+    return prepare(ExtractionRequest(config, "torture", FolderImages(photos), photos, output, threads=1))
 
 
 def extract_all(photos: Path, output: Path, share: Share = WHOLE) -> Summary:
     """Make the store, or a worker's share of it, or what is missing of it."""
     use_mean_encoder()
-    config, job = make_job(photos, output)
-    return gridcap.extract.run.extract_features(config, job, share, progress=False)
+    return extract_features(make_job(photos, output), share, show_progress=False)

@@ -241,7 +241,7 @@ def test_an_sbatch_error_is_shown(tmp_path: Path, fake_command: Callable[[str, s
 def plan() -> Plan:
     """Return a plan of four shards."""
     images = [(i, f"{i}.png") for i in range(8)]
-    return Plan("s", 2, 2, {}, (ImageList.make(images, 2),))
+    return Plan("s", 2, 2, {}, (ImageList.from_images(images, 2),))
 
 
 @pytest.fixture

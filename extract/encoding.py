@@ -1,0 +1,57 @@
+"""Encode stage of the extraction: the encoder of a planned store, applied to every view of an image."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gridcap.common.store.shard import ORIGINAL, read_dtype
+from gridcap.extract.encoders.grid_encoder import EncoderOptions, GridEncoder
+from gridcap.extract.job import Extraction
+from gridcap.extract.staging import PendingGrids
+
+
+class ViewEncoder:
+    """Encodes the views of images; builds the encoder when it is first needed.
+
+    Attributes:
+        encoded: number of images so far.
+    """
+
+    def __init__(self, extraction: Extraction) -> None:
+        self._extraction = extraction
+        self._views: list[str] = extraction.plan.provenance["views"]
+        self.encoded = 0
+
+    @functools.cached_property
+    def _encoder(self) -> GridEncoder:
+        self._extraction.check_arithmetic()
+        plan, extract = self._extraction.plan, self._extraction.config.extract
+        if plan.provenance["threads"]:
+            torch.set_num_threads(plan.provenance["threads"])
+        dtype = read_dtype(np.dtype(extract.dtype)).name  # the shard writer quantizes to uint8
+        compiled = bool(plan.provenance["compile"])
+        options = EncoderOptions(extract.precision, extract.device, dtype, compiled, plan.batch_size)
+        return GridEncoder(extract.encoder, self._extraction.identity, options)
+
+    @property
+    def side(self) -> int:
+        """Side of the input images in pixels.
+
+        Raises:
+            MismatchError: this machine would not compute like the one that started the store.
+        """
+        return self._encoder.side
+
+    def submit(self, images: np.ndarray | Tensor) -> dict[str, PendingGrids]:
+        """Encode uint8 images (B, side, side, 3); returns view -> grids (B, *grid), which may still be computed."""
+        self.encoded += len(images)
+        return {view: self._encoder.submit(images if view == ORIGINAL else _mirror(images)) for view in self._views}
+
+
+def _mirror(images: np.ndarray | Tensor) -> np.ndarray | Tensor:
+    """Flip images (B, H, W, 3) horizontally."""
+    return images.flip(2) if isinstance(images, Tensor) else np.ascontiguousarray(images[:, :, ::-1])

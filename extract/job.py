@@ -1,0 +1,186 @@
+"""An extraction: what was requested and the plan it resolved to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from gridcap.common.captions.records import ImageRecord
+from gridcap.common.config import PipelineConfig
+from gridcap.common.device import choose_batch_size, choose_compile, choose_device
+from gridcap.common.errors import MismatchError, UserError
+from gridcap.common.image import decoder_name
+from gridcap.extract.encoders.grid_encoder import EncoderOptions
+from gridcap.extract.encoders.provenance import describe_features
+from gridcap.extract.encoders.weights import WeightsIdentity, identify_weights
+from gridcap.extract.images.nvjpeg import nvjpeg_name
+from gridcap.extract.manifest import Image, ImageList
+from gridcap.extract.plan import FILE, Plan, read_plan, store_folder
+from gridcap.extract.planning import PlanRequest, ResolvedPlan, resolve_plan, save_plan
+
+
+@dataclass(frozen=True)
+class ExtractionRequest:
+    """What a user asks for.
+
+    Attributes:
+        config: resolved configuration.
+        split: name of the split.
+        records: images of the split; iterated more than once, never held in memory.
+        images: folder of the images.
+        output: index file of the store.
+        append: add images that are new in the list.
+        replace_empty: replace a different plan that has no shard yet; for a single process.
+        dry_run: do not download weights.
+        threads: CPU threads per process; None: torch's default.
+        adapt_plan: changes the requested plan before it is compared, for jobs on other hardware.
+    """
+
+    config: PipelineConfig
+    split: str
+    records: Iterable[ImageRecord]
+    images: Path
+    output: Path
+    append: bool = False
+    replace_empty: bool = False
+    dry_run: bool = False
+    threads: int | None = None
+    adapt_plan: Callable[[Plan], Plan] | None = None
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """A request and the plan that it resolved to.
+
+    Attributes:
+        config: resolved configuration.
+        images: folder of the images.
+        output: index file of the store.
+        identity: identity of the encoder's weights.
+        request: the requested plan.
+        resolved: the plan to use.
+    """
+
+    config: PipelineConfig
+    images: Path
+    output: Path
+    identity: WeightsIdentity
+    request: PlanRequest
+    resolved: ResolvedPlan
+
+    @property
+    def plan(self) -> Plan:
+        """The plan to use."""
+        return self.resolved.plan
+
+    @property
+    def requested(self) -> Plan:
+        """The plan as it would be without a store on disk."""
+        return self.request.plan
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the shards."""
+        return self.request.folder
+
+    def save(self) -> Extraction:
+        """Write the plan if it is not on disk, and return the extraction with the plan that is.
+
+        Raises:
+            MismatchError: another process has saved a different plan in the meantime.
+        """
+        return replace(self, resolved=save_plan(self.request, self.resolved))
+
+    def check_arithmetic(self) -> None:
+        """Check that this machine computes like the one that started the store.
+
+        Raises:
+            MismatchError: the precision or the library versions differ.
+        """
+        _check_arithmetic(self.plan, self.requested, self.folder)
+
+
+@dataclass(frozen=True)
+class _Images:
+    """The (image_id, file_name) of image records; can be iterated repeatedly."""
+
+    records: Iterable[ImageRecord]
+
+    def __iter__(self) -> Iterator[Image]:
+        return ((record.image_id, record.file_name) for record in self.records)
+
+
+def prepare(request: ExtractionRequest) -> Extraction:
+    """Identify the weights, downloading them unless it is a dry run, and resolve the plan; writes nothing else.
+
+    Raises:
+        WeightsError: the weights are not available.
+        UserError: the device is not available, or the folder of the shards is a file.
+        MismatchError: the store on disk was planned differently.
+    """
+    config, folder = request.config, store_folder(request.output)
+    identity = identify_weights(config.extract.encoder, config.extract.weights, download=not request.dry_run)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file, but the shards need a folder of this name", "choose another --output")
+    images = _Images(request.records)
+    requested = _requested_plan(request, images, identity)
+    if request.adapt_plan is not None:
+        requested = request.adapt_plan(requested)
+    auto_keys = {"compile"} if config.extract.compile == "auto" else set()
+    if config.extract.precision == "auto" and request.output.exists() and not request.append:
+        auto_keys.add("precision")  # a complete store keeps its precision, whatever "auto" means on this machine
+    plan_request = PlanRequest(
+        requested,
+        images,
+        folder,
+        auto_keys,
+        request.append,
+        request.replace_empty and not request.output.exists(),
+        request.images,
+        config.data.max_invalid,
+    )
+    if request.append and (folder / FILE).exists():
+        _check_arithmetic(read_plan(folder), requested, folder)
+    return Extraction(config, request.images, request.output, identity, plan_request, resolve_plan(plan_request))
+
+
+def _requested_plan(request: ExtractionRequest, images: Iterable[Image], identity: WeightsIdentity) -> Plan:
+    extract = request.config.extract
+    device = choose_device(extract.device)
+    decoder = nvjpeg_name(device) if extract.jpeg_decoder == "nvjpeg" else decoder_name()
+    image_list = ImageList.from_images(images, extract.shard_size)
+    compiled = choose_compile(extract.compile, image_list.images, device)
+    options = EncoderOptions(extract.precision, extract.device, extract.dtype, compiled)
+    provenance = describe_features(extract.encoder, identity, options, extract.resize_mode, decoder)
+    provenance["views"] = list(extract.views)
+    # Rounding depends on the number of threads that share a sum, so it is part of the plan, and all workers use it.
+    provenance["threads"] = request.threads or torch.get_num_threads() if device.type == "cpu" else None
+    batch_size = choose_batch_size(extract.batch_size, device.type == "cuda")
+    return Plan(request.split, extract.shard_size, batch_size, provenance, (image_list,))
+
+
+def _check_arithmetic(plan: Plan, requested: Plan, folder: Path) -> None:
+    started, here = plan.provenance["precision"], requested.provenance["precision"]
+    if started != here:
+        raise MismatchError(
+            f"{folder}: started with precision {started}, but this machine uses {here}",
+            f"finish it with --precision {started}, or delete the folder to start over",
+        )
+    if changes := _version_changes(plan, requested):
+        raise MismatchError(
+            f"{folder}: started with other library versions: {changes}",
+            "install those versions to finish it, or delete the folder to start over",
+        )
+
+
+def _version_changes(plan: Plan, requested: Plan) -> str:
+    """List the library versions that differ: all shards of a store must be computed by the same libraries."""
+    stored, here = plan.provenance["versions"], requested.provenance["versions"]
+    return ", ".join(
+        f"{name} {stored.get(name, 'none')} there, {here.get(name, 'none')} here"
+        for name in sorted({*stored, *here})
+        if stored.get(name) != here.get(name)
+    )

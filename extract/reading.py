@@ -1,0 +1,205 @@
+"""Read stage of the extraction: decode the images of batches ahead of the encoder, in a pool of threads."""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+import numpy as np
+from torch import Tensor
+
+from gridcap.common.config import PipelineConfig
+from gridcap.common.device import choose_device, cores
+from gridcap.common.errors import ExtractionError, os_reason
+from gridcap.common.image import InvalidImageError, image_path, load_image
+from gridcap.common.text import plural
+from gridcap.extract.images.nvjpeg import load_images_gpu
+from gridcap.extract.job import Extraction
+from gridcap.extract.summary import Stopwatch
+from gridcap.extract.writer import Batch
+
+BATCHES_AHEAD = 3
+DEFAULT_CPU_WORKERS = 4  # as many as an encoder on the same CPU can spare
+IO_ATTEMPTS = 4
+IO_RETRY_DELAY = 0.5  # seconds before the first retry; doubled before each further one
+TRANSIENT_ERRORS = frozenset(
+    (
+        errno.EAGAIN,
+        errno.EINTR,
+        errno.EIO,
+        errno.ESTALE,
+        errno.ETIMEDOUT,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.ENETDOWN,
+        errno.ENETUNREACH,
+        errno.ENETRESET,
+        errno.ECONNRESET,
+        errno.ECONNABORTED,
+        errno.ENOTCONN,
+        errno.EREMOTEIO if hasattr(errno, "EREMOTEIO") else errno.EIO,
+    )
+)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class LoadedImages:
+    """Decoded images.
+
+    Attributes:
+        images: uint8 (B, side, side, 3); zeros for invalid images.
+        invalid: position in the batch -> reason.
+    """
+
+    images: np.ndarray | Tensor
+    invalid: dict[int, str]
+
+
+def worker_count(config: PipelineConfig, on_gpu: bool) -> int:
+    """Return the number of decoding threads: one per core next to a GPU, a few next to an encoder on the CPU."""
+    if config.extract.num_workers is not None:
+        return config.extract.num_workers
+    if on_gpu and config.extract.jpeg_decoder == "pillow":
+        return max(DEFAULT_CPU_WORKERS, cores())
+    return DEFAULT_CPU_WORKERS
+
+
+class ImageReader:
+    """Decodes images of a planned store by their rows.
+
+    Use as a context manager, which stops the threads.
+
+    Args:
+        extraction: the extraction.
+        side: side of the decoded images in pixels.
+        num_workers: number of threads.
+
+    Attributes:
+        waiting: time that `batches` waited for images.
+    """
+
+    def __init__(self, extraction: Extraction, side: int, num_workers: int) -> None:
+        self._extraction, self._side = extraction, side
+        self._config, self._plan = extraction.config, extraction.plan
+        self._pool = ThreadPoolExecutor(num_workers, "read")
+        self.waiting = Stopwatch()
+
+    def __enter__(self) -> ImageReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def batches(self, batches: Iterable[Batch], writers: int = 1) -> Iterator[tuple[Batch, LoadedImages]]:
+        """Yield the batches with their images, in order, and decode the next ones in the meantime.
+
+        Args:
+            batches: batches to read.
+            writers: number of shards written at a time; decoding runs ahead by a few batches.
+        """
+        pending: deque[tuple[Batch, Callable[[], LoadedImages]]] = deque()
+
+        def collect() -> tuple[Batch, LoadedImages]:
+            batch, load = pending.popleft()
+            with self.waiting:
+                return batch, load()
+
+        for batch in batches:
+            pending.append((batch, self.submit(range(batch.start, batch.stop), batch.shard)))
+            if len(pending) > BATCHES_AHEAD:
+                yield collect()
+        while pending:
+            yield collect()
+
+    def submit(self, rows: Sequence[int], shard: int) -> Callable[[], LoadedImages]:
+        """Start to decode rows of a shard; the returned function waits for the images.
+
+        Pillow decodes one image per thread; nvJPEG decodes a whole batch and leaves it on the GPU.
+        """
+        if self._config.extract.jpeg_decoder == "nvjpeg":
+            return self._pool.submit(self._load_on_gpu, rows, shard).result
+        futures = [self._pool.submit(self._load, row, shard) for row in rows]
+
+        def collect() -> LoadedImages:
+            images = np.zeros((len(futures), self._side, self._side, 3), np.uint8)
+            invalid: dict[int, str] = {}
+            for position, future in enumerate(futures):
+                image = future.result()
+                if isinstance(image, str):
+                    invalid[position] = image
+                else:
+                    images[position] = image
+            return LoadedImages(images, invalid)
+
+        return collect
+
+    def file_name(self, row: int, shard: int) -> str:
+        """Return the file name of a row of the store."""
+        return self._plan.images_of(shard, self._extraction.folder)[row - self._plan.rows_of(shard).start][1]
+
+    def _load(self, row: int, shard: int) -> np.ndarray | str:
+        """Return an image, or the reason why it is invalid."""
+        path = self._path(row, shard)
+        if isinstance(path, str):
+            return path
+        try:
+            return retry_transient_errors(
+                lambda: load_image(path, self._side, self._config.extract.resize_mode), str(path)
+            )
+        except InvalidImageError as error:
+            return str(error)
+
+    def _path(self, row: int, shard: int) -> Path | str:
+        """Return the path of an image, or the reason why it must not be read."""
+        try:
+            name = self.file_name(row, shard)
+            return image_path(self._extraction.images, name, self._config.data.follow_links)
+        except InvalidImageError as error:
+            return str(error)
+
+    def _load_on_gpu(self, rows: Sequence[int], shard: int) -> LoadedImages:
+        results = [self._path(row, shard) for row in rows]
+        paths = [path if isinstance(path, Path) else None for path in results]
+        device, resize_mode = choose_device(self._config.extract.device), self._config.extract.resize_mode
+        images, invalid = retry_transient_errors(
+            lambda: load_images_gpu(paths, self._side, resize_mode, device), str(self._extraction.images)
+        )
+        unread = {position: reason for position, reason in enumerate(results) if isinstance(reason, str)}
+        return LoadedImages(images, invalid | unread)
+
+
+def retry_transient_errors(read: Callable[[], T], path: str) -> T:
+    """Call `read`, repeatedly if the operating system reports an error that may pass.
+
+    Args:
+        read: reads the file.
+        path: name for errors that do not contain one.
+
+    Raises:
+        ExtractionError: the error persists; names the file and the system's error.
+    """
+    for attempt in range(IO_ATTEMPTS):
+        try:
+            return read()
+        except OSError as error:
+            is_transient = error.errno in TRANSIENT_ERRORS
+            if not is_transient or attempt == IO_ATTEMPTS - 1:
+                attempts = f" ({plural(attempt + 1, 'attempt')})" if is_transient else ""
+                raise ExtractionError(
+                    f"{error.filename or path}: cannot be read: {os_reason(error)}{attempts}",
+                    "check the disk or the network share of the images, then rerun the command: finished shards are "
+                    "kept",
+                ) from error
+            time.sleep(IO_RETRY_DELAY * 2**attempt)
+    raise AssertionError("unreachable")
