@@ -1,4 +1,4 @@
-"""The commands in README and docs run as they are printed, on a small COCO of rendered scenes."""
+"""The commands in the README and the docs run as printed, on a small COCO-like dataset of rendered scenes."""
 
 from __future__ import annotations
 
@@ -23,19 +23,24 @@ from demo.shapes import write_shapes
 from gridcap.extract.encoders.specs import ENCODERS, EncoderSpec
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/recipes.md", "docs/cluster.md", "docs/speed.md")  # in this order: the first makes the data
+PAGES = (
+    "README.md",
+    "docs/recipes.md",
+    "docs/cluster.md",
+    "docs/speed.md",
+)  # in this order: the first page creates the data
 OURS = {
     point.name: point.value
     for point in metadata.distribution("gridcap").entry_points
     if point.group == "console_scripts"
 }
-ELSEWHERE = {  # how a line begins that is not run here -> why
-    "make ": "this test runs inside one; the demo has a test of its own, and bench takes minutes",
-    "download-coco ": "needs a network: tests/extract/test_download.py has a server",
-    "python -m bench": "takes minutes to hours: tests/bench",
+NOT_RUN = {  # prefix of a command that is not run here -> reason
+    "make ": "this test runs inside make; the demo has its own test, and bench takes minutes",
+    "gridcap download ": "needs a network; tests/extract/test_download.py uses a local server",
+    "python -m bench": "takes minutes to hours; see tests/bench",
     "bench/gpu.sh": "needs a GPU",
 }
-WRAPPERS = ("torchrun ", "srun ")  # real processes stand in extract/test_cluster.py and train/test_ranks.py
+WRAPPERS = ("torchrun ", "srun ")  # tests/extract/cluster and tests/train/engine/test_distributed.py run real processes
 SHORTER = {"train-decoder": ["--epochs", "1"]}
 
 
@@ -45,15 +50,15 @@ def blocks(page: str, *languages: str) -> list[str]:
 
 
 def commands(block: str) -> list[str]:
-    """The lines of a block, long ones joined, without comments and those of ELSEWHERE."""
+    """Return the commands of a code block: continued lines joined, comments and the commands of NOT_RUN removed."""
     joined = re.sub(r"\\\n\s*", "", block).replace(" && ", "\n")
     lines = [shlex.join(shlex.split(line, comments=True)) for line in joined.splitlines()]
-    return [line for line in lines if line and not f"{line} ".startswith(tuple(ELSEWHERE))]
+    return [line for line in lines if line and not f"{line} ".startswith(tuple(NOT_RUN))]
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A folder as after download-coco, and one with photos of one's own; weights random in both."""
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder as `gridcap download` leaves it, and one with a user's own photos; both use random weights."""
     folder = tmp_path_factory.mktemp("docs")
     shapes = write_shapes(folder / "shapes", {"train": 8, "val": 8, "test": 4})
 
@@ -80,14 +85,14 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for picture in more:
         shutil.copy(picture, mine / "holiday")
     (mine / "pipeline.yaml").write_text("extract: {weights: random}\n")
-    shutil.copytree(coco, folder / "begun by nobody")
-    return {"coco": coco, "mine": mine, "fresh": folder / "begun by nobody"}
+    shutil.copytree(coco, folder / "fresh")
+    return {"coco": coco, "mine": mine, "fresh": folder / "fresh"}
 
 
 def run(line: str) -> str:
-    """One of our commands in this process, as the shell would start it."""
+    """Run one of our commands in this process."""
     program, *arguments = shlex.split(line)
-    assert program in OURS, f"neither a command of ours nor in ELSEWHERE: {line}"
+    assert program in OURS, f"not a Gridcap command and not in NOT_RUN: {line}"
     module, _, function = OURS[program].partition(":")
     command = getattr(importlib.import_module(module), function)
     done = CliRunner().invoke(command, [*arguments, *SHORTER.get(program, [])], prog_name=program)
@@ -97,7 +102,7 @@ def run(line: str) -> str:
 
 @pytest.fixture(autouse=True)
 def _one_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random weights take seconds to make: once for all commands."""
+    """Initialize random weights once: it takes seconds."""
     built = functools.cache(encoder_module.build_trunk)
     monkeypatch.setattr(encoder_module, "build_trunk", lambda *arguments: copy.deepcopy(built(*arguments)))
 
@@ -111,40 +116,40 @@ def _two_threads() -> Iterator[None]:
 
 
 @pytest.mark.slow
-def test_every_command_runs(places: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under torchrun, srun and --submit: what they would start, with --dry-run."""
+def test_every_command_runs(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands under torchrun, srun, and --submit are run with --dry-run."""
     ran = []
     for page in PAGES:
         for block in blocks(page, "sh", "bash"):
             if block.startswith("#!"):
-                continue  # a script for Slurm: parsed in extract/test_cluster.py
-            monkeypatch.chdir(places["mine" if "photos/" in block else "coco"])
+                continue  # a Slurm script, parsed in tests/extract/cluster
+            monkeypatch.chdir(folders["mine" if "photos/" in block else "coco"])
             for line in commands(block):
                 if line.startswith(WRAPPERS) or "--submit" in line:
                     (name,) = [name for name in OURS if f" {name} " in f" {line} "]
-                    with monkeypatch.context() as there:
-                        if name == "extract-features":  # on a GPU: in another precision than the store made here
-                            there.chdir(places["fresh"])
+                    with monkeypatch.context() as patch:
+                        if name == "extract-features":  # a GPU would use another precision than this store
+                            patch.chdir(folders["fresh"])
                         run(f"{line[line.index(name) :]} --dry-run")
                 else:
                     run(line)
                 ran.append(line.partition(" ")[0])
     assert len(ran) > 15
     assert set(ran) >= {"extract-features", "train-decoder", "evaluate-decoder", "caption-images", "torchrun", "srun"}
-    assert (places["coco"] / "looked.png").stat().st_size > 10_000
-    assert (places["coco"] / "runs/top-down-scst").is_dir(), "as the comment beside it says"
+    assert (folders["coco"] / "attention.png").stat().st_size > 10_000
+    assert (folders["coco"] / "runs/top-down-scst").is_dir(), "as the comment in the docs says"
     (line,) = blocks("README.md", "python")
-    monkeypatch.chdir(places["coco"])
+    monkeypatch.chdir(folders["coco"])
     grid = eval(line.partition("#")[0], {"h5py": h5py})
     assert f"{grid.shape} {grid.dtype}" in line
 
 
-def test_every_page_with_commands_is_among_them() -> None:
+def test_every_page_with_commands_is_tested() -> None:
     pages = {str(path.relative_to(ROOT)) for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
     assert {page for page in pages if blocks(page, "sh", "bash")} == set(PAGES)
 
 
-def test_the_encoder_that_is_shown_is_one() -> None:
+def test_the_encoder_example_matches_the_registry() -> None:
     (code,) = blocks("docs/extending.md", "python")
     shown = eval("{" + code + "}", {"EncoderSpec": EncoderSpec})
     assert shown["resnet50"] == ENCODERS["resnet50"]
