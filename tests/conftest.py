@@ -1,4 +1,4 @@
-"""What the tests of several packages need."""
+"""Fixtures shared by the tests of several packages."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import pytest
 from tests.torture.forge import sign_checkpoint
 
 _NODE = Path(__file__).parent / "slurm_one_node.sh"
-_PATIENCE = 300  # seconds until starting or stopping it counts as failed
+_SLURM_TIMEOUT = 300  # seconds to start or to stop Slurm
 
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A Slurm of our own, in the environment of this process while the module's tests run."""
+    """Start a one-node Slurm and point this process to it while the tests of a module run."""
     missing = [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if shutil.which(name) is None]
     if missing or os.geteuid() != 0:
-        why = f"a Slurm of our own needs root and apt-get install slurm-wlm munge; missing: {missing or 'root'}"
+        why = f"needs root and `apt-get install slurm-wlm munge`; missing: {missing or 'root'}"
         (pytest.fail if os.environ.get("CI") else pytest.skip)(why)
     folder = tmp_path_factory.mktemp("slurm")
     with pytest.MonkeyPatch.context() as patch:
@@ -31,15 +31,15 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
         patch.setenv("OMP_NUM_THREADS", "1")
         try:
-            subprocess.run([_NODE, "start", folder], check=True, timeout=_PATIENCE)
+            subprocess.run([_NODE, "start", folder], check=True, timeout=_SLURM_TIMEOUT)
             yield
         finally:
-            subprocess.run([_NODE, "stop", folder], timeout=_PATIENCE)
+            subprocess.run([_NODE, "stop", folder], timeout=_SLURM_TIMEOUT)
 
 
 @pytest.fixture
 def sign() -> Callable[[Path], None]:
-    """Write a checkpoint's checksums anew, as somebody does who means harm, or an editor who means well."""
+    """Return a function that recomputes a checkpoint's checksums after its files were edited."""
     return sign_checkpoint
 
 
@@ -56,13 +56,13 @@ _BROWSER = (
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Debian's Chromium, driven by Playwright."""
+    """Yield a headless Chromium, driven by Playwright."""
     chromium = shutil.which("chromium")
     if chromium is None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("needs a browser: apt-get install chromium")
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("needs a browser: `apt-get install chromium`")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=chromium, args=_BROWSER)
-        yield started
-        started.close()
+        launched = playwright.chromium.launch(executable_path=chromium, args=_BROWSER)
+        yield launched
+        launched.close()
