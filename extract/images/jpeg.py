@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from gridcap.common.image import MAX_PIXELS, SCAN, WatchedFile
+from gridcap.common.image import MAX_PIXELS, START_OF_SCAN, ImageReader
 
 _MAX_BYTES = 3 * MAX_PIXELS
 _MAX_SCANS = 100  # progressive files have about ten
@@ -48,13 +48,13 @@ def read_supported_jpeg(path: Path) -> Jpeg | None:
         pixels, orientation = read_header(data)
     except Exception:  # Pillow reads the file next and reports what is wrong
         return None
-    complete = data.endswith(_END_OF_IMAGE) and data.count(SCAN) <= _MAX_SCANS
+    complete = data.endswith(_END_OF_IMAGE) and data.count(START_OF_SCAN) <= _MAX_SCANS
     return Jpeg(path, data, pixels, orientation) if complete else None
 
 
 def _read_file(path: Path) -> bytearray:
     """Read a regular file of at most `_MAX_BYTES` bytes; InvalidImageError or ValueError otherwise."""
-    with WatchedFile(path) as file:
+    with ImageReader.open(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > _MAX_BYTES:
             raise ValueError("file too large")

@@ -1,0 +1,20 @@
+"""Decoding of one image file into a square array."""
+
+from gridcap.common.image.decode import FORMATS, MAX_PIXELS, decoder_name, load_rgb
+from gridcap.common.image.path import image_path
+from gridcap.common.image.reader import START_OF_SCAN, ImageReader, InvalidImageError
+from gridcap.common.image.resize import LETTERBOX_GRAY, load_image, load_view
+
+__all__ = [
+    "FORMATS",
+    "LETTERBOX_GRAY",
+    "MAX_PIXELS",
+    "START_OF_SCAN",
+    "ImageReader",
+    "InvalidImageError",
+    "decoder_name",
+    "image_path",
+    "load_image",
+    "load_rgb",
+    "load_view",
+]
