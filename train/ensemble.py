@@ -1,4 +1,4 @@
-"""Several checkpoints that decode together, as one."""
+"""Loading of checkpoints, alone or as an ensemble."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from gridcap.train.engine.checkpoint import Checkpoint, load_checkpoint
 
 
 def load_ensemble(paths: Sequence[Path]) -> Checkpoint:
-    """Load checkpoints and join their decoders; a single one stays as it is.
+    """Load checkpoints and combine their decoders; a single checkpoint is returned unchanged.
 
     Args:
-        paths: of runs or of checkpoints, at least one.
+        paths: folders of runs or checkpoints, at least one.
 
     Returns:
-        The first checkpoint, with all decoders in its own's place.
+        The first checkpoint, with the ensemble as its decoder.
 
     Raises:
-        CheckpointError: one is missing or damaged.
-        MismatchError: they were trained on other features, or know other words.
+        CheckpointError: a checkpoint is missing or corrupted.
+        MismatchError: the checkpoints differ in their features or vocabulary.
     """
     first, *others = [load_checkpoint(path) for path in paths]
     for other in others:
-        _check_same_words(first, other)
+        _check_same_vocabulary(first, other)
         check_same_features(
             first.provenance, other.provenance, f"{first.path} was trained on", f"{other.path} was trained on"
         )
@@ -37,17 +37,17 @@ def load_ensemble(paths: Sequence[Path]) -> Checkpoint:
     return dataclasses.replace(first, decoder=decoder.eval())
 
 
-def _check_same_words(first: Checkpoint, other: Checkpoint) -> None:
-    """The same words under the same ids, or a MismatchError that says where they part."""
+def _check_same_vocabulary(first: Checkpoint, other: Checkpoint) -> None:
+    """Raise a MismatchError that states the first difference."""
     ours, theirs = first.vocabulary.tokens, other.vocabulary.tokens
     if ours == theirs:
         return
     if len(ours) != len(theirs):
-        difference = f"{len(ours)} words there, {len(theirs)} here"
+        difference = f"{len(ours)} tokens vs. {len(theirs)}"
     else:
         i = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
-        difference = f"word {i} is {ours[i]!r} there, {theirs[i]!r} here"
+        difference = f"token {i} is {ours[i]!r} vs. {theirs[i]!r}"
     raise MismatchError(
-        f"{first.path} has another vocabulary than {other.path}: {difference}",
-        "decoders decode together only when they were trained with the same captions and vocabulary settings",
+        f"{first.path} and {other.path} have different vocabularies: {difference}",
+        "an ensemble needs decoders that were trained with the same captions and vocabulary settings",
     )

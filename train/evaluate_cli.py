@@ -1,8 +1,9 @@
-"""evaluate-decoder."""
+"""The evaluate-decoder command."""
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,30 +15,40 @@ from gridcap.common.errors import GridcapError, UserError
 from gridcap.common.files import check_writable
 from gridcap.common.store.provenance import check_same_features
 from gridcap.common.store.reader import FeatureStore
+from gridcap.common.text import plural
 
 if TYPE_CHECKING:
-    from gridcap.train.evaluate import Evaluation
+    from gridcap.train.evaluation import Evaluation
 
 EXAMPLES = """
 evaluate-decoder --checkpoint runs/mine --features features/test.h5
 evaluate-decoder --checkpoint runs/mine --features test.h5 --annotations captions_test.json --beam-size 5
-evaluate-decoder --checkpoint runs/mine --features features/test.h5 --report report.html      (a page to look at)
-evaluate-decoder --checkpoint runs/a --checkpoint runs/b --features features/test.h5     (both decode together)
+evaluate-decoder --checkpoint runs/mine --features features/test.h5 --report report.html      (HTML report)
+evaluate-decoder --checkpoint runs/a --checkpoint runs/b --features features/test.h5     (ensemble)
 evaluate-decoder --checkpoint runs/mine --features features/test.h5 --decoding sample --top-p 0.9 --seed 1
 """
+DOMINANT_SHARE = 0.3  # of the captions that are identical, above which a warning is printed
 
 
-def _training_captions(config: PipelineConfig) -> tuple[list[str] | None, str]:
-    """The captions that a run was trained on, or None and why not: those of the images in its feature store."""
-    from gridcap.train.data.inputs import join_captions
+@dataclass(frozen=True)
+class _Paths:
+    """Path options of the command.
 
-    path = config.train.features or config.data.features_dir / "train.h5"
-    try:
-        with FeatureStore(path) as store:
-            data = join_captions(store, config.train.annotations, [config], "train", "--annotations").data
-    except (GridcapError, OSError) as error:
-        return None, f"needs the training captions: {error}"
-    return [text for captions in data.captions for text in captions], ""
+    Attributes:
+        checkpoints: folders of runs or checkpoints.
+        features: feature store.
+        annotations: captions file, or None for that of the store's split.
+        output: JSON file, or None for the default in the run's folder.
+        report: HTML file, or None.
+        images: image folder for the report, or None for that of the store's split.
+    """
+
+    checkpoints: tuple[Path, ...]
+    features: Path
+    annotations: Path | None
+    output: Path | None
+    report: Path | None
+    images: Path | None
 
 
 @pipeline_command("evaluate-decoder", EXAMPLES)
@@ -47,24 +58,26 @@ def _training_captions(config: PipelineConfig) -> tuple[list[str] | None, str]:
     type=click.Path(path_type=Path),
     required=True,
     multiple=True,
-    help="Folder of a run or of a checkpoint; given several times, their predictions are averaged.",
+    help="Folder of a run or checkpoint; repeat it to average the predictions of an ensemble.",
 )
 @click.option("--features", type=click.Path(path_type=Path), required=True, help="Feature store to evaluate on.")
-@click.option("--annotations", type=click.Path(path_type=Path), help="Its captions  [default: those of its split]")
+@click.option(
+    "--annotations", type=click.Path(path_type=Path), help="Captions file  [default: that of the store's split]"
+)
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
-    help="JSON file for the result  [default: <run>/evaluation/<features>.<search>.json]",
+    help="JSON file for the results  [default: <run>/evaluation/<features>.<decoding>.json]",
 )
 @click.option(
     "--report",
     type=click.Path(path_type=Path),
-    help="Write a page with the images, their captions and scores, and where the decoder looked: .html, in one file.",
+    help="HTML file for a report with images, captions, scores, and attention maps.",
 )
 @click.option(
     "--images",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Image folder, for the report  [default: that of the store's split]",
+    help="Image folder for the report  [default: that of the store's split]",
 )
 @flag("--decoding", "caption.decoding")
 @flag("--beam-size", "caption.beam_size")
@@ -78,122 +91,145 @@ def _training_captions(config: PipelineConfig) -> tuple[list[str] | None, str]:
 @flag("--batch-size", "caption.batch_size")
 @flag("--device", "train.device")
 @flag("--seed", "seed")
-def evaluate_decoder(
-    config: PipelineConfig,
-    dry_run: bool,
-    checkpoints: tuple[Path, ...],
-    features: Path,
-    annotations: Path | None,
-    output: Path | None,
-    report: Path | None,
-    images: Path | None,
-) -> None:
-    """Caption a feature store and score the captions with the field's metrics.
+def evaluate_decoder(config: PipelineConfig, dry_run: bool, **paths: Path | None) -> None:
+    """Caption the images of a feature store and score the captions with the COCO metrics.
 
-    Writes a JSON file with the metrics and every caption, and beside it a CSV file with the scores of every image
-    and the captions in COCO's results format; with --report a page that shows it all. Exit status: 0 done,
-    1 failure, 2 wrong use.
+    Writes the metrics and all captions to a JSON file, the scores per image to a CSV file next to it, and the captions
+    in COCO's results format; with --report, also an HTML report. Exit status: 0 success, 1 failure, 2 usage error.
     """
-    from gridcap.common.report.page import check_is_html
+    _evaluate(config, dry_run, _Paths(**paths))  # type: ignore[arg-type]
+
+
+def _evaluate(config: PipelineConfig, dry_run: bool, paths: _Paths) -> None:
     from gridcap.train.data.inputs import captions_for, warn_if_random
     from gridcap.train.engine.checkpoint import find_checkpoint, run_folder
     from gridcap.train.ensemble import load_ensemble
-    from gridcap.train.evaluate import NOVEL, evaluate, write_evaluation
-    from gridcap.train.report import find_images, write_evaluation_report
+    from gridcap.train.evaluate import EvaluationOptions, evaluate
+    from gridcap.train.evaluation import write_evaluation
+    from gridcap.train.metrics.statistics import NOVEL_CAPTIONS
+    from gridcap.train.report import ReportContext, find_images, write_evaluation_report
 
-    if report is not None:
-        check_is_html(report)
-    if images is not None and report is None:
-        raise UserError("--images is for --report", "give --report report.html too, or leave --images out")
+    _check_paths(paths)
     click.echo("configuration")
     show_config(config, "caption")
-    loaded = load_ensemble(checkpoints)
-    store = FeatureStore(features)
-    data = captions_for(store, annotations, [config, loaded.config], "test", "--annotations")
+    loaded = load_ensemble(paths.checkpoints)
+    store = FeatureStore(paths.features)
+    configs = [config, loaded.config]
+    data = captions_for(store, paths.annotations, configs, "test", "--annotations")
     warn_if_random(store)
-    check_same_features(loaded.provenance, store.provenance, f"{loaded.path} was trained on", f"{features} holds")
-    photos = None if report is None else find_images(store, images, [config, loaded.config])
-    folders = [find_checkpoint(path) for path in checkpoints]
-    together = f".ensemble-of-{len(folders)}" if len(folders) > 1 else ""
-    name = f"{features.stem}{together}.{_short(config)}.json"
-    output = output or run_folder(checkpoints[0]) / "evaluation" / name
-    what = ", ".join(map(str, folders))
+    trained, contains = f"{loaded.path} was trained on", f"{paths.features} contains"
+    check_same_features(loaded.provenance, store.provenance, trained, contains)
+    images = None if paths.report is None else find_images(store, paths.images, configs)
+    folders = [find_checkpoint(path) for path in paths.checkpoints]
+    run = run_folder(paths.checkpoints[0])
+    output = paths.output or run / "evaluation" / _default_name(config, paths)
+    subject = ", ".join(map(str, folders))
     if dry_run:
-        also = "" if report is None else f" and {report}"
-        click.echo(f"dry run: would evaluate {what} on {len(data)} images into {output}{also}")
+        report = "" if paths.report is None else f" and {paths.report}"
+        click.echo(f"dry run: would evaluate {subject} on {plural(len(data), 'image')} into {output}{report}")
         return
-    check_writable(output, report)
-    training, why = _training_captions(loaded.config)
-    result = evaluate(
-        loaded, data, config.caption, config.train.device, training, config.seed, keep_looks=report is not None
-    )
+    check_writable(output, paths.report)
+    training, reason = _training_captions(loaded.config)
+    options = EvaluationOptions(config.train.device, config.seed, training, keep_attention=paths.report is not None)
+    result = evaluate(loaded, data, config.caption, options)
     if training is None:
-        result.scores.left_out[NOVEL] = why
-    made_by = {
+        result.scores.unavailable[NOVEL_CAPTIONS] = reason
+    settings = {
         "checkpoints": [str(folder) for folder in folders],
-        "features": str(features),
-        "search": config.caption.model_dump(mode="json"),
+        "features": str(paths.features),
+        "decoding": config.caption.model_dump(mode="json"),
         "seed": config.seed,
     }
-    written = write_evaluation(result, output, made_by)
-    click.echo(f"{what} on {len(data)} images, {_search(config)}, tokens by {result.scores.tokenizer}")
-    _show(result)
-    if report is not None and photos is not None:
+    written = write_evaluation(result, output, settings)
+    decoding, tokenizer = _describe_decoding(config), result.scores.tokenizer
+    click.echo(f"{subject} on {plural(len(data), 'image')}, {decoding}, tokenizer: {tokenizer}")
+    _print_results(result)
+    if paths.report is not None and images is not None:
         facts = {
-            "checkpoint": what,
-            "features": f"{features}: {len(data)} images",
-            "search": _search(config),
-            "tokens": result.scores.tokenizer,
+            "checkpoint": subject,
+            "features": f"{paths.features}: {plural(len(data), 'image')}",
+            "decoding": decoding,
+            "tokenizer": tokenizer,
         }
-        curves = run_folder(checkpoints[0]) / "curves.png"
-        write_evaluation_report(report, result, loaded, store, photos, facts, curves, config.seed)
-        written.append(report)
+        context = ReportContext(images, facts, run / "curves.png", config.seed)
+        write_evaluation_report(paths.report, result, loaded, store, context)
+        written.append(paths.report)
     click.echo(f"done: {', '.join(map(str, written))}")
 
 
-def _short(config: PipelineConfig) -> str:
-    """The search in a file's name, so that one evaluation does not take another's place."""
-    caption = config.caption
-    consensus = "-consensus" if caption.mbr else ""
-    return f"beam-{caption.beam_size}{consensus}" if caption.decoding == "beam" else f"sample-{config.seed}"
+def _check_paths(paths: _Paths) -> None:
+    from gridcap.common.report.page import check_is_html
+
+    if paths.report is not None:
+        check_is_html(paths.report)
+    if paths.images is not None and paths.report is None:
+        raise UserError("--images requires --report", "add --report report.html, or omit --images")
+    if paths.output is not None and paths.output.suffix != ".json":
+        raise UserError(f"--output {paths.output}: must end in .json", f"use --output {paths.output / 'test.json'}")
 
 
-def _search(config: PipelineConfig) -> str:
-    """How the captions were decoded, in words."""
+def _training_captions(config: PipelineConfig) -> tuple[list[str] | None, str]:
+    """Return the captions that a run was trained on, or None and the reason why they are not available."""
+    from gridcap.train.data.inputs import join_captions
+
+    path = config.train.features or config.data.features_dir / "train.h5"
+    try:
+        with FeatureStore(path) as store:
+            data = join_captions(store, config.train.annotations, [config], "train", "--annotations").data
+    except (GridcapError, OSError) as error:
+        return None, f"requires the training captions: {error}"
+    return [text for captions in data.captions for text in captions], ""
+
+
+def _default_name(config: PipelineConfig, paths: _Paths) -> str:
+    """Return a file name that identifies the features, the ensemble, and the decoding method."""
+    caption, count = config.caption, len(paths.checkpoints)
+    mbr = "-mbr" if caption.mbr else ""
+    decoding = f"beam-{caption.beam_size}{mbr}" if caption.decoding == "beam" else f"sample-{config.seed}"
+    return f"{paths.features.stem}{f'.ensemble-of-{count}' if count > 1 else ''}.{decoding}.json"
+
+
+def _describe_decoding(config: PipelineConfig) -> str:
     caption = config.caption
     if caption.decoding == "beam":
-        more = ", no trigram twice" if caption.block_trigrams else ""
-        more += ", by consensus" if caption.mbr else ""
+        more = ", no repeated trigrams" if caption.block_trigrams else ""
+        more += ", MBR reranking" if caption.mbr else ""
         return f"beam {caption.beam_size}, length penalty {caption.length_penalty:g}{more}"
     limits = "".join(f", {name} {v}" for name in ("top_k", "top_p") if (v := getattr(caption, name)) is not None)
     return f"sampled at temperature {caption.temperature:g}{limits}, seed {config.seed}"
 
 
-def _show(result: Evaluation) -> None:
-    """Metrics, then what the captions are like, then what was left out and why."""
+def _print_results(result: Evaluation) -> None:
+    """Print the metrics, the caption statistics, warnings, and the metrics that are not available."""
     for name, value in result.scores.values.items():
         click.echo(f"  {name:<17} {value:8.4f}")
-    found = result.language
+    statistics = result.statistics
+    novel = statistics.get("novel_captions")
     lines = {
-        "words used": f"{found['words_used']:8} of {found['vocabulary_words']} in the vocabulary",
-        "distinct captions": f"{found['distinct_captions']:8.1%} of the captions",
-        "novel captions": f"{found['novel_captions']:8.1%} are no training caption"
-        if "novel_captions" in found
-        else "",
-        "mean length": f"{found['mean_length']:8.2f} words; of the references {found['mean_reference_length']:.2f}",
+        "distinct words": f"{statistics['distinct_words']:8} of {statistics['vocabulary_words']} in the vocabulary",
+        "distinct captions": f"{statistics['distinct_captions']:8.1%} of the captions",
+        "novel captions": "" if novel is None else f"{novel:8.1%} not among the training captions",
+        "mean length": f"{statistics['mean_length']:8.2f} words; references: {statistics['mean_reference_length']:.2f}",
     }
     click.echo("")
     for name, text in lines.items():
         if text:
             click.echo(f"  {name:<17} {text}")
-    empty = sum(not text for text in result.captions.values())
-    counts = Counter(result.captions.values())
-    most = max(counts.values())
-    if empty:
-        click.secho(f"  WARNING: {empty} captions are empty: train longer, or raise --length-penalty", fg="yellow")
-    if most > max(1, 0.3 * counts.total()):
-        click.secho(f"  WARNING: {most} of {counts.total()} captions are one and the same", fg="yellow")
-    if result.scores.left_out:
+    _print_warnings(result)
+    if result.scores.unavailable:
         click.echo("")
-    for name, why in result.scores.left_out.items():
-        click.echo(f"  {name.replace('_', ' '):<17} left out: {why}")
+    for name, reason in result.scores.unavailable.items():
+        click.echo(f"  {name.replace('_', ' '):<17} not available: {reason}")
+
+
+def _print_warnings(result: Evaluation) -> None:
+    counts = Counter(result.captions.values())
+    empty = counts[""]
+    if empty:
+        click.secho(
+            f"  WARNING: {plural(empty, 'caption')} empty: train longer, or raise --length-penalty", fg="yellow"
+        )
+    identical = max(counts.values())
+    if identical > max(1, DOMINANT_SHARE * counts.total()):
+        count = f"all {identical}" if identical == counts.total() else f"{identical} of {counts.total()}"
+        click.secho(f"  WARNING: {count} captions are identical", fg="yellow")

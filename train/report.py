@@ -1,9 +1,10 @@
-"""An evaluation as a page that people can look at: `evaluate-decoder --report`."""
+"""The HTML report of an evaluation: `evaluate-decoder --report`."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,103 +16,109 @@ from gridcap.common.progress import progress_bar
 from gridcap.common.report.page import LONGEST, ReportImage, describe_encoder, write_report
 from gridcap.common.store.reader import FeatureStore
 from gridcap.train.engine.checkpoint import Checkpoint
-from gridcap.train.evaluate import Evaluation
+from gridcap.train.evaluation import Evaluation
 
-MOST = 1000  # images in a report: some 25 MB
-_ENDS = 100  # of these, the best and the worst
-_FIRST = "CIDEr"  # the score that is shown and sorted by
+MAX_IMAGES = 1000  # about 25 MB
+EXTREME_IMAGES = 100  # number of best and of worst images in a report that cannot show all
+SORT_METRIC = "CIDEr"  # shown per image, and the sort key
+
+
+@dataclass(frozen=True)
+class ReportContext:
+    """What a report shows besides the captions.
+
+    Attributes:
+        images: folder of the images.
+        facts: name -> value, shown at the top before the decoder and the encoder.
+        curves: PNG file of the training curves; omitted if it does not exist.
+        seed: seed of the random selection of images.
+    """
+
+    images: Path
+    facts: Mapping[str, str]
+    curves: Path
+    seed: int
 
 
 def find_images(store: FeatureStore, images: Path | None, configs: Sequence[PipelineConfig]) -> Path:
-    """The folder of a store's images: the one given, or that of its split in a configuration.
+    """Return the image folder of a store: the given one, or that of its split in a configuration.
 
     Raises:
-        UserError: none known, or it holds none of the images.
+        UserError: the folder is unknown, or contains none of the images.
     """
-    known = [config.data.splits[store.split].images for config in configs if store.split in config.data.splits]
-    if images is None and not known:
-        raise UserError(
-            f"--report: the image folder of {store.path} is not known",
-            "give --images FOLDER: the one that the features were extracted from",
-        )
-    folder = images or next((path for path in known if path.is_dir()), known[0])
+    configured = [config.data.splits[store.split].images for config in configs if store.split in config.data.splits]
+    hint = "pass --images FOLDER, the folder that the features were extracted from"
+    if images is None and not configured:
+        raise UserError(f"--report: the image folder of {store.path} is not configured", hint)
+    folder = images or next((path for path in configured if path.is_dir()), configured[0])
     if not any((folder / name).is_file() for name in store.file_names):
-        raise UserError(
-            f"--report: {folder} holds no image of {store.path}, not even {store.file_names[0]}",
-            "give --images FOLDER: the one that the features were extracted from",
-        )
+        raise UserError(f"--report: {folder} contains no image of {store.path}, such as {store.file_names[0]}", hint)
     return folder
 
 
 def write_evaluation_report(
-    path: Path,
-    result: Evaluation,
-    checkpoint: Checkpoint,
-    store: FeatureStore,
-    images: Path,
-    facts: Mapping[str, str],
-    curves: Path,
-    seed: int,
+    path: Path, result: Evaluation, checkpoint: Checkpoint, store: FeatureStore, context: ReportContext
 ) -> None:
-    """Write the report.
+    """Write the report of an evaluation.
 
     Args:
-        path: of the HTML file.
-        result: with the looks kept.
-        checkpoint: that made it.
-        store: the grids it was made from.
-        images: folder of the photos.
-        facts: shown at the head, before those of the decoder.
-        curves: picture of the training, if there is one.
-        seed: of which images are shown, if there are too many.
+        path: HTML file.
+        result: evaluation with `attention`.
+        checkpoint: checkpoint that was evaluated.
+        store: feature store that was captioned.
+        context: images and facts to show.
     """
-    shown = choose(result, seed)
-    said = {**facts, "decoder": _decoder(checkpoint), "encoder": describe_encoder(store.provenance)}
-    if len(shown) < len(result.captions):
-        said["shown"] = (
-            f"{len(shown)} of {len(result.captions)} images: the {_ENDS} best, the {_ENDS} worst, the rest by chance"
+    selected = select_images(result, context.seed)
+    facts = {**context.facts, "decoder": _describe_decoder(checkpoint), "encoder": describe_encoder(store.provenance)}
+    if len(selected) < len(result.captions):
+        facts["selection"] = (
+            f"{len(selected):,} of {len(result.captions):,} images: the {EXTREME_IMAGES} best, the {EXTREME_IMAGES} "
+            "worst, and a random sample of the rest"
         )
     title = f"{checkpoint.path.parent.parent.name} on {store.split or store.path.stem}"
-    write_report(path, title, said, result.scores.values, _images(result, store, images, shown), curves)
+    images = _report_images(result, store, context.images, selected)
+    write_report(path, title, facts, result.scores.values, images, context.curves)
 
 
-def choose(result: Evaluation, seed: int) -> list[int]:
-    """The image ids to show, in their order: all, or the best, the worst and some by chance."""
+def select_images(result: Evaluation, seed: int) -> list[int]:
+    """Return the ids of the images to show, in data set order: all, or the best, the worst, and a random sample."""
     ids = [*result.captions]
-    if len(ids) <= MOST:
+    if len(ids) <= MAX_IMAGES:
         return ids
-    ranked = sorted(ids, key=lambda i: result.scores.per_image[i][_FIRST])
-    ends = {*ranked[:_ENDS], *ranked[-_ENDS:]}
-    rest = random.Random(seed).sample([i for i in ids if i not in ends], MOST - len(ends))
-    chosen = ends | {*rest}
-    return [i for i in ids if i in chosen]
+    ranked = sorted(ids, key=lambda i: result.scores.per_image[i][SORT_METRIC])
+    extremes = {*ranked[:EXTREME_IMAGES], *ranked[-EXTREME_IMAGES:]}
+    rest = random.Random(seed).sample([i for i in ids if i not in extremes], MAX_IMAGES - len(extremes))
+    selected = extremes | {*rest}
+    return [i for i in ids if i in selected]
 
 
-def _images(result: Evaluation, store: FeatureStore, folder: Path, shown: Sequence[int]) -> Iterator[ReportImage]:
+def _report_images(
+    result: Evaluation, store: FeatureStore, folder: Path, selected: Sequence[int]
+) -> Iterator[ReportImage]:
     preprocessing = store.provenance.get("preprocessing", {})
     side, resize_mode = preprocessing.get("side", LONGEST), preprocessing.get("resize_mode", "stretch")
     rows, columns = store.grid_shape[:2] if len(store.grid_shape) == 3 else (1, 1)
-    for i in progress_bar(shown, unit="image", desc="report", leave=False):
+    for i in progress_bar(selected, unit="image", desc="report", leave=False):
         try:
             path = image_path(folder, result.file_names[i], follow_links=True)
             picture: np.ndarray | str = load_view(path, side, resize_mode, LONGEST)
         except InvalidImageError as error:
             picture = str(error)
-        words, attention = result.looks[i]
+        tokens, attention = result.attention[i]
         scores = result.scores.per_image[i]
         yield ReportImage(
             result.file_names[i],
             picture,
             result.captions[i],
-            words,
+            tokens,
             None if attention is None else attention.reshape(-1, rows, columns),
             result.references[i],
-            {_FIRST: scores[_FIRST], **scores},
+            {SORT_METRIC: scores[SORT_METRIC], **scores},
         )
 
 
-def _decoder(checkpoint: Checkpoint) -> str:
-    """Family and sizes, in words."""
+def _describe_decoder(checkpoint: Checkpoint) -> str:
+    """Return the family and sizes of the decoder, such as "attention, embed size 512, cell lstm"."""
     tree = checkpoint.config.train.decoder.model_dump(mode="json")
     family = tree.pop("family")
     return ", ".join([family, *(f"{key.replace('_', ' ')} {value}" for key, value in tree.items() if value)])

@@ -18,7 +18,7 @@ from gridcap.extract.plan import read_plan
 from gridcap.train.data.inputs import join_captions
 from gridcap.train.engine.checkpoint import find_checkpoint, load_checkpoint
 from gridcap.train.ensemble import load_ensemble
-from gridcap.train.evaluate import evaluate
+from gridcap.train.evaluate import EvaluationOptions, evaluate
 from tests.torture import runs
 from tests.torture.case import Part, fresh_copy, require
 from tests.torture.forge import sign_checkpoint, sign_index
@@ -94,7 +94,7 @@ def _evaluate(work: Path) -> None:
     checkpoint = load_checkpoint(work / "calm", "last")
     with FeatureStore(work / "train.h5") as store:
         data = join_captions(store, work / "captions.json", [checkpoint.config], "train", "--annotations").data
-        evaluate(checkpoint, data, checkpoint.config.caption, "cpu", progress=False)
+        evaluate(checkpoint, data, checkpoint.config.caption, EvaluationOptions("cpu", progress=False))
 
 
 def _go_on(work: Path) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints that decode together: joined in order, and refused when they do not belong together."""
+"""Loading of checkpoints as an ensemble."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ WORDS = "a red ring"
 
 @pytest.fixture
 def new_run(tmp_path, new_config, tiny_decoders, provenance):
-    """Save a run with one checkpoint of a random decoder; its folder."""
+    """Save a run with one checkpoint of a random decoder, and return its folder."""
 
     def make(name, family="attention", words=WORDS, **changes):
         config, vocabulary = new_config(tmp_path / name, decoder=tiny_decoders[family]), Vocabulary.build([words])
@@ -27,28 +27,28 @@ def new_run(tmp_path, new_config, tiny_decoders, provenance):
     return make
 
 
-def test_one_checkpoint_stays_as_it_is(new_run):
+def test_single_checkpoint_is_returned_unchanged(new_run):
     run = new_run("a")
-    found, alone = load_ensemble([run]), load_checkpoint(run)
-    assert type(found.decoder) is type(alone.decoder)
-    assert found.path == alone.path
-    for a, b in zip(found.decoder.parameters(), alone.decoder.parameters(), strict=True):
+    loaded, alone = load_ensemble([run]), load_checkpoint(run)
+    assert type(loaded.decoder) is type(alone.decoder)
+    assert loaded.path == alone.path
+    for a, b in zip(loaded.decoder.parameters(), alone.decoder.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
-def test_several_become_one_that_means_their_probabilities(new_run):
+def test_ensemble_averages_probabilities(new_run):
     runs = [new_run("a"), new_run("b", "lstm"), new_run("c")]
-    together, alone = load_ensemble(runs), [load_checkpoint(run) for run in runs]
-    assert together.path == alone[0].path
-    assert together.config == alone[0].config
-    assert together.vocabulary.tokens == alone[0].vocabulary.tokens
-    assert not any(module.training for module in together.decoder.modules())
+    ensemble, alone = load_ensemble(runs), [load_checkpoint(run) for run in runs]
+    assert ensemble.path == alone[0].path
+    assert ensemble.config == alone[0].config
+    assert ensemble.vocabulary.tokens == alone[0].vocabulary.tokens
+    assert not any(module.training for module in ensemble.decoder.modules())
     grids, tokens = torch.randn(3, 4, 8), torch.tensor([1, 4, 5]).expand(3, 2, 3)
     with torch.no_grad():
-        logits, _ = together.decoder(together.decoder.encode(grids), tokens)
-        members = [one.decoder(one.decoder.encode(grids), tokens)[0].softmax(-1) for one in alone]
+        logits, _ = ensemble.decoder(ensemble.decoder.encode(grids), tokens)
+        members = [c.decoder(c.decoder.encode(grids), tokens)[0].softmax(-1) for c in alone]
     assert torch.allclose(logits.softmax(-1), torch.stack(members).mean(0), atol=1e-6)
-    assert len(generate_captions(together.decoder, grids, together.config.caption)) == 3
+    assert len(generate_captions(ensemble.decoder, grids, ensemble.config.caption)) == 3
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_several_become_one_that_means_their_probabilities(new_run):
         ({"dtype": "uint8"}, "uint8"),
     ],
 )
-def test_other_features_are_refused_with_both_names_and_the_difference(new_run, change, named):
+def test_different_features_raise_with_both_names_and_the_difference(new_run, change, named):
     runs = [new_run("a"), new_run("b"), new_run("c", **change)]
     with pytest.raises(MismatchError) as caught:
         load_ensemble(runs)
@@ -67,21 +67,21 @@ def test_other_features_are_refused_with_both_names_and_the_difference(new_run, 
     assert named in caught.value.message
 
 
-def test_another_torch_version_is_not_another_feature(new_run):
+def test_library_versions_may_differ(new_run):
     assert load_ensemble([new_run("a"), new_run("b", versions={"torch": "0.4"})])
 
 
 @pytest.mark.parametrize(
     ("words", "difference"),
-    [("a red ring here", "7 words there, 8 here"), ("a red cross", "word 5 is 'red' there, 'cross' here")],
+    [("a red ring here", "7 tokens vs. 8"), ("a red cross", "token 5 is 'red' vs. 'cross'")],
 )
-def test_other_words_are_refused_with_both_names_and_the_difference(new_run, words, difference):
+def test_different_vocabularies_raise_with_both_names_and_the_difference(new_run, words, difference):
     runs = [new_run("a"), new_run("b", words=words)]
     with pytest.raises(MismatchError, match=difference) as caught:
         load_ensemble(runs)
     assert all(str(run) in caught.value.message for run in runs)
 
 
-def test_a_missing_member_is_named(new_run, tmp_path):
+def test_missing_member_is_named_in_the_error(new_run, tmp_path):
     with pytest.raises(CheckpointError, match="nowhere"):
         load_ensemble([new_run("a"), tmp_path / "nowhere"])

@@ -1,6 +1,7 @@
 import csv
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,18 +14,21 @@ from gridcap.common.errors import MismatchError
 from gridcap.train.decoding.beam import BeamOptions, beam_search
 from gridcap.train.engine.checkpoint import load_checkpoint
 from gridcap.train.engine.loop import fit
-from gridcap.train.evaluate import Evaluation, evaluate, language_of, write_evaluation
+from gridcap.train.evaluate import EvaluationOptions, evaluate
 from gridcap.train.evaluate_cli import evaluate_decoder
+from gridcap.train.evaluation import Evaluation, write_evaluation
 from gridcap.train.metrics.coco import Scores
+from gridcap.train.metrics.statistics import caption_statistics
 
-SEARCH = CaptionConfig(beam_size=3, max_length=6, batch_size=4, length_penalty=0.7)
+BEAM = CaptionConfig(beam_size=3, max_length=6, batch_size=4, length_penalty=0.7)
+QUIET = EvaluationOptions("cpu", progress=False)
 
 pytestmark = pytest.mark.usefixtures("no_java")
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, new_data, new_config):
-    """A short run, and other images to evaluate it on: one refused, one to three references each."""
+    """A short run, and other images to evaluate it on: one is invalid, the others have one to three references."""
     folder = tmp_path_factory.mktemp("evaluate")
     fit(new_config(folder / "run", epochs=3), new_data(folder / "train.h5"), None, False, progress=False)
     test = new_data(folder / "test.h5", 11, first_id=700, seed=2, rejects={4: "truncated"})
@@ -33,14 +37,14 @@ def run(tmp_path_factory, new_data, new_config):
 
 @pytest.fixture
 def evaluation(run):
-    return evaluate(*run, SEARCH, "cpu", progress=False)
+    return evaluate(*run, BEAM, QUIET)
 
 
 def grid_of(data, position):
     return torch.from_numpy(data.store.row(int(data.rows[position]))).float().reshape(1, 4, 8)
 
 
-def perplexity_by_hand(checkpoint, data):
+def manual_perplexity(checkpoint, data):
     losses = []
     for position, captions in enumerate(data.captions):
         memory = checkpoint.decoder.encode(grid_of(data, position))
@@ -52,18 +56,18 @@ def perplexity_by_hand(checkpoint, data):
     return math.exp(sum(losses) / len(losses))
 
 
-def test_perplexity_is_the_exponential_of_the_mean_loss_over_every_word_of_every_reference(run, evaluation):
-    assert evaluation.scores.values["perplexity"] == pytest.approx(perplexity_by_hand(*run), rel=1e-5)
+def test_perplexity_is_exp_of_the_mean_loss_over_all_reference_tokens(run, evaluation):
+    assert evaluation.scores.values["perplexity"] == pytest.approx(manual_perplexity(*run), rel=1e-5)
 
 
-def test_captions_are_those_of_beam_search_on_each_image_alone(run, evaluation):
+def test_captions_equal_beam_search_on_single_images(run, evaluation):
     checkpoint, data = run
     for position, row in enumerate(data.rows):
         (found,) = beam_search(checkpoint.decoder, grid_of(data, position), BeamOptions(3, 6, 0.7))
         assert evaluation.captions[int(data.store.image_ids[row])] == checkpoint.vocabulary.decode(found.tokens)
 
 
-def test_every_usable_image_has_its_caption_name_and_references(run, evaluation):
+def test_every_valid_image_has_caption_name_and_references(run, evaluation):
     _, data = run
     ids = [700 + i for i in range(11) if i != 4]
     assert list(evaluation.captions) == list(evaluation.file_names) == list(evaluation.references) == ids
@@ -71,33 +75,33 @@ def test_every_usable_image_has_its_caption_name_and_references(run, evaluation)
     assert list(evaluation.references.values()) == data.captions
 
 
-def test_the_batch_size_changes_no_caption_and_no_score(run, evaluation):
-    other = evaluate(*run, SEARCH.model_copy(update={"batch_size": 50}), "cpu", progress=False)
+def test_results_do_not_depend_on_batch_size(run, evaluation):
+    other = evaluate(*run, BEAM.model_copy(update={"batch_size": 50}), QUIET)
     assert other.captions == evaluation.captions
     assert other.scores.values == pytest.approx(evaluation.scores.values, rel=1e-5)
 
 
-def test_max_length_bounds_the_captions(run):
-    short = evaluate(*run, SEARCH.model_copy(update={"max_length": 2}), "cpu", progress=False)
+def test_max_length_limits_captions(run):
+    short = evaluate(*run, BEAM.model_copy(update={"max_length": 2}), QUIET)
     assert max(len(text.split()) for text in short.captions.values()) <= 2
 
 
-def test_features_of_another_provenance_are_refused_with_the_difference(run, tmp_path, new_data):
+def test_mismatched_provenance_raises_with_the_difference(run, tmp_path, new_data):
     other = new_data(tmp_path / "other.h5", 6, layer="Mixed_6e")
     with pytest.raises(MismatchError, match=r"Mixed_7c.*Mixed_6e"):
-        evaluate(run[0], other, SEARCH, "cpu", progress=False)
+        evaluate(run[0], other, BEAM, QUIET)
 
 
-def test_written_files_hold_metrics_captions_and_cocos_results(run, evaluation, tmp_path):
+def test_written_files_contain_metrics_captions_and_coco_results(run, evaluation, tmp_path):
     path = tmp_path / "new" / "test.json"
     written = write_evaluation(evaluation, path, {"seed": 0})
     tree = json.loads(path.read_text())
-    assert tree["made_by"] == {"seed": 0}
-    assert set(tree) == {"made_by", "metrics", "language", "tokenizer", "left_out", "captions"}
+    assert tree["settings"] == {"seed": 0}
+    assert set(tree) == {"settings", "metrics", "statistics", "tokenizer", "unavailable", "captions"}
     assert tree["metrics"] == evaluation.scores.values
     assert next(iter(tree["metrics"])) == "perplexity"
-    assert tree["language"] == evaluation.language
-    assert set(tree["left_out"]) == {"METEOR", "SPICE", "novel_captions"}
+    assert tree["statistics"] == evaluation.statistics
+    assert set(tree["unavailable"]) == {"METEOR", "SPICE", "novel_captions"}
     assert tree["captions"][0] == {
         "image_id": 700,
         "file_name": "700.jpg",
@@ -111,7 +115,7 @@ def test_written_files_hold_metrics_captions_and_cocos_results(run, evaluation, 
     assert json.loads(written[2].read_text()) == expected
 
 
-def test_the_table_of_images_holds_every_caption_and_every_score(evaluation, tmp_path):
+def test_scores_csv_contains_every_caption_and_score(evaluation, tmp_path):
     _, table, _ = write_evaluation(evaluation, tmp_path / "test.json", {"seed": 0})
     with table.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -126,7 +130,7 @@ def test_the_table_of_images_holds_every_caption_and_every_score(evaluation, tmp
         )
 
 
-def test_the_table_survives_commas_quotes_and_any_letters():
+def test_scores_csv_quotes_commas_and_non_ascii_text():
     scores = Scores({"A": 0.5}, {1: {"A": 0.5}, 2: {}}, "")
     names, captions = {1: 'a, "b".jpg', 2: "ñ.jpg"}, {1: "x, y", 2: "犬"}
     text = Evaluation(captions, names, {1: ("r",), 2: ("r",)}, scores, {}).as_csv()
@@ -137,7 +141,7 @@ def test_the_table_survives_commas_quotes_and_any_letters():
     ]
 
 
-def test_cocos_own_tools_load_the_results(run, evaluation, tmp_path, coco_file):
+def test_pycocotools_loads_the_coco_results(run, evaluation, tmp_path, coco_file):
     from pycocotools.coco import COCO
 
     records = [ImageRecord(i, name, evaluation.references[i]) for i, name in evaluation.file_names.items()]
@@ -148,49 +152,49 @@ def test_cocos_own_tools_load_the_results(run, evaluation, tmp_path, coco_file):
     assert sorted(loaded.getImgIds()) == list(evaluation.captions)
 
 
-def test_drawn_captions_are_the_same_for_a_seed_and_others_for_another(run):
-    drawn = CaptionConfig(decoding="sample", max_length=6, batch_size=4, temperature=3.0)
-    first, again, other = (evaluate(*run, drawn, "cpu", seed=s, progress=False).captions for s in (1, 1, 2))
+def test_sampled_captions_depend_only_on_the_seed(run):
+    sampling = CaptionConfig(decoding="sample", max_length=6, batch_size=4, temperature=3.0)
+    first, again, other = (evaluate(*run, sampling, replace(QUIET, seed=s)).captions for s in (1, 1, 2))
     assert first == again != other
 
 
-def test_language_of_captions_as_counted_by_hand():
+def test_caption_statistics_equal_manual_counts():
     captions = {1: "a red dog", 2: "a cat", 3: "a red dog", 4: ""}
     references = {1: ("A dog.", "a dog that sits"), 2: ("cat",), 3: ("x",), 4: ("a b c",)}
-    found = language_of(captions, references, 50, ["A red dog!", "a cat sits"])
+    found = caption_statistics(captions, references, 50, ["A red dog!", "a cat sits"])
     assert found == {
-        "words_used": 4,
+        "distinct_words": 4,
         "vocabulary_words": 50,
         "distinct_captions": 3 / 4,
         "novel_captions": 2 / 4,
         "mean_length": 8 / 4,
         "mean_reference_length": 11 / 5,
     }
-    assert "novel_captions" not in language_of(captions, references, 50, None)
+    assert "novel_captions" not in caption_statistics(captions, references, 50, None)
 
 
-def test_an_evaluation_says_what_its_captions_are_like(run, evaluation):
+def test_evaluation_includes_caption_statistics(run, evaluation):
     checkpoint, _ = run
     training = list(evaluation.captions.values())[:1]
-    found = evaluate(*run, SEARCH, "cpu", training, progress=False)
-    assert "novel_captions" not in found.scores.left_out
+    found = evaluate(*run, BEAM, replace(QUIET, training_captions=training))
+    assert "novel_captions" not in found.scores.unavailable
     words = len(checkpoint.vocabulary) - 4
-    assert found.language == language_of(evaluation.captions, evaluation.references, words, training)
-    assert found.language["novel_captions"] < 1
-    assert "trained on" in evaluation.scores.left_out["novel_captions"]
+    assert found.statistics == caption_statistics(evaluation.captions, evaluation.references, words, training)
+    assert found.statistics["novel_captions"] < 1
+    assert "trained on" in evaluation.scores.unavailable["novel_captions"]
 
 
-def test_a_perplexity_beyond_any_float_is_still_written_as_valid_json(run, tmp_path):
+def test_infinite_perplexity_is_written_as_valid_json(run, tmp_path):
     checkpoint, data = load_checkpoint(run[0].path), run[1]
     with torch.no_grad():
         checkpoint.decoder.output.weight *= 1e4
-    found = evaluate(checkpoint, data, SEARCH, "cpu", progress=False)
+    found = evaluate(checkpoint, data, BEAM, QUIET)
     write_evaluation(found, tmp_path / "e.json", {"seed": 0})
 
-    def refuse(constant):
+    def reject(constant):
         raise AssertionError(f"{constant} is not JSON")
 
-    json.loads((tmp_path / "e.json").read_text(), parse_constant=refuse)
+    json.loads((tmp_path / "e.json").read_text(), parse_constant=reject)
 
 
 # --- the command ---
@@ -198,7 +202,7 @@ def test_a_perplexity_beyond_any_float_is_still_written_as_valid_json(run, tmp_p
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory, new_data, new_config):
-    """Two runs that know where their training captions are, and a store to evaluate them on."""
+    """Two runs whose configuration names their training captions, and a store to evaluate them on."""
     folder = tmp_path_factory.mktemp("command")
     train = new_data(folder / "train.h5")
     for name, seed in (("a", 0), ("b", 1)):
@@ -221,27 +225,27 @@ def invoke(template, tmp_path, monkeypatch):
     return run
 
 
-def test_the_command_prints_the_scores_then_the_language_then_what_is_left_out(invoke, template, tmp_path):
+def test_command_prints_scores_then_statistics_then_unavailable_metrics(invoke, template, tmp_path):
     output = invoke("--checkpoint", template / "a", "--beam-size", 2)
     tree = json.loads((tmp_path / "e.json").read_text())
-    shown = [f"{name:<17} {value:8.4f}" for name, value in tree["metrics"].items()]
-    assert len(shown) == 8
-    found = tree["language"]
-    shown += [
-        f"words used        {found['words_used']:8} of {found['vocabulary_words']} in the vocabulary",
-        f"distinct captions {found['distinct_captions']:8.1%} of the captions",
-        f"novel captions    {found['novel_captions']:8.1%} are no training caption",
-        f"mean length       {found['mean_length']:8.2f} words; of the references 3.",
-        "METEOR            left out: needs Java",
-        "SPICE             left out: needs Java",
+    lines = [f"{name:<17} {value:8.4f}" for name, value in tree["metrics"].items()]
+    assert len(lines) == 8
+    statistics = tree["statistics"]
+    lines += [
+        f"distinct words    {statistics['distinct_words']:8} of {statistics['vocabulary_words']} in the vocabulary",
+        f"distinct captions {statistics['distinct_captions']:8.1%} of the captions",
+        f"novel captions    {statistics['novel_captions']:8.1%} not among the training captions",
+        f"mean length       {statistics['mean_length']:8.2f} words; references: 3.",
+        "METEOR            not available: requires Java",
+        "SPICE             not available: requires Java",
     ]
-    places = [output.index(line) for line in shown]
+    places = [output.index(line) for line in lines]
     assert places == sorted(places)
     assert "beam 2" in output
     assert {p.name for p in tmp_path.glob("e.*")} == {"e.json", "e.scores.csv", "e.coco-results.json"}
 
 
-def test_several_checkpoints_decode_together(invoke, template, tmp_path):
+def test_several_checkpoints_form_an_ensemble(invoke, template, tmp_path):
     perplexities = []
     for chosen in (["a"], ["b"], ["a", "b"]):
         output = invoke(*[part for name in chosen for part in ("--checkpoint", template / name)])
@@ -252,7 +256,7 @@ def test_several_checkpoints_decode_together(invoke, template, tmp_path):
     assert both < max(a, b)
 
 
-def test_captions_are_drawn_by_chance_when_asked(invoke, template, tmp_path):
+def test_decoding_sample_samples_captions(invoke, template, tmp_path):
     found = []
     for seed in (1, 2):
         options = ["--decoding", "sample", "--temperature", 3, "--top-k", 9, "--seed", seed]
@@ -262,17 +266,17 @@ def test_captions_are_drawn_by_chance_when_asked(invoke, template, tmp_path):
     assert found[0] != found[1]
 
 
-def test_training_captions_that_are_gone_cost_one_row(invoke, template, tmp_path):
+def test_missing_training_captions_only_omit_novel_captions(invoke, template, tmp_path):
     (template / "train.json").rename(template / "moved.json")
     try:
         output = invoke("--checkpoint", template / "a")
     finally:
         (template / "moved.json").rename(template / "train.json")
-    assert f"novel captions    left out: needs the training captions: {template / 'train.json'}: " in output
-    assert "novel_captions" not in json.loads((tmp_path / "e.json").read_text())["language"]
+    assert f"novel captions    not available: requires the training captions: {template / 'train.json'}: " in output
+    assert "novel_captions" not in json.loads((tmp_path / "e.json").read_text())["statistics"]
 
 
-def test_contradicting_options_are_refused(invoke, template, tmp_path):
+def test_contradictory_options_are_rejected(invoke, template, tmp_path):
     output = invoke("--checkpoint", template / "a", "--decoding", "beam", "--top-k", 5, status=2)
     assert "top_k" in output
     assert not (tmp_path / "e.json").exists()

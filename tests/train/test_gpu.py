@@ -7,7 +7,7 @@ import torch
 
 from gridcap.train.engine.checkpoint import load_checkpoint
 from gridcap.train.engine.loop import fit
-from gridcap.train.evaluate import evaluate
+from gridcap.train.evaluate import EvaluationOptions, evaluate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -59,7 +59,9 @@ def test_a_decoder_trained_on_a_gpu_captions_alike_on_both(tmp_path, data, new_c
     config = new_config(tmp_path / "run", epochs=3, device="cuda")
     fit(config, *data, False, progress=False)
     found = [
-        evaluate(load_checkpoint(tmp_path / "run"), data[1], config.caption, device, progress=False)
+        evaluate(
+            load_checkpoint(tmp_path / "run"), data[1], config.caption, EvaluationOptions(str(device), progress=False)
+        )
         for device in ("cpu", "cuda")
     ]
     assert found[0].captions == found[1].captions

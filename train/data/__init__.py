@@ -1,1 +1,1 @@
-"""Tokenizer, vocabulary, epoch order, and batch stream."""
+"""Tokenizer, vocabulary, epoch order, and the stream of training batches."""

@@ -1,4 +1,4 @@
-"""What the commands of stage two are given: a store with its captions."""
+"""Inputs of the stage-two commands: a feature store joined with its captions."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from gridcap.common.captions.split import captions_only, load_split
 from gridcap.common.config import PipelineConfig
 from gridcap.common.errors import UserError
 from gridcap.common.store.reader import FeatureStore
+from gridcap.common.text import plural
 from gridcap.train.data.captioned import CaptionedImages
 
 
 @dataclass(frozen=True)
 class Joined:
-    """A store with its captions.
+    """A feature store joined with its captions.
 
     Attributes:
-        data: the images that have both.
-        source: where the captions are from.
-        notes: what could not be used of that file, a line each.
+        data: images that have both a valid grid and captions.
+        source: captions file or folder.
+        notes: problems found in the source, one line each.
     """
 
     data: CaptionedImages
@@ -35,35 +36,34 @@ def join_captions(
     """Join a store with its captions.
 
     Args:
-        store: the grids.
-        annotations: the captions file; None looks for the store's split, then for `role`, in the configurations.
-        configs: configurations that may know the split's captions, the first that does serves.
-        role: the split's usual name, for a store without one.
-        option: the flag that gives the file, for messages.
+        store: feature store.
+        annotations: captions file; None looks up the store's split, then `role`, in the configurations.
+        configs: configurations to search for the split; the first that defines its captions is used.
+        role: name of the split to use if the configurations do not define the store's own ("train", "val", "test").
+        option: flag that names the captions file, for error messages.
 
     Raises:
-        UserError: no captions known.
-        MismatchError: store and captions have no image in common.
+        UserError: no captions are configured for the split.
+        MismatchError: the store and the captions have no image in common.
     """
     if annotations is not None:
-        name, split = store.split or role, captions_only(annotations)
-        config = configs[0]
+        name, split, config = store.split or role, captions_only(annotations), configs[0]
     else:
-        known = (
+        candidates = (
             (name, config.data.splits[name], config)
             for name in (store.split, role)
             for config in configs
             if name in config.data.splits and config.data.splits[name].annotations is not None
         )
-        found = next(known, None)
-        if found is None:
+        match = next(candidates, None)
+        if match is None:
             raise UserError(
-                f"{store.path}: no captions known for its split {store.split!r}",
-                f"give {option} FILE, or write data.splits.{store.split or role}.annotations into pipeline.yaml",
+                f"{store.path}: no captions configured for its split {store.split!r}",
+                f"pass {option} FILE, or set data.splits.{store.split or role}.annotations in pipeline.yaml",
             )
-        name, split, config = found
-    whole = split.model_copy(update={"limit": None, "skip": 0})  # the store already is the subset
-    loaded = load_split(whole, name, config.seed, config.data.max_invalid)
+        name, split, config = match
+    complete = split.model_copy(update={"limit": None, "skip": 0})  # the store already is the subset
+    loaded = load_split(complete, name, config.seed, config.data.max_invalid)
     source = split.annotations or split.images
     return Joined(CaptionedImages.join(store, loaded.records, source), source, loaded.problems.lines())
 
@@ -71,22 +71,22 @@ def join_captions(
 def captions_for(
     store: FeatureStore, annotations: Path | None, configs: list[PipelineConfig], role: str, option: str
 ) -> CaptionedImages:
-    """`join_captions`, and say on the screen what was found."""
+    """Join a store with its captions as `join_captions` does, and print a summary."""
     joined = join_captions(store, annotations, configs, role, option)
     for line in joined.notes:
         click.echo(f"note: {joined.source}: {line}", err=True)
     data = joined.data
-    left_out = "".join(f", {n} images {why}" for why, n in data.left_out.items())
-    count = sum(map(len, data.captions))
-    click.echo(f"{store.path}: {len(data)} images, {count} captions from {joined.source}{left_out}")
+    captions = plural(sum(map(len, data.captions)), "caption")
+    left_out = "".join(f", {plural(n, 'image')} {why}" for why, n in data.left_out.items())
+    click.echo(f"{store.path}: {plural(len(data), 'image')}, {captions} from {joined.source}{left_out}")
     return data
 
 
 def warn_if_random(store: FeatureStore) -> None:
-    """Say on the screen that the grids come from an encoder that was never trained."""
+    """Print a warning if the features were extracted with random encoder weights."""
     if store.provenance.get("weights", {}).get("random"):
         click.secho(
-            f"WARNING: {store.path} was made with random encoder weights: fine for a demo, not for real captions.",
+            f"WARNING: {store.path} was extracted with random encoder weights: fine for a demo, not for real captions",
             fg="yellow",
             err=True,
         )

@@ -1,4 +1,4 @@
-"""Words as Stanford's PTB tokenizer cuts them on the COCO evaluation server, without Java."""
+"""Approximation of Stanford's PTB tokenizer, which the COCO evaluation server uses, without Java."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS
 
 from gridcap.train.data.vocabulary import MARKS
 
-# What the tokenizer and the server's wrapper around it do not count as words, and brackets, which they do.
+# Punctuation that pycocoevalcap removes after tokenization, and brackets, which it keeps.
 _DROPPED = frozenset(PUNCTUATIONS)
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 _SYMBOLS = {"½": "1/2", "¼": "1/4", "¾": "3/4", "£": "#", "€": "$", "¢": "cents"}
 _QUOTES = str.maketrans("’‘‛“”„«»", "''''\"\"\"\"")
 
-_SPLIT = {  # words of two that are written as one
+_SPLIT = {  # contractions that become two tokens
     "cannot": "can not",
     "gonna": "gon na",
     "gotta": "got ta",
@@ -32,7 +32,7 @@ _LETTERS = r"[^\W\d_]"
 _INNER = rf"[^\W_](?:[^\W_]|[{MARKS}])*"
 _TOKEN = re.compile(
     rf"""
-      (?:https?://|www\.)\S+[^\s.,;:!?'")]              # addresses
+      (?:https?://|www\.)\S+[^\s.,;:!?'")]              # URLs and e-mail addresses
     | [\w.+-]+@\w[\w-]*(?:\.\w+)+
     | </?[a-z]\w*>                                      # tags
     | (?:{_LETTERS}\.){{2,}}(?!\w)                      # p.m., u.s.
@@ -53,16 +53,16 @@ _TOKEN = re.compile(
 
 
 def ptb_tokenize(caption: str) -> list[str]:
-    """Lower-case words, nearly as the COCO server's tokenizer gives them.
+    """Return the lowercase tokens of a caption, nearly as the COCO evaluation server tokenizes it.
 
-    "A man's T-shirt, isn't it?" gives a, man, 's, t-shirt, is, n't, it. Punctuation goes (what pycocoevalcap
-    lists), other signs are words. The differences known are in tests/train/test_metrics.py: Java knows smileys and
-    rarer abbreviations, keeps "ok?yes" whole, parts "1½" and drops emoji.
+    "A man's T-shirt, isn't it?" becomes a, man, 's, t-shirt, is, n't, it. The punctuation that pycocoevalcap lists is
+    removed; other symbols are tokens. Known differences (see tests/train/metrics/test_coco.py): the Java tokenizer
+    recognizes emoticons and rare abbreviations, keeps "ok?yes" whole, splits "1½", and drops emoji.
     """
-    words: list[str] = []
+    tokens: list[str] = []
     for token in _TOKEN.findall(caption.translate(_QUOTES).replace("…", "...")):
         token = token.lower()
         token = _BRACKETS.get(token, _SYMBOLS.get(token, token))
         if token not in _DROPPED and token != '"' and token not in "–—" and not set(token) <= {"."}:
-            words += _SPLIT.get(token, token).split()
-    return words
+            tokens += _SPLIT.get(token, token).split()
+    return tokens

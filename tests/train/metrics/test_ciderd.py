@@ -1,4 +1,4 @@
-"""CIDEr-D against the authors' own scorer."""
+"""CIDEr-D against the authors' implementation."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ captions = st.lists(st.sampled_from("abcd"), max_size=9)
 images = st.lists(st.tuples(captions, st.lists(captions, min_size=1, max_size=4)), min_size=1, max_size=6)
 
 
-def theirs(references, candidates):
+def reference_scores(references, candidates):
     truth = {i: [" ".join(map(str, caption)) for caption in image] for i, image in enumerate(references)}
     ours = {i: [" ".join(map(str, caption))] for i, caption in enumerate(candidates)}
     return Cider().compute_score(truth, ours)[1]
@@ -31,23 +31,23 @@ def split(texts):
 
 
 @given(images)
-def test_scores_are_those_of_the_authors_scorer(drawn):
+def test_scores_equal_the_authors_implementation(drawn):
     candidates, references = zip(*drawn, strict=True)
     if not any(caption for image in references for caption in image):
-        return  # theirs takes the maximum of no document frequencies
+        return  # the authors' code takes the maximum of an empty list
     found = CiderD(references).scores(range(len(drawn)), candidates)
     assert found.dtype == np.float64
-    assert found == pytest.approx(theirs(references, candidates), abs=1e-9)
+    assert found == pytest.approx(reference_scores(references, candidates), abs=1e-9)
 
 
-def test_real_sentences_score_as_the_authors_score_them():
+def test_scores_of_real_sentences_equal_the_authors_implementation():
     references = [split(image) for image in REAL]
     found = CiderD(references).scores(range(4), split(CANDIDATES))
-    assert found == pytest.approx(theirs(references, split(CANDIDATES)), abs=1e-9)
+    assert found == pytest.approx(reference_scores(references, split(CANDIDATES)), abs=1e-9)
     assert 0 < found.min() < 1 < found.max() < 10
 
 
-def test_tokens_may_be_anything_that_hashes():
+def test_tokens_may_be_any_hashable():
     numbers = {word: i for i, word in enumerate({w for image in REAL for text in image for w in text.split()})}
     coded = [[[7 * numbers[w] for w in text.split()] for text in image] for image in REAL]
     candidate = ["a", "plate", "of", "beans"]
@@ -56,43 +56,43 @@ def test_tokens_may_be_anything_that_hashes():
     assert expected > 0
 
 
-def test_any_images_in_any_order_and_number_score_as_each_alone():
+def test_batch_scores_equal_single_scores():
     scorer = CiderD([split(image) for image in REAL])
     which = [3, 0, 0, 2, 3, 0]
     texts = split(["a man on a rail", "the dog", "a dog runs", "rice and beans", "zebra zebra", ""])
-    together = scorer.scores(np.array(which), texts)
-    assert together == pytest.approx([scorer.score(i, text) for i, text in zip(which, texts, strict=True)])
-    assert together[4] == together[5] == 0
-    assert (together[:4] > 0).all()
+    batch = scorer.scores(np.array(which), texts)
+    assert batch == pytest.approx([scorer.score(i, text) for i, text in zip(which, texts, strict=True)])
+    assert batch[4] == batch[5] == 0
+    assert (batch[:4] > 0).all()
 
 
-def test_words_that_no_reference_has_are_words_each_of_its_own():
+def test_unknown_words_are_distinct_words():
     scorer = CiderD([split(image) for image in REAL])
     same, different = scorer.scores([0, 0], split(["dog x x x", "dog x y z"]))
-    assert same < different, "three times one word makes the vector longer than three words once"
+    assert same < different, "one word three times makes a longer vector than three words once"
     assert different == pytest.approx(scorer.score(0, ["dog", "u", "v", "w"]))
 
 
-def test_document_frequencies_are_those_of_all_images_whichever_are_scored():
+def test_document_frequencies_are_counted_over_all_images():
     scorer = CiderD([split(image) for image in REAL])
     references = [split(image) for image in REAL]
     candidates = [[], [], ["rice"], []]
-    assert scorer.score(2, ["rice"]) == pytest.approx(theirs(references, candidates)[2], abs=1e-9)
+    assert scorer.score(2, ["rice"]) == pytest.approx(reference_scores(references, candidates)[2], abs=1e-9)
 
 
-def test_no_captions_and_captions_of_empty_references_score_nothing():
+def test_empty_batches_and_empty_references_score_zero():
     assert CiderD([[["a"]], [["b"]]]).scores([], []).shape == (0,)
     assert CiderD([[[]], [["b"]]]).score(0, ["a"]) == 0
     assert CiderD([[[]], [[]]]).score(0, ["a"]) == 0
 
 
-def test_what_cannot_be_scored_is_refused():
+def test_invalid_inputs_raise():
     with pytest.raises(ValueError, match="image 1 has no references"):
         CiderD([[["a"]], []])
     scorer = CiderD([[["a"]], [["b"]]])
     with pytest.raises(ValueError, match="2 images for 1 candidates"):
         scorer.scores([0, 1], [["a"]])
-    for wrong in (2, -1):
+    for image in (2, -1):
         with pytest.raises(IndexError):
-            scorer.score(wrong, ["a"])
+            scorer.score(image, ["a"])
     assert len(scorer) == 2

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from gridcap.train.data.tokenizer import ptb_tokenize
-from gridcap.train.metrics import coco as metrics
+from gridcap.train.metrics import coco, java
 from gridcap.train.metrics.coco import cider, score_captions
 
 REFERENCES = {
@@ -21,16 +21,16 @@ BAD = {1: "two people on grass", 2: "a plate on the street", 3: "a dog is runnin
 WITHOUT_JAVA = {"BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr", "CIDEr-D"}
 
 
-def test_cider_grows_with_better_captions():
+def test_cider_increases_with_better_captions():
     assert 0 <= cider(BAD, REFERENCES) < cider(GOOD, REFERENCES) < cider(PERFECT, REFERENCES) <= 10
 
 
-def test_cider_of_the_only_reference_itself_is_ten():
+def test_cider_of_an_exact_match_is_ten():
     only = {i: [text] for i, text in PERFECT.items()}
     assert cider(PERFECT, only) == pytest.approx(10)
 
 
-def test_cider_ignores_case_and_punctuation_and_belongs_to_the_right_image():
+def test_cider_ignores_case_and_punctuation_and_is_per_image():
     shouted = {i: f"{text.upper()}!" for i, text in PERFECT.items()}
     assert cider(shouted, REFERENCES) == cider(PERFECT, REFERENCES)
     moved = dict(zip((2, 3, 1), PERFECT.values(), strict=True))
@@ -39,20 +39,20 @@ def test_cider_ignores_case_and_punctuation_and_belongs_to_the_right_image():
     assert cider(backwards, REFERENCES) == pytest.approx(cider(PERFECT, REFERENCES))
 
 
-def test_references_of_images_without_a_candidate_do_not_count():
+def test_references_without_candidates_are_ignored():
     some = {1: PERFECT[1], 2: PERFECT[2]}
     assert cider(some, REFERENCES) == cider(some, {i: REFERENCES[i] for i in some})
 
 
 @pytest.mark.usefixtures("no_java")
-def test_identical_captions_have_a_bleu_and_rouge_of_one():
+def test_bleu_and_rouge_of_identical_captions_are_one():
     values = score_captions(PERFECT, REFERENCES).values
     for name in ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L"):
         assert values[name] == pytest.approx(1, abs=1e-6), name
 
 
 @pytest.mark.usefixtures("no_java")
-def test_bleu_1_and_rouge_l_as_worked_out_by_hand():
+def test_bleu_1_and_rouge_l_equal_manual_values():
     values = score_captions({7: "the cat sat on mat"}, {7: ["the cat is on the mat"]}).values
     # Four of five words are in the reference; brevity penalty for 5 words against 6.
     assert values["BLEU-1"] == pytest.approx(4 / 5 * math.exp(1 - 6 / 5), rel=1e-6)
@@ -63,24 +63,24 @@ def test_bleu_1_and_rouge_l_as_worked_out_by_hand():
 
 
 @pytest.mark.usefixtures("no_java")
-def test_every_score_grows_with_better_captions():
+def test_all_scores_increase_with_better_captions():
     bad, good, perfect = (score_captions(captions, REFERENCES).values for captions in (BAD, GOOD, PERFECT))
     for name in WITHOUT_JAVA:
         assert bad[name] < good[name] < perfect[name], name
 
 
 @pytest.mark.usefixtures("no_java")
-def test_without_java_our_tokeniser_serves_and_what_is_left_out_says_why():
+def test_without_java_our_tokenizer_is_used_and_missing_metrics_have_a_reason():
     scores = score_captions({i: f"{text}." for i, text in PERFECT.items()}, REFERENCES)
     assert set(scores.values) == WITHOUT_JAVA
-    assert scores.values["BLEU-4"] == pytest.approx(1, abs=1e-6), "the full stop is no word"
+    assert scores.values["BLEU-4"] == pytest.approx(1, abs=1e-6), "the full stop is not a token"
     assert "gridcap" in scores.tokenizer
-    assert set(scores.left_out) == {"METEOR", "SPICE"}
-    assert all("java" in why.lower() for why in scores.left_out.values())
+    assert set(scores.unavailable) == {"METEOR", "SPICE"}
+    assert all("java" in reason.lower() for reason in scores.unavailable.values())
 
 
 @pytest.mark.usefixtures("no_java")
-def test_an_empty_caption_is_scored():
+def test_empty_captions_are_scored():
     scores = score_captions({**PERFECT, 1: ""}, REFERENCES)
     assert all(0 <= value < 10 and math.isfinite(value) for value in scores.values.values())
     assert scores.values["CIDEr"] < score_captions(PERFECT, REFERENCES).values["CIDEr"]
@@ -89,35 +89,35 @@ def test_an_empty_caption_is_scored():
 @pytest.fixture(scope="module")
 def java_scores():
     if shutil.which("java") is None:
-        assert not os.environ.get("CI"), "CI must have Java, or METEOR is never tested"
-        pytest.skip("METEOR needs Java, and there is no java on the PATH")
+        assert not os.environ.get("CI"), "CI needs Java; METEOR would never be tested"
+        pytest.skip("METEOR requires Java, but there is no java on the PATH")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics, "_spice_models_there", lambda: False)
+        patch.setattr(java, "spice_models_installed", lambda: False)
         return score_captions({**PERFECT, 3: f"{PERFECT[3].upper()}!"}, REFERENCES)
 
 
-def test_with_java_captions_go_through_the_ptb_tokeniser_and_meteor_is_computed(java_scores):
+def test_with_java_the_ptb_tokenizer_is_used_and_meteor_is_computed(java_scores):
     assert "PTB" in java_scores.tokenizer
     assert set(java_scores.values) == WITHOUT_JAVA | {"METEOR"}
     assert java_scores.values["METEOR"] == pytest.approx(1, abs=1e-6)
     assert java_scores.values["BLEU-4"] == pytest.approx(1, abs=1e-6), "case and the exclamation mark do not count"
 
 
-def test_without_its_models_spice_is_left_out_and_says_what_it_needs(java_scores):
-    assert set(java_scores.left_out) == {"SPICE"}
-    assert "CoreNLP" in java_scores.left_out["SPICE"]
+def test_spice_without_models_is_unavailable_with_the_reason(java_scores):
+    assert set(java_scores.unavailable) == {"SPICE"}
+    assert "CoreNLP" in java_scores.unavailable["SPICE"]
 
 
-def test_spice_models_are_there_when_their_jars_are(monkeypatch, tmp_path):
+def test_spice_models_are_detected_by_their_jars(monkeypatch, tmp_path):
     spec = type("Spec", (), {"submodule_search_locations": [str(tmp_path)]})
-    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: spec)
-    assert not metrics._spice_models_there()
+    monkeypatch.setattr(java.importlib.util, "find_spec", lambda name: spec)
+    assert not java.spice_models_installed()
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib" / "stanford-corenlp-3.6.0.jar").touch()
-    assert metrics._spice_models_there()
+    assert java.spice_models_installed()
 
 
-def test_a_java_that_does_not_run_costs_its_metrics_and_nothing_else(monkeypatch, tmp_path):
+def test_failing_java_only_omits_java_metrics(monkeypatch, tmp_path):
     fake = tmp_path / "java"
     fake.write_text("#!/bin/sh\nexit 1\n")
     fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
@@ -125,33 +125,34 @@ def test_a_java_that_does_not_run_costs_its_metrics_and_nothing_else(monkeypatch
     found = []
     scoring = threading.Thread(target=lambda: found.append(score_captions(PERFECT, REFERENCES)), daemon=True)
     scoring.start()
-    scoring.join(15)  # so that a hang fails this test instead of stopping all
+    scoring.join(15)  # a hang fails this test instead of blocking the suite
     assert found, "score_captions never came back"
     assert set(found[0].values) == WITHOUT_JAVA
     assert found[0].values["BLEU-4"] == pytest.approx(1, abs=1e-6)
-    assert set(found[0].left_out) == {"METEOR", "SPICE"}
+    assert set(found[0].unavailable) == {"METEOR", "SPICE"}
 
 
-def test_a_java_that_does_not_run_does_not_empty_the_captions_of_a_single_image(monkeypatch, tmp_path):
+def test_failing_java_falls_back_to_our_tokenizer_with_the_reason(monkeypatch, tmp_path):
     fake = tmp_path / "java"
     fake.write_text("#!/bin/sh\nexit 1\n")
     fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", str(tmp_path))
-    name, (_, ours) = metrics._tokenize_both({1: ["a dog"]}, {1: ["a dog"]})
-    assert ours == {1: ["a dog"]}
+    name, _, tokenized = coco._tokenize({1: ["a dog"]}, {1: ["a dog"]})
+    assert tokenized == {1: ["a dog"]}
     assert "gridcap" in name
+    assert "PTB tokenizer failed" in name
 
 
-# --- scores of single images ---
+# --- scores per image ---
 
 
 @pytest.fixture(scope="module", params=["without Java", "with Java"])
 def single_scores(request):
-    """Scores of captions whose ids are in no order, one of them empty. METEOR takes long to start, hence once."""
+    """Scores of captions with unsorted ids, one of them empty; module scope because METEOR starts slowly."""
     ids = {1: 30, 2: 10, 3: 20}
     captions = {ids[i]: "" if i == 3 else text for i, text in GOOD.items()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics, "_spice_models_there", lambda: False)
+        patch.setattr(java, "spice_models_installed", lambda: False)
         if request.param == "without Java":
             patch.setenv("PATH", "")
         else:
@@ -159,7 +160,7 @@ def single_scores(request):
         return score_captions(captions, {ids[i]: texts for i, texts in REFERENCES.items()})
 
 
-def test_every_image_has_every_metric(single_scores, monkeypatch):
+def test_every_image_has_all_metrics(single_scores, monkeypatch):
     assert list(single_scores.per_image) == [30, 10, 20]
     for each in single_scores.per_image.values():
         assert set(each) == set(single_scores.values)
@@ -173,7 +174,7 @@ def test_every_image_has_every_metric(single_scores, monkeypatch):
         assert 0.1 < single_scores.per_image[10]["METEOR"] < single_scores.per_image[30]["METEOR"] < 1
 
 
-def test_cider_and_ciderd_agree_and_are_the_means_of_their_images(single_scores):
+def test_cider_and_ciderd_agree_and_are_means_over_images(single_scores):
     for name in ("ROUGE-L", "CIDEr", "CIDEr-D"):
         each = [scores[name] for scores in single_scores.per_image.values()]
         assert single_scores.values[name] == pytest.approx(sum(each) / 3)
@@ -183,13 +184,13 @@ def test_cider_and_ciderd_agree_and_are_the_means_of_their_images(single_scores)
 
 
 @pytest.mark.usefixtures("no_java")
-def test_spice_of_single_images_is_in_the_order_of_the_captions(monkeypatch):
+def test_spice_per_image_follows_the_order_of_the_captions(monkeypatch):
     class Spice:
         def compute_score(self, truth, ours):
             return 0.5, [{"All": {"f": i / 100}} for i in sorted(truth)]
 
-    monkeypatch.setattr(metrics.shutil, "which", lambda name: "java")
-    monkeypatch.setattr(metrics, "_spice_models_there", lambda: True)
+    monkeypatch.setattr(java.shutil, "which", lambda name: "java")
+    monkeypatch.setattr(java, "spice_models_installed", lambda: True)
     monkeypatch.setattr("pycocoevalcap.spice.spice.Spice", Spice)
     monkeypatch.setattr("pycocoevalcap.meteor.meteor.Meteor", None)
     scores = score_captions({30: "a", 10: "b", 20: "c"}, {i: ["a b c"] for i in (10, 20, 30)})
@@ -230,7 +231,7 @@ SAME = [
     "#hashtag No. 5 wait...what",
     "It's 90° ~ £5 €6",
 ]
-DIFFERENT = {  # what our tokenizer gives otherwise, and how: ours, Java's
+DIFFERENT = {  # known differences: our tokens, Java's tokens
     "smile :) there": ("smile -rrb- there", "smile :-rrb- there"),
     "is it ok?yes": ("is it ok yes", "is it ok?yes"),
     "1½ cups": ("1½ cups", "1 1/2 cups"),
@@ -243,40 +244,40 @@ def ours(text):
     return " ".join(ptb_tokenize(text))
 
 
-def test_words_are_cut_as_the_penn_treebank_cuts_them():
+def test_tokens_follow_penn_treebank_rules():
     assert ours("A man's T-shirt, isn't it?") == "a man 's t-shirt is n't it"
     assert ours("“The dogs’ bowl” (red) & 3.5 ft. of rope...") == "the dogs bowl -lrb- red -rrb- & 3.5 ft. of rope"
     assert ours("?!.,:;-- ''") == "?!"
-    assert ours("नमस्ते") == "नमस्ते", "vowel signs are parts of words"
+    assert ours("नमस्ते") == "नमस्ते", "combining vowel signs belong to the word"
 
 
 @pytest.mark.usefixtures("java_scores")
-def test_our_tokeniser_agrees_with_stanfords_on_captions_like_cocos():
-    name, (truth, _) = metrics._tokenize_both({0: SAME, 1: list(DIFFERENT)}, {0: [""], 1: ["a"]})
+def test_our_tokenizer_agrees_with_stanfords_on_typical_captions():
+    name, truth, _ = coco._tokenize({0: SAME, 1: list(DIFFERENT)}, {0: [""], 1: ["a"]})
     assert "PTB" in name
     assert [ours(text) for text in SAME] == truth[0]
     found = {text: (ours(text), java) for text, java in zip(DIFFERENT, truth[1], strict=True)}
-    assert found == DIFFERENT, "the docstrings of ptb_tokenize and score_captions name the differences"
+    assert found == DIFFERENT, "the docstrings of ptb_tokenize and score_captions list the differences"
 
 
 @pytest.mark.usefixtures("java_scores")
-def test_scores_are_the_same_with_java_and_without(monkeypatch):
+def test_scores_are_equal_with_and_without_java(monkeypatch):
     references = {i: [SAME[i], SAME[(i * 7 + 3) % len(SAME)]] for i in range(len(SAME))}
     captions = {i: SAME[(i * 5 + 1) % len(SAME)] if i % 3 else SAME[i][:25] for i in range(len(SAME))}
-    monkeypatch.setattr(metrics, "_java_metric", lambda *_: None)
-    java = score_captions(captions, references)
+    monkeypatch.setattr(coco, "_add_java", lambda *_: None)
+    with_java = score_captions(captions, references)
     monkeypatch.setenv("PATH", "")
     own = score_captions(captions, references)
-    assert java.tokenizer != own.tokenizer
-    assert own.values == pytest.approx(java.values)
+    assert with_java.tokenizer != own.tokenizer
+    assert own.values == pytest.approx(with_java.values)
     assert own.values["CIDEr"] == pytest.approx(cider(captions, references))
     assert own.values["CIDEr"] > 1
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\x0b", "\x85", "\u2028", "\u2029"])
 @pytest.mark.usefixtures("java_scores")
-def test_a_line_end_in_a_caption_does_not_move_the_captions_after_it(end, monkeypatch):
-    monkeypatch.setattr(metrics, "_java_metric", lambda *_: None)
+def test_line_breaks_in_captions_do_not_shift_later_captions(end, monkeypatch):
+    monkeypatch.setattr(coco, "_add_java", lambda *_: None)
     captions = {**GOOD, 1: f"{GOOD[1][:7]}{end}{GOOD[1][8:]}"}
     scores = score_captions(captions, {**REFERENCES, 1: [f"A{end}brown dog", *REFERENCES[1]]})
     assert "PTB" in scores.tokenizer

@@ -1,0 +1,152 @@
+"""The Java programs of pycocoevalcap: Stanford's PTB tokenizer, METEOR, and SPICE."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import os
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pycocoevalcap.tokenizer.ptbtokenizer as ptb
+
+Texts = Mapping[int, Sequence[str]]
+ImageScores = tuple[float, list[float]]  # of all images together, and of each image
+
+
+class JavaError(Exception):
+    """A Java program is missing or failed; the message is the reason."""
+
+
+def ptb_tokenize_java(texts: Sequence[str]) -> list[str]:
+    """Tokenize captions with Stanford's PTB tokenizer, as on the COCO evaluation server.
+
+    pycocoevalcap's wrapper writes its input into the package folder, which may be read-only; this uses a temporary
+    folder.
+
+    Args:
+        texts: captions without line breaks.
+
+    Returns:
+        For each caption, its lowercase tokens without punctuation, joined by spaces.
+
+    Raises:
+        JavaError: Java is missing or failed.
+    """
+    _require_java()
+    jar = Path(ptb.__file__).with_name(ptb.STANFORD_CORENLP_3_4_1_JAR)
+    command = ["java", "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / "captions.txt"
+            source.write_bytes("\n".join(texts).encode())
+            done = subprocess.run([*command, str(source)], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise JavaError(f"the PTB tokenizer failed ({_describe(error)})") from error
+    lines = done.stdout.decode(errors="replace").split("\n")
+    if len(lines) < len(texts):
+        raise JavaError(f"the PTB tokenizer returned {len(lines)} lines for {len(texts)} captions")
+    return [
+        " ".join(token for token in line.rstrip().split(" ") if token not in ptb.PUNCTUATIONS)
+        for line in lines[: len(texts)]
+    ]
+
+
+def meteor(references: Texts, candidates: Texts) -> ImageScores:
+    """Compute METEOR.
+
+    Raises:
+        JavaError: Java is missing or failed.
+    """
+    _require_java()
+    try:
+        with _silenced():
+            from pycocoevalcap.meteor.meteor import Meteor
+
+            scorer = Meteor()
+            # pycocoevalcap does not release its lock after an error, and then its __del__ waits forever.
+            scorer.lock = threading.RLock()
+            try:
+                value, scores = scorer.compute_score(references, candidates)
+            finally:
+                scorer.meteor_p.kill()
+                with contextlib.suppress(OSError):  # prevents a broken pipe error in __del__
+                    scorer.meteor_p.stdin.close()
+                scorer.meteor_p.wait()
+    except Exception as error:  # failures of the subprocess surface as many kinds of exceptions
+        raise JavaError(f"the Java program failed ({_describe(error)})") from error
+    return value, scores
+
+
+def spice(references: Texts, candidates: Texts) -> ImageScores:
+    """Compute SPICE.
+
+    Raises:
+        JavaError: Java or the CoreNLP models are missing, or the program failed.
+    """
+    _require_java()
+    if not spice_models_installed():
+        raise JavaError("requires Stanford's CoreNLP 3.6.0 models; pycocoevalcap's get_stanford_models downloads them")
+    try:
+        with _silenced(), _writable_spice_folders():
+            from pycocoevalcap.spice.spice import Spice
+
+            value, details = Spice().compute_score(references, candidates)
+    except Exception as error:  # as above
+        raise JavaError(f"the Java program failed ({_describe(error)})") from error
+    by_image = dict(zip(sorted(references), details, strict=True))  # Spice sorts the image ids
+    return value, [by_image[image]["All"]["f"] for image in references]
+
+
+def spice_models_installed() -> bool:
+    """Return whether the CoreNLP models that SPICE needs are in pycocoevalcap's folder."""
+    spec = importlib.util.find_spec("pycocoevalcap.spice")
+    folders = spec.submodule_search_locations if spec else None
+    return any(list(Path(folder).glob("lib/stanford-corenlp-3.6.0*.jar")) for folder in folders or [])
+
+
+@contextlib.contextmanager
+def _writable_spice_folders() -> Iterator[None]:
+    """Redirect SPICE's temporary files and cache if pycocoevalcap's folder is read-only."""
+    from pycocoevalcap.spice import spice as module
+
+    if os.access(Path(module.__file__).parent, os.W_OK):
+        yield
+        return
+    names = ("TEMP_DIR", "CACHE_DIR")
+    before = [getattr(module, name) for name in names]
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for name in names:  # Spice joins them to its folder, and an absolute path replaces that
+                setattr(module, name, str(Path(folder) / name.lower()))
+            yield
+        finally:
+            for name, value in zip(names, before, strict=True):
+                setattr(module, name, value)
+
+
+def _require_java() -> None:
+    if shutil.which("java") is None:
+        raise JavaError("requires Java, but there is no java on the PATH")
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error)[:120]}"
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+    """Discard the output of the Java programs and their wrappers, including that of the file descriptor."""
+    with contextlib.redirect_stdout(io.StringIO()), open(os.devnull, "w") as sink:
+        saved = os.dup(2)
+        os.dup2(sink.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)

@@ -1,0 +1,49 @@
+"""Statistics of captions: diversity, novelty, and length."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from gridcap.train.data.vocabulary import tokenize
+
+NOVEL_CAPTIONS = "novel_captions"
+
+
+def caption_statistics(
+    captions: Mapping[int, str],
+    references: Mapping[int, Sequence[str]],
+    vocabulary_words: int,
+    training_captions: Collection[str] | None,
+) -> dict[str, float]:
+    """Compute statistics of captions. Words are those of `gridcap.train.data.vocabulary.tokenize`.
+
+    Args:
+        captions: image id -> caption.
+        references: image id -> captions.
+        vocabulary_words: number of words in the decoder's vocabulary, without special tokens.
+        training_captions: captions that the decoder was trained on, or None if they are not available.
+
+    Returns:
+        distinct_words: number of distinct words in the captions.
+        vocabulary_words: as given.
+        distinct_captions: number of distinct captions / number of captions.
+        novel_captions: share of the captions that are not among the training captions, compared word by word; only if
+            `training_captions` is given.
+        mean_length: words per caption.
+        mean_reference_length: words per reference.
+    """
+    tokenized = [tuple(tokenize(text)) for text in captions.values()]
+    lengths = [len(tokenize(text)) for texts in references.values() for text in texts]
+    statistics: dict[str, float] = {
+        "distinct_words": len({word for words in tokenized for word in words}),
+        "vocabulary_words": vocabulary_words,
+        "distinct_captions": len(set(tokenized)) / len(tokenized),
+    }
+    if training_captions is not None:
+        generated = set(tokenized)
+        known = {words for text in training_captions if (words := tuple(tokenize(text))) in generated}
+        statistics[NOVEL_CAPTIONS] = sum(words not in known for words in tokenized) / len(tokenized)
+    return statistics | {
+        "mean_length": sum(map(len, tokenized)) / len(tokenized),
+        "mean_reference_length": sum(lengths) / len(lengths),
+    }
