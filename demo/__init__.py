@@ -1,1 +1,1 @@
-"""The demo: the whole pipeline on a small data set of rendered scenes, by the same commands a user types."""
+"""Demo: the whole pipeline, run through its commands, on a small dataset of rendered scenes."""

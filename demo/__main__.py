@@ -1,6 +1,6 @@
-"""`make demo`: scenes -> features -> decoder -> captions, and a table of what came out.
+"""`make demo`: render scenes, extract features, train and evaluate decoders, and print a summary.
 
-It runs the installed commands, prints each before it runs, and keeps everything in one folder.
+Runs the installed commands, prints each command line first, and writes all files to one folder.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import click
 import yaml
@@ -22,65 +25,97 @@ from gridcap.common.scenes import COLORS, PLACES, SHAPES, SIZES, Scene, parse
 
 IMAGES = {"train": 960, "val": 60, "test": 160}
 EPOCHS = 8
-SEEN = "decoder"
-BLIND = "blind"
+DECODER = "decoder"
+ABLATION = "no-image"  # the same decoder, trained on features set to zero
 CHANCE = {"size": 1 / len(SIZES), "color": 1 / len(COLORS), "shape": 1 / len(SHAPES), "place": 1 / len(PLACES)}
-EXAMPLES_SHOWN = 5
-MARKER = ".gridcap-demo"  # only a folder that holds it is ever emptied
+EXAMPLES = 5
+MARKER = ".gridcap-demo"  # only folders that contain this file are deleted
+
+
+@dataclass
+class Stages:
+    """Wall-clock seconds per stage, in the order of the stages."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def add(self, stage: str, start: float) -> None:
+        """Add the time since `start` to a stage."""
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+    def run(self, stage: str, command: list[str]) -> None:
+        """Print and run a Gridcap command; exit with its status if it fails."""
+        click.secho(f"\n$ {' '.join(command)}", bold=True)
+        start = time.perf_counter()
+        program = Path(sys.executable).parent / command[0]
+        status = subprocess.run([program, *command[1:]], check=False).returncode
+        self.add(stage, start)
+        if status != 0:
+            raise SystemExit(status)
 
 
 @click.command()
-@click.option("--weights", default="random", help="random (no network needed), imagenet, or a weights file.")
-@click.option("--output", default="demo_output", type=click.Path(path_type=Path), help="Folder for everything.")
+@click.option("--weights", default="random", help="Encoder weights: random (no download), imagenet, or a file.")
+@click.option("--output", default="demo_output", type=click.Path(path_type=Path), help="Output folder.")
 def main(weights: str, output: Path) -> None:
-    """Run the whole pipeline on rendered scenes and show what came out."""
+    """Run the whole pipeline on rendered scenes and print the results."""
     if output.exists() and not (output / MARKER).exists():
-        raise click.ClickException(f"{output} is there and no demo's folder: choose another --output")
+        raise click.ClickException(f"{output} exists and was not written by the demo: pass another --output")
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
     (output / MARKER).touch()
-    seconds: dict[str, float] = {}
-    begin = time.perf_counter()
-    click.secho(f"drawing {sum(IMAGES.values())} scenes into {output}/shapes", bold=True)
+    stages = Stages()
+    start = time.perf_counter()
+    click.secho(f"rendering {sum(IMAGES.values())} scenes to {output}/shapes", bold=True)
     shapes = write_shapes(output / "shapes", IMAGES)
-    seconds["draw the scenes"] = time.perf_counter() - begin
-    config = output / "pipeline.yaml"
-    config.write_text(_pipeline(output, shapes, weights), encoding="utf-8")
+    stages.add("render the scenes", start)
+    _run_pipeline(stages, output, shapes, weights)
+    click.echo("\n".join(_summary(output, shapes["test"], stages.seconds)))
+    if weights.startswith("random"):
+        click.echo(
+            "The encoder has random weights: its features separate simple shapes and colors but carry no information\n"
+            "about photos. The decoder without image shows what language statistics alone achieve."
+        )
 
+
+def _run_pipeline(stages: Stages, output: Path, shapes: dict[str, ShapesSplit], weights: str) -> None:
+    config = output / "pipeline.yaml"
+    config.write_text(_pipeline_yaml(output, shapes, weights), encoding="utf-8")
     shared = ["--config", str(config)]
     for split in IMAGES:
-        _run(["extract-features", *shared, "--split", split], seconds, "extract the features")
-    _run(["train-decoder", *shared], seconds, "train the decoder")
-    blind_flags = ["--output", str(output / BLIND), "--set", "train.decoder.zero_features=true"]
-    _run(["train-decoder", *shared, *blind_flags], seconds, "train it blind")
-    for name in (SEEN, BLIND):
+        stages.run("extract the features", ["extract-features", *shared, "--split", split])
+    stages.run("train the decoder", ["train-decoder", *shared])
+    ablation = ["--output", str(output / ABLATION), "--set", "train.decoder.zero_features=true"]
+    stages.run("train without image", ["train-decoder", *shared, *ablation])
+    for name in (DECODER, ABLATION):
         test = ["--checkpoint", str(output / name), "--features", str(output / "features" / "test.h5")]
-        _run(["evaluate-decoder", *shared, *test], seconds, "evaluate both")
-    picture = output / "attention.png"
-    photos = [str(path) for path in sorted(shapes["test"].images.iterdir())[:EXAMPLES_SHOWN]]
-    caption = ["caption-images", *shared, "--checkpoint", str(output / SEEN), *photos, "--attention", str(picture)]
-    _run(caption, seconds, "caption new scenes")
-    _show(output, shapes["test"], seconds, weights, picture)
+        stages.run("evaluate both", ["evaluate-decoder", *shared, *test])
+    photos = [str(path) for path in sorted(shapes["test"].images.iterdir())[:EXAMPLES]]
+    arguments = ["--checkpoint", str(output / DECODER), *photos, "--attention", str(_attention_maps(output))]
+    stages.run("caption new scenes", ["caption-images", *shared, *arguments])
 
 
-def _pipeline(output: Path, shapes: dict[str, ShapesSplit], weights: str) -> str:
-    """The demo's pipeline.yaml: small sizes, since the vocabulary has some forty words."""
+def _attention_maps(output: Path) -> Path:
+    return output / "attention.png"
+
+
+def _pipeline_yaml(output: Path, shapes: dict[str, ShapesSplit], weights: str) -> str:
+    """Return the demo's pipeline.yaml: a small decoder, since the vocabulary has about forty tokens."""
     tree = {
         "seed": 0,
         "data": {
-            "features": str(output / "features"),
+            "features_dir": str(output / "features"),
             "splits": {n: {"images": str(s.images), "annotations": str(s.annotations)} for n, s in shapes.items()},
         },
         "extract": {"weights": weights, "shard_size": 256},
         "train": {
-            "output": str(output / SEEN),
+            "output": str(output / DECODER),
             "epochs": EPOCHS,
             "captions_per_image": 3,
             "ema_decay": 0.98,
             "decoder": {
                 "family": "attention",
                 "cell": "att2in",
-                "output": "hidden",
+                "output_layer": "hidden",
                 "embed_size": 192,
                 "hidden_size": 256,
                 "attention_size": 96,
@@ -91,61 +126,59 @@ def _pipeline(output: Path, shapes: dict[str, ShapesSplit], weights: str) -> str
     return yaml.safe_dump(tree, sort_keys=False)
 
 
-def _run(command: list[str], seconds: dict[str, float], stage: str) -> None:
-    click.secho(f"\n$ {' '.join(command)}", bold=True)
-    begin = time.perf_counter()
-    program = Path(sys.executable).parent / command[0]
-    status = subprocess.run([program, *command[1:]], check=False).returncode
-    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - begin
-    if status != 0:
-        raise SystemExit(status)
+def attribute_accuracies(captions: Mapping[int, str], scenes: Mapping[int, Scene]) -> dict[str, float]:
+    """Return the fraction of captions that name each attribute correctly, and all four ("all correct").
 
-
-def accuracies(captions: dict[int, str], scenes: dict[int, Scene]) -> dict[str, float]:
-    """The share of captions that name each attribute rightly, and all four ("all right")."""
-    right = dict.fromkeys((*CHANCE, "all right"), 0)
+    Args:
+        captions: image id -> generated caption, at least one.
+        scenes: image id -> rendered scene.
+    """
+    counts = dict.fromkeys((*CHANCE, "all correct"), 0)
     for image_id, caption in captions.items():
-        named = parse(caption)
-        hits = [named[name] == getattr(scenes[image_id], name) for name in CHANCE]
-        for name, hit in zip(CHANCE, hits, strict=True):
-            right[name] += hit
-        right["all right"] += all(hits)
-    return {name: count / len(captions) for name, count in right.items()}
+        predicted = parse(caption)
+        correct = [predicted[name] == getattr(scenes[image_id], name) for name in CHANCE]
+        for name, is_correct in zip(CHANCE, correct, strict=True):
+            counts[name] += is_correct
+        counts["all correct"] += all(correct)
+    return {name: count / len(captions) for name, count in counts.items()}
 
 
-def _show(output: Path, test: ShapesSplit, seconds: dict[str, float], weights: str, picture: Path) -> None:
-    results = {n: json.loads((output / n / "evaluation" / "test.beam-3.json").read_text()) for n in (SEEN, BLIND)}
-    history = [json.loads(line) for line in (output / SEEN / "metrics.jsonl").read_text().splitlines()]
-    captions = {n: {e["image_id"]: e["caption"] for e in r["captions"]} for n, r in results.items()}
-    shares = {n: accuracies(c, test.scenes) for n, c in captions.items()}
-    chance = {**CHANCE, "all right": math.prod(CHANCE.values())}
+def _summary(output: Path, test: ShapesSplit, seconds: Mapping[str, float]) -> list[str]:
+    results = {
+        name: json.loads((output / name / "evaluation" / "test.beam-3.json").read_text())
+        for name in (DECODER, ABLATION)
+    }
+    history = [json.loads(line) for line in (output / DECODER / "metrics.jsonl").read_text().splitlines()]
     best = max(history, key=lambda row: row["val_cider"])
-
     lines = ["", f"{'stage':<34}{'seconds':>9}"]
     lines += [f"  {stage:<32}{spent:9.1f}" for stage, spent in seconds.items()]
-    lines += [f"  {'together':<32}{sum(seconds.values()):9.1f}", ""]
+    lines += [f"  {'total':<32}{sum(seconds.values()):9.1f}", ""]
     lines += [f"images: {IMAGES['train']} train, {IMAGES['val']} validation, {IMAGES['test']} test"]
     lines += [f"validation perplexity: {best['val_perplexity']:.2f}", ""]
-    lines += [f"{'on test scenes never seen in training':<40}{'decoder':>9}{'blind':>9}{'chance':>9}"]
-    lines += [f"  {'share of right descriptions':<38}"]
-    for name in shares[SEEN]:
-        lines += [f"    {name:<36}{shares[SEEN][name]:9.2f}{shares[BLIND][name]:9.2f}{chance[name]:9.2f}"]
-    for name in ("BLEU-4", "CIDEr"):
-        lines += [f"  {name:<38}{results[SEEN]['metrics'][name]:9.2f}{results[BLIND]['metrics'][name]:9.2f}"]
-    lines += ["", "five captions beside their references (each of these has five):"]
-    for entry in results[SEEN]["captions"][:EXAMPLES_SHOWN]:
+    lines += _results_table(results, test)
+    lines += ["", f"{EXAMPLES} generated captions, each with one of its five references:"]
+    for entry in results[DECODER]["captions"][:EXAMPLES]:
         lines += [
             f"  {entry['file_name']}",
-            f"    model:     {entry['caption']}",
+            f"    generated: {entry['caption']}",
             f"    reference: {entry['references'][0]}",
         ]
-    lines += ["", f"the picture of where the decoder looked: {picture}"]
-    if weights.startswith("random"):
+    return [*lines, "", f"attention maps: {_attention_maps(output)}"]
+
+
+def _results_table(results: Mapping[str, Any], test: ShapesSplit) -> list[str]:
+    captions = {name: {e["image_id"]: e["caption"] for e in result["captions"]} for name, result in results.items()}
+    accuracies = {name: attribute_accuracies(texts, test.scenes) for name, texts in captions.items()}
+    chance = {**CHANCE, "all correct": math.prod(CHANCE.values())}
+    lines = [f"{'test scenes (combinations not in training)':<44}{'decoder':>9}{'no image':>10}{'chance':>8}"]
+    lines += ["  attribute accuracy"]
+    for name in accuracies[DECODER]:
         lines += [
-            "The encoder has random weights: it separates simple shapes and colors, and would know nothing of a",
-            "photo. The blind decoder never sees the grid: it knows the language alone.",
+            f"    {name:<40}{accuracies[DECODER][name]:9.2f}{accuracies[ABLATION][name]:10.2f}{chance[name]:8.2f}"
         ]
-    click.echo("\n".join(lines))
+    for name in ("BLEU-4", "CIDEr"):
+        lines += [f"  {name:<42}{results[DECODER]['metrics'][name]:9.2f}{results[ABLATION]['metrics'][name]:10.2f}"]
+    return lines
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The shapes data set: rendered scenes as JPEG files, with captions in COCO format.
+"""The shapes dataset: rendered scenes as JPEG files, with captions in COCO format.
 
-Scenes are split by their combination of attributes: what validation and test show never occurs in training, so
-a decoder can only be right about them by looking.
+The splits contain disjoint combinations of attributes. A decoder can describe validation and test scenes correctly only
+by using the image, because their combinations never occur in training.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import numpy as np
 
 from gridcap.common.scenes import Scene, all_scenes, describe, render
 
-COMBINATIONS = {"train": 180, "val": 20, "test": 40}  # of the 240
+COMBINATIONS = {"train": 180, "val": 20, "test": 40}  # 240 in total
 FIRST_ID = {"train": 100_000, "val": 200_000, "test": 300_000}
 JPEG_QUALITY = 92
 
 
 @dataclass(frozen=True)
 class ShapesSplit:
-    """Where a split was written, and what its images show (image id -> scene)."""
+    """A written split: its image folder, its captions file, and the scene of each image id."""
 
     images: Path
     annotations: Path
@@ -29,23 +29,26 @@ class ShapesSplit:
 
 
 def split_scenes(seed: int) -> dict[str, list[Scene]]:
-    """Deal the combinations of attributes out to the splits; no combination is in two."""
+    """Assign each combination of attributes to exactly one split."""
     scenes = all_scenes()
     order = np.random.default_rng([seed, 240]).permutation(len(scenes))
-    dealt, start = {}, 0
+    splits, start = {}, 0
     for name, count in COMBINATIONS.items():
-        dealt[name] = [scenes[i] for i in order[start : start + count]]
+        splits[name] = [scenes[i] for i in order[start : start + count]]
         start += count
-    return dealt
+    return splits
 
 
 def write_shapes(folder: Path, images: dict[str, int], seed: int = 0) -> dict[str, ShapesSplit]:
-    """Write the data set: `<folder>/<split>/*.jpg` and `<folder>/captions_<split>.json`.
+    """Write the dataset: `<folder>/<split>/*.jpg` and `<folder>/captions_<split>.json`.
 
     Args:
-        folder: made if missing.
-        images: split -> how many.
-        seed: everything depends on it and on nothing else.
+        folder: output folder, created if it does not exist.
+        images: number of images per split.
+        seed: random seed; the dataset is a pure function of it.
+
+    Returns:
+        The splits by name.
     """
     written = {}
     for name, combinations in split_scenes(seed).items():
