@@ -151,7 +151,7 @@ def self_critical(captions_file: str, how: str) -> float:
         batch = CaptionBatch(np.random.default_rng(done).integers(0, len(references), 13), grids, nothing, nothing)
         loss, terms = step(decoder, batch, 0)
         optimizer.zero_grad()
-        torch.autograd.backward(loss / terms["words"])
+        torch.autograd.backward(loss / terms["tokens"])
         optimizer.step()
         done += 1
         if done == 2:  # the first two are warm-up

@@ -97,7 +97,7 @@ def _step_of_ours(recipe: str) -> tuple[Callable[[], object], Any]:
     from gridcap.train.data.batch import CaptionBatch
     from gridcap.train.decoders.build import build_decoder
     from gridcap.train.engine.optimizer import make_optimizer, take_step
-    from gridcap.train.objectives.base import CrossEntropy
+    from gridcap.train.objectives.cross_entropy import CrossEntropy
 
     settings, device = _settings(recipe), choose_device("auto")
     precision = choose_precision("auto", device)
@@ -112,7 +112,7 @@ def _step_of_ours(recipe: str) -> tuple[Callable[[], object], Any]:
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
             loss, terms = objective(decoder, batch, 0)
         torch.autograd.backward(loss)
-        take_step(optimizer, parameters, terms["words"], settings)
+        take_step(optimizer, parameters, terms["tokens"], settings)
 
     return step, device
 
@@ -187,4 +187,4 @@ def waiting(recipe: str, store: str, captions: str, run: str) -> float:
         check=True,
         capture_output=True,
     )
-    return float(json.loads((Path(run) / "metrics.jsonl").read_text().splitlines()[-1])["waited"])
+    return float(json.loads((Path(run) / "metrics.jsonl").read_text().splitlines()[-1])["data_wait"])

@@ -1,4 +1,4 @@
-"""train-decoder."""
+"""The train-decoder command."""
 
 from __future__ import annotations
 
@@ -13,58 +13,59 @@ from gridcap.common.command import flag, pipeline_command, reload_config, show_c
 from gridcap.common.config import PipelineConfig, TrainConfig, recipe_names
 from gridcap.common.errors import CheckpointError, ConfigError, MismatchError, UserError
 from gridcap.common.store.reader import FeatureStore
+from gridcap.common.text import plural
 
 if TYPE_CHECKING:
+    from gridcap.train.data.captioned import CaptionedImages
     from gridcap.train.engine.log import Row
 
 EXAMPLES = f"""
 train-decoder --features features/train.h5                 (captions and validation from pipeline.yaml)
 train-decoder --recipe top-down --features feats.h5 --annotations train.json --output runs/mine
 train-decoder --features feats.h5 --annotations train.json --val-features val.h5 --val-annotations val.json
-train-decoder --init-from runs/mine --scst                 (self-critical training, into runs/mine-scst)
-train-decoder --output runs/mine --resume                  (go on after an interruption)
-torchrun --nproc-per-node 4 --no-python train-decoder ...  (four GPUs; --batch-size is that of all together)
+train-decoder --init-from runs/mine --scst                 (fine-tune with SCST; writes runs/mine-scst)
+train-decoder --output runs/mine --resume                  (continue an interrupted run)
+torchrun --nproc-per-node 4 --no-python train-decoder ...  (four GPUs; --batch-size is the total)
 Recipes: {", ".join(name for name in recipe_names() if name != "scst")}
 """
 
 
-def _recipe(values: dict[str, Any]) -> str | None:
-    """The recipe of the command line; --scst is the one named so."""
+def _recipe_name(values: dict[str, Any]) -> str | None:
+    """Return the recipe selected on the command line; --scst selects the recipe "scst"."""
     if values["scst"] and values["recipe"] is not None:
         raise ConfigError(
-            "--scst is a recipe itself, and --recipe gives another",
-            "the decoder comes from --init-from; put `objective: scst` into a recipe of your own to change the rest",
+            "--scst and --recipe each select a recipe",
+            "omit one of them: --init-from provides the decoder; to change other SCST settings, put `objective: scst` "
+            "in your own recipe",
         )
     if values["recipe"] == "scst":
-        raise ConfigError("--recipe scst: self-critical training has a flag of its own", "say --scst")
+        raise ConfigError("--recipe scst: SCST has its own flag", "pass --scst instead")
     return "scst" if values["scst"] else values["recipe"]
 
 
-def _check_beginning_of_another() -> None:
-    """Who goes on from a decoder cannot choose another one, nor other words."""
+def _check_init_from() -> None:
+    """Reject settings that would contradict the decoder of --init-from."""
     parameters = click.get_current_context().params
-    fixed = ("train.decoder", "gridcap.train.data.vocabulary", "train.max_length")
-    named = [text for text in parameters["sets"] if text.startswith(fixed)]
+    fixed = ("train.decoder", "train.vocabulary", "train.max_length")
+    conflicts = [text for text in parameters["sets"] if text.startswith(fixed)]
     if parameters["decoder"] is not None:
-        named.append("--decoder")
-    if parameters["init_from"] is not None and named:
+        conflicts.append("--decoder")
+    if parameters["init_from"] is not None and conflicts:
         raise ConfigError(
-            f"--init-from brings its decoder, vocabulary and longest caption, and the command line names another: "
-            f"{named[0]}",
-            "leave one of the two out",
+            f"--init-from provides the decoder, the vocabulary, and max_length, but the command line also sets "
+            f"{conflicts[0]}",
+            "omit one of the two",
         )
 
 
-@pipeline_command("train-decoder", EXAMPLES, own_recipe=_recipe)
+@pipeline_command("train-decoder", EXAMPLES, own_recipe=_recipe_name)
 @flag("--features", "train.features")
 @flag("--annotations", "train.annotations")
 @flag("--val-features", "train.val_features")
 @flag("--val-annotations", "train.val_annotations")
 @flag("--output", "train.output")
-@click.option(
-    "--recipe", help="A known decoder and how it is trained, by name, or a YAML file with a train section of your own."
-)
-@click.option("--scst", is_flag=True, help="Self-critical training: reward whole captions. Needs --init-from.")
+@click.option("--recipe", help="Built-in recipe (decoder and training settings), or a YAML file with a train section.")
+@click.option("--scst", is_flag=True, help="Self-critical sequence training (SCST) of a decoder given by --init-from.")
 @flag("--init-from", "train.init_from")
 @flag("--decoder", "train.decoder.family")
 @flag("--epochs", "train.epochs")
@@ -78,26 +79,45 @@ def _check_beginning_of_another() -> None:
 @flag("--precision", "train.precision")
 @flag("--device", "train.device")
 @flag("--seed", "seed")
-@click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --output, with the run's own settings.")
+@click.option(
+    "--resume", is_flag=True, help="Resume from the last checkpoint in --output, with the settings of the run."
+)
 def train_decoder(config: PipelineConfig, dry_run: bool, resume: bool, recipe: str | None, scst: bool) -> None:
     """Train a decoder on a feature store.
 
-    Each epoch ends with the loss, perplexity and CIDEr on the validation store, if there is one, and with a
-    checkpoint; the best by CIDEr and the last are kept. Exit status: 0 done, 1 failure, 2 wrong use.
+    Each epoch ends with validation (loss, perplexity, and CIDEr), if there is a validation store, and with a
+    checkpoint. The best checkpoint (by CIDEr) and the last one are kept. Exit status: 0 success, 1 failure, 2 usage
+    error.
     """
     from gridcap.train.engine.distributed import find_ranks
 
-    _check_beginning_of_another()
+    _check_init_from()
     with contextlib.ExitStack() as stack:
-        if not find_ranks().first:  # the first of several processes speaks for all, but for errors, which end the block
-            nowhere = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
-            stack.enter_context(contextlib.redirect_stderr(nowhere))
-        _train(_placed(config), recipe, dry_run, resume)
+        if not find_ranks().is_main:  # only rank 0 prints; errors end the block and are printed by every rank
+            devnull = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(devnull))
+            stack.enter_context(contextlib.redirect_stderr(devnull))
+        config = _resumed_config(config) if resume else _initial_config(config, recipe)
+        _train(config, dry_run, resume)
 
 
-def _placed(config: PipelineConfig) -> PipelineConfig:
-    """What goes on from a run goes beside it, unless the command line says where."""
+def _initial_config(config: PipelineConfig, recipe: str | None) -> PipelineConfig:
+    """Return the configuration of a new run; with --init-from, with the decoder of that run."""
+    config = _with_default_output(config)
+    return config if config.train.init_from is None else _with_decoder_of(config, config.train.init_from, recipe)
+
+
+def _resumed_config(config: PipelineConfig) -> PipelineConfig:
+    """Return the configuration of the run in --output, overridden by the command line."""
+    output = _with_default_output(config).train.output
+    saved = output / "config.yaml"
+    if not saved.is_file():
+        raise CheckpointError(f"no run to resume in {output}", "check --output, or omit --resume")
+    return reload_config(saved)
+
+
+def _with_default_output(config: PipelineConfig) -> PipelineConfig:
+    """Put a run that starts from another one next to it, unless the command line sets the output."""
     from gridcap.train.engine.checkpoint import run_folder
 
     parameters, source = click.get_current_context().params, config.train.init_from
@@ -111,83 +131,81 @@ def _placed(config: PipelineConfig) -> PipelineConfig:
     return _with_train(config, output=run.with_name(f"{run.name}-{suffix}"))
 
 
+def _with_decoder_of(config: PipelineConfig, source: Path, recipe: str | None) -> PipelineConfig:
+    """Return the configuration with the decoder, vocabulary, and maximum length of another run."""
+    from gridcap.train.engine.checkpoint import load_checkpoint
+
+    saved = load_checkpoint(source).config.train
+    if recipe is not None and config.train.decoder not in (TrainConfig().decoder, saved.decoder):
+        raise ConfigError(
+            f"--init-from {source} and --recipe {recipe} have different decoders",
+            "omit one of the two, or use a recipe that does not set the decoder",
+        )
+    return _with_train(config, decoder=saved.decoder, vocabulary=saved.vocabulary, max_length=saved.max_length)
+
+
 def _with_train(config: PipelineConfig, **changes: Any) -> PipelineConfig:
     return config.model_copy(update={"train": config.train.model_copy(update=changes)})
 
 
-def _train(config: PipelineConfig, recipe: str | None, dry_run: bool, resume: bool) -> None:
+def _train(config: PipelineConfig, dry_run: bool, resume: bool) -> None:
     from gridcap.train.data.inputs import captions_for, warn_if_random
 
-    if resume:
-        saved = config.train.output / "config.yaml"
-        if not saved.is_file():
-            raise CheckpointError(
-                f"{config.train.output}: holds no run to go on with", "check --output, or leave out --resume"
-            )
-        config = reload_config(saved)
-    elif config.train.init_from is not None:
-        config = _with_decoder_of(config, config.train.init_from, recipe)
     settings = config.train
     click.echo("configuration")
     show_config(config, "train")
     store = FeatureStore(settings.features or config.data.features_dir / "train.h5")
     train = captions_for(store, settings.annotations, [config], "train", "--annotations")
-    val = None
-    sibling = store.split.replace("train", "val") if "train" in store.split else "val"
-    val_path = settings.val_features or config.data.features_dir / f"{sibling}.h5"
-    if settings.val_features is not None or val_path.exists():
-        val = captions_for(FeatureStore(val_path), settings.val_annotations, [config], "val", "--val-annotations")
-    elif settings.val_annotations is not None:
-        raise UserError("--val-annotations is given without --val-features", "give both, or neither")
-    else:
-        if settings.patience is not None:
-            raise UserError("--patience watches validation CIDEr, and there is no validation", "give --val-features")
-        click.echo("no validation store: the last checkpoint will count as the best (give --val-features)")
-    if val is not None and (shared := len(train.images() & val.images())):
+    val = _validation_data(config, store)
+    if val is None:
+        click.echo("no validation store: the last checkpoint counts as the best one (pass --val-features)")
+    elif shared := len(train.images() & val.images()):
         raise MismatchError(
-            f"{shared} images are both in {store.path} and in {val.store.path}",
-            "validate on images that are not trained on: give another --val-features",
+            f"{plural(shared, 'image')} in both {store.path} and {val.store.path}",
+            "validate on images that are not used for training: pass another --val-features",
         )
     warn_if_random(store)
-    from gridcap.train.engine.loop import check_beginning, fit
+    from gridcap.train.engine.loop import fit
+    from gridcap.train.engine.start import check_objective
 
-    check_beginning(settings)
+    check_objective(settings)
     if dry_run:
-        click.echo(
-            f"dry run: would train {settings.decoder.family} for {settings.epochs} epochs into {settings.output}"
-        )
+        epochs = plural(settings.epochs, "epoch")
+        click.echo(f"dry run: would train {settings.decoder.family} for {epochs} into {settings.output}")
         return
-
     history = fit(config, train, val, resume)
     click.echo(_summary(config, history))
 
 
-def _with_decoder_of(config: PipelineConfig, source: Path, recipe: str | None) -> PipelineConfig:
-    """Who goes on from a decoder trains that decoder, with its vocabulary and its longest caption."""
-    from gridcap.train.engine.checkpoint import load_checkpoint
+def _validation_data(config: PipelineConfig, store: FeatureStore) -> CaptionedImages | None:
+    """Return the validation images: of --val-features, or of the store next to the training store, if it exists."""
+    from gridcap.train.data.inputs import captions_for
 
-    then = load_checkpoint(source).config.train
-    if recipe is not None and config.train.decoder not in (TrainConfig().decoder, then.decoder):
-        raise ConfigError(
-            f"--init-from {source} brings its decoder, and --recipe {recipe} names another",
-            "leave one of the two out; a recipe without a decoder says how to go on",
-        )
-    return _with_train(config, decoder=then.decoder, vocabulary=then.vocabulary, max_length=then.max_length)
+    settings = config.train
+    split = store.split.replace("train", "val") if "train" in store.split else "val"
+    path = settings.val_features or config.data.features_dir / f"{split}.h5"
+    if settings.val_features is not None or path.exists():
+        return captions_for(FeatureStore(path), settings.val_annotations, [config], "val", "--val-annotations")
+    if settings.val_annotations is not None:
+        raise UserError("--val-annotations requires --val-features", "pass both, or neither")
+    if settings.patience is not None:
+        raise UserError("--patience requires a validation store", "pass --val-features, or omit --patience")
+    return None
 
 
 def _summary(config: PipelineConfig, history: list[Row]) -> str:
     from gridcap.train.engine.history import best_row
 
     settings, best, last = config.train, best_row(history), history[-1]
-    lines = [f"done: {settings.output}: {last['epoch']} epochs, best is epoch {best['epoch']}"]
+    lines = [f"done: {settings.output}: {plural(last['epoch'], 'epoch')}, best is epoch {best['epoch']}"]
     if last["epoch"] < settings.epochs:
-        lines[0] += f" (stopped: no higher validation CIDEr for {settings.patience} epochs)"
+        lines[0] += f" (stopped: validation CIDEr did not improve for {plural(settings.patience or 0, 'epoch')})"
     if "val_cider" in best:
         lines[0] += f", validation CIDEr {best['val_cider']:.3f}, perplexity {best['val_perplexity']:.2f}"
         if history[0]["epoch"] == 0 and best["epoch"] == 0 and last["epoch"]:
-            lines.append(f"no epoch was better than the decoder it began with, {settings.init_from}; that one is kept")
+            lines.append(f"no epoch improved on the initial decoder ({settings.init_from}), which is kept as the best")
             lines.append(
-                f"what may help: --set train.scst.temperature={settings.scst.temperature / 2:g}, "
+                f"try --set train.scst.temperature={settings.scst.temperature / 2:g}, "
                 f"or --learning-rate {settings.learning_rate / 4:g}"
             )
     lines.append(f"curves: {settings.output / 'curves.png'}")

@@ -21,7 +21,7 @@ from gridcap.extract.encoders.weights import identify_weights
 from gridcap.train.data.vocabulary import EOS, Vocabulary
 from gridcap.train.decoders.base import Decoder
 from gridcap.train.decoders.build import build_decoder
-from gridcap.train.engine.checkpoint import save_checkpoint
+from gridcap.train.engine.checkpoint import CheckpointContents, save_checkpoint
 
 WORDS = ["a", "large", "small", "red", "blue", "ring", "cross", "in", "the", "corner"]
 _identify_once = functools.cache(identify_weights)  # slow: random weights are calibrated on rendered scenes
@@ -105,7 +105,8 @@ def checkpoint(tmp_path: Path):
     ) -> Path:
         config = decoder_config(family)
         decoder, words = tiny_decoder(config, seed, end_bias), Vocabulary.build([" ".join(WORDS)])
-        save_checkpoint(tmp_path / name, 1, decoder, words, config, provenance or features_of(), {}, 1)
+        contents = CheckpointContents(1, decoder, words, config, provenance or features_of(), {})
+        save_checkpoint(tmp_path / name, contents, best_step=1)
         return tmp_path / name
 
     return make

@@ -75,7 +75,7 @@ def test_without_a_validation_store_training_says_so_and_works(project, invoke):
     shutil.rmtree(project / "features" / "val")
     output = invoke(train_decoder, "--epochs", 1)
     assert "no validation store" in output
-    assert "done: runs/a: 1 epochs, best is epoch 1" in output
+    assert "done: runs/a: 1 epoch, best is epoch 1" in output
     assert "CIDEr" not in output.splitlines()[-1]
 
 
@@ -146,7 +146,7 @@ def test_validation_captions_without_validation_features_are_refused(project, in
 
 def test_a_second_run_into_the_same_output_points_to_resume(project, invoke):
     output = invoke(train_decoder, "--output", "runs/done", status=2)
-    assert "holds a run already" in output
+    assert "already contains a run" in output
     assert "--resume" in output
 
 
@@ -164,7 +164,7 @@ def test_resume_with_another_learning_rate_is_refused_naming_it(project, invoke)
 
 def test_resume_on_nothing_is_a_users_error_and_writes_nothing(project, invoke):
     output = invoke(train_decoder, "--output", "runs/nothing", "--resume", status=2)
-    assert "runs/nothing: holds no run to go on with" in output
+    assert "no run to resume in runs/nothing" in output
     assert not (project / "runs" / "nothing").exists()
 
 
@@ -185,7 +185,7 @@ def test_a_run_stopped_before_its_first_checkpoint_begins_again_with_resume(proj
 
 def test_images_of_the_training_store_may_not_validate(project, invoke):
     output = invoke(train_decoder, "--output", "runs/x", "--val-features", "features/train.h5", status=2)
-    assert "18 images are both in features/train.h5 and in features/train.h5" in output
+    assert "18 images in both features/train.h5 and features/train.h5" in output
     assert not (project / "runs" / "x").exists()
 
 
@@ -268,7 +268,11 @@ def test_a_recipe_is_laid_over_the_file_but_not_over_where_things_are(project, i
     recipe = load_config(None, {}, [], "show-and-tell").train
     invoke(train_decoder, "--recipe", "show-and-tell", *SMALL)
     found = settings_of(project / recipe.output)
-    assert (found.decoder.family, found.decoder.image) == (recipe.decoder.family, recipe.decoder.image) != ("lstm", "")
+    assert (
+        (found.decoder.family, found.decoder.image_injection)
+        == (recipe.decoder.family, recipe.decoder.image_injection)
+        != ("lstm", "")
+    )
     assert found.batch_size == recipe.batch_size != 8
     assert (found.device, found.precision) == ("cpu", "float32")
 
@@ -291,7 +295,7 @@ def test_flags_go_over_a_recipe(project, invoke):
     )
     for expected in ("batch_size: 7", "learning_rate: 0.25", "captions_per_image: 3", "hidden_size: 16"):
         assert expected in output
-    assert "would train lstm for 1 epochs into runs/r" in output
+    assert "would train lstm for 1 epoch into runs/r" in output
 
 
 def test_a_recipe_may_be_a_file(project, invoke):
@@ -359,7 +363,7 @@ def test_self_critical_training_goes_beside_the_run_it_begins_with(project, of_t
     output = invoke(train_decoder, "--init-from", source, "--scst", "--epochs", 1)
     assert "objective: scst" in output
     assert "hidden_size: 24" in output, "the decoder of the run"
-    assert "done: runs/done-scst: 1 epochs" in output
+    assert "done: runs/done-scst: 1 epoch," in output
     assert {path.name for path in (project / "runs").iterdir()} == {"done", "done-scst"}
     assert files(project / "runs" / "done") == before
     rows = logged(project / "runs" / "done-scst")
@@ -392,18 +396,18 @@ def test_no_epoch_better_than_the_beginning_is_said(project, monkeypatch, invoke
     monkeypatch.setattr("gridcap.train.engine.validation.cider", lambda *_: next(ciders))
     output = invoke(train_decoder, "--init-from", "runs/done", "--scst", "--epochs", 1)
     assert "best is epoch 0, validation CIDEr 0.900" in output
-    assert "no epoch was better than the decoder it began with, runs/done; that one is kept" in output
-    assert "what may help: --set train.scst.temperature=0.5, or --learning-rate 1.25e-05" in output
+    assert "no epoch improved on the initial decoder (runs/done), which is kept as the best" in output
+    assert "try --set train.scst.temperature=0.5, or --learning-rate 1.25e-05" in output
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--scst", "--recipe", "top-down", "--init-from", "runs/done"], "--scst is a recipe itself"),
-        (["--scst"], "self-critical training begins with a decoder"),
-        (["--scst", "--output", "runs/done"], "self-critical training begins with a decoder"),
+        (["--scst", "--recipe", "top-down", "--init-from", "runs/done"], "--scst and --recipe each select a recipe"),
+        (["--scst"], "SCST starts from a trained decoder"),
+        (["--scst", "--output", "runs/done"], "SCST starts from a trained decoder"),
         (["--scst", "--init-from", "runs/nowhere"], "runs/nowhere: no such folder"),
-        (["--init-from", "features"], "features: holds no checkpoint"),
+        (["--init-from", "features"], "features: contains no checkpoint"),
     ],
 )
 def test_what_cannot_be_gone_on_from_is_refused_and_nothing_is_written(project, arguments, said, invoke, files):
@@ -419,12 +423,12 @@ def test_early_stopping_is_said(project, monkeypatch, invoke):
     ciders = iter([0.5, 0.4])
     monkeypatch.setattr("gridcap.train.engine.validation.cider", lambda *_: next(ciders))
     output = invoke(train_decoder, "--epochs", 9, "--patience", 1)
-    assert "done: runs/a: 2 epochs, best is epoch 1 (stopped: no higher validation CIDEr for 1 epochs)" in output
+    assert "done: runs/a: 2 epochs, best is epoch 1 (stopped: validation CIDEr did not improve for 1 epoch)" in output
     assert "curves: runs/a/curves.png" in output
 
 
 def test_ctrl_c_says_how_to_go_on_and_that_works(project, monkeypatch, invoke):
-    real = gridcap.train.engine.loop._Trainer._step
+    real = gridcap.train.engine.loop.train_step
 
     def interrupt(self, run, *args):
         if run.step == 4:
@@ -432,7 +436,7 @@ def test_ctrl_c_says_how_to_go_on_and_that_works(project, monkeypatch, invoke):
         return real(self, run, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr("gridcap.train.engine.loop._Trainer._step", interrupt)
+        patch.setattr("gridcap.train.engine.loop.train_step", interrupt)
         done = CliRunner().invoke(train_decoder, ["--checkpoint-steps", "1"])
     assert done.exit_code == 130
     assert "interrupted: nothing is broken; run the same command with --resume to go on" in done.output

@@ -7,7 +7,7 @@ from gridcap.common.errors import CheckpointError, MismatchError
 from gridcap.train.data.vocabulary import Vocabulary
 from gridcap.train.decoders.build import build_decoder
 from gridcap.train.decoding.generate import generate_captions
-from gridcap.train.engine.checkpoint import load_checkpoint, save_checkpoint
+from gridcap.train.engine.checkpoint import CheckpointContents, load_checkpoint, save_checkpoint
 from gridcap.train.ensemble import load_ensemble
 
 GRID = (2, 2, 8)
@@ -21,7 +21,8 @@ def new_run(tmp_path, new_config, tiny_decoders, provenance):
     def make(name, family="attention", words=WORDS, **changes):
         config, vocabulary = new_config(tmp_path / name, decoder=tiny_decoders[family]), Vocabulary.build([words])
         decoder = build_decoder(config.train.decoder, len(vocabulary), GRID)
-        save_checkpoint(tmp_path / name, 1, decoder, vocabulary, config, provenance(**changes), {}, 1)
+        contents = CheckpointContents(1, decoder, vocabulary, config, provenance(**changes), {})
+        save_checkpoint(tmp_path / name, contents, best_step=1)
         return tmp_path / name
 
     return make

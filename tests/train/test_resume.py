@@ -36,7 +36,7 @@ KINDS = ["cross-entropy", "scst"]
 def _log_often():
     """And draw no curves, and wait for no disk: both would take half of the time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gridcap.train.engine.loop.EVERY", LOG_EVERY)
+        patch.setattr("gridcap.train.engine.loop.STEPS_PER_ROW", LOG_EVERY)
         patch.setattr("gridcap.train.engine.loop.plot_curves", lambda *_: None)
         patch.setattr("os.fsync", lambda _: None)
         yield
@@ -81,7 +81,7 @@ def rows(file):
 
 def timeless(history):
     """The rows without what a clock measured."""
-    return [{k: v for k, v in row.items() if k not in ("seconds", "waited")} for row in history]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "data_wait")} for row in history]
 
 
 def timeless_state(checkpoint):
@@ -119,7 +119,7 @@ def test_the_undisturbed_runs_are_worth_comparing(world):
         assert state["weights"] is not None, "the average is kept beside the weights"
         logged = rows(world.folder / kind / "steps.jsonl")
         assert [row["step"] for row in logged] == [1, 2, 4, 6, 8, 10]
-        assert all(row["gradient_norm"] > 0 and row["learning_rate"] > 0 for row in logged)
+        assert all(row["grad_norm"] > 0 and row["learning_rate"] > 0 for row in logged)
     assert [row["epoch"] for row in world.undisturbed["scst"]] == [0, 1, 2]
     assert all({"reward", "baseline", "advantage"} <= row.keys() for row in world.undisturbed["scst"][1:])
 
@@ -133,7 +133,7 @@ class _StopError(Exception):
 
 def stop_in_step(patch, step):
     """An exception after the weights have moved and before anything is written of it."""
-    real = gridcap.train.engine.loop._Trainer._step
+    real = gridcap.train.engine.loop.train_step
 
     def stopping(self, run, *args):
         row = real(self, run, *args)
@@ -141,7 +141,7 @@ def stop_in_step(patch, step):
             raise _StopError
         return row
 
-    patch.setattr("gridcap.train.engine.loop._Trainer._step", stopping)
+    patch.setattr("gridcap.train.engine.loop.train_step", stopping)
 
 
 def interrupted(world, config, *steps):
@@ -189,10 +189,10 @@ def test_other_validation_captions_are_refused_on_a_resume(world):
 def test_another_precision_is_refused_on_a_resume(world, monkeypatch):
     """ "auto" means bfloat16 on one machine and float32 on another."""
     config = world.config("cross-entropy", "precise", precision="auto", checkpoint_steps=2)
-    monkeypatch.setattr("gridcap.train.engine.loop.choose_precision", lambda *_: torch.float32)
+    monkeypatch.setattr("gridcap.train.engine.job.choose_precision", lambda *_: torch.float32)
     interrupted(world, config, 3)
-    monkeypatch.setattr("gridcap.train.engine.loop.choose_precision", lambda *_: torch.bfloat16)
-    with pytest.raises(MismatchError, match=r"begun in float32.*takes bfloat16") as caught:
+    monkeypatch.setattr("gridcap.train.engine.job.choose_precision", lambda *_: torch.bfloat16)
+    with pytest.raises(MismatchError, match=r"started in float32.*selects bfloat16") as caught:
         world.resume(config)
     assert "--precision float32" in caught.value.hint
 
@@ -262,8 +262,8 @@ def die_when(real, matches):
 
 def prepare(moment):
     if moment == "while batches are read ahead":
-        real = gridcap.train.engine.loop._Trainer._step
-        gridcap.train.engine.loop._Trainer._step = die_when(real, lambda self, run, *rest: run.step == 6)
+        real = gridcap.train.engine.loop.train_step
+        gridcap.train.engine.loop.train_step = die_when(real, lambda self, run, *rest: run.step == 6)
     elif moment == "between the files of a checkpoint":
         torch.save = die_when(torch.save, lambda state, file: state["step"] == 4)
     elif moment == "before a checkpoint gets its name":
@@ -278,13 +278,13 @@ def prepare(moment):
         )
     elif moment == "between the last checkpoint of an epoch and its log":
         run_log = gridcap.train.engine.log.RunLog
-        run_log.epoch = die_when(run_log.epoch, lambda log, history: history[-1]["epoch"] == 1)
+        run_log.log_epoch = die_when(run_log.log_epoch, lambda log, history: history[-1]["epoch"] == 1)
 
 torch.set_num_threads(1)
 warm = torch.ones(1, requires_grad=True)
 warm.grad = torch.ones(1)
 torch.optim.Adam([warm]).step()  # its first step imports for seconds: once here, before the forks
-folder, gridcap.train.engine.loop.EVERY = Path(sys.argv[1]), int(sys.argv[2])
+folder, gridcap.train.engine.loop.STEPS_PER_ROW = Path(sys.argv[1]), int(sys.argv[2])
 for number, moment in enumerate(sys.argv[3:]):
     child = os.fork()
     if child:
@@ -398,7 +398,7 @@ def test_a_changed_captions_file_is_refused_and_harms_nothing(world, change):
     else:
         captions, images = captions[1:], images[1:]
     other = CaptionedImages(data.store, images, [tuple(texts) for texts in captions], {})
-    with pytest.raises(MismatchError, match="begun with other images or captions") as caught:
+    with pytest.raises(MismatchError, match="started with other images or captions") as caught:
         fit(world.config("cross-entropy", "cross-entropy"), other, world.data[1], True, progress=False)
     assert "same files" in caught.value.hint
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
@@ -411,8 +411,9 @@ def saved_steps(world, config, resume=False):
     """The steps at which a run writes checkpoints; and that just the best and the last are there after each."""
     real, steps = gridcap.train.engine.loop.save_checkpoint, []
 
-    def save(run, step, *args):
-        folder = real(run, step, *args)
+    def save(run, contents, best_step):
+        folder = real(run, contents, best_step)
+        step = contents.step
         steps.append(step)
         pointers = json.loads((run / "checkpoints.json").read_text())
         assert pointers["last"] == folder.name == f"step-{step:08}"
@@ -438,13 +439,13 @@ def test_checkpoints_come_when_so_many_minutes_have_passed(world, monkeypatch):
     """By a clock that nobody sets: each step takes 25 seconds of it, and a checkpoint none."""
     now = [0.0]
     monkeypatch.setattr("gridcap.train.engine.loop.time.monotonic", lambda: now[0])
-    real = gridcap.train.engine.loop._Trainer._step
+    real = gridcap.train.engine.loop.train_step
 
     def slow(*args):
         now[0] += 25
         return real(*args)
 
-    monkeypatch.setattr("gridcap.train.engine.loop._Trainer._step", slow)
+    monkeypatch.setattr("gridcap.train.engine.loop.train_step", slow)
     minutes = {1.0: [3, 5, 8, 10], 0.5: [2, 4, 5, 7, 9, 10], 1000.0: [5, 10], None: [5, 10]}
     for number, (limit, expected) in enumerate(minutes.items()):
         config = world.config("cross-entropy", f"minutes-{number}", checkpoint_minutes=limit)

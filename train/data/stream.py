@@ -18,7 +18,7 @@ from gridcap.train.data.batch import CaptionBatch, pad_captions
 from gridcap.train.data.captioned import CaptionedImages
 from gridcap.train.data.order import EpochOrder
 from gridcap.train.data.vocabulary import PAD, Vocabulary
-from gridcap.train.engine.distributed import ALONE, Ranks
+from gridcap.train.engine.distributed import SINGLE_PROCESS, Ranks
 
 PREFETCH_BATCHES = 3
 _STEPS_PER_ORDER_CALL = 64  # computing the order has a fixed cost of about 0.5 ms per call
@@ -44,7 +44,7 @@ class StreamOptions:
     max_length: int
     seed: int = 0
     shuffle: Shuffle = "rows"
-    ranks: Ranks = ALONE
+    ranks: Ranks = SINGLE_PROCESS
     grad_accum_steps: int = 1
     pin_memory: bool = False
 
@@ -85,7 +85,7 @@ class CaptionStream:
     def in_order(self) -> Iterator[CaptionBatch]:
         """Iterate over this rank's share of all images, in store order, with the first K captions of each."""
         size, ranks = self.options.batch_size, self.options.ranks
-        starts = range(ranks.rank * size, len(self.data), ranks.world * size)
+        starts = range(ranks.rank * size, len(self.data), ranks.world_size * size)
         return self._prefetch((np.arange(s, min(s + size, len(self.data))) for s in starts), None)
 
     def _epoch_indices(self, epoch: int, first_step: int) -> Iterator[np.ndarray]:
@@ -94,7 +94,7 @@ class CaptionStream:
         for begin in range(first_step, len(self), _STEPS_PER_ORDER_CALL):
             indices = order[begin * size : (begin + _STEPS_PER_ORDER_CALL) * size]
             for start in range(0, len(indices), size):
-                split = np.array_split(indices[start : start + size], ranks.world * parts)
+                split = np.array_split(indices[start : start + size], ranks.world_size * parts)
                 yield from split[ranks.rank * parts :][:parts]
 
     def _prefetch(self, indices: Iterator[np.ndarray], epoch: int | None) -> Iterator[CaptionBatch]:

@@ -1,1 +1,1 @@
-"""The training loop and its parts."""
+"""Training engine: loop, step, optimizer, distributed training, checkpoints, and logging."""

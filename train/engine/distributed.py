@@ -1,9 +1,8 @@
-"""Several processes that train one decoder: torchrun, or the tasks of a Slurm step.
+"""Data-parallel training with several processes, started by torchrun or as the tasks of a Slurm step.
 
-Each process computes the gradients of its share of every step's images; they are added up, and all processes take
-the same step. Torch's DistributedDataParallel is not needed for that: a decoder is small, its gradients are one
-tensor to add up, and the sum of the losses divided by the number of words everywhere is exactly the loss of one
-process.
+Each rank computes the gradients of its share of the images of a step. The gradients are summed over all ranks, and
+every rank applies the same optimizer step. DistributedDataParallel is not needed: a decoder is small, its gradients fit
+in one all-reduce, and the sum of the losses divided by the total number of tokens is exactly the loss of one process.
 """
 
 from __future__ import annotations
@@ -21,29 +20,31 @@ from torch import Tensor
 
 from gridcap.common.errors import UserError
 
+_FIRST_PORT, _NUM_PORTS = 20_000, 12_000  # below the range of ephemeral ports
+
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all.
+    """The rank of this process and the collectives that training needs.
 
     Attributes:
-        rank: its number, from 0.
-        world: how many there are.
-        local: its number on its machine: the GPU it uses.
+        rank: index of this process, from 0.
+        world_size: number of processes.
+        local_rank: index of this process on its machine; selects the GPU.
     """
 
     rank: int = 0
-    world: int = 1
-    local: int = 0
+    world_size: int = 1
+    local_rank: int = 0
 
     @property
-    def first(self) -> bool:
-        """Whether this process writes and prints."""
+    def is_main(self) -> bool:
+        """Whether this process writes files and prints (rank 0)."""
         return self.rank == 0
 
-    def add_up(self, tensors: Sequence[Tensor]) -> None:
-        """Replace tensors by their sums over all processes, in one exchange a number type."""
-        if self.world == 1:
+    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors by their sums over all ranks, with one collective per dtype."""
+        if self.world_size == 1:
             return
         for dtype in dict.fromkeys(t.dtype for t in tensors):
             same = [t for t in tensors if t.dtype == dtype]
@@ -52,78 +53,73 @@ class Ranks:
             for tensor, total in zip(same, torch.split(flat, [t.numel() for t in same]), strict=True):
                 tensor.copy_(total.reshape(tensor.shape))
 
-    def gather(self, value: Any) -> list[Any]:
-        """The value of every process, in the order of the ranks."""
-        if self.world == 1:
+    def all_gather(self, value: Any) -> list[Any]:
+        """Return the value of every rank, in rank order."""
+        if self.world_size == 1:
             return [value]
-        values: list[Any] = [None] * self.world
+        values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
 
-    def from_first(self, value: Any) -> Any:
-        """The first process's value, for all."""
-        if self.world == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
 
-
-ALONE = Ranks()
+SINGLE_PROCESS = Ranks()
 
 
 def find_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
-    """This process's place, as torchrun or Slurm (srun) says it; alone without either.
+    """Read the rank of this process from the variables of torchrun or Slurm (srun).
+
+    Returns:
+        `SINGLE_PROCESS` if neither started this process, or if it is the only one.
 
     Raises:
-        UserError: torchrun's or Slurm's variables contradict themselves.
+        UserError: the variables are inconsistent.
     """
-    for rank, world, local in (
+    for rank, world_size, local_rank in (
         ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
         ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
     ):
-        if rank in environment and environment.get(world, "1") != "1":
-            values = [environment[rank], environment[world], environment.get(local, "0")]
+        if rank in environment and environment.get(world_size, "1") != "1":
+            values = [environment[rank], environment[world_size], environment.get(local_rank, "0")]
             if not all(value.isdecimal() for value in values) or int(values[0]) >= int(values[1]):
                 raise UserError(
-                    f"{rank}={values[0]}, {world}={values[1]}, {local}={values[2]} do not say which process this is",
-                    "mend the job script, or unset them to train in one process",
+                    f"inconsistent variables: {rank}={values[0]}, {world_size}={values[1]}, {local_rank}={values[2]}",
+                    "fix the job script, or unset the variables to train in a single process",
                 )
             return Ranks(*map(int, values))
-    return ALONE
+    return SINGLE_PROCESS
 
 
 @contextlib.contextmanager
-def joined(ranks: Ranks, device: torch.device) -> Iterator[None]:
-    """Connect the processes for the time of the block.
+def process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
+    """Connect all ranks for the duration of the block.
 
-    torchrun says where the first one listens (MASTER_ADDR, MASTER_PORT). Under srun it is the step's first
-    machine, and a port made from the numbers of job and step.
+    torchrun provides the address of rank 0 (MASTER_ADDR, MASTER_PORT). Under srun, the address is the first node of the
+    step, and the port is derived from the job and step ids.
 
     Raises:
-        UserError: they do not find each other.
+        UserError: the ranks cannot connect.
     """
-    if ranks.world == 1:
+    if ranks.world_size == 1:
         yield
         return
-    given = "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ
-    address = os.environ.get("MASTER_ADDR") or _first_machine()
+    from_environment = "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ
+    address = os.environ.get("MASTER_ADDR") or _first_node()
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # where objects are gathered
+        torch.cuda.set_device(device)  # all_gather_object allocates on the current device
     job, step = (int(os.environ.get(name, 0)) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
-    port = os.environ.get("MASTER_PORT") or str(20_000 + (job * 101 + step) % 12_000)  # below those given to anybody
+    port = os.environ.get("MASTER_PORT") or str(_FIRST_PORT + (job * 101 + step) % _NUM_PORTS)
     try:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            init_method="env://" if given else f"tcp://{address}:{port}",
+            init_method="env://" if from_environment else f"tcp://{address}:{port}",
             rank=ranks.rank,
-            world_size=ranks.world,
+            world_size=ranks.world_size,
             device_id=device if device.type == "cuda" else None,
         )
     except (RuntimeError, ValueError, dist.DistError) as error:
         raise UserError(
-            f"process {ranks.rank} of {ranks.world} cannot reach the first one at {address}:{port}: {error}",
-            "start all of them together, on machines that reach each other; or set MASTER_ADDR and MASTER_PORT",
+            f"rank {ranks.rank} of {ranks.world_size} cannot connect to rank 0 at {address}:{port}: {error}",
+            "start all ranks together, on machines that can reach each other, or set MASTER_ADDR and MASTER_PORT",
         ) from error
     try:
         yield
@@ -131,15 +127,16 @@ def joined(ranks: Ranks, device: torch.device) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _first_machine() -> str:
+def _first_node() -> str:
+    """Return the host name of the first node of the Slurm step."""
     nodes = os.environ.get("SLURM_STEP_NODELIST")
     if nodes is None:
         return "localhost"
     try:
-        shown = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        result = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         raise UserError(
-            f"scontrol cannot say which machine of {nodes} is the first: {error}",
-            "set MASTER_ADDR to it, and MASTER_PORT to a free port",
+            f"scontrol cannot expand the node list {nodes}: {error}",
+            "set MASTER_ADDR to the first node and MASTER_PORT to a free port",
         ) from error
-    return shown.stdout.split()[0]
+    return result.stdout.split()[0]

@@ -1,39 +1,51 @@
-"""The running average of the weights."""
+"""Exponential moving average (EMA) of the weights."""
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from gridcap.train.decoders.base import Decoder
 
 
-class WeightAverage:
-    """An exponential moving average of a decoder's weights (Polyak and Juditsky 1992; as in Tarvainen and Valpola
-    2017, arXiv:1703.01780, section 3).
+class WeightEMA(AveragedModel):
+    """EMA of a decoder's parameters and buffers (Tarvainen and Valpola 2017, arXiv:1703.01780, section 3).
 
-    Its decoder is what is validated, kept and used; the trained weights themselves go on beside it.
+    The averaged decoder is validated, saved, and used for inference. The trained weights are not changed.
 
     Args:
-        decoder: the one that is trained.
-        decay: of the average; early on it is less, (1 + n) / (10 + n), so that the random beginning is forgotten.
-
-    Attributes:
-        decoder: a copy with the averaged weights.
+        decoder: decoder being trained.
+        decay: decay after the warmup. After n steps, the decay is at most (1 + n) / (10 + n), so that the random
+            initial weights are quickly forgotten.
     """
 
     def __init__(self, decoder: Decoder, decay: float) -> None:
+        super().__init__(decoder, multi_avg_fn=self._blend, use_buffers=True)
         self._decay = decay
-        self.decoder = copy.deepcopy(decoder).requires_grad_(False)
-        for part in self.decoder.modules():
-            if isinstance(part, nn.RNNBase):
-                part.flatten_parameters()  # a copy's weights no longer lie as cuDNN wants them
+        self.requires_grad_(False)
+        for module in self.modules():
+            if isinstance(module, nn.RNNBase):
+                module.flatten_parameters()  # deepcopy breaks up the contiguous weights that cuDNN expects
+
+    @property
+    def decoder(self) -> Decoder:
+        """The decoder with the averaged weights."""
+        return cast(Decoder, self.module)
+
+    def update(self, decoder: Decoder, step: int) -> None:
+        """Add the weights after `step` optimizer steps (from 1) to the average."""
+        self.n_averaged.fill_(step)  # makes the average a function of the step, so that resuming needs no counter
+        self.update_parameters(decoder)
 
     @torch.no_grad()
-    def update(self, decoder: Decoder, step: int) -> None:
-        """Take in the weights after `step` steps."""
+    def _blend(self, averages: Sequence[Tensor], values: Sequence[Tensor], _: Tensor | int) -> None:
+        step = int(self.n_averaged)
         decay = min(self._decay, (1 + step) / (10 + step))
-        averages: list[Tensor] = list(self.decoder.parameters())
-        torch._foreach_lerp_(averages, list(decoder.parameters()), 1 - decay)
+        if averages[0].is_floating_point():
+            torch._foreach_lerp_(list(averages), list(values), 1 - decay)
+        else:
+            torch._foreach_copy_(list(averages), list(values))  # an average of counters or indices has no meaning

@@ -1,4 +1,4 @@
-"""Signs that a run goes wrong, for the screen and metrics.jsonl."""
+"""Health checks: warnings about a run that goes wrong, for the terminal and metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -10,56 +10,56 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_MOST_ALIKE = 0.3  # share of the images that may get one and the same caption
-_UNIFORM = 0.998  # of the entropy that looks have when they go everywhere alike
-_SETTLED = 3  # epochs after which attention should have found something
-_DIVERGED = 2.0  # times the lowest perplexity so far
+MAX_DUPLICATE_SHARE = 0.3  # share of the images that may get the same caption
+MAX_ATTENTION_ENTROPY = 0.998  # relative to uniform attention
+ATTENTION_WARMUP_EPOCHS = 3  # epochs before nearly uniform attention is reported
+MAX_PERPLEXITY_RATIO = 2.0  # relative to the lowest perplexity so far
 
 
-def most_common_share(captions: Iterable[str]) -> float:
-    """How large a share of the captions are the one that is most frequent; 0 when no two are alike."""
+def duplicate_share(captions: Iterable[str]) -> float:
+    """Return the share of the captions that equal the most common one; 0 if all captions differ."""
     counts = Counter(captions)
-    most = max(counts.values())
-    return most / counts.total() if most > 1 else 0.0
+    most_common = max(counts.values())
+    return most_common / counts.total() if most_common > 1 else 0.0
 
 
-def attention_spread(attention: Tensor, there: Tensor) -> Tensor:
-    """Entropy of the looks, relative to looks that go everywhere alike; summed over the words.
+def attention_entropy(attention: Tensor, mask: Tensor) -> Tensor:
+    """Return the entropy of the attention weights relative to uniform attention, summed over tokens.
 
     Args:
-        attention: (..., T, P), sums to 1 over the cells.
-        there: (..., T) bool, which of the words there are.
+        attention: (..., T, P) float; sums to 1 over the P cells.
+        mask: (..., T) bool; False at padding.
 
     Returns:
-        A sum in which a word counts 0 (one cell) to 1 (all cells alike).
+        (), a sum to which each token contributes 0 (attention on one cell) to 1 (uniform attention).
     """
-    share = attention.float()
-    entropy = torch.special.entr(share).sum(-1) / math.log(max(2, share.shape[-1]))
-    total: Tensor = (entropy * there).sum()
+    weights = attention.float()
+    entropy = torch.special.entr(weights).sum(-1) / math.log(max(2, weights.shape[-1]))
+    total: Tensor = (entropy * mask).sum()
     return total
 
 
-def warnings(history: list[dict[str, Any]]) -> list[str]:
-    """What is wrong with the last epoch, a sentence each.
+def health_warnings(history: list[dict[str, Any]]) -> list[str]:
+    """Return one sentence per problem found in the last epoch.
 
     Args:
-        history: rows of the epochs as `train.loop.fit` makes them.
+        history: one row per epoch, as returned by `gridcap.train.engine.loop.fit`.
     """
-    row, found = history[-1], []
-    if row.get("val_commonest", 0) > _MOST_ALIKE:
-        found.append(
-            f"{row['val_commonest']:.0%} of the validation images got one and the same caption: the decoder hardly "
-            "uses the image yet (too few epochs, a learning rate that is too high, or features that say too little)"
+    row, messages = history[-1], []
+    if row.get("val_duplicate_share", 0) > MAX_DUPLICATE_SHARE:
+        messages.append(
+            f"{row['val_duplicate_share']:.0%} of the validation images got the same caption: the decoder hardly uses "
+            "the image yet (too few epochs, a learning rate that is too high, or uninformative features)"
         )
-    if row["epoch"] >= _SETTLED and row.get("val_attention_spread", 0) > _UNIFORM:
-        found.append("attention looks everywhere alike: pictures of it will show nothing")
+    if row["epoch"] >= ATTENTION_WARMUP_EPOCHS and row.get("val_attention_entropy", 0) > MAX_ATTENTION_ENTROPY:
+        messages.append("attention is nearly uniform: attention maps will not be informative")
     earlier = [r["val_perplexity"] for r in history[:-1] if r.get("val_perplexity") is not None]
-    now = row.get("val_perplexity", 0)
-    if now is not None and not math.isfinite(now):
-        found.append("validation perplexity is not finite")
-    elif earlier and "reward" not in row and now > _DIVERGED * min(earlier):
-        found.append(
-            f"validation perplexity {now:.1f} has grown to more than {_DIVERGED:g} times its lowest "
-            f"({min(earlier):.1f}): the decoder forgets, or learns the training captions by heart"
+    perplexity = row.get("val_perplexity", 0)
+    if perplexity is not None and not math.isfinite(perplexity):
+        messages.append("validation perplexity is not finite")
+    elif earlier and "reward" not in row and perplexity > MAX_PERPLEXITY_RATIO * min(earlier):
+        messages.append(
+            f"validation perplexity {perplexity:.1f} is more than {MAX_PERPLEXITY_RATIO:g} times its minimum "
+            f"({min(earlier):.1f}): the decoder diverges or overfits"
         )
-    return found
+    return messages

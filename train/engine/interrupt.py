@@ -1,4 +1,4 @@
-"""Stopping between two steps: the signal that ends a run waits until the step in hand is done."""
+"""Graceful stop: signals that end a run are deferred until the current step is done."""
 
 from __future__ import annotations
 
@@ -9,35 +9,36 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 
 @contextlib.contextmanager
 def defer_stop_signals() -> Iterator[Callable[[], Callable[[], None] | None]]:
-    """Hold back the first signal that asks to stop; a second one acts at once.
+    """Defer the first stop signal; a second one takes effect immediately.
 
     Yields:
-        A function for the end of each step: None, or, when a signal has come, what raises as the signal would have.
+        A function to call after each step. It returns None, or, after a signal, a function that raises the signal
+        again with the original handlers.
     """
-    held: list[tuple[int, FrameType | None]] = []
-    before: dict[int, Any] = {}
+    received: list[int] = []
+    original: dict[int, Any] = {}
 
-    def hold(number: int, frame: FrameType | None) -> None:
+    def defer(number: int, frame: FrameType | None) -> None:
         restore()
-        held.append((number, frame))
+        received.append(number)
 
     def restore() -> None:
-        for number, handler in before.items():
+        for number, handler in original.items():
             signal.signal(number, handler)
-        before.clear()
+        original.clear()
 
     def pending() -> Callable[[], None] | None:
-        return None if not held else lambda: signal.raise_signal(held[0][0])
+        return (lambda: signal.raise_signal(received[0])) if received else None
 
     if threading.current_thread() is threading.main_thread():
-        for number in _STOPPING:
-            if callable(signal.getsignal(number)):  # what is ignored, or ends the process by itself, stays so
-                before[number] = signal.signal(number, hold)
+        for number in STOP_SIGNALS:
+            if callable(signal.getsignal(number)):  # keep SIG_IGN and SIG_DFL
+                original[number] = signal.signal(number, defer)
     try:
         yield pending
     finally:

@@ -1,4 +1,4 @@
-"""The log of a run: JSON lines and TensorBoard."""
+"""The log of a run: JSON Lines files and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -11,57 +11,56 @@ from torch.utils.tensorboard import SummaryWriter
 
 from gridcap.common.files import write_text
 
-EVERY = 20  # steps from one line of steps.jsonl to the next
+STEPS_PER_ROW = 20  # steps per row of steps.jsonl
 Row = dict[str, Any]
 
 
 class RunLog:
-    """Writes metrics.jsonl (a row an epoch), steps.jsonl (a row every 20 steps) and tensorboard/ into a run.
+    """Writer of metrics.jsonl (one row per epoch), steps.jsonl (one row per 20 steps), and tensorboard/.
 
-    After a resume the files hold just what the checkpoint remembers, and go on from there.
+    Opening the log of a resumed run discards the rows after the checkpoint.
 
     Args:
         output: folder of the run.
-        history: rows of the epochs that are done.
-        step: steps done.
+        history: rows of the finished epochs.
+        step: number of finished steps.
     """
 
     def __init__(self, output: Path, history: list[Row], step: int) -> None:
         self._output = output
         self._steps = output / "steps.jsonl"
         kept = [row for row in read_rows(self._steps) if row["step"] <= step]
-        write_text(self._steps, _lines(kept))
-        self.epochs(history)
-        self._board = SummaryWriter(output / "tensorboard", purge_step=step + 1)
+        write_text(self._steps, _to_json_lines(kept))
+        self._write_epochs(history)
+        self._tensorboard = SummaryWriter(output / "tensorboard", purge_step=step + 1)
 
-    def step(self, row: Row) -> None:
-        """Add a row of a step."""
+    def log_step(self, row: Row) -> None:
+        """Append the row of a step."""
         with self._steps.open("a", encoding="utf-8") as file:
-            file.write(_lines([row]))
-        self._draw("step", row, row["step"])
+            file.write(_to_json_lines([row]))
+        self._add_scalars("step", row, row["step"])
 
-    def epoch(self, history: list[Row]) -> None:
-        """Write the rows of the epochs; the last one is new."""
-        self.epochs(history)
-        self._draw("epoch", history[-1], history[-1]["step"])
-
-    def epochs(self, history: list[Row]) -> None:
-        """Write the rows of the epochs."""
-        write_text(self._output / "metrics.jsonl", _lines(history))
+    def log_epoch(self, history: list[Row]) -> None:
+        """Write the rows of all epochs; only the last one is new."""
+        self._write_epochs(history)
+        self._add_scalars("epoch", history[-1], history[-1]["step"])
 
     def close(self) -> None:
-        """Flush TensorBoard's file."""
-        self._board.close()
+        """Flush and close the TensorBoard file."""
+        self._tensorboard.close()
 
-    def _draw(self, group: str, row: Row, step: int) -> None:
+    def _write_epochs(self, history: list[Row]) -> None:
+        write_text(self._output / "metrics.jsonl", _to_json_lines(history))
+
+    def _add_scalars(self, group: str, row: Row, step: int) -> None:
         for name, value in row.items():
             if isinstance(value, (int, float)) and name not in ("step", "epoch"):
-                self._board.add_scalar(f"{group}/{name}", value, step)
-        self._board.flush()
+                self._tensorboard.add_scalar(f"{group}/{name}", value, step)
+        self._tensorboard.flush()
 
 
 def read_rows(file: Path) -> list[Row]:
-    """The rows of a JSON-lines log; a last line that a kill cut short is left out."""
+    """Read a JSON Lines log, ignoring everything from the first truncated line."""
     rows: list[Row] = []
     if file.exists():
         for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -72,7 +71,7 @@ def read_rows(file: Path) -> list[Row]:
     return rows
 
 
-def _lines(rows: list[Row]) -> str:
-    """Standard JSON has no infinity and no NaN: null."""
+def _to_json_lines(rows: list[Row]) -> str:
+    """Format rows; NaN and infinity, which standard JSON does not support, become null."""
     plain = ({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in r.items()} for r in rows)
     return "".join(json.dumps(row) + "\n" for row in plain)

@@ -1,4 +1,4 @@
-"""The optimizer and its learning rate, a pure function of the step."""
+"""Optimizer, gradient clipping, and the learning rate as a pure function of the step."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from gridcap.common.config import TrainConfig
 
 
 def make_optimizer(settings: TrainConfig, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
-    """Adam (Kingma and Ba 2015, arXiv:1412.6980) or AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101)."""
+    """Return Adam (Kingma and Ba 2015, arXiv:1412.6980) or AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101)."""
     kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
     return kind(parameters, settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
 
 
 def take_step(
-    optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], words: Tensor, settings: TrainConfig
+    optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], num_tokens: Tensor, settings: TrainConfig
 ) -> Tensor:
-    """One step on the gradient of the mean loss of a word, clipped as the settings say.
+    """Apply one optimizer step to the gradient of the mean loss per token, clipped as configured.
 
-    Unless values are clipped, the weights' gradients are read once for their norm and once for the step: what they are
-    divided by goes into the optimizer's own pass.
+    Unless gradient values are clipped, the gradients are read once for their norm and once for the step: the division
+    by the number of tokens is fused into the optimizer kernel.
 
     Args:
         optimizer: from `make_optimizer`.
-        parameters: all of the optimizer's, with the gradient of the summed loss; it is not kept.
-        words: (), how many the loss was summed over.
+        parameters: all parameters of the optimizer, with the gradient of the summed loss. The gradients are modified.
+        num_tokens: (), number of tokens that the loss was summed over.
         settings: `max_grad_norm` and `max_grad_value`.
 
     Returns:
-        The norm of the mean loss's gradient before it was clipped, (), on the parameters' device.
+        (), norm of the gradient of the mean loss before clipping, on the device of the parameters.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    divisor = words.clamp(min=1).float()
+    divisor = num_tokens.clamp(min=1).float()
     norm = nn.utils.get_total_norm(gradients) / divisor
     if settings.max_grad_norm is not None:
         divisor = divisor * ((norm + 1e-6) / settings.max_grad_norm).clamp(min=1)
@@ -44,35 +44,39 @@ def take_step(
         torch._foreach_div_(gradients, divisor)
         nn.utils.clip_grad_value_(parameters, settings.max_grad_value)
         scale = None
-    # What torch's scaler for float16 sets, and every fused optimizer divides by.
+    # Fused optimizers divide the gradients by this attribute, which GradScaler sets for float16 training.
     optimizer.grad_scale = scale  # type: ignore[attr-defined]
     optimizer.step()
     del optimizer.grad_scale  # type: ignore[attr-defined]
     return norm
 
 
-def learning_rate(settings: TrainConfig, step: int, steps_an_epoch: int) -> float:
-    """The learning rate of a step.
+def learning_rate(settings: TrainConfig, step: int, steps_per_epoch: int) -> float:
+    """Return the learning rate of a step.
 
-    step: times `factor` after every `every` epochs. cosine: half a cosine from the end of the warm-up down to 0
-    at the end of the last epoch (Loshchilov and Hutter 2017, arXiv:1608.03983, without restarts). noam: with
-    1 / sqrt(step) after the warm-up (Vaswani et al. 2017, arXiv:1706.03762, eq. 3), scaled so that
-    `learning_rate` is its top.
+    After a linear warmup of `schedule.warmup_steps` steps, the schedule is one of
+
+    * constant: the peak learning rate;
+    * step: multiplied by `gamma` after every `step_size` epochs;
+    * cosine: half a cosine period that ends at 0 after the last epoch (Loshchilov and Hutter 2017, arXiv:1608.03983,
+      without restarts);
+    * noam: proportional to 1 / sqrt(step) (Vaswani et al. 2017, arXiv:1706.03762, eq. 3), scaled so that its peak is
+      `learning_rate`.
 
     Args:
-        settings: learning rate, schedule, epochs.
-        step: from 0.
-        steps_an_epoch: of the optimizer.
+        settings: peak learning rate, schedule, and number of epochs.
+        step: index of the optimizer step, from 0.
+        steps_per_epoch: number of optimizer steps per epoch.
     """
-    schedule, top = settings.schedule, settings.learning_rate
+    schedule, peak = settings.schedule, settings.learning_rate
     if step < schedule.warmup_steps:
-        return top * (step + 1) / schedule.warmup_steps
+        return peak * (step + 1) / schedule.warmup_steps
     if schedule.kind == "step":
-        return top * schedule.gamma ** (step // steps_an_epoch // schedule.step_size)
+        return peak * schedule.gamma ** (step // steps_per_epoch // schedule.step_size)
     if schedule.kind == "cosine":
-        total = settings.epochs * steps_an_epoch
-        done = (step - schedule.warmup_steps) / max(1, total - schedule.warmup_steps)
-        return top * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        total = settings.epochs * steps_per_epoch
+        progress = (step - schedule.warmup_steps) / max(1, total - schedule.warmup_steps)
+        return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     if schedule.kind == "noam":
-        return top * math.sqrt(schedule.warmup_steps / (step + 1))
-    return top
+        return peak * math.sqrt(schedule.warmup_steps / (step + 1))
+    return peak

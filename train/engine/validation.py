@@ -1,4 +1,4 @@
-"""Validation while training: loss on the references, CIDEr of greedy captions, signs of ill health."""
+"""Validation during training: loss on the references, CIDEr of greedy captions, and health metrics."""
 
 from __future__ import annotations
 
@@ -11,58 +11,60 @@ from gridcap.train.data.stream import CaptionStream, StreamOptions
 from gridcap.train.data.vocabulary import PAD, Vocabulary
 from gridcap.train.decoders.base import Decoder
 from gridcap.train.decoding.beam import BeamOptions, beam_search
-from gridcap.train.engine.distributed import ALONE, Ranks
-from gridcap.train.engine.health import attention_spread, most_common_share
+from gridcap.train.engine.health import attention_entropy, duplicate_share
+from gridcap.train.engine.job import Runtime
 from gridcap.train.metrics.coco import cider
 from gridcap.train.objectives.loss import masked_cross_entropy, perplexity
 
 
 @torch.no_grad()
 def validate(
-    decoder: Decoder,
-    data: CaptionedImages,
-    vocabulary: Vocabulary,
-    settings: TrainConfig,
-    device: torch.device,
-    precision: torch.dtype,
-    ranks: Ranks = ALONE,
-    progress: bool = False,
+    decoder: Decoder, data: CaptionedImages, vocabulary: Vocabulary, settings: TrainConfig, runtime: Runtime
 ) -> dict[str, float]:
-    """Validate a decoder; of several processes each takes its share, and all get the result.
+    """Validate a decoder. The ranks share the images, and all of them return the same result.
 
     Returns:
-        val_loss in nats a word (EOS counted, every reference), val_perplexity = exp(val_loss), val_cider,
-        val_commonest (share of the images that got the most frequent caption) and, of a decoder with attention,
-        val_attention_spread (0: one cell, 1: everywhere alike).
+        val_loss: nats per token over all references, EOS included.
+        val_perplexity: exp(val_loss).
+        val_cider: CIDEr of the greedy captions.
+        val_duplicate_share: share of the images that got the most common caption.
+        val_attention_entropy: mean entropy of the attention weights, from 0 (one cell) to 1 (uniform); only for
+            decoders with attention.
     """
     decoder.eval()
-    per_image = max(len(captions) for captions in data.captions)
-    size = max(1, settings.batch_size // (ranks.world * settings.grad_accum_steps))  # what fits in training fits here
-    stream = CaptionStream(data, vocabulary, StreamOptions(size, per_image, settings.max_length, ranks=ranks))
-    total, spread, words = 0.0, 0.0, 0
+    ranks, device = runtime.ranks, runtime.device
+    captions_per_image = max(len(captions) for captions in data.captions)
+    batch_size = max(1, settings.batch_size // (ranks.world_size * settings.grad_accum_steps))  # fits in memory
+    options = StreamOptions(batch_size, captions_per_image, settings.max_length, ranks=ranks)
+    stream = CaptionStream(data, vocabulary, options)
+    total, entropy, tokens = 0.0, 0.0, 0
     captions: dict[int, str] = {}
     batches = progress_bar(
-        stream.in_order(), total=-(-len(stream) // ranks.world), desc="validation", disable=not progress, leave=False
+        stream.in_order(),
+        total=-(-len(stream) // ranks.world_size),
+        desc="validation",
+        disable=not runtime.progress,
+        leave=False,
     )
-    for batch in batches:
-        moved = batch.to(device)
-        grids, targets = moved.grids.float(), moved.tokens[..., 1:]
-        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            logits, attention = decoder(decoder.encode(grids), moved.tokens[..., :-1], moved.target_index)
-            loss, count = masked_cross_entropy(logits, targets.flatten()[moved.target_index])
-            found = beam_search(decoder, grids, BeamOptions(1, settings.max_length))
-        total, words = total + loss.item(), words + int(count)
+    for cpu_batch in batches:
+        batch = cpu_batch.to(device)
+        grids, targets = batch.grids.float(), batch.tokens[..., 1:]
+        with runtime.autocast():
+            logits, attention = decoder(decoder.encode(grids), batch.tokens[..., :-1], batch.target_index)
+            loss, count = masked_cross_entropy(logits, targets.flatten()[batch.target_index])
+            hypotheses = beam_search(decoder, grids, BeamOptions(1, settings.max_length))
+        total, tokens = total + loss.item(), tokens + int(count)
         if attention is not None:
-            spread += attention_spread(attention, targets != PAD).item()
-        captions.update({int(i): vocabulary.decode(h.tokens) for i, h in zip(batch.images, found, strict=True)})
-    everywhere = ranks.gather((total, spread, words, captions))
-    total, spread, words = (sum(part[i] for part in everywhere) for i in range(3))
-    captions = dict(sorted(pair for part in everywhere for pair in part[3].items()))
-    mean = total / words
+            entropy += attention_entropy(attention, targets != PAD).item()
+        for image, hypothesis in zip(batch.images, hypotheses, strict=True):
+            captions[int(image)] = vocabulary.decode(hypothesis.tokens)
+    gathered = ranks.all_gather((total, entropy, tokens, captions))
+    total, entropy, tokens = (sum(part[i] for part in gathered) for i in range(3))
+    captions = dict(sorted(pair for part in gathered for pair in part[3].items()))
     row = {
-        "val_loss": mean,
-        "val_perplexity": perplexity(mean),
+        "val_loss": total / tokens,
+        "val_perplexity": perplexity(total / tokens),
         "val_cider": cider(captions, {i: data.captions[i] for i in captions}),
-        "val_commonest": most_common_share(captions.values()),
+        "val_duplicate_share": duplicate_share(captions.values()),
     }
-    return row | ({"val_attention_spread": spread / words} if decoder.has_attention else {})
+    return row | ({"val_attention_entropy": entropy / tokens} if decoder.has_attention else {})

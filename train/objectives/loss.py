@@ -1,4 +1,4 @@
-"""Losses over words."""
+"""Losses over tokens."""
 
 from __future__ import annotations
 
@@ -6,102 +6,107 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (torch's own habit)
+import torch.nn.functional as F  # noqa: N812 (the conventional name)
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gridcap.train.data.vocabulary import PAD
 
-_IN_CACHE = 1 << 19  # float32 numbers: two megabytes
+_CHUNK_SIZE = 1 << 19  # float32 logits per chunk: 2 MiB, which fits in the CPU cache
 
 
 def masked_cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy summed over the words that are there; padding counts for nothing.
+    """Return the cross-entropy summed over all tokens except padding.
 
     Args:
         logits: (..., V) float.
-        targets: (...) int64, PAD where there is no word.
+        targets: (...) int64, PAD at padding.
 
     Returns:
-        The sum in nats, and the number of words it was summed over; exp(sum / number) is the perplexity.
+        The sum in nats, (), and the number of tokens, (). exp(sum / number) is the perplexity.
     """
     loss = F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=PAD, reduction="sum")
     return loss, (targets != PAD).sum()
 
 
 def smoothed_cross_entropy(logits: Tensor, targets: Tensor, smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy with smoothed labels (Szegedy et al. 2016, arXiv:1512.00567, section 7), summed as above.
+    """Return the cross-entropy with label smoothing (Szegedy et al. 2016, arXiv:1512.00567, section 7).
 
     Args:
         logits: (N, V) float.
-        targets: (N,) int64, PAD where there is no word.
-        smoothing: share of the target that is spread over all V words.
+        targets: (N,) int64, PAD at padding.
+        smoothing: share of the target probability that is spread uniformly over all V tokens.
 
     Returns:
-        The sum to be minimised; the sum without smoothing, detached, to be compared with validation; and the
-        number of words.
+        The sum to minimize, (); the sum without smoothing, (), detached, comparable to the validation loss; and the
+        number of tokens, ().
     """
-    loss, plain = _SmoothedCrossEntropy.apply(logits, targets, smoothing)
-    return loss, plain, (targets != PAD).sum()
+    loss, plain_loss = _SmoothedCrossEntropy.apply(logits, targets, smoothing)
+    return loss, plain_loss, (targets != PAD).sum()
 
 
 class _SmoothedCrossEntropy(torch.autograd.Function):
-    """The gradient is made with the loss, while the probabilities lie in the processor's cache: torch's own reads and
-    writes N x V float32 numbers from memory eight times, which is a tenth of a step of training. And every exponential
-    is made once, where log-probabilities would want another for the gradient."""
+    """Label-smoothed cross-entropy that computes the gradient in the forward pass.
+
+    On the CPU, the gradient of each chunk is computed while its probabilities are in the cache. The operator of torch
+    makes eight passes over N x V float32 values in memory, which takes a tenth of a training step. Each exponential is
+    computed once instead of once for the loss and once for the gradient.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
-        words = logits.shape[-1]
-        rows = max(1, _IN_CACHE // words) if logits.device.type == "cpu" else max(1, len(logits))
-        plain, spread = torch.zeros(2, device=logits.device)
+        vocab_size = logits.shape[-1]
+        chunk = max(1, _CHUNK_SIZE // vocab_size) if logits.device.type == "cpu" else max(1, len(logits))
+        plain_loss, uniform_loss = torch.zeros(2, device=logits.device)
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(logits), rows):
-            some = slice(start, start + rows)
-            target = targets[some, None]
-            there = target != PAD
-            values = logits[some].float()
+        for start in range(0, len(logits), chunk):
+            rows = slice(start, start + chunk)
+            target = targets[rows, None]
+            mask = target != PAD
+            values = logits[rows].float()
             probs = values.softmax(-1)
-            # A word's loss is how far its logit is below the largest, and the loss of that word, which is never tiny.
-            top, least = values.amax(-1, keepdim=True), -probs.amax(-1, keepdim=True).log()
-            plain += ((top - values.gather(-1, target) + least) * there).sum()
+            # -log p = (max logit - target logit) + (-log max p). Both terms are exact: max p is never tiny.
+            max_logit, min_loss = values.amax(-1, keepdim=True), -probs.amax(-1, keepdim=True).log()
+            plain_loss += ((max_logit - values.gather(-1, target) + min_loss) * mask).sum()
             if smoothing:
-                spread += ((top - values.mean(-1, keepdim=True) + least) * there).sum()
-                probs -= smoothing / words
+                uniform_loss += ((max_logit - values.mean(-1, keepdim=True) + min_loss) * mask).sum()
+                probs -= smoothing / vocab_size
             if gradient is not None:
                 probs.scatter_add_(-1, target, probs.new_full(target.shape, smoothing - 1))
-                gradient[some] = probs.mul_(there)
+                gradient[rows] = probs.mul_(mask)
         ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(plain)
-        return (1 - smoothing) * plain + smoothing * spread, plain
+        ctx.mark_non_differentiable(plain_loss)
+        return (1 - smoothing) * plain_loss + smoothing * uniform_loss, plain_loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, by_loss: Tensor, by_plain: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor, grad_plain_loss: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        # As it is in training; a GPU is not asked, since it would have to be waited for.
-        if by_loss.device.type == "cpu" and by_loss.item() == 1:
+        # The common case in training. On a GPU, reading the value would synchronize with the device.
+        if grad_loss.device.type == "cpu" and grad_loss.item() == 1:
             return gradient, None, None
-        return gradient * by_loss, None, None
+        return gradient * grad_loss, None, None
 
 
 def attention_reg(attention: Tensor, targets: Tensor) -> Tensor:
-    """The penalty that makes a decoder look at every cell in the course of a caption (Xu et al. 2015,
-    arXiv:1502.03044, eq. 14): (1 - sum over the caption of the looks at a cell) squared, averaged over the cells.
+    """Return the doubly stochastic attention penalty (Xu et al. 2015, arXiv:1502.03044, eq. 14).
+
+    It encourages a decoder to attend to every cell over the course of a caption: (1 - attention weight of a cell summed
+    over the caption) squared, averaged over the cells.
 
     Args:
-        attention: (B, K, T, P), each look sums to 1.
-        targets: (B, K, T) int64, PAD where there is no word.
+        attention: (B, K, T, P) float; sums to 1 over the P cells.
+        targets: (B, K, T) int64, PAD at padding.
 
     Returns:
-        Its sum over the captions, each counted as often as it has words: divided by the number of all words it is a
-        mean over captions, as in the code released with the paper, and stands beside the mean loss of a word.
+        (), the sum over captions, each weighted by its number of tokens. Divided by the total number of tokens, it is a
+        weighted mean over captions on the scale of the mean loss per token, as in the code released with the paper.
     """
-    there = targets != PAD
-    looked = (attention.float() * there[..., None]).sum(2)
-    return ((1 - looked).square().mean(-1) * there.sum(-1)).sum()
+    mask = targets != PAD
+    cell_totals = (attention.float() * mask[..., None]).sum(2)
+    return ((1 - cell_totals).square().mean(-1) * mask.sum(-1)).sum()
 
 
 def perplexity(loss: float) -> float:
-    """exp of a mean loss in nats a word; infinite where no float holds it."""
+    """Return exp of a mean loss in nats per token; inf if it overflows."""
     return math.exp(loss) if loss < 709 else math.inf

@@ -1,11 +1,11 @@
-"""Self-critical training: the decoder's own captions, rewarded by what they are judged by."""
+"""Self-critical sequence training (SCST): policy gradient with caption-level rewards."""
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (torch's own habit)
+import torch.nn.functional as F  # noqa: N812 (the conventional name)
 from torch import Tensor
 
 from gridcap.train.data.batch import CaptionBatch
@@ -18,58 +18,76 @@ from gridcap.train.objectives.reward import CaptionReward
 
 
 class SelfCritical:
-    """Policy gradient with the reward of whole captions (Rennie et al. 2017, arXiv:1612.00563).
+    """Policy gradient on the reward of sampled captions (Rennie et al. 2017, arXiv:1612.00563).
 
-    Of each image some captions are drawn, and each is compared with the mean reward of the others (leave-one-out:
-    Kool et al. 2019, "Buy 4 REINFORCE samples, get a baseline for free!"; for captions Luo 2020,
-    arXiv:2003.09971): loss = -(reward - mean reward of the others) x log-probability of its words.
+    Several captions are sampled per image. The baseline of each is the mean reward of the others (leave-one-out: Kool
+    et al. 2019, "Buy 4 REINFORCE samples, get a baseline for free!"; for captioning, Luo 2020, arXiv:2003.09971):
+    loss = -(reward - baseline) * log-probability of the caption.
 
-    The captions are drawn without dropout, and then read once more with it: teacher forcing over all words at once
-    is quicker than a second walk. Meanwhile another thread counts the rewards.
+    Captions are sampled without dropout. A second pass with teacher forcing computes their log-probabilities with
+    dropout, which is faster than a second autoregressive pass. Meanwhile, another thread computes the rewards.
 
-    Captions may be drawn from softmax(logits / temperature), whose mean reward is then what is raised; greedy search
-    is the same at every temperature. A decoder that is not sure of its words, after few images or label smoothing,
-    draws captions far worse than its greedy ones. At temperature 1 it is then taught to avoid risks first, with short
-    and general captions, and greedy search gets worse with it.
+    With a temperature, captions are sampled from softmax(logits / temperature), and the objective is the expected
+    reward under that distribution; greedy decoding does not depend on the temperature. A high-entropy decoder (trained
+    on few images or with label smoothing) samples captions that are far worse than its greedy ones. At temperature 1,
+    it first learns to avoid risks with short and generic captions, which lowers the CIDEr of greedy decoding.
 
     Args:
-        reward: of the training images' captions.
-        samples: captions drawn of each image.
-        max_length: of them, in words.
-        temperature: that they are drawn with.
+        reward: reward of captions of the training images.
+        samples: number of captions sampled per image.
+        max_length: maximum length of a sampled caption, in tokens.
+        temperature: sampling temperature.
     """
+
+    term_names: tuple[str, ...] = ("tokens", "captions", "reward", "baseline", "advantage")
 
     def __init__(self, reward: CaptionReward, samples: int, max_length: int, temperature: float = 1.0) -> None:
         self._reward, self._samples, self._max_length = reward, samples, max_length
         self._temperature = temperature
 
     def __call__(self, decoder: Decoder, batch: CaptionBatch, epoch: int) -> tuple[Tensor, Terms]:
-        """As `Objective`; the log has "captions" and, summed over them, their "reward", the "baseline" each was
-        compared with, and how far from it they were ("advantage", without sign)."""
+        """Compute the loss as defined by `Objective`.
+
+        The terms are the number of "captions" and, summed over them, the "reward", the "baseline", and the absolute
+        "advantage" (reward - baseline).
+        """
         grids = batch.grids.float()
         decoder.eval()
         with torch.no_grad():
-            drawn = sample_tokens(
-                decoder, decoder.encode(grids), self._samples, SamplingOptions(self._max_length, self._temperature)
-            )
-        torch.clear_autocast_cache()  # before torch 2.10 the weights cast without gradient would be used again
+            options = SamplingOptions(self._max_length, self._temperature)
+            sampled = sample_tokens(decoder, decoder.encode(grids), self._samples, options)
+        torch.clear_autocast_cache()  # before torch 2.10, weights cast without gradient would be reused below
         decoder.train()
         with ThreadPoolExecutor(1, thread_name_prefix="reward") as thread:
-            counted = thread.submit(self._reward, batch.images, drawn.cpu().numpy())
-            given = torch.cat([torch.full_like(drawn[..., :1], BOS), drawn[..., :-1]], -1)
-            written = (drawn != PAD).flatten().nonzero()[:, 0]
-            logits, _ = decoder(decoder.encode(grids), given, written)
-            scaled = mask_special_tokens(logits) / self._temperature
-            log_probs = -F.cross_entropy(scaled, drawn.flatten()[written], reduction="none")
-            rewards = torch.from_numpy(counted.result()).to(grids.device)
+            future = thread.submit(self._reward, batch.images, sampled.cpu().numpy())
+            positions = (sampled != PAD).flatten().nonzero()[:, 0]
+            log_probs = self._log_probs(decoder, grids, sampled, positions)
+            rewards = torch.from_numpy(future.result()).to(grids.device)
         baseline = (rewards.sum(1, keepdim=True) - rewards) / (self._samples - 1)
         advantage = rewards - baseline
-        loss = -(advantage[..., None].expand(drawn.shape).flatten()[written] * log_probs).sum()
-        counts = torch.tensor([len(written), rewards.numel()], device=grids.device)
+        loss = -(advantage[..., None].expand(sampled.shape).flatten()[positions] * log_probs).sum()
+        counts = torch.tensor([len(positions), rewards.numel()], device=grids.device)
         return loss, {
-            "words": counts[0],
+            "tokens": counts[0],
             "captions": counts[1],
             "reward": rewards.sum(),
             "baseline": baseline.sum(),
             "advantage": advantage.abs().sum(),
         }
+
+    def _log_probs(self, decoder: Decoder, grids: Tensor, sampled: Tensor, positions: Tensor) -> Tensor:
+        """Return the log-probabilities of sampled tokens under the sampling distribution.
+
+        Args:
+            decoder: decoder that sampled the captions.
+            grids: (B, P, C) float32.
+            sampled: (B, K, T) int64.
+            positions: (N,) int64, indices into the flattened captions.
+
+        Returns:
+            (N,) float, with gradient.
+        """
+        inputs = torch.cat([torch.full_like(sampled[..., :1], BOS), sampled[..., :-1]], -1)
+        logits, _ = decoder(decoder.encode(grids), inputs, positions)
+        scaled = mask_special_tokens(logits) / self._temperature
+        return -F.cross_entropy(scaled, sampled.flatten()[positions], reduction="none")

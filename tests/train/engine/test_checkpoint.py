@@ -13,6 +13,7 @@ from gridcap.train.data.vocabulary import Vocabulary
 from gridcap.train.decoders.build import build_decoder
 from gridcap.train.engine import checkpoint
 from gridcap.train.engine.checkpoint import (
+    CheckpointContents,
     find_checkpoint,
     load_checkpoint,
     load_training_state,
@@ -36,7 +37,8 @@ def save(tmp_path, new_config, provenance, tiny_decoders):
         decoder(decoder.encode(torch.ones(1, 4, 8)), torch.tensor([[[1, 4]]]))[0].sum().backward()
         optimizer.step()
         state = {"optimizer": optimizer.state_dict(), "history": [{"epoch": step}], "sums": {"loss": 1 / 3}}
-        save_checkpoint(tmp_path / "run", step, decoder, VOCABULARY, config, provenance(), state, best)
+        contents = CheckpointContents(step, decoder, VOCABULARY, config, provenance(), state)
+        save_checkpoint(tmp_path / "run", contents, best)
         return decoder
 
     return call
@@ -226,7 +228,7 @@ def test_a_kill_during_the_very_first_save_leaves_no_checkpoint_to_be_found(save
         patch.setattr("gridcap.train.engine.checkpoint.save", _kill_when(None, lambda *args: True))
         with pytest.raises(_Killed):
             save(1)
-    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+    with pytest.raises(CheckpointError, match="contains no checkpoint"):
         find_checkpoint(run)
 
 
@@ -289,7 +291,7 @@ def test_a_checkpoint_without_its_checksums_is_refused(save, run, name):
     save(1)
     folder = find_checkpoint(run)
     (folder / "sha256.json").unlink()
-    with pytest.raises(CheckpointError, match=r"sha256\.json: damaged checkpoint"):
+    with pytest.raises(CheckpointError, match=r"sha256\.json: corrupted checkpoint"):
         load_training_state(folder) if name == "training_state.pt" else load_checkpoint(run)
 
 
@@ -320,7 +322,7 @@ def test_pointers_to_a_checkpoint_that_is_gone_are_refused(save, run):
 def test_no_folder_and_a_folder_without_checkpoint_are_told_apart(tmp_path):
     with pytest.raises(CheckpointError, match=r"nowhere: no such folder"):
         load_checkpoint(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match=r"holds no checkpoint"):
+    with pytest.raises(CheckpointError, match=r"contains no checkpoint"):
         load_checkpoint(tmp_path)
 
 
@@ -337,7 +339,7 @@ def test_a_newer_version_is_refused_and_says_so(save, run):
     file = find_checkpoint(run) / "config.json"
     tree = json.loads(file.read_text())
     file.write_text(json.dumps({**tree, "version": checkpoint.VERSION + 1}))
-    with pytest.raises(CheckpointError, match="newer gridcap") as caught:
+    with pytest.raises(CheckpointError, match="newer version of gridcap") as caught:
         load_checkpoint(run)
     assert "update" in caught.value.hint
 
@@ -346,9 +348,11 @@ def test_an_older_version_is_refused_and_says_so(save, run):
     save(1)
     file = find_checkpoint(run) / "config.json"
     tree = json.loads(file.read_text())
-    assert tree["version"] == 3
-    file.write_text(json.dumps({**tree, "version": 2}))
-    with pytest.raises(CheckpointError, match=r"step-00000001: made by an older gridcap \(version 2\)") as caught:
+    assert tree["version"] == 4
+    file.write_text(json.dumps({**tree, "version": 3}))
+    with pytest.raises(
+        CheckpointError, match=r"step-00000001: written by an older version of gridcap \(format 3, expected 4\)"
+    ) as caught:
         load_checkpoint(run)
     assert "train again" in caught.value.hint
 

@@ -9,10 +9,10 @@ from gridcap.train.engine.curves import plot_curves
 from gridcap.train.engine.log import RunLog, read_rows
 
 STEPS = [
-    {"step": s, "epoch": 1 + s // 50, "loss": 5 - s / 40, "learning_rate": 0.01, "gradient_norm": 1.0}
+    {"step": s, "epoch": 1 + s // 50, "loss": 5 - s / 40, "learning_rate": 0.01, "grad_norm": 1.0}
     for s in range(0, 100, 20)
 ]
-EPOCHS = [{"epoch": e, "step": 50 * e, "train_loss": 5 - e, "seconds": 1.0, "waited": 0.1} for e in (1, 2)]
+EPOCHS = [{"epoch": e, "step": 50 * e, "train_loss": 5 - e, "seconds": 1.0, "data_wait": 0.1} for e in (1, 2)]
 SCORES = [
     {"val_loss": 4.0, "val_perplexity": 50.0, "val_cider": 0.2},
     {"val_loss": 3.5, "val_perplexity": 33.0, "val_cider": 0.4},
@@ -54,9 +54,9 @@ def draw(figures, path, epochs, steps):
 
 def test_cross_entropy(tmp_path, figures):
     panels = draw(figures, tmp_path / "curves.png", VALIDATED, STEPS)
-    assert list(panels) == ["loss, nats a word", "validation CIDEr", "validation perplexity", "learning rate"]
-    assert panels["loss, nats a word"] == {
-        "one step in 20": [(row["step"], row["loss"]) for row in STEPS],
+    assert list(panels) == ["loss (nats per token)", "validation CIDEr", "validation perplexity", "learning rate"]
+    assert panels["loss (nats per token)"] == {
+        "every 20th step": [(row["step"], row["loss"]) for row in STEPS],
         "training": [(50, 4), (100, 3)],
         "validation": [(50, 4.0), (100, 3.5)],
     }
@@ -72,7 +72,7 @@ def test_self_critical_training_shows_the_reward_and_how_it_began(tmp_path, figu
     panels = draw(figures, tmp_path / "curves.png", [begin, *plain], steps)
     assert list(panels) == ["reward", "validation CIDEr", "validation perplexity", "learning rate"]
     assert panels["reward"] == {
-        "one step in 20": [(row["step"], 0.9) for row in STEPS],
+        "every 20th step": [(row["step"], 0.9) for row in STEPS],
         "epoch": [(50, 0.9), (100, 0.9)],
     }
     assert list(panels["validation CIDEr"].values()) == [[(0, 0.2), (50, 0.2), (100, 0.4)]]
@@ -80,14 +80,14 @@ def test_self_critical_training_shows_the_reward_and_how_it_began(tmp_path, figu
 
 def test_without_validation(tmp_path, figures):
     panels = draw(figures, tmp_path / "curves.png", EPOCHS, STEPS)
-    assert list(panels) == ["loss, nats a word", "learning rate"]
-    assert set(panels["loss, nats a word"]) == {"one step in 20", "training"}
+    assert list(panels) == ["loss (nats per token)", "learning rate"]
+    assert set(panels["loss (nats per token)"]) == {"every 20th step", "training"}
 
 
 def test_only_what_has_several_lines_has_a_legend(tmp_path, figures):
     plot_curves(VALIDATED, STEPS, tmp_path / "curves.png")
     legends = {axis.get_title(): axis.get_legend() is not None for axis in figures[-1].axes}
-    assert legends.pop("loss, nats a word")
+    assert legends.pop("loss (nats per token)")
     assert not any(legends.values())
 
 
@@ -99,17 +99,17 @@ def test_numbers_that_are_none_leave_a_gap(tmp_path, figures, bad):
 
 def test_a_run_without_rows_of_steps(tmp_path, figures):
     panels = draw(figures, tmp_path / "curves.png", EPOCHS, [])
-    assert panels["loss, nats a word"] == {"training": [(50, 4), (100, 3)]}
+    assert panels["loss (nats per token)"] == {"training": [(50, 4), (100, 3)]}
 
 
 def test_from_the_files_of_a_run_over_an_older_picture(tmp_path, figures):
     log = RunLog(tmp_path, [], 0)
     for row in STEPS:
-        log.step(row)
-    log.epoch(VALIDATED)
+        log.log_step(row)
+    log.log_epoch(VALIDATED)
     log.close()
     (tmp_path / "curves.png").write_bytes(b"an older picture")
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     panels = draw(figures, tmp_path / "curves.png", rows, read_rows(tmp_path / "steps.jsonl"))
-    assert len(panels["loss, nats a word"]["one step in 20"]) == len(STEPS)
+    assert len(panels["loss (nats per token)"]["every 20th step"]) == len(STEPS)
     assert [path.name for path in tmp_path.glob("*.png*")] == ["curves.png"], "no temporary file is left"

@@ -14,10 +14,10 @@ import yaml
 import gridcap.train.engine.loop
 from gridcap.common.errors import UserError
 from gridcap.train.engine.checkpoint import find_checkpoint, load_checkpoint
-from gridcap.train.engine.distributed import ALONE, Ranks, find_ranks
+from gridcap.train.engine.distributed import SINGLE_PROCESS, Ranks, find_ranks
 from gridcap.train.engine.loop import fit
 
-NOT_COMPARED = ("seconds", "waited", "warnings")
+NOT_COMPARED = ("seconds", "data_wait", "warnings")
 HANG = 400  # seconds after which a command counts as one that never ends
 
 
@@ -27,13 +27,16 @@ HANG = 400  # seconds after which a command counts as one that never ends
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({}, ALONE),
-        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, ALONE),
+        ({}, SINGLE_PROCESS),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, SINGLE_PROCESS),
         ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, Ranks(5, 8, 1)),
         ({"RANK": "1", "WORLD_SIZE": "2"}, Ranks(1, 2, 0)),
         ({"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"}, Ranks(3, 4, 1)),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}, ALONE),  # a batch script outside of srun
-        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0"}, ALONE),
+        (
+            {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"},
+            SINGLE_PROCESS,
+        ),  # a batch script outside of srun
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0"}, SINGLE_PROCESS),
         (
             {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"},
             Ranks(2, 4, 0),  # torchrun inside of srun
@@ -53,15 +56,14 @@ def test_variables_that_contradict_themselves_are_refused_by_name(environment):
 
 
 def test_only_rank_0_is_the_first():
-    assert [Ranks(rank, 3, 0).first for rank in range(3)] == [True, False, False]
+    assert [Ranks(rank, 3, 0).is_main for rank in range(3)] == [True, False, False]
 
 
 def test_one_process_alone_gathers_and_adds_up_itself():
     value = torch.tensor([1.0, 2.0])
-    ALONE.add_up([value])
+    SINGLE_PROCESS.all_reduce([value])
     assert value.tolist() == [1, 2]
-    assert ALONE.gather("x") == ["x"]
-    assert ALONE.from_first("x") == "x"
+    assert SINGLE_PROCESS.all_gather("x") == ["x"]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +80,7 @@ def test_a_step_with_fewer_images_than_parts_is_refused(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("gridcap.train.engine.loop.find_ranks", lambda: find_ranks(environment))
-    with pytest.raises(UserError, match=f"--batch-size {batch_size}: .*{accumulate} parts") as caught:
+    with pytest.raises(UserError, match=f"--batch-size {batch_size} .*{accumulate} gradient accumulation") as caught:
         fit(new_config(tmp_path / "run", batch_size=batch_size, grad_accum_steps=accumulate), train_data, None, False)
     assert "larger --batch-size" in caught.value.hint
     assert not (tmp_path / "run").exists()
@@ -108,21 +110,21 @@ def load(name):
 def digest(decoder):
     return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in decoder.parameters())).hexdigest()
 
-real = gridcap.train.engine.loop._Trainer._end_epoch
+real = gridcap.train.engine.loop.Trainer._finish_epoch
 weights = []
 
-def end_epoch(self, run, log, row):
-    real(self, run, log, row)
-    weights.append(digest(run.decoder))
+def end_epoch(self, row):
+    real(self, row)
+    weights.append(digest(self.run.decoder))
 
 def fail(self, run, *rest):
     if run.step == 2 and rank == "1":
         raise RuntimeError("a process fails")
     return real_step(self, run, *rest)
 
-gridcap.train.engine.loop._Trainer._end_epoch = end_epoch
+gridcap.train.engine.loop.Trainer._finish_epoch = end_epoch
 if sys.argv[2:] == ["fail"]:
-    real_step, gridcap.train.engine.loop._Trainer._step = gridcap.train.engine.loop._Trainer._step, fail
+    real_step, gridcap.train.engine.loop.train_step = gridcap.train.engine.loop.train_step, fail
     config = PipelineConfig.model_validate_json((folder / "fail.config").read_text())
     gridcap.train.engine.loop.fit(config, load("train"), None, False)
     sys.exit(0)
@@ -223,14 +225,14 @@ def two(pair):
     pair.write("dropout", pair.config("dropout", decoder=pair.decoder.model_copy(update={"dropout": 0.3}), **DROPOUT))
     config = pair.config("resume", checkpoint_steps=2)
     with pytest.MonkeyPatch.context() as patch:  # stops in the middle of the second epoch
-        real = gridcap.train.engine.loop._Trainer._step
+        real = gridcap.train.engine.loop.train_step
 
         def stop(self, run, *args):
             if run.step == 5:
                 raise KeyboardInterrupt
             return real(self, run, *args)
 
-        patch.setattr("gridcap.train.engine.loop._Trainer._step", stop)
+        patch.setattr("gridcap.train.engine.loop.train_step", stop)
         with pytest.raises(KeyboardInterrupt):
             fit(config, *pair.data, False, progress=False)
     assert find_checkpoint(config.train.output, "last").name == "step-00000004"
@@ -278,9 +280,9 @@ def test_validation_of_two_processes_is_that_of_one_to_the_last_caption(pair):
         for r in map(json.loads, (pair.folder / "one" / "metrics.jsonl").read_text().splitlines())
         if f"step-{r['step']:08}" == best.path.name
     )
-    for name in ("val_cider", "val_commonest"):
+    for name in ("val_cider", "val_duplicate_share"):
         assert history[0][name] == row[name]
-    for name in ("val_loss", "val_perplexity", "val_attention_spread"):
+    for name in ("val_loss", "val_perplexity", "val_attention_entropy"):
         assert history[0][name] == pytest.approx(row[name], rel=1e-6)
 
 
@@ -309,7 +311,7 @@ def write_pipeline(pair, name):
     """A pipeline.yaml for the run of that name."""
     section = json.loads(pair.config(name).train.model_dump_json())
     splits = {split: {"images": "images", "annotations": f"{split}.json"} for split in ("train", "val")}
-    tree = {"data": {"features": ".", "splits": splits}, "train": section}
+    tree = {"data": {"features_dir": ".", "splits": splits}, "train": section}
     (pair.folder / "pipeline.yaml").write_text(yaml.safe_dump(tree))
 
 
@@ -349,9 +351,9 @@ def test_a_step_in_parts_is_a_step(pair, accumulate):
 def test_the_parts_of_a_step_need_less_memory(pair, monkeypatch):
     """Each part goes through the decoder alone, and the optimizer moves once for all of them."""
     sizes, moves = [], []
-    real_objective, real_step = gridcap.train.engine.loop.CrossEntropy.__call__, torch.optim.Adam.step
+    real_objective, real_step = gridcap.train.objectives.cross_entropy.CrossEntropy.__call__, torch.optim.Adam.step
     monkeypatch.setattr(
-        "gridcap.train.engine.loop.CrossEntropy.__call__",
+        "gridcap.train.objectives.cross_entropy.CrossEntropy.__call__",
         lambda s, d, batch, e: (sizes.append(len(batch.images)), real_objective(s, d, batch, e))[1],
     )
     monkeypatch.setattr(torch.optim.Adam, "step", lambda *args: (moves.append(len(sizes)), real_step(*args))[1])

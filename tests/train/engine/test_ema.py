@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from gridcap.train.decoders.build import build_decoder
-from gridcap.train.engine.ema import WeightAverage
+from gridcap.train.engine.ema import WeightEMA
 
 
 @pytest.fixture(params=["lstm", "attention"])
@@ -21,7 +21,7 @@ def move(decoder, seed):
 
 
 def test_begins_with_the_weights_themselves(decoder):
-    average = WeightAverage(decoder, 0.9)
+    average = WeightEMA(decoder, 0.9)
     for name, value in average.decoder.named_parameters():
         assert torch.equal(value, dict(decoder.named_parameters())[name])
 
@@ -29,7 +29,7 @@ def test_begins_with_the_weights_themselves(decoder):
 @pytest.mark.parametrize("decay", [0.3, 0.999])
 def test_is_the_moving_average_with_less_decay_early_on(decoder, decay):
     """0.3 is reached at step 3: (1 + 3) / (10 + 3) > 0.3; 0.999 is not reached here."""
-    average = WeightAverage(decoder, decay)
+    average = WeightEMA(decoder, decay)
     expected = {name: value.clone() for name, value in decoder.named_parameters()}
     for step in range(1, 8):
         now = move(decoder, step)
@@ -41,7 +41,7 @@ def test_is_the_moving_average_with_less_decay_early_on(decoder, decay):
 
 
 def test_the_trained_weights_stay_as_they_are(decoder):
-    average = WeightAverage(decoder, 0.9)
+    average = WeightEMA(decoder, 0.9)
     now = move(decoder, 1)
     average.update(decoder, 1)
     for name, value in decoder.named_parameters():
@@ -50,7 +50,7 @@ def test_the_trained_weights_stay_as_they_are(decoder):
 
 
 def test_shares_no_memory_and_needs_no_gradient(decoder):
-    average = WeightAverage(decoder, 0.9)
+    average = WeightEMA(decoder, 0.9)
     pairs = list(zip(decoder.parameters(), average.decoder.parameters(), strict=True))
     assert pairs
     for trained, kept in pairs:
@@ -63,7 +63,7 @@ def test_shares_no_memory_and_needs_no_gradient(decoder):
 
 
 def test_an_update_in_the_midst_of_training_records_nothing(decoder):
-    average = WeightAverage(decoder, 0.9)
+    average = WeightEMA(decoder, 0.9)
     grid, tokens = torch.randn(2, 4, 8), torch.ones(2, 1, 3, dtype=torch.int64)
     decoder(decoder.encode(grid), tokens)[0].sum().backward()
     average.update(decoder, 1)
@@ -73,7 +73,7 @@ def test_an_update_in_the_midst_of_training_records_nothing(decoder):
 
 
 def test_of_weights_that_stay_it_is_those_weights(decoder):
-    average = WeightAverage(decoder, 0.5)
+    average = WeightEMA(decoder, 0.5)
     for step in range(1, 30):
         average.update(decoder, step)
     for trained, kept in zip(decoder.parameters(), average.decoder.parameters(), strict=True):

@@ -62,7 +62,7 @@ def test_what_is_ignored_stays_ignored(handlers):
 def test_a_stopped_run_keeps_the_step_in_hand_and_ends_as_an_undisturbed_one(
     tmp_path, new_config, train_data, handlers, monkeypatch, step
 ):
-    real = gridcap.train.engine.loop._Trainer._step
+    real = gridcap.train.engine.loop.train_step
 
     def interrupted(self, run, *args):
         if run.step == step:
@@ -70,7 +70,7 @@ def test_a_stopped_run_keeps_the_step_in_hand_and_ends_as_an_undisturbed_one(
         return real(self, run, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr("gridcap.train.engine.loop._Trainer._step", interrupted)
+        patch.setattr("gridcap.train.engine.loop.train_step", interrupted)
         with pytest.raises(_StopError):
             fit(new_config(tmp_path / "run"), train_data, None, False, progress=False)
     assert find_checkpoint(tmp_path / "run", "last").name == f"step-{step + 1:08}", "the step in which the signal came"

@@ -55,12 +55,12 @@ def test_a_last_line_that_lost_only_its_end_of_line_counts(tmp_path):
 
 def test_a_row_a_step_and_a_row_an_epoch(tmp_path):
     log = open_log(tmp_path)
-    log.step(step(1))
-    log.step(step(20))
+    log.log_step(step(1))
+    log.log_step(step(20))
     first, second = {"epoch": 1, "step": 30, "train_loss": 2.0}, {"epoch": 2, "step": 60, "train_loss": 1.0}
-    log.epoch([first])
+    log.log_epoch([first])
     assert lines(tmp_path / "metrics.jsonl") == [first]
-    log.epoch([first, second])
+    log.log_epoch([first, second])
     log.close()
     assert lines(tmp_path / "metrics.jsonl") == [first, second]
     assert lines(tmp_path / "steps.jsonl") == [step(1), step(20)]
@@ -69,7 +69,7 @@ def test_a_row_a_step_and_a_row_an_epoch(tmp_path):
 def test_a_row_stands_in_the_file_at_once(tmp_path):
     """Who watches a run need not wait for its end."""
     log = open_log(tmp_path)
-    log.step(step(1))
+    log.log_step(step(1))
     assert read_rows(tmp_path / "steps.jsonl") == [step(1)]
     log.close()
 
@@ -83,10 +83,10 @@ def test_a_new_run_begins_with_empty_files(tmp_path):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_json_cannot_say_is_null(tmp_path, value):
     log = open_log(tmp_path)
-    log.step(step(1, gradient_norm=value))
-    log.epoch([{"epoch": 1, "step": 1, "val_perplexity": value}])
+    log.log_step(step(1, grad_norm=value))
+    log.log_epoch([{"epoch": 1, "step": 1, "val_perplexity": value}])
     log.close()
-    for name, key in (("steps.jsonl", "gradient_norm"), ("metrics.jsonl", "val_perplexity")):
+    for name, key in (("steps.jsonl", "grad_norm"), ("metrics.jsonl", "val_perplexity")):
         text = (tmp_path / name).read_text()
         assert json.loads(text)[key] is None
         assert "NaN" not in text
@@ -100,7 +100,7 @@ def test_a_resume_drops_the_steps_after_the_checkpoint_and_goes_on(tmp_path):
     path = write_steps(tmp_path, step(20), step(40), step(60), step(80), rest='{"step": 100, "lo')
     log = open_log(tmp_path, done=40)
     assert lines(path) == [step(20), step(40)]
-    log.step(step(60, loss=1.0))
+    log.log_step(step(60, loss=1.0))
     log.close()
     assert lines(path) == [step(20), step(40), step(60, loss=1.0)]
 
@@ -108,7 +108,7 @@ def test_a_resume_drops_the_steps_after_the_checkpoint_and_goes_on(tmp_path):
 def test_a_resume_after_a_cut_line_begins_on_a_line_of_its_own(tmp_path):
     path = write_steps(tmp_path, step(20), rest=json.dumps(step(40)))
     log = open_log(tmp_path, done=50)
-    log.step(step(60))
+    log.log_step(step(60))
     log.close()
     assert lines(path) == [step(20), step(40), step(60)]
 
@@ -131,9 +131,9 @@ def board(folder):
 
 def test_tensorboard_gets_every_number_under_its_step(tmp_path):
     log = open_log(tmp_path)
-    log.step(step(1, learning_rate=0.5))
-    log.step(step(20, learning_rate=0.25, skipped=None))
-    log.epoch([{"epoch": 1, "step": 30, "val_cider": 0.75}])
+    log.log_step(step(1, learning_rate=0.5))
+    log.log_step(step(20, learning_rate=0.25, skipped=None))
+    log.log_epoch([{"epoch": 1, "step": 30, "val_cider": 0.75}])
     log.close()
     assert board(tmp_path) == {
         "step/loss": [(1, 2.0), (20, 2.0)],
@@ -145,9 +145,9 @@ def test_tensorboard_gets_every_number_under_its_step(tmp_path):
 def test_tensorboard_forgets_the_steps_after_the_checkpoint(tmp_path):
     log = open_log(tmp_path)
     for number in (20, 40, 60):
-        log.step(step(number))
+        log.log_step(step(number))
     log.close()
     log = open_log(tmp_path, done=40)
-    log.step(step(60, loss=1.0))
+    log.log_step(step(60, loss=1.0))
     log.close()
     assert board(tmp_path)["step/loss"] == [(20, 2.0), (40, 2.0), (60, 1.0)]

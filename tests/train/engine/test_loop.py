@@ -13,13 +13,14 @@ from gridcap.train.data.captioned import CaptionedImages
 from gridcap.train.decoders.build import build_decoder
 from gridcap.train.decoding.beam import BeamOptions, beam_search
 from gridcap.train.engine.checkpoint import find_checkpoint, load_checkpoint, load_training_state
+from gridcap.train.engine.job import Runtime
 from gridcap.train.engine.loop import fit
 from gridcap.train.engine.validation import validate
 
 
 def timeless(history):
     """The rows without what a clock measured."""
-    return [{k: v for k, v in row.items() if k not in ("seconds", "waited")} for row in history]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "data_wait")} for row in history]
 
 
 def logged(output):
@@ -69,19 +70,19 @@ def test_a_row_an_epoch_is_returned_and_logged(tmp_path, new_config, train_data,
             "val_loss",
             "val_perplexity",
             "val_cider",
-            "val_commonest",
-            "val_attention_spread",
+            "val_duplicate_share",
+            "val_attention_entropy",
             "seconds",
-            "waited",
+            "data_wait",
         }
         assert row["step"] == 5 * row["epoch"]
-        assert row["val_commonest"] == 0 or 2 / 9 <= row["val_commonest"] <= 1
-        assert any("one and the same caption" in text for text in row.get("warnings", [])) == (
-            row["val_commonest"] > 0.3
+        assert row["val_duplicate_share"] == 0 or 2 / 9 <= row["val_duplicate_share"] <= 1
+        assert any("got the same caption" in text for text in row.get("warnings", [])) == (
+            row["val_duplicate_share"] > 0.3
         )
-        assert 0 < row["val_attention_spread"] <= 1
+        assert 0 < row["val_attention_entropy"] <= 1
         assert row["val_perplexity"] == pytest.approx(math.exp(row["val_loss"]))
-        assert 0 <= row["waited"] <= 1
+        assert 0 <= row["data_wait"] <= 1
     assert logged(tmp_path / "run") == history
 
 
@@ -104,7 +105,7 @@ def test_the_best_checkpoint_has_the_highest_cider_and_of_equals_the_lowest_loss
 
 def test_without_validation_the_last_checkpoint_is_the_best(tmp_path, new_config, train_data):
     history = train(new_config(tmp_path / "run", epochs=3), train_data)
-    assert all(set(row) == {"epoch", "step", "train_loss", "seconds", "waited"} for row in history)
+    assert all(set(row) == {"epoch", "step", "train_loss", "seconds", "data_wait"} for row in history)
     assert find_checkpoint(tmp_path / "run", "best").name == "step-00000015"
 
 
@@ -142,8 +143,7 @@ def test_validation_loss_counts_every_reference_and_does_not_depend_on_the_batch
             val_data,
             loaded.vocabulary,
             new_config(tmp_path / "run", batch_size=size).train,
-            torch.device("cpu"),
-            torch.float32,
+            Runtime(torch.device("cpu")),
         )
         for size in (1, 4, 50)
     ]
@@ -224,7 +224,7 @@ def test_an_interrupted_epoch_leaves_no_thread(tmp_path, new_config, train_data,
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("gridcap.train.objectives.base.smoothed_cross_entropy", interrupt)
+    monkeypatch.setattr("gridcap.train.objectives.cross_entropy.smoothed_cross_entropy", interrupt)
     try:
         train(new_config(tmp_path / "run"), train_data)
     except KeyboardInterrupt:
@@ -306,7 +306,7 @@ def test_a_resume_on_other_features_is_refused_showing_the_difference(tmp_path, 
 def test_a_second_run_into_the_same_output_is_refused_and_harms_nothing(tmp_path, new_config, train_data):
     train(new_config(tmp_path / "run", epochs=1), train_data)
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    with pytest.raises(CheckpointError, match="holds a run already") as caught:
+    with pytest.raises(CheckpointError, match="already contains a run") as caught:
         train(new_config(tmp_path / "run", seed=2), train_data)
     assert "--resume" in caught.value.hint
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
@@ -355,7 +355,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_good_check
     train(new_config(tmp_path / "run", epochs=1), train_data)
     good = weights_of(tmp_path / "run")
     ruined_steps()
-    with pytest.raises(TrainingError, match=r"the loss is not a number any more \(epoch 2") as caught:
+    with pytest.raises(TrainingError, match=r"became NaN or inf \(epoch 2") as caught:
         train(new_config(tmp_path / "run", epochs=5), train_data, resume=True)
     assert caught.value.exit_status == 1
     assert same_bits(good, weights_of(tmp_path / "run"))
@@ -363,14 +363,14 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_good_check
 
 
 def test_a_huge_learning_rate_stops_with_a_training_error(tmp_path, new_config, train_data):
-    with pytest.raises(TrainingError, match="not a number"):
+    with pytest.raises(TrainingError, match="became NaN or inf"):
         train(new_config(tmp_path / "run", learning_rate=1e30), train_data)
 
 
 def test_weights_ruined_by_the_last_step_of_an_epoch_are_not_kept(tmp_path, new_config, train_data, ruined_steps):
     config = new_config(tmp_path / "run", epochs=1, batch_size=24)
     ruined_steps()
-    with pytest.raises(TrainingError, match="not a number"):
+    with pytest.raises(TrainingError, match="became NaN or inf"):
         train(config, train_data)
     assert not (tmp_path / "run" / "checkpoints.json").exists()
 
@@ -472,7 +472,7 @@ def test_the_average_is_kept_and_validated_and_the_weights_themselves_are_in_the
     assert not same_bits(raw, weights_of(tmp_path / "ema"))
     assert load_training_state(find_checkpoint(tmp_path / "plain", "last"))["weights"] is None
     loaded, settings = load_checkpoint(tmp_path / "ema", "last"), new_config(tmp_path).train
-    found = validate(loaded.decoder, val_data, loaded.vocabulary, settings, torch.device("cpu"), torch.float32)
+    found = validate(loaded.decoder, val_data, loaded.vocabulary, settings, Runtime(torch.device("cpu")))
     assert found == {name: value for name, value in averaged[-1].items() if name.startswith("val_")}
 
 
@@ -547,9 +547,9 @@ def test_a_run_that_falls_below_its_beginning_keeps_it_as_the_best_and_says_so(
     config = new_config(tmp_path / "run", init_from=start, epochs=2)
     fit(config, train_data, val_data, False)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
-    assert "as it begins" in lines[0]
-    assert "CIDEr 0.300 (below the 0.800 it began with)" in lines[1]
-    assert "CIDEr 0.500 (below the 0.800 it began with)" in lines[2]
+    assert "before the first step" in lines[0]
+    assert "CIDEr 0.300 (below the initial 0.800)" in lines[1]
+    assert "CIDEr 0.500 (below the initial 0.800)" in lines[2]
     assert find_checkpoint(tmp_path / "run", "best").name == "step-00000000"
     assert same_bits(weights_of(tmp_path / "run", "best"), weights_of(start))
 
@@ -570,7 +570,7 @@ def test_validation_that_begins_in_the_midst_of_a_run_from_another_decoder_makes
 ):
     config = new_config(tmp_path / "run", init_from=start, epochs=1, checkpoint_steps=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gridcap.train.engine.loop._Trainer._check_finite", stop_at_step(3))
+        patch.setattr("gridcap.train.engine.loop.check_finite", stop_at_step(3))
         with pytest.raises(KeyboardInterrupt):
             train(config.model_copy(), train_data)
     history = train(config, train_data, val_data, resume=True)
@@ -579,7 +579,7 @@ def test_validation_that_begins_in_the_midst_of_a_run_from_another_decoder_makes
 
 
 def stop_at_step(step):
-    def check(self, run, totals, epoch):
+    def check(job, run, stats):
         if run.step >= step:
             raise KeyboardInterrupt
 
@@ -588,7 +588,7 @@ def stop_at_step(step):
 
 def test_another_decoder_than_the_one_to_begin_with_is_refused(tmp_path, new_config, train_data, tiny_decoders, start):
     config = new_config(tmp_path / "run", init_from=start, decoder=tiny_decoders["lstm"])
-    with pytest.raises(MismatchError, match="another decoder"):
+    with pytest.raises(MismatchError, match="its decoder differs"):
         train(config, train_data)
     assert not (tmp_path / "run").exists()
 
@@ -602,8 +602,8 @@ def test_a_decoder_of_other_features_is_refused(tmp_path, new_config, new_data, 
 
 def test_self_critical_training_needs_a_decoder_to_begin_with(tmp_path, new_config, train_data):
     train(new_config(tmp_path / "run", epochs=1), train_data)
-    for output in ("run", "new"):  # and not: "holds a run already"
-        with pytest.raises(UserError, match="begins with a decoder") as caught:
+    for output in ("run", "new"):  # and not: "already contains a run"
+        with pytest.raises(UserError, match="starts from a trained decoder") as caught:
             train(new_config(tmp_path / output, objective="scst"), train_data)
         assert "--init-from" in caught.value.hint
     assert not (tmp_path / "new").exists()
@@ -633,7 +633,7 @@ def test_a_run_leaves_curves_and_valid_logs(tmp_path, new_config, train_data, va
     assert [row["step"] for row in steps] == [1, 20, 25, 40], "the first of an epoch, and every 20th"
     assert [row["epoch"] for row in steps] == [1, 1, 2, 2]
     for row in steps:
-        assert set(row) == {"step", "epoch", "loss", "learning_rate", "gradient_norm"}
+        assert set(row) == {"step", "epoch", "loss", "learning_rate", "grad_norm"}
 
 
 def events_of(output):

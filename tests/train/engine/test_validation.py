@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 from collections import Counter
@@ -12,11 +13,12 @@ from gridcap.train.data.vocabulary import Vocabulary
 from gridcap.train.decoders.build import build_decoder
 from gridcap.train.decoding.beam import BeamOptions, beam_search
 from gridcap.train.engine.distributed import Ranks
+from gridcap.train.engine.job import Runtime
 from gridcap.train.engine.validation import validate
 from gridcap.train.metrics.coco import cider
 
-KEYS = {"val_loss", "val_perplexity", "val_cider", "val_commonest"}
-CPU = torch.device("cpu")
+KEYS = {"val_loss", "val_perplexity", "val_cider", "val_duplicate_share"}
+CPU = Runtime(torch.device("cpu"))
 
 
 @pytest.fixture
@@ -40,7 +42,7 @@ def check(val_data, vocabulary, new_config, tmp_path):
 
     def run(decoder, data=val_data, **train):
         settings = new_config(tmp_path / "run", **train).train
-        return validate(decoder, data, vocabulary, settings, CPU, torch.float32)
+        return validate(decoder, data, vocabulary, settings, CPU)
 
     return run
 
@@ -52,7 +54,7 @@ def check(val_data, vocabulary, new_config, tmp_path):
 def test_the_row_has_plain_numbers_and_the_spread_of_who_has_attention(family, families, vocabulary, check):
     decoder = build(families[family], vocabulary)
     row = check(decoder)
-    assert set(row) == (KEYS | {"val_attention_spread"} if decoder.has_attention else KEYS)
+    assert set(row) == (KEYS | {"val_attention_entropy"} if decoder.has_attention else KEYS)
     assert all(type(value) is float for value in row.values())
     json.dumps(row)
     assert decoder.has_attention == (family != "lstm")
@@ -81,7 +83,7 @@ def test_cider_and_the_commonest_are_those_of_greedy_captions(tiny_decoders, voc
     texts = [vocabulary.decode(h.tokens) for h in beam_search(decoder.eval(), grids, BeamOptions(1, 8))]
     truth = dict(enumerate(val_data.captions))
     assert row["val_cider"] == pytest.approx(cider(dict(enumerate(texts)), truth))
-    assert row["val_commonest"] == max(Counter(texts).values()) / len(val_data)
+    assert row["val_duplicate_share"] == max(Counter(texts).values()) / len(val_data)
 
 
 class Fixed(torch.nn.Module):
@@ -108,7 +110,7 @@ class Fixed(torch.nn.Module):
 )
 def test_the_spread_of_attention_is_a_mean_over_words(looks, spread, tiny_decoders, vocabulary, check):
     decoder = Fixed(build(tiny_decoders["lstm"], vocabulary), torch.tensor(looks))
-    assert check(decoder)["val_attention_spread"] == pytest.approx(spread, abs=1e-6)
+    assert check(decoder)["val_attention_entropy"] == pytest.approx(spread, abs=1e-6)
 
 
 @pytest.mark.parametrize("family", ["lstm", "attention"])
@@ -145,7 +147,7 @@ def test_weights_can_be_trained_on_after_it(tiny_decoders, vocabulary, check):
 class Together(Ranks):
     """Processes one after the other: the first ones leave what they give, the last one gets it all."""
 
-    def gather(self, value):
+    def all_gather(self, value):
         left = GIVEN[: self.rank]
         GIVEN[self.rank :] = [value]
         return [*left, value]
@@ -164,8 +166,8 @@ def test_processes_find_together_what_one_finds(
     settings = new_config(tmp_path / "run", batch_size=2).train
     GIVEN.clear()
     for rank in range(world - 1):
-        validate(decoder, val_data, vocabulary, settings, CPU, torch.float32, Together(rank, world))
-    last = validate(decoder, val_data, vocabulary, settings, CPU, torch.float32, Together(world - 1, world))
+        validate(decoder, val_data, vocabulary, settings, dataclasses.replace(CPU, ranks=Together(rank, world)))
+    last = validate(decoder, val_data, vocabulary, settings, dataclasses.replace(CPU, ranks=Together(world - 1, world)))
     assert last == pytest.approx(alone, rel=1e-5)
     shares = [set(part[3]) for part in GIVEN]
     assert sum(map(len, shares)) == len(set.union(*shares)) == len(val_data)

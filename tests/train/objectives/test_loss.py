@@ -91,7 +91,7 @@ def test_the_gradient_is_that_of_torchs_cross_entropy_in_stretches_of_any_size(s
     logits, targets = example(seed)
     rows, there = logits.flatten(0, -2), targets.flatten()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gridcap.train.objectives.loss._IN_CACHE", in_cache)
+        patch.setattr("gridcap.train.objectives.loss._CHUNK_SIZE", in_cache)
         total, plain, _ = smoothed_cross_entropy(rows, there, share)
     (alone,) = torch.autograd.grad(total, logits, retain_graph=True)
     (found,) = torch.autograd.grad(3 * total, logits)

@@ -113,7 +113,7 @@ def test_the_gradient_is_reward_less_the_mean_of_the_others_times_that_of_the_lo
     assert terms["baseline"].item() == pytest.approx(np.sum(baselines), rel=1e-4, abs=1e-5)
     assert terms["advantage"].item() == pytest.approx(np.abs(rewards.ravel() - baselines).sum(), rel=1e-4)
     assert int(terms["captions"]) == 3 * samples
-    assert int(terms["words"]) == (tokens != PAD).sum(), "EOS counted"
+    assert int(terms["tokens"]) == (tokens != PAD).sum(), "EOS counted"
     assert not any(value.requires_grad for value in terms.values())
 
 
@@ -159,7 +159,7 @@ def test_padding_contributes_nothing():
     tokens = reward.calls[0][1]
     assert (tokens[0, :, 1:] == PAD).all()
     assert (tokens[1] != PAD).all()
-    assert int(terms["words"]) == 3 + tokens[1].size
+    assert int(terms["tokens"]) == 3 + tokens[1].size
     assert loss.isfinite()
     assert decoder.table.grad.isfinite().all()
     assert decoder.table.grad[0].abs().max() < 1e-6, "the only word was certain"

@@ -9,7 +9,7 @@ from gridcap.train.data.batch import CaptionBatch
 from gridcap.train.data.vocabulary import BOS, EOS, PAD, UNK
 from gridcap.train.decoders.base import Decoder
 from gridcap.train.decoders.build import build_decoder
-from gridcap.train.objectives.base import CrossEntropy, forward_scheduled_sampling
+from gridcap.train.objectives.cross_entropy import CrossEntropy, forward_scheduled_sampling
 
 WORDS = 11
 FAMILIES = {
@@ -69,10 +69,10 @@ def test_the_loss_is_the_sum_of_torchs_over_the_words_that_are_there(family, smo
                     plain += F.cross_entropy(logits[0, 0], goal, reduction="sum")
                     words += len(goal)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
-    assert int(terms["words"]) == words == 14
+    assert int(terms["tokens"]) == words == 14
     assert terms["loss"].item() == pytest.approx(plain.item(), rel=1e-4), "without smoothing, to stand by validation's"
     assert not terms["loss"].requires_grad
-    assert set(terms) == {"words", "loss"}
+    assert set(terms) == {"tokens", "loss"}
 
 
 def test_the_sums_of_two_parts_are_those_of_the_whole(batch):
@@ -119,7 +119,7 @@ def test_with_own_words_too_the_targets_are_the_references_words(batch):
     expected = -sum(log_probs[word] for word in TOKENS[..., 1:].flatten().tolist() if word != PAD)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert terms["loss"].item() == pytest.approx(loss.item())
-    assert int(terms["words"]) == 14
+    assert int(terms["tokens"]) == 14
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_with_own_words_too_the_targets_are_the_references_words(batch):
 def test_the_probability_grows_in_steps_up_to_its_largest(sampling, expected):
     epochs = [0, 4, 5, 9, 10, 25, 90]
     objective = CrossEntropy(TrainConfig(scheduled_sampling=sampling))
-    assert [objective.own_words(epoch) for epoch in epochs[: len(expected)]] == pytest.approx(expected)
+    assert [objective.sampling_prob(epoch) for epoch in epochs[: len(expected)]] == pytest.approx(expected)
 
 
 def test_own_words_come_with_the_epoch_that_has_them(batch, monkeypatch):
@@ -144,7 +144,7 @@ def test_own_words_come_with_the_epoch_that_has_them(batch, monkeypatch):
         asked.append(probability)
         return decoder(memory, tokens)  # all places, as the real one
 
-    monkeypatch.setattr("gridcap.train.objectives.base.forward_scheduled_sampling", record)
+    monkeypatch.setattr("gridcap.train.objectives.cross_entropy.forward_scheduled_sampling", record)
     objective = CrossEntropy(settings(scheduled_sampling={"max_prob": 0.3, "prob_step": 0.2, "step_epochs": 2}))
     for epoch in range(6):
         objective(build("attention"), batch, epoch)
@@ -239,7 +239,7 @@ def test_gradients_flow_with_own_words(family, batch):
     objective = CrossEntropy(settings(family, scheduled_sampling={"max_prob": 1, "prob_step": 1, "step_epochs": 1}))
     loss, terms = objective(decoder, batch, 1)
     loss.backward()
-    assert int(terms["words"]) == 14
+    assert int(terms["tokens"]) == 14
     for name, parameter in decoder.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
