@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 
-from gridcap.caption.options import show_dry_run, warn_if_random, weights_option
+from gridcap.caption.options import USES, show_dry_run, warn_if_random, weights_option
 from gridcap.common.captions.folder import list_images
 from gridcap.common.command import flag, pipeline_command
 from gridcap.common.config import CaptionConfig, PipelineConfig
@@ -49,7 +49,7 @@ class CaptionRequest:
     weights: Path | None
 
 
-@pipeline_command("caption-images", EXAMPLES)
+@pipeline_command("caption-images", EXAMPLES, uses=USES)
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
     "--checkpoint",

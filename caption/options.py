@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gridcap.common.command import show_config
+from gridcap.common.command import Uses, show_config
 from gridcap.common.config import PipelineConfig
 
 if TYPE_CHECKING:
     from gridcap.caption.captioner import Captioner
+
+USES = Uses(("caption", "data.follow_links", "extract.device", "extract.num_workers", "seed"), "caption.max_length=20")
 
 weights_option = click.option(
     "--weights",
@@ -36,7 +38,6 @@ def show_dry_run(config: PipelineConfig, checkpoints: Sequence[Path], action: st
     """Print the configuration and what the command would do; `{}` in `action` is replaced by the checkpoints."""
     from gridcap.train.engine.checkpoint import find_checkpoint
 
-    click.echo("configuration")
-    show_config(config, "caption")
+    show_config(config, "caption", full=True)
     resolved = ", ".join(str(find_checkpoint(path)) for path in checkpoints)
     click.echo(f"dry run: would {action.format(resolved)}")

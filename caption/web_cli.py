@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from gridcap.caption.options import show_dry_run, warn_if_random, weights_option
+from gridcap.caption.options import USES, show_dry_run, warn_if_random, weights_option
 from gridcap.common.command import flag, pipeline_command
 from gridcap.common.config import PipelineConfig
 from gridcap.common.errors import UserError
@@ -19,7 +19,7 @@ gridcap serve --checkpoint runs/mine --host 0.0.0.0 --port 8000         (reachab
 """
 
 
-@pipeline_command("serve", EXAMPLES)
+@pipeline_command("serve", EXAMPLES, uses=USES)
 @click.option(
     "--checkpoint",
     "checkpoints",

@@ -1,7 +1,7 @@
-"""The errors a user meets: one line what, one line what to do next.
+"""Exceptions of the library, and the exit statuses of the commands.
 
-Exit statuses of every command: 0 success, 1 a failure, 2 a mistake in what the user asked for,
-3 done but some images were rejected, 130 interrupted by Ctrl-C, 143 by SIGTERM, 140 by SIGUSR2.
+Every command exits with 0 on success, 1 on failure, 2 on a usage error, 3 if the work is done but some images are
+invalid, 130 after Ctrl-C, 143 after SIGTERM, and 140 after SIGUSR2.
 """
 
 from __future__ import annotations
@@ -16,98 +16,111 @@ EXIT_INTERRUPTED = 130
 
 
 class GridcapError(Exception):
-    """An error with a message made for the user.
+    """Base class of all errors that are reported to the user as a message and a hint.
 
     Args:
         message: one line that names the file or option and says what is wrong.
-        hint: one line that says what to do next.
+        hint: one line that says what to do.
     """
 
     exit_status = EXIT_FAILURE
 
     def __init__(self, message: str, hint: str) -> None:
-        super().__init__(message)
+        super().__init__(message, hint)  # both are in `args`, so that the exception can be pickled
         self.message = message
         self.hint = hint
 
+    def __str__(self) -> str:
+        return self.message
+
 
 class UserError(GridcapError):
-    """The user asked for something that cannot be: a wrong path, option, file or combination."""
+    """Usage error: an option, a path on the command line, or a combination of them is wrong."""
 
     exit_status = EXIT_USAGE
 
 
 class ConfigError(UserError):
-    """The configuration holds an unknown key, a bad value or a contradiction."""
+    """The configuration contains an unknown key, an invalid value, or a contradiction."""
 
 
-class AnnotationError(UserError):
-    """A captions file cannot be read, or too much of it is bad."""
+class AnnotationError(GridcapError):
+    """A captions file cannot be read, or too many of its entries are invalid."""
 
 
-class StoreError(UserError):
-    """A feature store is missing, incomplete, damaged or of another format."""
+class StoreError(GridcapError):
+    """A feature store is missing, incomplete, corrupted, or of an unsupported format version."""
 
 
-class MismatchError(UserError):
-    """Two things that must belong together do not: features and checkpoint, plan and request."""
+class MismatchError(GridcapError):
+    """Two things that must belong together do not, such as features and checkpoint, or plan and request."""
 
 
-class CheckpointError(UserError):
-    """A checkpoint is missing, damaged or of another format."""
+class CheckpointError(GridcapError):
+    """A checkpoint is missing, corrupted, or of an unsupported format version."""
 
 
-class WeightsError(UserError):
-    """Encoder weights cannot be had or are not what they should be."""
+class WeightsError(GridcapError):
+    """Encoder weights are missing, cannot be downloaded, or do not match their checksum."""
 
 
 class ExtractionError(GridcapError):
-    """Extraction stopped: too many bad images, or a value that the stored type cannot hold."""
+    """Extraction stopped: too many invalid images, or a value that the stored dtype cannot represent."""
 
 
 class DownloadError(GridcapError):
-    """A download broke off, or brought something else than it should."""
+    """A download was interrupted or returned unexpected content."""
 
 
 class TrainingError(GridcapError):
-    """Training stopped: the loss is not a number."""
+    """Training stopped because the loss became NaN or inf."""
 
 
+class OutOfMemoryError(GridcapError):
+    """The system or the GPU has no memory left, or a memory limit was reached."""
+
+
+_CHECK_PERMISSIONS = "check the permissions, or choose another path"
 _OS_HINTS = {
-    errno.ENOSPC: "free some space (or choose another --output), then run the same command again",
-    errno.EDQUOT: "your quota is used up: free some space, then run the same command again",
-    errno.EACCES: "check the permissions, or choose another --output",
-    errno.EPERM: "check the permissions, or choose another --output",
+    errno.ENOSPC: "free some space (or choose another --output), then rerun the command",
+    errno.EDQUOT: "your disk quota is used up: free some space, then rerun the command",
+    errno.EACCES: _CHECK_PERMISSIONS,
+    errno.EPERM: _CHECK_PERMISSIONS,
     errno.EROFS: "the file system is read-only: choose another --output",
-    errno.ENOENT: "check the path for a typing error",
-    errno.ENOTDIR: "a part of the path is a file, not a folder: choose another path",
-    errno.EEXIST: "a file stands where a folder is needed: choose another path",
-    errno.EISDIR: "a file is needed here, and this is a folder",
+    errno.ENOENT: "check the path for typos",
+    errno.ENOTDIR: "a component of the path is a file, not a folder: choose another path",
+    errno.EEXIST: "a file exists where a folder is needed: choose another path",
+    errno.EISDIR: "the path is a folder, but a file is needed: choose another path",
+    errno.EMFILE: "too many open files: raise the limit (ulimit -n), then rerun the command",
+    errno.ENFILE: "too many open files on this machine: close other programs, then rerun the command",
+    errno.EIO: "the disk or network file system reported an error: check it (dmesg), then rerun the command",
+    errno.ESTALE: "the network file system lost track of the file: check that it still exists, then rerun the command",
+    errno.ENOMEM: "close other programs, or raise the memory limit (ulimit -v, container), then rerun the command",
 }
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's message, or its type if it has none."""
+    """Return the first line of an exception's message, or the name of its type if the message is empty."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
 
 
 def os_reason(error: OSError) -> str:
-    """What the operating system says, as it stands in the middle of a sentence."""
+    """Return the system's message in lower case, for the middle of a sentence."""
     return (error.strerror or str(error)).lower()
 
 
-def _leads_nowhere(path: Path) -> bool:
-    return path.is_symlink() and not path.exists()
-
-
 def from_os_error(error: OSError) -> GridcapError:
-    """Turn an operating-system error into one with a path and a next step."""
-    where = f"{error.filename}: " if error.filename else ""
-    what = f"{where}{error.strerror or error}"
-    if error.errno == errno.EEXIST and error.filename and _leads_nowhere(Path(error.filename)):
+    """Convert an operating system error into an error with the path and a hint."""
+    prefix = f"{error.filename}: " if error.filename else ""
+    if error.errno == errno.EEXIST and error.filename and _is_dangling_symlink(Path(error.filename)):
         return GridcapError(
-            f"{where}a link to {Path(error.filename).readlink()}, which is not there",
-            "make what the link leads to, or choose another path",
+            f"{prefix}symlink to {Path(error.filename).readlink()}, which does not exist",
+            "create the symlink's target, or choose another path",
         )
-    return GridcapError(what, _OS_HINTS.get(error.errno or 0, "run again with --debug to see where it happened"))
+    hint = _OS_HINTS.get(error.errno or 0, "rerun with --debug to see where it happened")
+    return GridcapError(f"{prefix}{error.strerror or error}", hint)
+
+
+def _is_dangling_symlink(path: Path) -> bool:
+    return path.is_symlink() and not path.exists()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gridcap.common.command import flag, pipeline_command, show_config
+from gridcap.common.command import Uses, flag, pipeline_command, show_config
 from gridcap.common.config import PipelineConfig
 from gridcap.common.errors import EXIT_INVALID
 from gridcap.common.text import plural
@@ -49,7 +49,10 @@ def _check_devices(context: click.Context, parameter: click.Parameter, value: st
     return value
 
 
-@pipeline_command("extract-features", EXAMPLES, split_keys)
+USES = Uses(("data", "extract", "seed"), "extract.resize_mode=crop")
+
+
+@pipeline_command("extract-features", EXAMPLES, split_keys, uses=USES)
 @click.option("--split", help="name of the split: train, val, test, karpathy-train, ..., or a new name")
 @click.option("--images", type=click.Path(path_type=Path), help="folder of the images  [data.splits.<split>.images]")
 @click.option(
@@ -122,8 +125,7 @@ def main(config: PipelineConfig, dry_run: bool, **values: Any) -> None:
     share = options.find_share(os.environ)
     selection = select_split(config, options)
     if not options.is_quiet(os.environ):
-        click.echo("configuration")
-        show_config(selection.config, "data", "extract")
+        show_config(selection.config, "data", "extract", full=dry_run)
     if options.submit is None:
         _extract(selection, options, share, dry_run)
     else:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from gridcap.common.command import pipeline_command
+from gridcap.common.command import NO_SETTINGS, pipeline_command
 from gridcap.common.config import PipelineConfig
 from gridcap.common.errors import UserError
 
@@ -19,7 +19,7 @@ download-coco --mirror http://mirror.example.org/coco                 (zips/trai
 _SPLITS = ("train", "val")
 
 
-@pipeline_command("download-coco", EXAMPLES)
+@pipeline_command("download-coco", EXAMPLES, uses=NO_SETTINGS)
 @click.option("--year", type=click.Choice(["2014", "2017"]), default="2014", show_default=True, help="Of COCO.")
 @click.option("--splits", default="train,val", show_default=True, help="Whose images: train, val, or both.")
 @click.option(

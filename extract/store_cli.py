@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from gridcap.common.captions.split import captions_only, load_split
-from gridcap.common.command import flag, pipeline_command, show_config
+from gridcap.common.command import NO_SETTINGS, Uses, flag, pipeline_command, show_config
 from gridcap.common.config import PipelineConfig
 from gridcap.common.errors import EXIT_FAILURE, UserError
 from gridcap.common.progress import progress_bar
@@ -31,7 +31,11 @@ inspect-features features/train.h5 --plot grids.png --images data/coco/train2014
 """
 
 
-@pipeline_command("import-features", IMPORT_EXAMPLES)
+IMPORT_USES = Uses(("extract.dtype", "extract.shard_size", "data.max_invalid", "seed"), "data.max_invalid=5%")
+VERIFY_USES = Uses(("data.max_invalid", "seed"), "data.max_invalid=5%")
+
+
+@pipeline_command("import-features", IMPORT_EXAMPLES, uses=IMPORT_USES)
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="The store's index file, ending in .h5.")
 @click.option(
@@ -54,8 +58,7 @@ def import_features(
         raise UserError(f"--output {output}: the index file must end in .h5", f"use --output {output}.h5")
     from gridcap.extract.importers import features as importers
 
-    click.echo("configuration")
-    show_config(config, "extract")
+    show_config(config, "extract", full=dry_run)
     name = split or output.stem
     records = None
     if annotations is not None:
@@ -79,7 +82,7 @@ def import_features(
     click.echo(f"done: {output}: {count} images")
 
 
-@pipeline_command("verify-features", VERIFY_EXAMPLES)
+@pipeline_command("verify-features", VERIFY_EXAMPLES, uses=VERIFY_USES)
 @click.argument("features", type=click.Path(path_type=Path))
 @click.option(
     "--annotations", type=click.Path(path_type=Path), help="Captions file whose images the store should have."
@@ -94,8 +97,7 @@ def verify_features(
     """
     from gridcap.extract import verify
 
-    click.echo("configuration")
-    show_config(config, "data")
+    show_config(config, "data", full=dry_run)
     wanted = None
     if annotations is not None:
         loaded = load_split(captions_only(annotations), features.stem, config.seed, config.data.max_invalid)
@@ -125,7 +127,7 @@ def verify_features(
     sys.exit(EXIT_FAILURE)
 
 
-@pipeline_command("inspect-features", INSPECT_EXAMPLES)
+@pipeline_command("inspect-features", INSPECT_EXAMPLES, uses=NO_SETTINGS)
 @click.argument("features", type=click.Path(path_type=Path))
 @click.option("--rejected", is_flag=True, help="List the rejected images instead, a line each: file, tab, reason.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw a handful of images' grids to this picture.")

@@ -170,7 +170,7 @@ def find_cycle(graph: dict[str, set[str]]) -> list[str]:
 
 def test_no_import_cycles() -> None:
     graph = import_graph()
-    assert "gridcap.common.errors" in graph["gridcap.common.command"]
+    assert "gridcap.common.errors" in graph["gridcap.common.command.command"]
     assert find_cycle(graph) == []
 
 

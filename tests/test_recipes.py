@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from gridcap.common.config import AttentionConfig, LstmConfig, TransformerConfig, load_config, recipe_names
-from gridcap.common.config.train import NOT_OF_A_RECIPE
+from gridcap.common.config.train import RUN_SETTINGS
 from gridcap.train.decoders.build import build_decoder
 
 FOLDER = Path(__file__).parents[1] / "recipes"
@@ -64,7 +64,7 @@ def test_begins_with_its_paper(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_runs_anywhere(name):
     """A recipe says nothing of files and machines."""
-    assert not keys(name).keys() & NOT_OF_A_RECIPE
+    assert not keys(name).keys() & RUN_SETTINGS
 
 
 @pytest.mark.parametrize("name", DECODERS)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gridcap.common.command import flag, pipeline_command, reload_config, show_config
+from gridcap.common.command import Uses, flag, pipeline_command, reload_config, show_config
 from gridcap.common.config import PipelineConfig, TrainConfig, recipe_names
 from gridcap.common.errors import CheckpointError, ConfigError, MismatchError, UserError
 from gridcap.common.store.reader import FeatureStore
@@ -58,7 +58,10 @@ def _check_init_from() -> None:
         )
 
 
-@pipeline_command("train-decoder", EXAMPLES, own_recipe=_recipe_name)
+USES = Uses(("train", "data", "seed"), "train.max_grad_norm=1")
+
+
+@pipeline_command("train-decoder", EXAMPLES, own_recipe=_recipe_name, uses=USES)
 @flag("--features", "train.features")
 @flag("--annotations", "train.annotations")
 @flag("--val-features", "train.val_features")
@@ -152,8 +155,7 @@ def _train(config: PipelineConfig, dry_run: bool, resume: bool) -> None:
     from gridcap.train.data.inputs import captions_for, warn_if_random
 
     settings = config.train
-    click.echo("configuration")
-    show_config(config, "train")
+    show_config(config, "train", full=dry_run)
     store = FeatureStore(settings.features or config.data.features_dir / "train.h5")
     train = captions_for(store, settings.annotations, [config], "train", "--annotations")
     val = _validation_data(config, store)

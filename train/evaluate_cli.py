@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gridcap.common.command import flag, pipeline_command, show_config
+from gridcap.common.command import Uses, flag, pipeline_command, show_config
 from gridcap.common.config import PipelineConfig
 from gridcap.common.errors import GridcapError, UserError
 from gridcap.common.files import check_writable
@@ -51,7 +51,10 @@ class _Paths:
     images: Path | None
 
 
-@pipeline_command("evaluate-decoder", EXAMPLES)
+USES = Uses(("caption", "data", "train.device", "seed"), "caption.top_k=10")
+
+
+@pipeline_command("evaluate-decoder", EXAMPLES, uses=USES)
 @click.option(
     "--checkpoint",
     "checkpoints",
@@ -110,8 +113,7 @@ def _evaluate(config: PipelineConfig, dry_run: bool, paths: _Paths) -> None:
     from gridcap.train.report import ReportContext, find_images, write_evaluation_report
 
     _check_paths(paths)
-    click.echo("configuration")
-    show_config(config, "caption")
+    show_config(config, "caption", full=dry_run)
     loaded = load_ensemble(paths.checkpoints)
     store = FeatureStore(paths.features)
     configs = [config, loaded.config]

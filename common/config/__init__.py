@@ -1,7 +1,7 @@
-"""The configuration of a whole run: one file, typed, refused when it contradicts itself.
+"""The typed configuration of a run.
 
-`load_config` reads the file, lays a recipe and flags over it, and returns a `PipelineConfig`. Every command uses
-the same file, so a key means the same thing everywhere. Relative paths are relative to the current folder.
+``load_config`` reads a YAML file, applies a recipe and command-line settings, and returns a ``PipelineConfig``. All
+commands share one file, so a key means the same thing everywhere. Relative paths are relative to the current folder.
 """
 
 from gridcap.common.config.caption import CaptionConfig
@@ -14,8 +14,10 @@ from gridcap.common.config.decoders import (
     TransformerConfig,
 )
 from gridcap.common.config.extract import ExtractConfig
-from gridcap.common.config.load import describe_key, load_config, recipe_names
+from gridcap.common.config.keys import describe_key
+from gridcap.common.config.load import load_config
 from gridcap.common.config.pipeline import PipelineConfig
+from gridcap.common.config.recipes import recipe_names
 from gridcap.common.config.train import ScheduleConfig, TrainConfig, VocabularyConfig
 
 __all__ = [

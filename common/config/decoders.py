@@ -1,4 +1,4 @@
-"""The decoders' settings: one section a family, chosen by the key `family`."""
+"""Settings of the decoders: one section per family, selected by the key `family`."""
 
 from __future__ import annotations
 
@@ -14,55 +14,57 @@ AttentionOutput = Literal["hidden", "deep"]
 
 
 class AnyDecoderConfig(Section):
-    """What every family has."""
+    """Settings that all families share."""
 
-    embed_size: PositiveInt = Field(256, description="size of a word embedding (transformer: of the model)")
-    dropout: float = Field(0.3, ge=0, lt=1, description="dropout on the grid, the embeddings and before the output")
-    zero_features: bool = Field(
-        False, description="replace the grid by zeros: the baseline that knows only the language"
+    embed_size: PositiveInt = Field(256, description="token embedding size (transformer: model size)")
+    dropout: float = Field(
+        0.3, ge=0, lt=1, description="dropout probability on features, embeddings, and the output layer's input"
     )
+    zero_features: bool = Field(False, description="replace the features by zeros (language-only baseline)")
 
 
 class LstmConfig(AnyDecoderConfig):
-    """LSTM that sees the pooled grid."""
+    """LSTM conditioned on the mean-pooled features."""
 
     family: Literal["lstm"] = "lstm"
-    hidden_size: PositiveInt = Field(512, description="size of the recurrent state")
-    image_injection: ImageInput = Field("initial-state", description="where the LSTM gets the image")
+    hidden_size: PositiveInt = Field(512, description="size of the hidden state")
+    image_injection: ImageInput = Field("initial-state", description="where the image features enter the LSTM")
     image_bottleneck: PositiveInt | None = Field(
-        None, description="a narrow ELU layer of this size between the pooled grid and the LSTM"
+        None, description="size of an ELU layer between the pooled features and the LSTM; null: no such layer"
     )
     output_bottleneck: PositiveInt | None = Field(
-        None, description="a narrow ELU layer of this size between the LSTM and the words"
+        None, description="size of an ELU layer between the LSTM and the output projection; null: no such layer"
     )
 
 
 class AttentionConfig(AnyDecoderConfig):
-    """Recurrent decoder with additive attention over the grid's cells."""
+    """Recurrent decoder with additive attention over the grid cells."""
 
     family: Literal["attention"] = "attention"
-    hidden_size: PositiveInt = Field(512, description="size of the recurrent state")
-    attention_size: PositiveInt = Field(256, description="size of the space in which state and cells are compared")
-    cell: AttentionCell = Field("gru", description="the recurrent part, and where the context enters it")
-    context_gate: bool = Field(False, description="weigh the context by a scalar made from the state (Xu 2015)")
+    hidden_size: PositiveInt = Field(512, description="size of the hidden state")
+    attention_size: PositiveInt = Field(256, description="hidden size of the additive attention")
+    cell: AttentionCell = Field("gru", description="recurrent cell, and where the context vector enters it")
+    context_gate: bool = Field(
+        False, description="scale the context vector by a gate computed from the state (Xu et al. 2015)"
+    )
     output_layer: AttentionOutput = Field(
-        "deep", description="what words are made from: hidden, the state; deep, state, context and last word"
+        "deep", description="input of the output layer: hidden (state) or deep (state, context, last token)"
     )
     attention_reg: NonNegativeFloat = Field(
-        0.0, description="weight of the penalty that makes the looks at each cell sum to 1 over a caption (Xu 2015)"
+        0.0, description="weight of doubly stochastic attention regularization (Xu et al. 2015)"
     )
 
 
 class TransformerConfig(AnyDecoderConfig):
-    """Transformer decoder over the projected grid."""
+    """Transformer decoder with cross-attention over the projected grid."""
 
     family: Literal["transformer"] = "transformer"
     layers: PositiveInt = Field(3, description="decoder layers")
-    heads: PositiveInt = Field(8, description="attention heads; embed_size must be a multiple")
-    feedforward_size: PositiveInt = Field(1024, description="size of the layers' inner linear map")
+    heads: PositiveInt = Field(8, description="attention heads; must divide embed_size")
+    feedforward_size: PositiveInt = Field(1024, description="hidden size of the feedforward layers")
 
     @model_validator(mode="after")
-    def _heads_share_the_width(self) -> TransformerConfig:
+    def _heads_divide_embed_size(self) -> TransformerConfig:
         if self.embed_size % self.heads:
             raise ValueError(f"embed_size {self.embed_size} is not a multiple of heads {self.heads}")
         return self

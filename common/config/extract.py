@@ -1,4 +1,4 @@
-"""Stage one's settings."""
+"""Settings of feature extraction."""
 
 from __future__ import annotations
 
@@ -20,75 +20,78 @@ EncoderName = Literal["inception_v3", "resnet50", "resnet101", "resnet152"]
 
 
 class ExtractConfig(Section):
-    """Stage one: images to grid features."""
+    """Stage one: images to feature grids."""
 
-    encoder: EncoderName = Field("inception_v3", description="the frozen CNN, from torchvision")
+    encoder: EncoderName = Field("inception_v3", description="frozen encoder, from torchvision")
     weights: str = Field(
         "imagenet",
-        description="imagenet (downloaded once), random[:SEED] (demo and tests only), or a .pth / .safetensors file",
+        description="imagenet (downloaded once), random[:SEED] (demo and tests only), or a .pth or .safetensors file",
     )
-    resize_mode: ResizeMode = Field("stretch", description="how an image becomes square")
+    resize_mode: ResizeMode = Field(
+        "stretch", description="how images are made square: stretch, center crop, or letterbox (gray padding)"
+    )
     precision: Precision = Field(
-        "auto", description="arithmetic of the encoder; auto: bfloat16 where the hardware has it"
+        "auto", description="encoder precision; auto: bfloat16 if the hardware supports it, else float32"
     )
     compile: Compile = Field(
-        "auto", description="torch.compile for the encoder; auto: where a job of this size is known to gain by it"
+        "auto", description="compile the encoder with torch.compile; auto: if the job is large enough to gain from it"
     )
     jpeg_decoder: JpegDecoder = Field(
-        "pillow", description="what decodes JPEG files: pillow, or nvjpeg (on the GPU; other pixels in the last digit)"
+        "pillow", description="JPEG decoder: pillow, or nvjpeg (GPU; pixel values may differ slightly)"
     )
     dtype: StoredType = Field(
-        "float16", description="number type of the stored grids; uint8: half of float16, a scale per channel and image"
+        "float16",
+        description="dtype of the stored grids; uint8: half the size of float16, one scale per image and channel",
     )
     views: tuple[View, ...] = Field(
-        ("original",), description="what to store of each image: original, or original,hflip (mirrored too)"
+        ("original",), description="views stored per image: original, or original,hflip (adds the mirrored image)"
     )
-    shard_size: PositiveInt = Field(1024, description="images in one shard")
+    shard_size: PositiveInt = Field(1024, description="images per shard")
     batch_size: PositiveInt | None = Field(
         None,
-        description="images encoded together; a batch never crosses a shard's border; null: 32, on a GPU 256",
+        description="images per encoder batch (default: 32; 256 on a GPU); batches do not span shards",
     )
     num_workers: PositiveInt | None = Field(
-        None, description="threads that decode images; null: 4, beside a GPU as many as cores"
+        None, description="image decoding threads (default: 4; one per core with a GPU)"
     )
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    device: str = Field("auto", description="device: auto, cpu, cuda, cuda:1, ...")
 
     @field_validator("compile", mode="before")
     @classmethod
-    def _yaml_reads_on_and_off_as_booleans(cls, value: Any) -> Any:
-        if isinstance(value, bool):
+    def _booleans_to_on_and_off(cls, value: Any) -> Any:
+        if isinstance(value, bool):  # YAML reads on and off as booleans
             return "on" if value else "off"
         return value
 
     @field_validator("views", mode="before")
     @classmethod
-    def _listed(cls, value: Any) -> Any:
+    def _split_at_commas(cls, value: Any) -> Any:
         return [view.strip() for view in value.split(",")] if isinstance(value, str) else value
 
     @field_validator("views")
     @classmethod
     def _original_first(cls, value: tuple[View, ...]) -> tuple[View, ...]:
         if value[:1] != ("original",) or len(set(value)) < len(value):
-            raise ValueError("must begin with original and name no view twice")
+            raise ValueError("must start with original and contain no view twice")
         return value
 
     @field_validator("weights")
     @classmethod
     def _known_weights(cls, value: str) -> str:
         if value.startswith("random") and not re.fullmatch(r"random(:\d+)?", value) and not Path(value).exists():
-            raise ValueError("must be imagenet, random, random:SEED with a whole number, or a file")
+            raise ValueError("must be imagenet, random, random:SEED with an integer seed, or a file")
         if not value.startswith(("imagenet", "random")) and not Path(value).suffix and not Path(value).exists():
             raise ValueError("must be imagenet, random, random:SEED, or the path of a .pth or .safetensors file")
         return value
 
     @model_validator(mode="after")
-    def _half_needs_gpu(self) -> ExtractConfig:
+    def _float16_needs_gpu(self) -> ExtractConfig:
         if self.precision == "float16" and self.device == "cpu":
-            raise ValueError("precision float16 needs a GPU, and device is cpu: choose auto, float32 or bfloat16")
+            raise ValueError("precision float16 requires a GPU, but device is cpu: use auto, float32, or bfloat16")
         return self
 
     @model_validator(mode="after")
     def _nvjpeg_needs_gpu(self) -> ExtractConfig:
         if self.jpeg_decoder == "nvjpeg" and self.device == "cpu":
-            raise ValueError("decoder nvjpeg needs a GPU, and device is cpu: choose pillow")
+            raise ValueError("jpeg_decoder nvjpeg requires a GPU, but device is cpu: use pillow")
         return self

@@ -1,6 +1,8 @@
-"""The configuration of a whole run."""
+"""The configuration of a complete run."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import yaml
 from pydantic import Field
@@ -13,10 +15,10 @@ from gridcap.common.config.train import TrainConfig
 
 
 class PipelineConfig(Section):
-    """One complete run: data, extract, train, caption."""
+    """The configuration of a complete run: data, extract, train, caption."""
 
     seed: int = Field(
-        0, ge=0, description="seed of subsets, initial weights, epoch order, dropout, and captions that are drawn"
+        0, ge=0, description="random seed: subsets, initial weights, epoch order, dropout, sampled captions"
     )
     data: DataConfig = DataConfig()
     extract: ExtractConfig = ExtractConfig()
@@ -24,7 +26,15 @@ class PipelineConfig(Section):
     caption: CaptionConfig = CaptionConfig()
 
     def to_yaml(self, *sections: str) -> str:
-        """The resolved values as YAML; only the named sections (and the seed) if any are named."""
-        values = self.model_dump(mode="json")
-        chosen = {k: v for k, v in values.items() if not sections or k in ("seed", *sections)}
-        return yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True, width=100)
+        """Return the resolved settings as YAML: all of them, or the seed and the named sections."""
+        values = {key: value for key, value in self.model_dump(mode="json").items() if _is_selected(key, sections)}
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
+
+    def changed_settings(self, *sections: str) -> dict[str, Any]:
+        """Return key path -> value of the settings that differ from the defaults, optionally of some sections only."""
+        changed = super().changed_settings()
+        return {key: value for key, value in changed.items() if _is_selected(key.partition(".")[0], sections)}
+
+
+def _is_selected(key: str, sections: tuple[str, ...]) -> bool:
+    return not sections or key in ("seed", *sections)

@@ -1,4 +1,4 @@
-"""Stage two's settings."""
+"""Settings of training."""
 
 from __future__ import annotations
 
@@ -18,106 +18,118 @@ Shuffle = Literal["rows", "blocks"]
 
 
 class VocabularyConfig(Section):
-    """Which words the decoder knows; counted over the training split only."""
+    """The vocabulary, counted over the training split only."""
 
-    max_size: int | None = Field(5000, ge=5, description="keep the commonest words up to this size, specials included")
-    min_count: PositiveInt = Field(1, description="leave out words seen fewer times than this (5 is the field's habit)")
+    max_size: int | None = Field(
+        5000, ge=5, description="maximum vocabulary size, special tokens included; null: unlimited"
+    )
+    min_count: PositiveInt = Field(1, description="minimum count of a word (5 is common in the literature)")
 
 
 class ScheduleConfig(Section):
-    """How the learning rate changes, step by step."""
+    """Learning rate schedule, applied per step."""
 
-    kind: ScheduleKind = Field("constant", description="constant, step, cosine (to 0 at the last epoch) or noam")
-    warmup_steps: NonNegativeInt = Field(0, description="the rate rises from 0 over this many steps first")
-    step_size: PositiveInt = Field(3, description="step only: epochs from one reduction to the next")
-    gamma: float = Field(0.8, gt=0, le=1, description="step only: what a reduction multiplies the rate by")
+    kind: ScheduleKind = Field("constant", description="constant, step, cosine (to 0 at the last epoch), or noam")
+    warmup_steps: NonNegativeInt = Field(0, description="linear warmup from 0 over this many steps")
+    step_size: PositiveInt = Field(3, description="step only: epochs between reductions")
+    gamma: float = Field(0.8, gt=0, le=1, description="step only: factor of each reduction")
 
     @model_validator(mode="after")
     def _noam_needs_warmup(self) -> ScheduleConfig:
         if self.kind == "noam" and not self.warmup_steps:
-            raise ValueError("noam falls from the end of the warm-up on: give warmup_steps")
+            raise ValueError("noam requires warmup_steps: the rate decays from the end of the warmup")
         return self
 
 
 class ScheduledSamplingConfig(Section):
-    """Feeding the decoder its own words instead of the reference's (Bengio et al. 2015)."""
+    """Scheduled sampling: feed the decoder its own predictions instead of the reference tokens (Bengio et al. 2015)."""
 
     max_prob: float = Field(
-        0.0, ge=0, le=1, description="largest probability that a word is the decoder's own; 0: never"
+        0.0, ge=0, le=1, description="maximum probability of feeding a predicted token; 0: teacher forcing only"
     )
-    prob_step: float = Field(0.05, gt=0, le=1, description="the probability grows by this much")
-    step_epochs: PositiveInt = Field(5, description="after every so many epochs, from 0 in the first ones")
+    prob_step: float = Field(0.05, gt=0, le=1, description="increase of the probability per increment")
+    step_epochs: PositiveInt = Field(5, description="epochs between increments, starting from probability 0")
 
 
 class ScstConfig(Section):
-    """Self-critical training, with objective scst (Rennie et al. 2017)."""
+    """Self-critical sequence training, for objective scst (Rennie et al. 2017)."""
 
-    samples: int = Field(5, ge=2, description="captions drawn of each image; each is judged against the others")
-    temperature: PositiveFloat = Field(
-        1.0, description="captions are drawn from softmax(logits / this); less is nearer to greedy search"
+    samples: int = Field(
+        5, ge=2, description="captions sampled per image; the baseline of each is the mean reward of the others"
     )
-    bleu_weight: NonNegativeFloat = Field(0.0, description="weight of BLEU-4 beside CIDEr-D in the reward")
+    temperature: PositiveFloat = Field(
+        1.0, description="sampling temperature: <1 sharpens the distribution, >1 flattens it"
+    )
+    bleu_weight: NonNegativeFloat = Field(0.0, description="weight of BLEU-4 in the reward, added to CIDEr-D")
 
 
 class TrainConfig(Section):
-    """Stage two: grid features and captions to a decoder."""
+    """Stage two: feature grids and captions to a decoder."""
 
     features: Path | None = Field(
         None, description="feature store to train on  [default: <data.features_dir>/train.h5]"
     )
     annotations: Path | None = Field(
-        None, description="its captions  [default: those of the store's split in data.splits]"
+        None, description="captions file of the training store  [default: that of the store's split in data.splits]"
     )
     val_features: Path | None = Field(
-        None, description="feature store to validate on  [default: <data.features_dir>/val.h5 if it is there]"
+        None, description="feature store to validate on  [default: <data.features_dir>/val.h5 if it exists]"
     )
-    val_annotations: Path | None = Field(None, description="its captions  [default: as for annotations]")
-    output: Path = Field(Path("runs/attention"), description="folder of the run: checkpoints, metrics, configuration")
+    val_annotations: Path | None = Field(
+        None, description="captions file of the validation store  [default: as for annotations]"
+    )
+    output: Path = Field(
+        Path("runs/attention"), description="output folder of the run: checkpoints, metrics, configuration"
+    )
     init_from: Path | None = Field(
-        None, description="begin with the decoder and the vocabulary of this run or checkpoint"
+        None, description="run or checkpoint whose decoder and vocabulary training starts from"
     )
     objective: Objective = Field(
-        "cross-entropy", description="cross-entropy, or scst: reward for whole captions, from init_from on"
+        "cross-entropy",
+        description="training objective: cross-entropy, or scst (CIDEr-D reward, starts from init_from)",
     )
-    decoder: DecoderConfig = Field(AttentionConfig(), description="the decoder and its sizes")
+    decoder: DecoderConfig = Field(AttentionConfig(), description="decoder family and its settings")
     vocabulary: VocabularyConfig = VocabularyConfig()
-    captions_per_image: PositiveInt = Field(5, description="captions of one image trained on together")
-    max_length: PositiveInt = Field(30, description="longer captions are cut to this many words")
-    epochs: PositiveInt = Field(20, description="passes over the training split")
+    captions_per_image: PositiveInt = Field(5, description="captions per image and step")
+    max_length: PositiveInt = Field(30, description="maximum caption length in tokens; longer captions are truncated")
+    epochs: PositiveInt = Field(20, description="epochs over the training split")
     batch_size: PositiveInt = Field(
-        32, description="images in one step of the optimizer, over all processes and parts together"
+        32, description="images per optimizer step, over all ranks and gradient accumulation steps"
     )
-    grad_accum_steps: PositiveInt = Field(
-        1, description="parts that a process takes its images of a step in: less memory"
-    )
+    grad_accum_steps: PositiveInt = Field(1, description="gradient accumulation steps")
     shuffle: Shuffle = Field(
-        "rows", description="order of an epoch: all rows anew, or blocks of neighbors for disks that seek slowly"
+        "rows",
+        description="epoch order: rows (full shuffle) or blocks (of neighboring rows, for disks with slow seeks)",
     )
-    optimizer: Optimizer = Field("adam", description="adam, or adamw: with decoupled weight decay")
-    learning_rate: PositiveFloat = Field(1e-3, description="the optimizer's step size, at the schedule's top")
-    weight_decay: NonNegativeFloat = Field(
-        0.0, description="pull of the weights towards 0 (adam: L2; adamw: decoupled)"
-    )
+    optimizer: Optimizer = Field("adam", description="optimizer: adam, or adamw (decoupled weight decay)")
+    learning_rate: PositiveFloat = Field(1e-3, description="peak learning rate")
+    weight_decay: NonNegativeFloat = Field(0.0, description="weight decay (adam: L2 penalty; adamw: decoupled)")
     schedule: ScheduleConfig = ScheduleConfig()
-    max_grad_norm: PositiveFloat | None = Field(5.0, description="gradients are scaled down to at most this norm")
-    max_grad_value: PositiveFloat | None = Field(None, description="each entry of a gradient is cut to at most this")
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all words")
+    max_grad_norm: PositiveFloat | None = Field(5.0, description="maximum gradient norm; null: no clipping")
+    max_grad_value: PositiveFloat | None = Field(
+        None, description="maximum absolute value of gradient elements; null: no clipping"
+    )
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="label smoothing")
     scheduled_sampling: ScheduledSamplingConfig = ScheduledSamplingConfig()
     ema_decay: float = Field(
-        0.0, ge=0, lt=1, description="decay of the running average of the weights that is kept; 0: none"
+        0.0, ge=0, lt=1, description="decay of the exponential moving average (EMA) of the weights; 0: no EMA"
     )
     patience: PositiveInt | None = Field(
-        None, description="stop when validation CIDEr has not risen for this many epochs"
+        None, description="early stopping: epochs without improvement of the validation CIDEr"
     )
     scst: ScstConfig = ScstConfig()
-    checkpoint_steps: PositiveInt | None = Field(None, description="write a checkpoint after every so many steps")
-    checkpoint_minutes: PositiveFloat | None = Field(10.0, description="and when this many minutes have passed")
-    precision: TrainPrecision = Field("auto", description="auto: bfloat16 where the hardware has it, else float32")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    checkpoint_steps: PositiveInt | None = Field(None, description="steps between checkpoints")
+    checkpoint_minutes: PositiveFloat | None = Field(
+        10.0, description="minutes between checkpoints; null: only at the end of each epoch"
+    )
+    precision: TrainPrecision = Field(
+        "auto", description="training precision; auto: bfloat16 if the hardware supports it, else float32"
+    )
+    device: str = Field("auto", description="device: auto, cpu, cuda, cuda:1, ...")
 
 
-# What belongs to this run of a recipe and not to the recipe itself: where things are, and on what they run.
-NOT_OF_A_RECIPE = frozenset(
+# Settings of a run rather than of a recipe: paths and hardware. A recipe leaves them unchanged.
+RUN_SETTINGS = frozenset(
     {
         "features",
         "annotations",

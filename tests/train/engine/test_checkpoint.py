@@ -255,7 +255,7 @@ def test_a_damaged_file_is_refused_and_the_checkpoint_named(save, run, sign, nam
         sign(find_checkpoint(run))
     with pytest.raises(CheckpointError, match="step-00000001") as caught:
         load_checkpoint(run)
-    assert caught.value.exit_status == 2
+    assert caught.value.exit_status == 1
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut in half"])
