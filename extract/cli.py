@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gridcap.common.command import Uses, flag, pipeline_command, show_config
+from gridcap.common.command import Uses, flag, pipeline_command, show_config, subset_options
 from gridcap.common.config import PipelineConfig
 from gridcap.common.errors import EXIT_INVALID
 from gridcap.common.text import plural
@@ -60,17 +60,7 @@ USES = Uses(("data", "extract", "seed"), "extract.resize_mode=crop")
     type=click.Path(path_type=Path),
     help="captions file: COCO JSON, Karpathy JSON, or CSV image,caption  [data.splits.<split>.annotations]",
 )
-@click.option(
-    "--limit",
-    type=click.IntRange(min=1),
-    help="use a seeded random subset of this many images  [data.splits.<split>.limit]",
-)
-@click.option(
-    "--skip",
-    type=click.IntRange(min=0),
-    help="skip this many images of the same random order first  [data.splits.<split>.skip]",
-)
-@flag("--seed", "seed")
+@subset_options
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
