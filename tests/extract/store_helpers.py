@@ -1,0 +1,66 @@
+"""Helpers for tests of extraction: compare a store with the images it was made from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from gridcap.common.captions.folder import list_images
+from gridcap.common.store.reader import FeatureStore
+
+
+def right_grids(fake: Any, folder: Path, dtype: str = "float16") -> np.ndarray:
+    """What encoding the pictures one by one gives; they are 16 x 16, so no resizing is involved."""
+    names = [record.file_name for record in list_images(folder).records]
+    return np.concatenate([fake.grids(np.asarray(Image.open(folder / name))) for name in names]).astype(dtype)
+
+
+def assert_right(fake: Any, folder: Path, index: Path, rejected: dict[int, str] | None = None) -> None:
+    """Compare a store, row by row, with its folder of pictures."""
+    rejected = rejected or {}
+    records = list_images(folder).records
+    with FeatureStore(index) as store:
+        assert store.file_names == [r.file_name for r in records]
+        assert store.image_ids.tolist() == [r.image_id for r in records]
+        assert store.rejects == rejected
+        assert (~store.valid).nonzero()[0].tolist() == sorted(rejected)
+        grids = store.rows(range(len(store)))
+    for row, record in enumerate(records):
+        if row in rejected:
+            assert np.isnan(grids[row]).all()
+        else:
+            want = fake.grids(np.asarray(Image.open(folder / record.file_name)))[0].astype(grids.dtype)
+            assert grids[row].tobytes() == want.tobytes(), record.file_name
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def times(folder: Path) -> dict[str, int]:
+    return {p.relative_to(folder).as_posix(): p.stat().st_mtime_ns for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def shards_in(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.glob("[0-9]*.h5"))
+
+
+def no_temporaries(features: Path) -> bool:
+    return not [p for p in features.rglob(".*") if p.name.endswith(".tmp")]
+
+
+def expected_grids(fake: Any, folder: Path, flip: bool = False) -> np.ndarray:
+    """What the encoder gives for each picture of a folder, in the order of their names."""
+    pictures = [np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))]
+    return np.concatenate([fake.grids(np.ascontiguousarray(p[:, ::-1] if flip else p)) for p in pictures])
+
+
+def make_picture(path: Path, seed: int) -> None:
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (16, 16, 3), np.uint8)).save(path)

@@ -1,0 +1,67 @@
+"""Views and uint8 features."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gridcap.common.captions.folder import list_images
+from gridcap.common.store.quantize import as_stored
+from gridcap.common.store.reader import FeatureStore
+from tests.extract.store_helpers import (
+    expected_grids,
+)
+
+
+def test_the_mirrored_view_is_the_grid_of_the_mirrored_image(fake: Any, photos: Any, extracted: Any) -> None:
+    folder = photos(7)
+    job, _ = extracted(folder, extract__views="original,hflip", extract__shard_size=3, extract__batch_size=2)
+    with FeatureStore(job.output) as store:
+        assert store.views == ("original", "hflip")
+        np.testing.assert_array_equal(store.rows(range(7)), expected_grids(fake, folder).astype("f2"))
+        mirrored = expected_grids(fake, folder, flip=True).astype("f2")
+        np.testing.assert_array_equal(store.rows(range(7), views=[1] * 7), mirrored)
+        np.testing.assert_array_equal(store.row(5, "hflip"), mirrored[5])
+        mixed = store.rows([4, 4, 2], views=np.array([1, 0, 1]))
+        np.testing.assert_array_equal(mixed, [mirrored[4], store.row(4), mirrored[2]])
+
+
+def test_a_store_without_a_view_refuses_it(fake: Any, photos: Any, extracted: Any) -> None:
+    job, _ = extracted(photos(2))
+    with FeatureStore(job.output) as store, pytest.raises(IndexError):
+        store.rows([0], views=[1])
+
+
+def test_a_rejected_image_is_rejected_in_every_view(fake: Any, photos: Any, extracted: Any) -> None:
+    folder = photos(5, bad={2: "text"})
+    job, _ = extracted(folder, extract__views="original,hflip", extract__shard_size=3)
+    with FeatureStore(job.output) as store:
+        assert list(store.rejects) == [2]
+        assert np.isnan(store.row(2)).all()
+        assert np.isnan(store.row(2, "hflip")).all()
+        assert not np.isnan(store.row(3, "hflip")).any()
+
+
+# uint8
+
+
+def test_eight_bits_come_back_as_they_are_quantised(fake: Any, photos: Any, extracted: Any) -> None:
+    folder = photos(5, bad={1: "text"})
+    job, _ = extracted(folder, extract__dtype="uint8", extract__shard_size=2, extract__views="original,hflip")
+    exact = wanted_without(fake, folder, 1)
+    with FeatureStore(job.output) as store:
+        assert store.dtype == np.float16
+        got = store.rows([0, 2, 3, 4])
+        np.testing.assert_array_equal(got, as_stored(exact.astype("f2"), np.dtype("u1")))
+        assert np.abs(got - exact).max() <= 0.6 * exact.max() / 255
+        assert np.isnan(store.row(1)).all()
+        assert np.isnan(store.row(1, "hflip")).all()
+
+
+def wanted_without(fake: Any, folder: Path, row: int) -> np.ndarray:
+    names = [r.file_name for i, r in enumerate(list_images(folder).records) if i != row]
+    return np.concatenate([fake.grids(np.asarray(Image.open(folder / name))) for name in names])

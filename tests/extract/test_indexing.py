@@ -1,0 +1,128 @@
+"""The index: written last, only over shards of the same plan, and replaced safely."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gridcap.common.errors import MismatchError, StoreError
+from gridcap.common.store.reader import FeatureStore
+from gridcap.extract.cluster.share import Share
+from gridcap.extract.run import extract_features
+from tests.extract.store_helpers import (
+    contents,
+)
+
+
+def test_no_index_is_there_while_a_missing_shard_is_made_again(
+    fake: Any, photos: Any, extracted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its presence means complete: killed now, the store must not look so."""
+    folder = photos(10)
+    job, _ = extracted(folder, extract__shard_size=4)
+    (job.folder / "00001.h5").unlink()
+    real, seen = fake.encode, []
+
+    def encode(self: Any, images: np.ndarray) -> np.ndarray:
+        seen.append(job.output.exists())
+        return real(self, images)
+
+    monkeypatch.setattr(fake, "encode", encode)
+    extracted(folder, extract__shard_size=4)
+    assert seen == [False]
+    assert job.output.exists()
+
+
+def test_a_missing_index_alone_is_written_without_an_encoder(fake: Any, photos: Any, extracted: Any) -> None:
+    folder = photos(6)
+    job, _ = extracted(folder, extract__shard_size=4)
+    before, built = contents(job.output.parent), fake.built
+    job.output.unlink()
+    extracted(folder, extract__shard_size=4)
+    assert contents(job.output.parent) == before
+    assert fake.built == built
+
+
+def test_an_index_that_belongs_to_another_plan_is_refused(
+    fake: Any, photos: Any, extracted: Any, tmp_path: Path
+) -> None:
+    job, _ = extracted(photos(6), tmp_path / "one" / "s.h5")
+    other = tmp_path / "two" / "s.h5"
+    other.parent.mkdir()
+    shutil.copy(job.output, other)
+    with pytest.raises(MismatchError, match=str(other)):
+        extracted(photos(7, name="others"), other)
+    assert other.read_bytes() == job.output.read_bytes()
+
+
+def test_an_index_that_another_worker_replaces_while_it_is_read_is_read_again(
+    fake: Any, photos: Any, job: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a kill of one of three workers showed: the two others ended together, and one of them with an error."""
+    prepared = job(photos(5, bad={2: "text"}))
+    opened = []
+
+    class Replaced(FeatureStore):
+        def __init__(self, path: Path) -> None:
+            super().__init__(path)
+            opened.append(path)
+            if len(opened) == 1:
+                shutil.copy(path, path.with_suffix(".other"))
+                path.with_suffix(".other").replace(path)
+
+    monkeypatch.setattr("gridcap.extract.indexing.FeatureStore", Replaced)
+    summary = extract_features(prepared, show_progress=False)
+    assert summary.complete
+    assert summary.examples == {"not an image": ["0002.png"]}
+    assert len(opened) == 2
+
+
+def test_an_index_that_does_not_fit_its_shards_is_written_anew(
+    fake: Any, photos: Any, job: Any, extracted: Any, tmp_path: Path
+) -> None:
+    """As when a retried shard took the place of the one that another worker was just indexing."""
+    folder = photos(6, bad={4: "text"})
+    prepared = job(folder, extract__shard_size=3)
+    extract_features(prepared, show_progress=False)
+    stale = prepared.output.read_bytes()
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(folder / "0004.png")
+    extract_features(prepared, show_progress=False, retry=True)
+    right = prepared.output.read_bytes()
+    prepared.output.write_bytes(stale)
+    assert extract_features(prepared, show_progress=False).invalid.total() == 0
+    assert prepared.output.read_bytes() == right
+
+
+def test_a_shard_of_another_plan_never_gets_into_an_index(fake: Any, photos: Any, job: Any, tmp_path: Path) -> None:
+    """Not even one of a share that this worker does not look at: its rows would stand under other images' ids."""
+    one = job(photos(8), tmp_path / "one" / "s.h5", extract__shard_size=2)
+    extract_features(one, show_progress=False)
+    two = job(photos(7, name="others"), tmp_path / "two" / "s.h5", extract__shard_size=2)
+    extract_features(two, Share(0, 2), show_progress=False)
+    for name in ("00001.h5", "00003.h5"):
+        shutil.copy(one.folder / name, two.folder / name)
+    with pytest.raises(StoreError, match=r"00001\.h5: belongs to another plan"):
+        extract_features(two, Share(0, 2), show_progress=False)
+    assert not two.output.exists()
+
+
+def test_a_worker_from_before_an_append_leaves_the_index_to_those_after_it(
+    fake: Any, photos: Any, job: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = photos(4)
+    older = job(folder, extract__shard_size=2)
+    extract_features(older, show_progress=False)
+    before = older.output.read_bytes()
+    shutil.copy(folder / "0000.png", folder / "later.png")
+    newer = job(folder, extract__shard_size=2, append=True)
+    older = older.save()
+    extract_features(newer, show_progress=False)
+    after = newer.output.read_bytes()
+    monkeypatch.setattr("gridcap.extract.run.indexed_digest", lambda *_: None)
+    assert not extract_features(older, show_progress=False).complete
+    assert newer.output.read_bytes() == after != before
