@@ -1,13 +1,15 @@
-"""Fixtures for stage one: folders of small pictures, and an encoder so small that its grids are checked by hand."""
+"""Fixtures for stage one: folders of small images, and a tiny encoder whose grids are easy to verify."""
 
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 import gridcap.extract.encoding as encoding_module
@@ -24,16 +26,16 @@ from gridcap.extract.run import extract_features
 from gridcap.extract.staging import PendingGrids
 
 GRID = (2, 2, 3)
-_identify_once = functools.cache(identify_weights)  # it renders scenes, for the identity of random weights
+_identify_once = functools.cache(identify_weights)  # rendering the scenes for random weights is slow
 
 
 class FakeEncoder:
-    """Means over the quarters of a picture: each image's grid depends on its own pixels alone."""
+    """Averages the quadrants of an image; a grid depends on the pixels of its own image only."""
 
     side = 16
     grid_shape = GRID
     built = 0
-    batches: list[int] = []  # noqa: RUF012  # images in each call of encode, over all instances
+    batches: list[int] = []  # noqa: RUF012  # size of each encoded batch, over all instances
 
     def __init__(self, name: str, identity: Any, options: EncoderOptions) -> None:
         self._dtype = options.dtype
@@ -57,13 +59,13 @@ class FakeEncoder:
 
 @pytest.fixture(autouse=True, scope="session")
 def _large_buffers() -> None:
-    """As every command does before it loads torch: the encoder is twice as fast with it."""
+    """Configure the allocator as every command does before loading torch; it doubles the encoder's speed."""
     keep_large_buffers()
 
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Away from the repository's own pipeline.yaml, which the commands would read."""
+    """Run in an empty folder: the commands would read the repository's pipeline.yaml."""
     monkeypatch.chdir(tmp_path)
 
 
@@ -74,7 +76,7 @@ def _no_waiting_for_network_folders(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeEncoder]:
-    """Put a fresh FakeEncoder class in the place of the CNN."""
+    """Replace the CNN by a new FakeEncoder class."""
 
     class Fake(FakeEncoder):
         built = 0
@@ -91,7 +93,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeEncoder]:
 
 @pytest.fixture
 def photos(tmp_path: Path):
-    """Make a folder of `count` lossless 16 x 16 pictures, no two alike; those in `bad` are text."""
+    """Create a folder of `count` different lossless 16 x 16 images; those in `bad` are text files."""
 
     def make(count: int, bad: dict[int, str] | None = None, name: str = "photos") -> Path:
         folder = tmp_path / name
@@ -133,3 +135,24 @@ def extracted(job):
         return prepared, extract_features(prepared, show_progress=False)
 
     return run
+
+
+@pytest.fixture
+def pipeline(tmp_path: Path):
+    """Write pipeline.yaml into the current folder."""
+
+    def write(**splits: dict[str, Any]) -> None:
+        values = {n: {k: str(v) if isinstance(v, Path) else v for k, v in s.items()} for n, s in splits.items()}
+        tree = {"data": {"splits": values}, "extract": {"weights": "random", "precision": "float32"}}
+        (tmp_path / "pipeline.yaml").write_text(yaml.safe_dump(tree))
+
+    return write
+
+
+@pytest.fixture
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Remove the variables of launchers, wherever these tests run."""
+    for name in list(os.environ):
+        if name.startswith("SLURM_") or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "JOB_COMPLETION_INDEX"):
+            monkeypatch.delenv(name)
+    return monkeypatch

@@ -13,23 +13,23 @@ from gridcap.common.store.reader import FeatureStore
 
 
 def right_grids(fake: Any, folder: Path, dtype: str = "float16") -> np.ndarray:
-    """What encoding the pictures one by one gives; they are 16 x 16, so no resizing is involved."""
+    """Encode the images one by one; they are 16 x 16, so nothing is resized."""
     names = [record.file_name for record in list_images(folder).records]
     return np.concatenate([fake.grids(np.asarray(Image.open(folder / name))) for name in names]).astype(dtype)
 
 
-def assert_right(fake: Any, folder: Path, index: Path, rejected: dict[int, str] | None = None) -> None:
-    """Compare a store, row by row, with its folder of pictures."""
-    rejected = rejected or {}
+def assert_right(fake: Any, folder: Path, index: Path, invalid: dict[int, str] | None = None) -> None:
+    """Compare a store, row by row, with its image folder."""
+    invalid = invalid or {}
     records = list_images(folder).records
     with FeatureStore(index) as store:
         assert store.file_names == [r.file_name for r in records]
         assert store.image_ids.tolist() == [r.image_id for r in records]
-        assert store.rejects == rejected
-        assert (~store.valid).nonzero()[0].tolist() == sorted(rejected)
+        assert store.rejects == invalid
+        assert (~store.valid).nonzero()[0].tolist() == sorted(invalid)
         grids = store.rows(range(len(store)))
     for row, record in enumerate(records):
-        if row in rejected:
+        if row in invalid:
             assert np.isnan(grids[row]).all()
         else:
             want = fake.grids(np.asarray(Image.open(folder / record.file_name)))[0].astype(grids.dtype)
@@ -57,10 +57,10 @@ def no_temporaries(features: Path) -> bool:
 
 
 def expected_grids(fake: Any, folder: Path, flip: bool = False) -> np.ndarray:
-    """What the encoder gives for each picture of a folder, in the order of their names."""
-    pictures = [np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))]
-    return np.concatenate([fake.grids(np.ascontiguousarray(p[:, ::-1] if flip else p)) for p in pictures])
+    """Encode the images of a folder in the order of their names."""
+    images = [np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))]
+    return np.concatenate([fake.grids(np.ascontiguousarray(p[:, ::-1] if flip else p)) for p in images])
 
 
-def make_picture(path: Path, seed: int) -> None:
+def write_image(path: Path, seed: int) -> None:
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (16, 16, 3), np.uint8)).save(path)

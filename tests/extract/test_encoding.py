@@ -30,13 +30,13 @@ def test_the_mirrored_view_is_the_grid_of_the_mirrored_image(fake: Any, photos: 
         np.testing.assert_array_equal(mixed, [mirrored[4], store.row(4), mirrored[2]])
 
 
-def test_a_store_without_a_view_refuses_it(fake: Any, photos: Any, extracted: Any) -> None:
+def test_a_view_that_is_not_stored_is_an_error(fake: Any, photos: Any, extracted: Any) -> None:
     job, _ = extracted(photos(2))
     with FeatureStore(job.output) as store, pytest.raises(IndexError):
         store.rows([0], views=[1])
 
 
-def test_a_rejected_image_is_rejected_in_every_view(fake: Any, photos: Any, extracted: Any) -> None:
+def test_an_invalid_image_is_invalid_in_every_view(fake: Any, photos: Any, extracted: Any) -> None:
     folder = photos(5, bad={2: "text"})
     job, _ = extracted(folder, extract__views="original,hflip", extract__shard_size=3)
     with FeatureStore(job.output) as store:
@@ -49,10 +49,10 @@ def test_a_rejected_image_is_rejected_in_every_view(fake: Any, photos: Any, extr
 # uint8
 
 
-def test_eight_bits_come_back_as_they_are_quantised(fake: Any, photos: Any, extracted: Any) -> None:
+def test_uint8_features_are_read_as_they_were_quantized(fake: Any, photos: Any, extracted: Any) -> None:
     folder = photos(5, bad={1: "text"})
     job, _ = extracted(folder, extract__dtype="uint8", extract__shard_size=2, extract__views="original,hflip")
-    exact = wanted_without(fake, folder, 1)
+    exact = expected_without(fake, folder, 1)
     with FeatureStore(job.output) as store:
         assert store.dtype == np.float16
         got = store.rows([0, 2, 3, 4])
@@ -62,6 +62,6 @@ def test_eight_bits_come_back_as_they_are_quantised(fake: Any, photos: Any, extr
         assert np.isnan(store.row(1, "hflip")).all()
 
 
-def wanted_without(fake: Any, folder: Path, row: int) -> np.ndarray:
+def expected_without(fake: Any, folder: Path, row: int) -> np.ndarray:
     names = [r.file_name for i, r in enumerate(list_images(folder).records) if i != row]
     return np.concatenate([fake.grids(np.asarray(Image.open(folder / name))) for name in names])

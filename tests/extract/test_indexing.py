@@ -19,10 +19,10 @@ from tests.extract.store_helpers import (
 )
 
 
-def test_no_index_is_there_while_a_missing_shard_is_made_again(
+def test_there_is_no_index_while_a_missing_shard_is_being_written(
     fake: Any, photos: Any, extracted: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its presence means complete: killed now, the store must not look so."""
+    """An index means a complete store, which would be wrong if the run were killed now."""
     folder = photos(10)
     job, _ = extracted(folder, extract__shard_size=4)
     (job.folder / "00001.h5").unlink()
@@ -38,7 +38,7 @@ def test_no_index_is_there_while_a_missing_shard_is_made_again(
     assert job.output.exists()
 
 
-def test_a_missing_index_alone_is_written_without_an_encoder(fake: Any, photos: Any, extracted: Any) -> None:
+def test_a_missing_index_is_written_without_building_an_encoder(fake: Any, photos: Any, extracted: Any) -> None:
     folder = photos(6)
     job, _ = extracted(folder, extract__shard_size=4)
     before, built = contents(job.output.parent), fake.built
@@ -48,9 +48,7 @@ def test_a_missing_index_alone_is_written_without_an_encoder(fake: Any, photos: 
     assert fake.built == built
 
 
-def test_an_index_that_belongs_to_another_plan_is_refused(
-    fake: Any, photos: Any, extracted: Any, tmp_path: Path
-) -> None:
+def test_an_index_of_another_plan_is_an_error(fake: Any, photos: Any, extracted: Any, tmp_path: Path) -> None:
     job, _ = extracted(photos(6), tmp_path / "one" / "s.h5")
     other = tmp_path / "two" / "s.h5"
     other.parent.mkdir()
@@ -60,10 +58,10 @@ def test_an_index_that_belongs_to_another_plan_is_refused(
     assert other.read_bytes() == job.output.read_bytes()
 
 
-def test_an_index_that_another_worker_replaces_while_it_is_read_is_read_again(
+def test_an_index_that_another_process_replaces_while_it_is_read_is_read_again(
     fake: Any, photos: Any, job: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a kill of one of three workers showed: the two others ended together, and one of them with an error."""
+    """Seen when two processes finished at the same time: one of them failed."""
     prepared = job(photos(5, bad={2: "text"}))
     opened = []
 
@@ -82,10 +80,10 @@ def test_an_index_that_another_worker_replaces_while_it_is_read_is_read_again(
     assert len(opened) == 2
 
 
-def test_an_index_that_does_not_fit_its_shards_is_written_anew(
+def test_an_index_that_does_not_match_its_shards_is_rewritten(
     fake: Any, photos: Any, job: Any, extracted: Any, tmp_path: Path
 ) -> None:
-    """As when a retried shard took the place of the one that another worker was just indexing."""
+    """As if a shard had been replaced by --retry-invalid while another process was indexing it."""
     folder = photos(6, bad={4: "text"})
     prepared = job(folder, extract__shard_size=3)
     extract_features(prepared, show_progress=False)
@@ -98,8 +96,8 @@ def test_an_index_that_does_not_fit_its_shards_is_written_anew(
     assert prepared.output.read_bytes() == right
 
 
-def test_a_shard_of_another_plan_never_gets_into_an_index(fake: Any, photos: Any, job: Any, tmp_path: Path) -> None:
-    """Not even one of a share that this worker does not look at: its rows would stand under other images' ids."""
+def test_a_shard_of_another_plan_is_not_indexed(fake: Any, photos: Any, job: Any, tmp_path: Path) -> None:
+    """Not even one of another process: its rows would be stored under the ids of other images."""
     one = job(photos(8), tmp_path / "one" / "s.h5", extract__shard_size=2)
     extract_features(one, show_progress=False)
     two = job(photos(7, name="others"), tmp_path / "two" / "s.h5", extract__shard_size=2)
@@ -111,7 +109,7 @@ def test_a_shard_of_another_plan_never_gets_into_an_index(fake: Any, photos: Any
     assert not two.output.exists()
 
 
-def test_a_worker_from_before_an_append_leaves_the_index_to_those_after_it(
+def test_a_process_started_before_an_append_does_not_write_the_index(
     fake: Any, photos: Any, job: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = photos(4)

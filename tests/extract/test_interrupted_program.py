@@ -21,12 +21,12 @@ from tests.extract.store_helpers import (
 )
 
 PROGRAM = Path(sys.executable).parent / "extract-features"
-PATIENCE = 300  # seconds until a test gives up; nothing is measured
+PATIENCE = 300  # seconds until a test fails; nothing is measured
 
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 small photos, one of which is none."""
+    """A folder of 24 small photos, one of which is truncated."""
     folder = tmp_path_factory.mktemp("scenes")
     for i in range(24):
         render(all_scenes()[i * 10], np.random.default_rng(i), 96).save(folder / f"{i:02}.jpg")
@@ -47,7 +47,7 @@ def run_to_end(scenes: Path, output: Path, *more: str) -> subprocess.CompletedPr
 
 @contextlib.contextmanager
 def running_until(shard: str, scenes: Path, output: Path) -> Iterator[subprocess.Popen[str]]:
-    """Start an extraction and hand it over as soon as that shard is there."""
+    """Start an extraction and yield its process as soon as a shard exists."""
     process = subprocess.Popen(
         command(scenes, output),
         cwd=output.parent.parent,
@@ -60,8 +60,8 @@ def running_until(shard: str, scenes: Path, output: Path) -> Iterator[subprocess
     try:
         deadline = time.monotonic() + PATIENCE
         while not (output.with_suffix("") / shard).exists():
-            assert process.poll() is None, f"ended before it made {shard}: {process.communicate()[0]}"
-            assert time.monotonic() < deadline, f"never made {shard}"
+            assert process.poll() is None, f"ended before it wrote {shard}: {process.communicate()[0]}"
+            assert time.monotonic() < deadline, f"never wrote {shard}"
             time.sleep(0.005)
         yield process
     finally:
@@ -70,19 +70,17 @@ def running_until(shard: str, scenes: Path, output: Path) -> Iterator[subprocess
 
 
 @pytest.mark.slow
-def test_killed_then_interrupted_then_started_again_a_run_gives_the_very_same_files(
-    scenes: Path, tmp_path: Path
-) -> None:
-    """As a run that nobody disturbed. All in one test, since every start of the program costs ten seconds."""
-    calm = tmp_path / "calm" / "features" / "scenes.h5"
-    rough = tmp_path / "rough" / "features" / "scenes.h5"
-    for output in (calm, rough):
+def test_a_run_that_is_killed_interrupted_and_rerun_produces_identical_files(scenes: Path, tmp_path: Path) -> None:
+    """Identical to those of an uninterrupted run. One test, since each start of the program takes ten seconds."""
+    reference = tmp_path / "reference" / "features" / "scenes.h5"
+    interrupted = tmp_path / "interrupted" / "features" / "scenes.h5"
+    for output in (reference, interrupted):
         output.parent.parent.mkdir()
-    undisturbed = run_to_end(scenes, calm)
-    assert undisturbed.returncode == 3, undisturbed.stderr
-    assert "random weights" in undisturbed.stderr
-    assert "truncated" in undisturbed.stdout
-    expected = contents(calm.parent)
+    uninterrupted = run_to_end(scenes, reference)
+    assert uninterrupted.returncode == 3, uninterrupted.stderr
+    assert "random weights" in uninterrupted.stderr
+    assert "truncated" in uninterrupted.stdout
+    expected = contents(reference.parent)
     assert set(expected) == {
         "scenes.h5",
         "scenes/plan.json",
@@ -91,31 +89,33 @@ def test_killed_then_interrupted_then_started_again_a_run_gives_the_very_same_fi
         *(name for name in expected if name.startswith("scenes/images-")),
     }
 
-    with running_until("00000.h5", scenes, rough) as process:
+    with running_until("00000.h5", scenes, interrupted) as process:
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-    assert not rough.exists()
-    assert "00002.h5" not in shards_in(rough.with_suffix(""))
-    stamps = times(rough.parent)
+    assert not interrupted.exists()
+    assert "00002.h5" not in shards_in(interrupted.with_suffix(""))
+    stamps = times(interrupted.parent)
 
-    with running_until("00001.h5", scenes, rough) as process:
+    with running_until("00001.h5", scenes, interrupted) as process:
         process.send_signal(signal.SIGINT)
-        said, _ = process.communicate(timeout=PATIENCE)
-        assert process.returncode == 130, said
-    assert "interrupted" in said
-    assert "run the same command again" in said
-    assert "Traceback" not in said
-    mine = [p for p in rough.parent.rglob(".*.tmp") if f"-{process.pid}-" in p.name]
-    assert not mine, "what was killed before may have left something, the interrupted run may not"
-    assert not rough.exists()
+        output, _ = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 130, output
+    assert "interrupted" in output
+    assert "run the same command again" in output
+    assert "Traceback" not in output
+    own = [p for p in interrupted.parent.rglob(".*.tmp") if f"-{process.pid}-" in p.name]
+    assert not own, "an interrupted run removes its temporary files"
+    assert not interrupted.exists()
 
-    again = run_to_end(scenes, rough)
+    again = run_to_end(scenes, interrupted)
     assert again.returncode == 3, again.stderr
-    assert contents(rough.parent) == expected
-    assert times(rough.parent)["scenes/00000.h5"] == stamps["scenes/00000.h5"], "a sound shard is made once"
-    stamps = times(rough.parent)
+    assert contents(interrupted.parent) == expected
+    assert times(interrupted.parent)["scenes/00000.h5"] == stamps["scenes/00000.h5"], (
+        "a complete shard is not written again"
+    )
+    stamps = times(interrupted.parent)
 
-    third = run_to_end(scenes, rough, "--allow-invalid")
+    third = run_to_end(scenes, interrupted, "--allow-invalid")
     assert third.returncode == 0, third.stderr
     assert "nothing to do" in third.stdout
-    assert times(rough.parent) == stamps
+    assert times(interrupted.parent) == stamps

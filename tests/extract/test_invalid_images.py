@@ -20,7 +20,7 @@ from tests.extract.store_helpers import (
 )
 
 
-def test_a_rejected_image_keeps_its_row_and_harms_no_other(fake: Any, photos: Any, extracted: Any) -> None:
+def test_an_invalid_image_keeps_its_row_and_affects_no_other(fake: Any, photos: Any, extracted: Any) -> None:
     folder = photos(11, bad={0: "", 5: "<html>", 6: "text", 10: "text"})
     job, summary = extracted(folder, extract__shard_size=4, extract__batch_size=2, data__max_invalid="4")
     reasons = {0: "empty file", 5: "not an image", 6: "not an image", 10: "not an image"}
@@ -28,7 +28,7 @@ def test_a_rejected_image_keeps_its_row_and_harms_no_other(fake: Any, photos: An
     assert dict(summary.invalid) == {"empty file": 1, "not an image": 3}
 
 
-def test_a_missing_image_is_a_reject(fake: Any, photos: Any, job: Any) -> None:
+def test_a_missing_image_is_invalid(fake: Any, photos: Any, job: Any) -> None:
     folder = photos(5)
     records = list_images(folder).records
     (folder / "0003.png").unlink()
@@ -40,7 +40,7 @@ def test_a_missing_image_is_a_reject(fake: Any, photos: Any, job: Any) -> None:
 
 
 @pytest.mark.parametrize("follow", [False, True])
-def test_a_link_out_of_the_image_folder_is_a_reject_unless_links_are_followed(
+def test_a_link_out_of_the_image_folder_is_invalid_unless_links_are_followed(
     fake: Any, photos: Any, job: Any, tmp_path: Path, follow: bool
 ) -> None:
     folder = photos(5)
@@ -53,13 +53,13 @@ def test_a_link_out_of_the_image_folder_is_a_reject_unless_links_are_followed(
     assert all("follow_links=true allows it" in reason for reason in summary.invalid)
 
 
-def test_a_shard_of_nothing_but_rejects_is_a_shard_too(fake: Any, photos: Any, extracted: Any) -> None:
+def test_a_shard_may_contain_invalid_images_only(fake: Any, photos: Any, extracted: Any) -> None:
     folder = photos(8, bad={4: "x", 5: "x", 6: "x", 7: "x"})
     job, _ = extracted(folder, extract__shard_size=4, data__max_invalid="50%")
     assert_right(fake, folder, job.output, dict.fromkeys(range(4, 8), "not an image"))
 
 
-def test_too_many_bad_images_stop_the_run_and_leave_nothing_half_done(fake: Any, photos: Any, extracted: Any) -> None:
+def test_too_many_invalid_images_stop_the_run_without_partial_files(fake: Any, photos: Any, extracted: Any) -> None:
     folder = photos(20, bad=dict.fromkeys(range(8, 14), "x"))
     with pytest.raises(ExtractionError) as caught:
         extracted(folder, extract__shard_size=4, extract__batch_size=2, data__max_invalid="5")
@@ -75,14 +75,16 @@ def test_too_many_bad_images_stop_the_run_and_leave_nothing_half_done(fake: Any,
 
 
 @pytest.mark.parametrize(("max_invalid", "accepted"), [("5", True), ("4", False), ("25%", True), ("24%", False)])
-def test_the_limit_itself_is_allowed(fake: Any, photos: Any, extracted: Any, max_invalid: str, accepted: bool) -> None:
+def test_exactly_max_invalid_images_are_allowed(
+    fake: Any, photos: Any, extracted: Any, max_invalid: str, accepted: bool
+) -> None:
     folder = photos(20, bad=dict.fromkeys(range(5), "x"))
     with contextlib.nullcontext() if accepted else pytest.raises(ExtractionError):
         extracted(folder, data__max_invalid=max_invalid)
 
 
-def test_running_again_does_not_get_past_the_limit_of_bad_images(fake: Any, photos: Any, extracted: Any) -> None:
-    """Rejects in the shards of an earlier run count as well."""
+def test_rerunning_does_not_bypass_the_limit(fake: Any, photos: Any, extracted: Any) -> None:
+    """Invalid images in the shards of an earlier run count as well."""
     folder = photos(20, bad=dict.fromkeys(range(0, 20, 2), "x"))
     for _ in range(4):
         with pytest.raises(ExtractionError):
@@ -90,10 +92,10 @@ def test_running_again_does_not_get_past_the_limit_of_bad_images(fake: Any, phot
         assert not (folder.parent / "features" / "s.h5").exists()
 
 
-def test_a_lower_limit_than_the_rejects_that_are_stored_already_stops_the_run(
+def test_more_invalid_images_in_existing_shards_than_the_limit_stop_the_run(
     fake: Any, photos: Any, extracted: Any
 ) -> None:
-    """Even when the first batch of this run holds no bad image to show."""
+    """Even if the first batch of this run has no invalid image to name."""
     folder = photos(12, bad=dict.fromkeys(range(4), "x"))
     job, _ = extracted(folder, extract__shard_size=4, data__max_invalid="5")
     (job.folder / "00002.h5").unlink()

@@ -17,12 +17,12 @@ from gridcap.extract.cluster.share import Share
 from gridcap.extract.run import extract_features
 from tests.extract.store_helpers import (
     contents,
-    make_picture,
+    write_image,
 )
 
 
 @pytest.mark.parametrize("dtype", ["float16", "uint8"])
-def test_retried_images_give_the_store_that_was_good_from_the_start(
+def test_retried_images_produce_the_store_of_a_first_run_with_valid_images(
     fake: Any, photos: Any, job: Any, tmp_path: Path, dtype: str
 ) -> None:
     keys = {"extract__shard_size": 4, "extract__batch_size": 2, "extract__dtype": dtype}
@@ -32,7 +32,7 @@ def test_retried_images_give_the_store_that_was_good_from_the_start(
     assert extract_features(prepared, show_progress=False).invalid.total() == 4
     untouched = (prepared.folder / "00001.h5").stat().st_mtime_ns
     for i in (1, 9):
-        make_picture(folder / f"{i:04}.png", i)
+        write_image(folder / f"{i:04}.png", i)
     fake.batches.clear()
     summary = extract_features(prepared, show_progress=False, retry=True)
     assert (summary.retried, summary.written, summary.complete) == (2, 0, True)
@@ -45,7 +45,7 @@ def test_retried_images_give_the_store_that_was_good_from_the_start(
     assert contents(tmp_path / "retried") == contents(tmp_path / "fresh")
 
 
-def test_retrying_what_is_still_bad_changes_nothing(fake: Any, photos: Any, job: Any) -> None:
+def test_retrying_images_that_are_still_invalid_changes_nothing(fake: Any, photos: Any, job: Any) -> None:
     prepared = job(photos(6, bad={4: "text"}), extract__shard_size=3)
     extract_features(prepared, show_progress=False)
     before = contents(prepared.output.parent)
@@ -66,18 +66,18 @@ def test_a_new_reason_replaces_the_old_one(fake: Any, photos: Any, job: Any) -> 
         assert store.rejects == {4: "missing"}
 
 
-def test_killed_between_a_retried_shard_and_the_index_a_rerun_completes_the_store(
+def test_a_rerun_completes_a_store_killed_between_a_retried_shard_and_the_index(
     fake: Any, photos: Any, job: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = photos(6, bad={4: "text"})
     prepared = job(folder, extract__shard_size=3)
     extract_features(prepared, show_progress=False)
-    make_picture(folder / "0004.png", 1)
+    write_image(folder / "0004.png", 1)
     with monkeypatch.context() as patch:
         patch.setattr("gridcap.extract.indexing.write_planned_index", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             extract_features(prepared, show_progress=False, retry=True)
-    assert not prepared.output.exists(), "the old index has the old shard's hash"
+    assert not prepared.output.exists(), "the old index contains the checksum of the old shard"
     assert extract_features(prepared, show_progress=False).complete
     with FeatureStore(prepared.output) as store:
         assert store.valid.all()
@@ -86,7 +86,7 @@ def test_killed_between_a_retried_shard_and_the_index_a_rerun_completes_the_stor
     assert info.rejected == 0
 
 
-def test_a_damaged_row_is_not_copied_into_a_shard_that_vouches_for_it(fake: Any, photos: Any, job: Any) -> None:
+def test_a_corrupted_row_is_not_copied_into_a_rewritten_shard(fake: Any, photos: Any, job: Any) -> None:
     folder = photos(4, bad={1: "text"})
     prepared = job(folder, data__max_invalid="50%")
     extract_features(prepared, show_progress=False)
@@ -96,19 +96,19 @@ def test_a_damaged_row_is_not_copied_into_a_shard_that_vouches_for_it(fake: Any,
     content = bytearray(shard.read_bytes())
     content[place] ^= 4
     shard.write_bytes(content)
-    make_picture(folder / "0001.png", 1)
+    write_image(folder / "0001.png", 1)
     with pytest.raises(StoreError, match="row 3 is damaged"):
         extract_features(prepared, show_progress=False, retry=True)
-    assert shard.read_bytes() == content, "and is left as it is, to be found by verify-features"
+    assert shard.read_bytes() == content, "it is kept for gridcap verify to report"
 
 
-def test_workers_that_retry_at_once_all_end_well(fake: Any, photos: Any, job: Any, tmp_path: Path) -> None:
+def test_processes_may_retry_at_the_same_time(fake: Any, photos: Any, job: Any, tmp_path: Path) -> None:
     folder = photos(24, bad=dict.fromkeys(range(0, 24, 3), "text"))
     keys = {"extract__shard_size": 2, "data__max_invalid": "50%"}
     prepared = job(folder, tmp_path / "retried" / "s.h5", **keys)
     extract_features(prepared, show_progress=False)
     for i in range(0, 24, 3):
-        make_picture(folder / f"{i:04}.png", i)
+        write_image(folder / f"{i:04}.png", i)
     with ThreadPoolExecutor(3) as pool:
         runs = [pool.submit(extract_features, prepared, Share(i, 3), show_progress=False, retry=True) for i in range(3)]
         assert sum(run.result().retried for run in runs) == 8
@@ -118,13 +118,13 @@ def test_workers_that_retry_at_once_all_end_well(fake: Any, photos: Any, job: An
     assert contents(tmp_path / "retried") == contents(tmp_path / "fresh")
 
 
-def test_a_retried_value_that_cannot_be_stored_names_its_image(
+def test_a_retried_value_that_cannot_be_stored_is_an_error_that_names_the_image(
     fake: Any, photos: Any, job: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = photos(3, bad={1: "text"})
     prepared = job(folder, data__max_invalid="50%")
     extract_features(prepared, show_progress=False)
-    make_picture(folder / "0001.png", 1)
+    write_image(folder / "0001.png", 1)
     monkeypatch.setattr(fake, "encode", lambda self, images: np.full((len(images), 2, 2, 3), np.inf, "f2"))
     with pytest.raises(ExtractionError, match=r"0001\.png"):
         extract_features(prepared, show_progress=False, retry=True)

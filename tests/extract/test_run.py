@@ -32,7 +32,7 @@ from tests.extract.store_helpers import (
 
 
 @pytest.mark.parametrize(("shard_size", "batch_size"), [(4, 3), (4, 4), (4, 32), (1, 1), (1024, 32), (11, 2), (5, 7)])
-def test_a_store_is_what_encoding_one_by_one_gives(
+def test_a_store_contains_what_encoding_one_by_one_returns(
     fake: Any, photos: Any, extracted: Any, shard_size: int, batch_size: int
 ) -> None:
     folder = photos(11)
@@ -45,7 +45,7 @@ def test_a_store_is_what_encoding_one_by_one_gives(
     assert no_temporaries(job.output.parent)
 
 
-def test_float32_keeps_what_float16_would_round(fake: Any, photos: Any, extracted: Any) -> None:
+def test_float32_is_not_rounded_to_float16(fake: Any, photos: Any, extracted: Any) -> None:
     folder = photos(3)
     job, _ = extracted(folder, extract__dtype="float32")
     assert_right(fake, folder, job.output)
@@ -54,12 +54,14 @@ def test_float32_keeps_what_float16_would_round(fake: Any, photos: Any, extracte
     assert (right_grids(fake, folder, "float32") != right_grids(fake, folder).astype(np.float32)).any()
 
 
-def test_a_batch_never_crosses_a_shards_border(fake: Any, photos: Any, extracted: Any) -> None:
+def test_a_batch_never_spans_two_shards(fake: Any, photos: Any, extracted: Any) -> None:
     extracted(photos(10), extract__shard_size=4, extract__batch_size=3)
     assert fake.batches == [3, 1, 3, 1, 2]
 
 
-def test_pictures_in_subfolders_and_captions_order_are_kept(fake: Any, photos: Any, job: Any, tmp_path: Path) -> None:
+def test_subfolders_and_the_order_of_the_captions_file_are_kept(
+    fake: Any, photos: Any, job: Any, tmp_path: Path
+) -> None:
     folder = photos(6)
     (folder / "deep" / "er").mkdir(parents=True)
     (folder / "0002.png").rename(folder / "deep" / "er" / "ünïcode 2.png")
@@ -73,7 +75,7 @@ def test_pictures_in_subfolders_and_captions_order_are_kept(fake: Any, photos: A
             np.testing.assert_array_equal(store.by_image_id(record.image_id), want)
 
 
-def test_the_index_carries_split_and_provenance(fake: Any, photos: Any, extracted: Any) -> None:
+def test_the_index_contains_split_and_provenance(fake: Any, photos: Any, extracted: Any) -> None:
     job, _ = extracted(photos(3))
     with FeatureStore(job.output) as store:
         assert store.split == "s"
@@ -81,14 +83,12 @@ def test_the_index_carries_split_and_provenance(fake: Any, photos: Any, extracte
     assert "weights: random" in (job.folder / "config.yaml").read_text()
 
 
-def test_two_folders_with_the_same_pictures_give_the_same_bytes(
-    fake: Any, photos: Any, extracted: Any, tmp_path: Path
-) -> None:
+def test_identical_inputs_produce_identical_files(fake: Any, photos: Any, extracted: Any, tmp_path: Path) -> None:
     folder = photos(9, bad={4: "text"})
     extracted(folder, tmp_path / "one" / "s.h5", extract__shard_size=4)
     extracted(folder, tmp_path / "two" / "s.h5", extract__shard_size=4, extract__num_workers=1)
     one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
-    assert one.pop("s/config.yaml") != two.pop("s/config.yaml")  # it says how many readers
+    assert one.pop("s/config.yaml") != two.pop("s/config.yaml")  # it contains num_workers
     assert one == two
     assert len(one) == 6
 
@@ -96,7 +96,7 @@ def test_two_folders_with_the_same_pictures_give_the_same_bytes(
 # Reruns
 
 
-def test_a_second_run_touches_nothing(fake: Any, photos: Any, extracted: Any) -> None:
+def test_a_second_run_changes_nothing(fake: Any, photos: Any, extracted: Any) -> None:
     folder = photos(9, bad={4: "text"})
     job, first = extracted(folder, extract__shard_size=4)
     features = job.output.parent
@@ -104,12 +104,12 @@ def test_a_second_run_touches_nothing(fake: Any, photos: Any, extracted: Any) ->
     _, second = extracted(folder, extract__shard_size=4)
     assert contents(features) == before
     assert times(features) == stamps
-    assert fake.built == built, "no encoder is built when there is nothing to do"
+    assert fake.built == built, "no encoder is built if there is nothing to do"
     assert (second.existing, second.shards, second.seconds) == (3, 3, 0)
     assert second.invalid == first.invalid
 
 
-def test_other_batch_and_shard_sizes_do_not_disturb_a_complete_store(fake: Any, photos: Any, extracted: Any) -> None:
+def test_a_complete_store_ignores_other_batch_and_shard_sizes(fake: Any, photos: Any, extracted: Any) -> None:
     folder = photos(9)
     job, _ = extracted(folder, extract__shard_size=4, extract__batch_size=2)
     before = contents(job.output.parent)
@@ -118,8 +118,8 @@ def test_other_batch_and_shard_sizes_do_not_disturb_a_complete_store(fake: Any, 
     assert contents(job.output.parent) == before
 
 
-@pytest.mark.parametrize("with_index", [True, False], ids=["index there", "index gone"])
-def test_only_a_missing_shard_is_made_again_with_the_same_bytes(
+@pytest.mark.parametrize("with_index", [True, False], ids=["index exists", "index missing"])
+def test_only_a_missing_shard_is_written_again_with_the_same_bytes(
     fake: Any, photos: Any, extracted: Any, with_index: bool
 ) -> None:
     folder = photos(10, bad={6: "text"})
@@ -138,7 +138,7 @@ def test_only_a_missing_shard_is_made_again_with_the_same_bytes(
         assert times(features)[name] == stamps[name]
 
 
-def test_a_store_begun_with_other_sizes_is_finished_with_its_own(fake: Any, photos: Any, extracted: Any) -> None:
+def test_a_store_is_finished_with_the_sizes_it_was_started_with(fake: Any, photos: Any, extracted: Any) -> None:
     folder = photos(10)
     job, _ = extracted(folder, extract__shard_size=4, extract__batch_size=2)
     before = contents(job.output.parent)
@@ -149,7 +149,7 @@ def test_a_store_begun_with_other_sizes_is_finished_with_its_own(fake: Any, phot
     assert after == before
 
 
-def test_a_store_of_other_images_is_never_overwritten(fake: Any, photos: Any, extracted: Any) -> None:
+def test_a_store_of_other_images_is_not_overwritten(fake: Any, photos: Any, extracted: Any) -> None:
     folder = photos(6)
     job, _ = extracted(folder)
     before = contents(job.output.parent)
@@ -159,9 +159,7 @@ def test_a_store_of_other_images_is_never_overwritten(fake: Any, photos: Any, ex
     assert contents(job.output.parent) == before
 
 
-def test_a_shard_of_another_plan_is_not_taken_for_ones_own(
-    fake: Any, photos: Any, extracted: Any, tmp_path: Path
-) -> None:
+def test_a_shard_of_another_plan_is_an_error(fake: Any, photos: Any, extracted: Any, tmp_path: Path) -> None:
     one, _ = extracted(photos(6), tmp_path / "one" / "s.h5", extract__shard_size=4)
     two, _ = extracted(photos(6, name="others"), tmp_path / "two" / "s.h5", extract__shard_size=3)
     two.output.unlink()
@@ -176,13 +174,13 @@ def _temporary_name(name: str, host: str, process: int) -> str:
 
 @pytest.fixture
 def dead_process() -> int:
-    """The number of a process that has ended."""
+    """The id of a process that has ended."""
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     return process.pid
 
 
-def test_what_killed_runs_left_behind_is_removed(
+def test_temporary_files_of_killed_runs_are_removed(
     fake: Any, photos: Any, extracted: Any, tmp_path: Path, dead_process: int
 ) -> None:
     folder = tmp_path / "features" / "s"
@@ -196,7 +194,7 @@ def test_what_killed_runs_left_behind_is_removed(
     assert not stale_index.exists()
 
 
-def test_temporary_files_of_workers_that_may_be_running_are_left_alone(
+def test_temporary_files_of_processes_that_may_be_running_are_kept(
     fake: Any, photos: Any, extracted: Any, tmp_path: Path, dead_process: int
 ) -> None:
     folder = tmp_path / "features" / "s"
@@ -213,23 +211,23 @@ def test_temporary_files_of_workers_that_may_be_running_are_left_alone(
 # Several processes
 
 
-def test_workers_in_any_order_make_the_store_that_one_makes(
+def test_processes_in_any_order_produce_the_store_of_one_process(
     fake: Any, photos: Any, job: Any, extracted: Any, tmp_path: Path
 ) -> None:
     folder = photos(21, bad={4: "text"})
     keys = {"extract__shard_size": 2, "extract__batch_size": 2}
     extracted(folder, tmp_path / "one" / "s.h5", **keys)
     summaries = []
-    for worker in (2, 0, 3, 1):
+    for rank in (2, 0, 3, 1):
         prepared = job(folder, tmp_path / "many" / "s.h5", **keys)
-        summaries.append(extract_features(prepared, Share(worker, 4), show_progress=False))
+        summaries.append(extract_features(prepared, Share(rank, 4), show_progress=False))
     assert [s.complete for s in summaries] == [False, False, False, True]
     assert [s.written for s in summaries] == [3, 3, 2, 3]
-    assert [s.invalid.total() for s in summaries] == [1, 0, 0, 1], "their own; at the end of the whole store"
+    assert [s.invalid.total() for s in summaries] == [1, 0, 0, 1], "of their shares; of the whole store at the end"
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
 
 
-def test_another_number_of_workers_finishes_what_some_left(fake: Any, photos: Any, job: Any) -> None:
+def test_a_store_is_finished_by_another_number_of_processes(fake: Any, photos: Any, job: Any) -> None:
     prepared = job(photos(20), extract__shard_size=2)
     extract_features(prepared, Share(1, 4), show_progress=False)
     assert not extract_features(prepared, Share(0, 2), show_progress=False).complete
@@ -238,7 +236,7 @@ def test_another_number_of_workers_finishes_what_some_left(fake: Any, photos: An
     assert_right(fake, prepared.images, prepared.output)
 
 
-def test_a_worker_without_work_still_completes_the_store(fake: Any, photos: Any, job: Any) -> None:
+def test_a_process_without_shards_writes_the_index(fake: Any, photos: Any, job: Any) -> None:
     prepared = job(photos(4), extract__shard_size=2)
     extract_features(prepared, Share(0, 1), show_progress=False)
     prepared.output.unlink()
@@ -247,7 +245,7 @@ def test_a_worker_without_work_still_completes_the_store(fake: Any, photos: Any,
     assert fake.built == built
 
 
-def test_two_workers_with_the_same_shards_at_once_make_the_same_store(
+def test_two_processes_may_write_the_same_shards_at_once(
     fake: Any, photos: Any, job: Any, extracted: Any, tmp_path: Path
 ) -> None:
     folder = photos(24)
@@ -262,9 +260,7 @@ def test_two_workers_with_the_same_shards_at_once_make_the_same_store(
 # --append
 
 
-def test_appended_images_become_new_shards_and_the_old_ones_are_not_touched(
-    fake: Any, photos: Any, job: Any, tmp_path: Path
-) -> None:
+def test_append_writes_new_shards_and_keeps_the_existing_ones(fake: Any, photos: Any, job: Any, tmp_path: Path) -> None:
     folder = photos(7)
     prepared = job(folder, extract__shard_size=3)
     extract_features(prepared, show_progress=False)
@@ -281,10 +277,10 @@ def test_appended_images_become_new_shards_and_the_old_ones_are_not_touched(
         name: stamp for name, stamp in before.items() if name.endswith("0.h5")
     }
     assert_right(fake, folder, longer.output)
-    assert extract_features(longer, show_progress=False).written == 0, "and the same list is complete now"
+    assert extract_features(longer, show_progress=False).written == 0, "the same list is complete now"
 
 
-def test_the_store_stays_readable_until_what_was_appended_is_there(
+def test_the_store_stays_readable_until_appended_shards_are_complete(
     fake: Any, photos: Any, job: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = photos(6)
@@ -307,7 +303,7 @@ def test_the_store_stays_readable_until_what_was_appended_is_there(
 # Survey
 
 
-def test_what_does_not_fit_on_the_disk_is_not_begun(
+def test_shards_that_do_not_fit_on_the_disk_are_not_started(
     fake: Any, photos: Any, job: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepared = job(photos(12), extract__shard_size=4)
@@ -320,7 +316,7 @@ def test_what_does_not_fit_on_the_disk_is_not_begun(
     assert extract_features(prepared, show_progress=False).complete
 
 
-def test_a_survey_counts_what_is_there_and_what_is_mine(fake: Any, photos: Any, job: Any) -> None:
+def test_a_survey_lists_existing_shards_and_missing_shards_of_this_process(fake: Any, photos: Any, job: Any) -> None:
     prepared = job(photos(10), extract__shard_size=2)
     extract_features(prepared, Share(0, 2), show_progress=False)
     state = survey(prepared, Share(1, 2))
@@ -329,13 +325,13 @@ def test_a_survey_counts_what_is_there_and_what_is_mine(fake: Any, photos: Any, 
     assert survey(prepared, Share(0, 2)).missing == []
 
 
-def test_what_killed_runs_left_is_removed_before_room_is_made_for_more(
+def test_temporary_files_of_killed_runs_are_removed_before_the_disk_space_is_checked(
     fake: Any, photos: Any, job: Any, dead_process: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepared = job(photos(4), extract__shard_size=2).save()
-    left = prepared.folder / _temporary_name("00000.h5", this_machine(), dead_process)
-    left.write_bytes(b"half a shard")
+    leftover = prepared.folder / _temporary_name("00000.h5", this_machine(), dead_process)
+    leftover.write_bytes(b"half a shard")
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
     with pytest.raises(ExtractionError, match="GiB are free"):
         extract_features(prepared, show_progress=False)
-    assert not left.exists()
+    assert not leftover.exists()

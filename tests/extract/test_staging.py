@@ -1,4 +1,4 @@
-"""Staging: no buffer is taken again before its grids are out."""
+"""Staging: no buffer is reused before its grids have been copied."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gridcap.extract.staging import Staging
 
 @pytest.fixture
 def gpu_events(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """A stand-in for torch.cuda that works at once on the CPU, and the events that were recorded and awaited."""
+    """Replace torch.cuda by a fake that runs on the CPU; return the recorded and awaited events."""
     events: list[tuple[str, int]] = []
 
     class Stream:
@@ -40,19 +40,19 @@ def gpu_events(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     return events
 
 
-def test_a_staging_buffer_is_taken_again_only_when_its_grids_are_out(gpu_events: list[tuple[str, int]]) -> None:
+def test_a_buffer_is_reused_only_after_its_grids_have_been_copied(gpu_events: list[tuple[str, int]]) -> None:
     staging = Staging(torch.device("cpu"))
     images = [torch.full((2, 3), value, dtype=torch.uint8) for value in range(5)]
     pending = [staging.run(batch, lambda x: x.half() + 1) for batch in images]
     waits = [number for kind, number in gpu_events if kind == "wait"]
-    assert waits == [0, 1], "five batches through three buffers: the first two had to make room"
+    assert waits == [0, 1], "five batches use three buffers: the first two were awaited"
     assert gpu_events.index(("wait", 0)) < gpu_events.index(("record", 3))
     for value, one in reversed(list(enumerate(pending))):
-        assert (one.result() == value + 1).all(), "not another batch's grids"
+        assert (one.result() == value + 1).all(), "the grids of this batch"
     assert sorted(number for kind, number in gpu_events if kind == "wait") == [0, 1, 2, 3, 4]
 
 
-def test_staging_takes_batches_of_any_size(gpu_events: list[tuple[str, int]]) -> None:
+def test_staging_accepts_batches_of_any_size(gpu_events: list[tuple[str, int]]) -> None:
     staging = Staging(torch.device("cpu"))
     pending = [
         staging.run(torch.full((size, 3), size, dtype=torch.uint8), lambda x: x.float()) for size in (4, 4, 4, 1, 4)

@@ -20,7 +20,7 @@ from tests.extract.store_helpers import (
 
 
 def overflowing(fake: Any, monkeypatch: pytest.MonkeyPatch, number: int, value: float) -> None:
-    """From picture `number` of photos() on, let its grid hold one value that float16 cannot."""
+    """Make the grid of image `number` of photos() contain `value`."""
     poisoned = np.random.default_rng(number).integers(0, 256, (16, 16, 3), np.uint8)
     real = fake.encode
 
@@ -35,7 +35,7 @@ def overflowing(fake: Any, monkeypatch: pytest.MonkeyPatch, number: int, value: 
 
 
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
-def test_a_value_that_the_stored_type_cannot_hold_names_the_image(
+def test_a_value_that_the_dtype_cannot_store_is_an_error_that_names_the_image(
     fake: Any, photos: Any, extracted: Any, monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
     folder = photos(10)
@@ -52,10 +52,9 @@ def test_a_value_that_the_stored_type_cannot_hold_names_the_image(
 
 
 @pytest.mark.parametrize("shard_size", [2, 4])
-def test_after_a_failed_batch_no_shard_holds_the_grids_of_another(
+def test_batches_queued_behind_a_failed_one_are_not_written_into_its_shard(
     fake: Any, photos: Any, extracted: Any, monkeypatch: pytest.MonkeyPatch, shard_size: int
 ) -> None:
-    """Batches that wait behind the failed one must not be written into its shard."""
     folder = photos(16)
     with monkeypatch.context() as poison:
         overflowing(fake, poison, 0, np.inf)
@@ -66,7 +65,7 @@ def test_after_a_failed_batch_no_shard_holds_the_grids_of_another(
     assert_right(fake, folder, job.output)
 
 
-def test_a_full_disk_leaves_no_shard_with_the_grids_of_another(
+def test_a_full_disk_leaves_complete_shards_only(
     fake: Any, photos: Any, extracted: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class FullOnce(ShardWriter):
@@ -84,12 +83,12 @@ def test_a_full_disk_leaves_no_shard_with_the_grids_of_another(
         extracted(folder, extract__shard_size=2, extract__batch_size=2)
     assert no_temporaries(folder.parent / "features")
     job, summary = extracted(folder, extract__shard_size=2, extract__batch_size=2)
-    assert summary.existing >= 1, "what was done before the disk was full is kept"
+    assert summary.existing >= 1, "shards written before the disk was full are kept"
     assert_right(fake, folder, job.output)
 
 
 def failing_once(fake: Any, error: BaseException) -> Any:
-    """An `encode` that fails at its fourth batch: in the middle of the second shard of four images in twos."""
+    """Return an `encode` that fails at its fourth batch: in the middle of the second shard."""
     real, calls = fake.encode, []
 
     def encode(self: Any, images: np.ndarray) -> np.ndarray:
@@ -101,7 +100,7 @@ def failing_once(fake: Any, error: BaseException) -> Any:
     return encode
 
 
-def test_an_error_of_the_encoder_leaves_whole_shards_and_no_temporary_file(
+def test_an_encoder_error_leaves_complete_shards_and_no_temporary_file(
     fake: Any, photos: Any, extracted: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = photos(12)
@@ -119,10 +118,10 @@ def test_an_error_of_the_encoder_leaves_whole_shards_and_no_temporary_file(
     assert_right(fake, folder, job.output)
 
 
-def test_an_encoders_own_value_error_is_not_taken_for_an_overflow(
+def test_a_value_error_of_the_encoder_is_not_reported_as_an_overflow(
     fake: Any, photos: Any, extracted: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The advice to store float32 must not be given for a defect."""
+    """The hint to store float32 must not be given for a bug."""
 
     def encode(self: Any, images: np.ndarray) -> np.ndarray:
         raise ValueError("something else")
@@ -133,7 +132,7 @@ def test_an_encoders_own_value_error_is_not_taken_for_an_overflow(
     assert "float32" not in getattr(caught.value, "hint", "")
 
 
-def test_an_interrupt_leaves_whole_shards_and_no_temporary_file(
+def test_an_interrupt_leaves_complete_shards_and_no_temporary_file(
     fake: Any, photos: Any, extracted: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = photos(12)
@@ -153,16 +152,16 @@ def test_an_interrupt_leaves_whole_shards_and_no_temporary_file(
 
 
 class Gauge:
-    """How many images are between two points of the pipeline."""
+    """Counts the images between two stages."""
 
     def __init__(self) -> None:
         self._lock = threading.Condition()
-        self.entered = self.left = self.most = 0
+        self.entered = self.left = self.max = 0
 
     def enter(self, count: int) -> None:
         with self._lock:
             self.entered += count
-            self.most = max(self.most, self.entered - self.left)
+            self.max = max(self.max, self.entered - self.left)
             self._lock.notify_all()
 
     def leave(self, count: int) -> None:
@@ -170,7 +169,7 @@ class Gauge:
             self.left += count
 
     def wait_until_still(self) -> None:
-        """Until nothing has entered for a moment: whoever wants to run ahead has run ahead."""
+        """Wait until no image has entered for a moment, so that the stage before is as far ahead as it gets."""
         with self._lock:
             while self._lock.wait(0.05):
                 pass
@@ -179,7 +178,7 @@ class Gauge:
 BATCH, BATCHES = 4, 30
 
 
-def test_readers_run_ahead_of_a_slow_encoder_by_a_few_batches_only(
+def test_decoding_runs_ahead_of_a_slow_encoder_by_a_few_batches(
     fake: Any, photos: Any, extracted: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gauge = Gauge()
@@ -198,11 +197,11 @@ def test_readers_run_ahead_of_a_slow_encoder_by_a_few_batches_only(
     monkeypatch.setattr(fake, "encode", encode)
     extracted(photos(BATCH * BATCHES), extract__shard_size=16, extract__batch_size=BATCH)
     assert gauge.entered == BATCH * BATCHES
-    assert gauge.most <= 6 * BATCH, "memory must not grow with the number of images"
-    assert gauge.most >= 2 * BATCH, "the next batch is read while this one is encoded"
+    assert gauge.max <= 6 * BATCH, "memory must not grow with the number of images"
+    assert gauge.max >= 2 * BATCH, "the next batch is decoded while this one is encoded"
 
 
-def test_the_encoder_runs_ahead_of_a_slow_disk_by_a_few_batches_only(
+def test_the_encoder_runs_ahead_of_a_slow_disk_by_a_few_batches(
     fake: Any, photos: Any, extracted: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gauge = Gauge()
@@ -222,14 +221,14 @@ def test_the_encoder_runs_ahead_of_a_slow_disk_by_a_few_batches_only(
     monkeypatch.setattr(plan_module, "ShardWriter", SlowWriter)
     extracted(photos(BATCH * BATCHES), extract__shard_size=16, extract__batch_size=BATCH)
     assert gauge.entered == BATCH * BATCHES
-    assert gauge.most <= 6 * BATCH
-    assert gauge.most >= 2 * BATCH, "the next batch is encoded while this one is written"
+    assert gauge.max <= 6 * BATCH
+    assert gauge.max >= 2 * BATCH, "the next batch is encoded while this one is written"
 
 
-def test_images_are_read_by_several_threads(
+def test_images_are_decoded_by_num_workers_threads(
     fake: Any, photos: Any, extracted: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three readers meet at a barrier; with fewer threads it would break."""
+    """Three threads meet at a barrier, which would break with fewer threads."""
     barrier = threading.Barrier(3, timeout=20)
     real_load = reading_module.load_image
 
@@ -243,7 +242,7 @@ def test_images_are_read_by_several_threads(
     assert_right(fake, folder, job.output)
 
 
-def test_the_summary_counts_what_went_through_the_encoder(fake: Any, photos: Any, extracted: Any) -> None:
+def test_the_summary_counts_encoded_images(fake: Any, photos: Any, extracted: Any) -> None:
     _, summary = extracted(photos(7), extract__batch_size=2)
     assert summary.encoded == 7
     assert 0 < summary.waiting < summary.running <= summary.seconds

@@ -1,4 +1,4 @@
-"""Shards that are written at the same time: in what order their batches come, and what is left of a failure."""
+"""Shards written at the same time: the order of their batches, and the state after a failure."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 5), st.integers(1, 6))
-def test_shards_in_writers_are_each_written_in_order_by_one_thread(
+def test_each_shard_is_written_in_order_by_one_thread(
     rows: int, shard_size: int, batch_size: int, writers: int
 ) -> None:
     class Rows:
@@ -35,7 +35,7 @@ def test_shards_in_writers_are_each_written_in_order_by_one_thread(
     open_in: dict[int, int] = {}  # writer -> shard
     for batch in batches:
         whole = plan.rows_of(batch.shard)
-        assert open_in.setdefault(batch.writer, batch.shard) == batch.shard, "the one before it is not finished"
+        assert open_in.setdefault(batch.writer, batch.shard) == batch.shard, "the previous shard is not finished"
         assert batch.start - whole.start == sum(
             b.stop - b.start for b in batches[: batches.index(batch)] if b.shard == batch.shard
         )
@@ -48,7 +48,7 @@ def test_shards_in_writers_are_each_written_in_order_by_one_thread(
 
 
 @pytest.mark.parametrize("writers", [2, 3, 8])
-def test_a_store_written_by_several_threads_has_the_bytes_of_one_thread(
+def test_several_threads_write_the_same_bytes_as_one_thread(
     fake: Any, photos: Any, job: Any, tmp_path: Path, writers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = photos(23, bad={4: "text", 22: ""})
@@ -62,17 +62,17 @@ def test_a_store_written_by_several_threads_has_the_bytes_of_one_thread(
     assert contents(tmp_path / "together") == contents(tmp_path / "alone")
 
 
-def test_an_error_in_one_writer_ends_all_and_leaves_no_unfinished_shard(
+def test_an_error_in_one_writer_stops_all_without_unfinished_shards(
     fake: Any, photos: Any, job: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gridcap.extract.worker.writer_count", lambda on_gpu, shards: 3)
     real = fake.encode
 
-    def overflowing(self: Any, images: np.ndarray) -> np.ndarray:
+    def overflow(self: Any, images: np.ndarray) -> np.ndarray:
         grids: np.ndarray = real(self, images)
         return np.full_like(grids, np.inf) if sum(fake.batches) > 8 else grids
 
-    monkeypatch.setattr(fake, "encode", overflowing)
+    monkeypatch.setattr(fake, "encode", overflow)
     prepared = job(photos(20), extract__shard_size=4, extract__batch_size=2)
     with pytest.raises(ExtractionError, match="cannot hold"):
         extract_features(prepared, show_progress=False)
