@@ -41,7 +41,7 @@ def test_a_dry_submission_prints_the_job_script_and_writes_nothing(
         "#SBATCH --array=0-2",
         "#SBATCH --time=1:00:00",
         "#SBATCH --partition=main",
-        f"cd {tmp_path} || exit 2",
+        f"cd {tmp_path} || exit 1",
     ):
         assert line in script.splitlines()
     assert sys.executable in script
