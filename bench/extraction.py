@@ -193,21 +193,17 @@ def copying(photos: str) -> float:
 def writing(photos: str) -> float:
     """Images a second that go into shards, checked and brought to the disk, by as many threads as the worker has."""
     from bench.inputs import make_grids
-    from gridcap.common.store.shard import ShardWriter
+    from gridcap.common.store.shard_format import GridLayout, ShardSpec
+    from gridcap.common.store.shard_writer import ShardWriter
     from gridcap.extract.writer import writer_count
 
     grids, folder, rows = make_grids(64), Path(photos).parent / "written", 512
     threads = writer_count(True, 1000)
 
     def write(number: int) -> None:
-        with ShardWriter(
-            folder / f"{number}.h5",
-            range(rows),
-            [f"{i}.jpg" for i in range(rows)],
-            grids.shape[1:],
-            "float16",
-            {"index": number, "plan": "bench", "provenance": {}},
-        ) as writer:
+        images = [(i, f"{i}.jpg") for i in range(rows)]
+        spec = ShardSpec(images, GridLayout(grids.shape[1:], grids.dtype), {}, index=number, plan="bench")
+        with ShardWriter(folder / f"{number}.h5", spec) as writer:
             for start in range(0, rows, 64):
                 writer.write(start, grids, {})
             writer.finish()

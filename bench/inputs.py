@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from gridcap.common.store.shard import ShardWriter
+from gridcap.common.store.shard_format import GridLayout, ShardSpec
+from gridcap.common.store.shard_writer import ShardWriter
 
 DIFFERENT = 50  # photos; the rest are links to them
 GRID = (8, 8, 2048)
@@ -52,8 +53,9 @@ def make_store(path: Path, rows: int, dtype: str = "float16", split: str = "trai
     """A store in one file."""
     names = [f"{i:06}.jpg" for i in range(rows)]
     provenance = {**_PROVENANCE, "grid_shape": list(GRID), "dtype": dtype}
-    attributes = {"index": 0, "plan": "bench", "split": split, "provenance": provenance}
-    with ShardWriter(path, range(rows), names, GRID, dtype, attributes) as writer:
+    layout = GridLayout(GRID, np.dtype(dtype))
+    spec = ShardSpec(list(enumerate(names)), layout, provenance, plan="bench", split=split)
+    with ShardWriter(path, spec) as writer:
         for start in range(0, rows, 64):
             writer.write(start, make_grids(min(64, rows - start), start), {})
         writer.finish()

@@ -88,7 +88,7 @@ def _each(orders: list[np.ndarray], read: Callable[[np.ndarray], object]) -> flo
 def _by_store(path: Path, orders: list[np.ndarray], threads: int) -> float:
     with FeatureStore(path, threads) as store:
         buffer = np.empty((BATCH, *GRID), store.dtype)
-        return _each(orders, lambda order: store.rows(order, buffer))
+        return _each(orders, lambda order: store.rows(order, out=buffer))
 
 
 def _by_h5py(path: Path, orders: list[np.ndarray]) -> float:

@@ -20,9 +20,9 @@ from pathlib import Path
 import click
 
 from gridcap.common.files import publish_text
-from gridcap.common.store.pinned_file import HEADER_BYTES
+from gridcap.common.store.header import HEADER_BYTES
 from gridcap.common.store.reader import FeatureStore
-from gridcap.common.store.shard import ShardInfo
+from gridcap.common.store.shard_format import ShardInfo
 from gridcap.extract.cluster.share import Share
 from gridcap.extract.manifest import ImageList
 from gridcap.extract.plan import FILE, Plan, read_plan, store_folder, write_planned_index
@@ -108,11 +108,11 @@ def index(output: Path, images: int, shard_size: int) -> str:
 def open_store(output: Path, images: int, shard_size: int) -> str:
     """A reader: opens the store, which looks at every shard's header, and finds an image by its id."""
     with FeatureStore(output) as store:
-        last_id, last = store.image_ids[-1], len(store) - 1
+        last_id, last = store.image_id[-1], len(store) - 1
         opened = time.perf_counter()
         assert store.row_of_image(int(last_id)) == last
         found = time.perf_counter() - opened
-        return f"{len(store)} rows; ids sorted for look-ups in {found:.1f} s; the last is {store.file_names[last]}"
+        return f"{len(store)} rows; ids sorted for look-ups in {found:.1f} s; the last is {store.file_name[last]}"
 
 
 STEPS: dict[str, Callable[[Path, int, int], str]] = {

@@ -18,7 +18,7 @@ from gridcap.common.errors import ExtractionError, WeightsError
 from gridcap.common.image import decoder_name, load_image, load_view
 from gridcap.common.store.provenance import check_same_features
 from gridcap.common.store.quantize import as_stored
-from gridcap.common.store.shard import read_dtype
+from gridcap.common.store.shard_format import read_dtype
 from gridcap.extract.encoders.grid_encoder import EncoderOptions, GridEncoder
 from gridcap.extract.encoders.provenance import describe_features
 from gridcap.extract.encoders.specs import ENCODERS

@@ -52,6 +52,14 @@ class StoreError(GridcapError):
     """A feature store is missing, incomplete, corrupted, or of an unsupported format version."""
 
 
+class StoreAccessError(StoreError):
+    """The system could not read a file of a feature store. The file itself may be intact."""
+
+
+class InvalidImageError(StoreError):
+    """The grid of an invalid image was requested from a feature store."""
+
+
 class MismatchError(GridcapError):
     """Two things that must belong together do not, such as features and checkpoint, or plan and request."""
 

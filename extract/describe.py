@@ -57,7 +57,7 @@ def summarize_store(store: FeatureStore) -> StoreSummary:
     norms: list[np.ndarray] = []
     errors = 0.0
     for row in rows:
-        grid = store.row(int(row)).astype(np.float64)
+        grid = store[int(row)].astype(np.float64)
         total, squares = total + grid.sum(), squares + (grid**2).sum()
         low, high, zeros = min(low, grid.min()), max(high, grid.max()), zeros + int((grid == 0).sum())
         heard |= (grid != 0).reshape(-1, grid.shape[-1]).any(0)
@@ -70,7 +70,7 @@ def summarize_store(store: FeatureStore) -> StoreSummary:
         rows=len(store),
         shards=len(store.shard_paths),
         size=sum(path.stat().st_size for path in {store.path, *store.shard_paths}),
-        rejects=Counter(store.rejects.values()),
+        rejects=Counter(store.invalid_reasons.values()),
         sampled=len(rows),
         low=float(low),
         mean=total / count,
@@ -112,7 +112,7 @@ def describe(store: FeatureStore, found: StoreSummary) -> list[str]:
     low, mean, high = found.norms
     lines.append(f"  cell norms     {low:.4g} to {high:.4g}, mean {mean:.4g}")
     if found.rounding is not None:
-        verb = "costs" if store.stored == np.uint8 else "would cost"
+        verb = "costs" if store.stored_dtype == np.uint8 else "would cost"
         lines.append(f"  8 bits         uint8 {verb} an error of {found.rounding:.2%} of the values (root mean square)")
     return lines
 
@@ -127,8 +127,8 @@ def sample_rows(store: FeatureStore, count: int) -> np.ndarray:
 
 def _squared_error(store: FeatureStore, row: int, grid: np.ndarray) -> float:
     """The summed squared error of 8 bits: for a uint8 store from the width of its levels, else by trying."""
-    if store.stored == np.uint8:
-        scale = store.scales(row).astype(np.float64)
+    if store.stored_dtype == np.uint8:
+        scale = store.channel_scales(row).astype(np.float64)
         # Rounding to levels of this width errs by its 12th part, squared, on average; exact zeros do not err.
         return float((scale**2 / 12 * (grid != 0)).sum())
     narrow = as_stored(grid[None].astype(np.float16), np.dtype(np.uint8))[0]
@@ -155,7 +155,7 @@ def plot_grids(store: FeatureStore, path: Path, images: Path | None = None, coun
 
     rows = sample_rows(store, count)
     shape = store.grid_shape if len(store.grid_shape) == 3 else (1, 1, store.grid_shape[-1])
-    grids = store.rows(rows.tolist()).astype(np.float32).reshape(len(rows), *shape)
+    grids = store[rows].astype(np.float32).reshape(len(rows), *shape)
     colors = _principal_colors(grids)
     columns = ["photo", "mean over channels", "3 main components"][0 if images else 1 :]
     figure = Figure(figsize=(2.2 * len(columns), 2.3 * len(rows) + 0.3), layout="constrained")
@@ -165,7 +165,7 @@ def plot_grids(store: FeatureStore, path: Path, images: Path | None = None, coun
         shown = [grid.mean(-1), color]
         if images is not None:
             try:
-                photo = load_rgb(image_path(images, store.file_names[int(row)], follow_links=True))
+                photo = load_rgb(image_path(images, store.file_name[int(row)], follow_links=True))
                 photo.thumbnail((480, 480))
                 shown.insert(0, np.asarray(photo))
             except InvalidImageError:
@@ -174,7 +174,7 @@ def plot_grids(store: FeatureStore, path: Path, images: Path | None = None, coun
             axis.imshow(picture, cmap="magma", interpolation="nearest")
             axis.set_xticks([])
             axis.set_yticks([])
-        name = Path(store.file_names[int(row)]).name
+        name = Path(store.file_name[int(row)]).name
         line[0].set_ylabel(name if len(name) <= 26 else f"…{name[-25:]}", fontsize=7, parse_math=False)
     for axis, title in zip(axes[0], columns, strict=True):
         axis.set_title(title, fontsize=9)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gridcap.common.store.shard import ORIGINAL, read_dtype
+from gridcap.common.store.shard_format import ORIGINAL, read_dtype
 from gridcap.extract.encoders.grid_encoder import EncoderOptions, GridEncoder
 from gridcap.extract.job import Extraction
 from gridcap.extract.staging import PendingGrids

@@ -8,7 +8,7 @@ from collections import Counter
 
 from gridcap.common.errors import MismatchError, StoreError
 from gridcap.common.files import temporary_file
-from gridcap.common.store.index import INDEX_FORMAT, open_index
+from gridcap.common.store.index_reader import read_index_plan
 from gridcap.common.store.reader import FeatureStore
 from gridcap.extract.job import Extraction
 from gridcap.extract.plan import write_planned_index
@@ -35,8 +35,7 @@ def indexed_digest(extraction: Extraction) -> str | None:
         if not output.exists():
             return None
         try:
-            with open_index(output, INDEX_FORMAT) as (index, _):
-                digest = str(index.attrs.get("plan"))
+            digest = read_index_plan(output)
             break
         except (StoreError, OSError):
             if attempt == INDEX_ATTEMPTS - 1 and output.exists():
@@ -106,10 +105,10 @@ def write_index(extraction: Extraction, summary: Summary, is_shared_retry: bool)
 def summarize_store(extraction: Extraction, summary: Summary) -> Summary:
     """Count the invalid images of a complete store by reason, with examples."""
     with FeatureStore(extraction.output) as store:
-        summary.invalid = Counter(store.rejects.values())
-        for row, reason in store.rejects.items():
+        summary.invalid = Counter(store.invalid_reasons.values())
+        for row, reason in store.invalid_reasons.items():
             if len(examples := summary.examples.setdefault(reason, [])) < MAX_EXAMPLES:
-                examples.append(store.file_names[row])
+                examples.append(store.file_name[row])
     return summary
 
 

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from gridcap.common.errors import StoreError
-from gridcap.common.store.index import write_index
-from gridcap.common.store.shard import ShardWriter
+from gridcap.common.store.index_writer import IndexSpec, write_index
+from gridcap.common.store.shard_format import GridLayout, ShardSpec
+from gridcap.common.store.shard_writer import ShardWriter
 from gridcap.extract.manifest import RECREATE_HINT, Image, ImageList
 
 FORMAT = "gridcap-plan"
@@ -189,22 +190,10 @@ def store_folder(output: Path) -> Path:
 
 def shard_writer(folder: Path, plan: Plan, shard: int) -> ShardWriter:
     """Create the writer of a planned shard."""
-    images, provenance = plan.images_of(shard, folder), plan.provenance
-    attributes = {
-        "index": shard,
-        "split": plan.split,
-        "plan": plan.digest_of(shard),
-        "provenance": provenance,
-    }
-    return ShardWriter(
-        folder / plan.shard_name(shard),
-        [image_id for image_id, _ in images],
-        [name for _, name in images],
-        provenance["grid_shape"],
-        provenance["dtype"],
-        attributes,
-        provenance["views"],
-    )
+    layout = GridLayout.from_provenance(plan.provenance)
+    images = plan.images_of(shard, folder)
+    spec = ShardSpec(images, layout, plan.provenance, shard, plan.digest_of(shard), plan.split)
+    return ShardWriter(folder / plan.shard_name(shard), spec)
 
 
 def write_planned_index(output: Path, plan: Plan) -> None:
@@ -213,4 +202,4 @@ def write_planned_index(output: Path, plan: Plan) -> None:
     names = [plan.shard_name(shard) for shard in range(plan.shards)]
     images = (plan.images_of(shard, folder) for shard in range(plan.shards))
     plans = [plan.digest_of(shard) for shard in range(plan.shards)]
-    write_index(output, folder, names, images, plan.name_bytes, plan.split, plans, plan.provenance)
+    write_index(output, IndexSpec(folder, names, plans, images, plan.name_bytes, plan.split, plan.provenance))

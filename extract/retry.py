@@ -8,7 +8,8 @@ import numpy as np
 from torch import Tensor
 
 from gridcap.common.progress import progress_bar
-from gridcap.common.store.shard import ShardReader, ShardWriter
+from gridcap.common.store.shard_reader import ShardReader
+from gridcap.common.store.shard_writer import ShardWriter
 from gridcap.extract.encoding import ViewEncoder
 from gridcap.extract.job import Extraction
 from gridcap.extract.plan import shard_writer
@@ -37,9 +38,9 @@ def retry_invalid(
             for shard in shards:
                 with ShardReader(extraction.folder / extraction.plan.shard_name(shard)) as stored:
                     rewriter = _ShardRetry(extraction, shard, stored, reader)
-                    if stored.rejects and rewriter.has_changed():
+                    if stored.invalid_reasons and rewriter.has_changed():
                         summary.retried += rewriter.rewrite(encoder)
-                    bar.update(len(stored.rejects))
+                    bar.update(len(stored.invalid_reasons))
 
 
 class _ShardRetry:
@@ -60,7 +61,7 @@ class _ShardRetry:
     def has_changed(self) -> bool:
         """Return whether an image can be read now or is invalid for another reason."""
         return any(
-            not isinstance(image, str) or image != self._stored.rejects[row]
+            not isinstance(image, str) or image != self._stored.invalid_reasons[row]
             for batch in batches_of(self._plan, [self._shard])
             for row, image in self._load(batch).items()
         )
@@ -104,7 +105,9 @@ class _ShardRetry:
     def _load(self, batch: Batch) -> dict[int, np.ndarray | str]:
         """Read the invalid rows of a batch again: row of the shard -> image or reason."""
         rows = [
-            row for row in range(batch.start - self._first, batch.stop - self._first) if row in self._stored.rejects
+            row
+            for row in range(batch.start - self._first, batch.stop - self._first)
+            if row in self._stored.invalid_reasons
         ]
         if not rows:
             return {}

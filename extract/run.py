@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from gridcap.common.errors import ExtractionError, StoreError
 from gridcap.common.files import TEMPORARY_SUFFIX, remove_leftovers, write_text
-from gridcap.common.store.shard import ShardReader, read_header, stored_bytes
+from gridcap.common.store.shard_format import read_header, stored_bytes
+from gridcap.common.store.shard_reader import ShardReader
 from gridcap.extract.cluster.share import WHOLE, Share
 from gridcap.extract.encoding import ViewEncoder
 from gridcap.extract.indexing import all_shards_exist, indexed_digest, summarize_store, write_index
@@ -127,7 +128,7 @@ def _invalid_of(extraction: Extraction, shard: int) -> Counter[str]:
     info = read_header(path)
     if info is None or info.plan != extraction.plan.digest_of(shard):
         raise StoreError(f"{path}: belongs to another plan", f"delete {path} and rerun the command")
-    if not info.rejected:
+    if not info.invalid:
         return Counter()
     with ShardReader(path) as reader:
-        return Counter(reader.rejects.values())
+        return Counter(reader.invalid_reasons.values())

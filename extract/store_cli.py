@@ -153,8 +153,8 @@ def inspect_features(
             click.echo(f"dry run: would look at {len(store)} rows of {features}")
             return
         if rejected:
-            for row, reason in store.rejects.items():
-                click.echo(f"{store.file_names[row]}\t{reason}")
+            for row, reason in store.invalid_reasons.items():
+                click.echo(f"{store.file_name[row]}\t{reason}")
             return
         for line in inspect.describe(store, inspect.summarize_store(store)):
             click.echo(line)

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from gridcap.common.errors import StoreError
+from gridcap.common.errors import StoreAccessError, StoreError
 from gridcap.common.files import sha256_of
-from gridcap.common.store.index import INDEX_FORMAT, check_index, open_index
-from gridcap.common.store.pinned_file import HEADER_BYTES
-from gridcap.common.store.shard import ShardReader, decode_texts, read_header
+from gridcap.common.store.header import HEADER_BYTES, format_of
+from gridcap.common.store.index_reader import read_index
+from gridcap.common.store.shard_format import read_header
+from gridcap.common.store.shard_reader import ShardReader
 from gridcap.extract.plan import FILE, Plan, read_plan, store_folder
 
 # What is checked, in the order of the table; each names one kind of problem.
@@ -151,38 +152,35 @@ def _read_index(path: Path, plan: Plan, report: Report) -> _Index | None:
     """What the index says, after comparing it with its own hash and with the plan; None if it is not sound."""
     folder = store_folder(path)
     try:
-        check_index(path)
+        index = read_index(path)
+    except StoreAccessError:
+        raise
     except StoreError as error:
+        if format_of(path) is None:  # not an index of gridcap: not for --repair to delete
+            raise
         report.note("whole-file SHA-256", 1, "", error.message)
         return None
     report.note("whole-file SHA-256", 1, "", None)
-    with open_index(path, INDEX_FORMAT) as (file, _):
-        digest = file.attrs.get("plan")
-        if digest not in plan.digests:
-            report.note("belongs to the plan", 1, "", f"{path}: the index belongs to another plan")
-            return None
-        report.note("belongs to the plan", 1, "", None)
-        appended = "images were appended since, and are not all there yet" if digest != plan.digest() else None
-        report.note("index there and complete", 1, "", f"{path}: {appended}" if appended else None)
-        try:
-            ids, names = file["image_id"], file["file_name"].asstr()
-            shards = [shard for shard in range(plan.shards) if plan.rows_of(shard).stop <= len(ids)]
-            agree = bool(shards) and plan.rows_of(shards[-1]).stop == len(ids)
-            for shard in shards if agree else ():
-                rows = plan.rows_of(shard)
-                found = zip(ids[rows.start : rows.stop].tolist(), names[rows.start : rows.stop], strict=True)
-                agree = agree and list(found) == plan.images_of(shard, folder)
-            report.note("rows and image ids", 1, "", None if agree else f"{path}: other images than the plan's")
-            listed = [os.path.relpath(path.parent / name, folder) for name in decode_texts(file["shard_name"])]
-            renamed = next((name for name in listed if name.startswith("..")), None)
-            why = f"{path}: its shards are in {path.parent / renamed}: a store keeps its name" if renamed else None
-            report.note("rows and image ids", 0, "", why)
-            rejects = dict(zip(file["reject_row"][:].tolist(), decode_texts(file["reject_why"]), strict=True))
-            hashes = dict(zip(listed, decode_texts(file["shard_sha256"]), strict=True))
-            return _Index(hashes, file["valid"][:].astype(bool), rejects)
-        except (KeyError, ValueError, OSError, TypeError, RuntimeError) as error:
-            report.note("belongs to the plan", 0, "", f"{path}: not a sound index: {error}")
-            return None
+    if index.plan not in plan.digests:
+        report.note("belongs to the plan", 1, "", f"{path}: the index belongs to another plan")
+        return None
+    report.note("belongs to the plan", 1, "", None)
+    appended = "images were appended since, and are not all there yet" if index.plan != plan.digest() else None
+    report.note("index there and complete", 1, "", f"{path}: {appended}" if appended else None)
+    ids, names = index.image_id, index.file_name
+    shards = [shard for shard in range(plan.shards) if plan.rows_of(shard).stop <= len(ids)]
+    agree = bool(shards) and plan.rows_of(shards[-1]).stop == len(ids)
+    for shard in shards if agree else ():
+        rows = plan.rows_of(shard)
+        listed_images = zip(ids[rows.start : rows.stop].tolist(), names[rows.start : rows.stop], strict=True)
+        agree = agree and list(listed_images) == plan.images_of(shard, folder)
+    report.note("rows and image ids", 1, "", None if agree else f"{path}: other images than the plan's")
+    listed = [os.path.relpath(path.parent / name, folder) for name in index.shard_names]
+    renamed = next((name for name in listed if name.startswith("..")), None)
+    why = f"{path}: its shards are in {path.parent / renamed}: a store keeps its name" if renamed else None
+    report.note("rows and image ids", 0, "", why)
+    hashes = dict(zip(listed, index.shard_sha256, strict=True))
+    return _Index(hashes, index.valid, index.invalid_reasons)
 
 
 def _verify_shard(folder: Path, plan: Plan, shard: int, index: _Index | None, report: Report) -> None:
@@ -190,12 +188,14 @@ def _verify_shard(folder: Path, plan: Plan, shard: int, index: _Index | None, re
     try:
         info = read_header(folder / name)
         reader = ShardReader(folder / name)
-        same_rows = list(zip(reader.image_ids.tolist(), reader.file_names, strict=True)) == expected
+        same_rows = list(zip(reader.image_id.tolist(), reader.file_name, strict=True)) == expected
         same_source = reader.provenance == plan.provenance
-        rejects, valid = reader.rejects, reader.valid
+        rejects, valid = reader.invalid_reasons, reader.valid
         report.note("shard readable", 1, name, None)
+    except StoreAccessError:  # the shard may be intact: not for --repair to delete
+        raise
     except (StoreError, ValueError) as error:
-        report.note("shard readable", 1, name, getattr(error, "what", str(error)))
+        report.note("shard readable", 1, name, str(error))
         return
     with reader:
         same_plan = (reader.plan, reader.index) == (plan.digest_of(shard), shard)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from gridcap.common.device import choose_device
 from gridcap.common.errors import ExtractionError
 from gridcap.common.progress import progress_bar
-from gridcap.common.store.shard import InvalidGridError
+from gridcap.common.store.shard_writer import InvalidGridError
 from gridcap.extract.cluster.share import Share
 from gridcap.extract.encoding import ViewEncoder
 from gridcap.extract.job import Extraction

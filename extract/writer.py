@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gridcap.common.device import cores
-from gridcap.common.store.shard import ShardWriter
+from gridcap.common.store.shard_writer import ShardWriter
 from gridcap.extract.plan import Plan, shard_writer
 from gridcap.extract.staging import PendingGrids
 

@@ -65,10 +65,10 @@ def evaluate(
     )
     hypotheses, loss = _decode(checkpoint, data, decoding, options)
     vocabulary = checkpoint.vocabulary
-    ids = [int(data.store.image_ids[row]) for row in data.rows]
+    ids = [int(data.store.image_id[row]) for row in data.rows]
     captions = {i: vocabulary.decode(hypothesis.tokens) for i, hypothesis in zip(ids, hypotheses, strict=True)}
     references = dict(zip(ids, data.captions, strict=True))
-    names = {i: data.store.file_names[row] for i, row in zip(ids, data.rows, strict=True)}
+    names = {i: data.store.file_name[row] for i, row in zip(ids, data.rows, strict=True)}
     attention = {}
     if options.keep_attention:
         attention = {

@@ -51,8 +51,8 @@ def find_images(store: FeatureStore, images: Path | None, configs: Sequence[Pipe
     if images is None and not configured:
         raise UserError(f"--report: the image folder of {store.path} is not configured", hint)
     folder = images or next((path for path in configured if path.is_dir()), configured[0])
-    if not any((folder / name).is_file() for name in store.file_names):
-        raise UserError(f"--report: {folder} contains no image of {store.path}, such as {store.file_names[0]}", hint)
+    if not any((folder / name).is_file() for name in store.file_name):
+        raise UserError(f"--report: {folder} contains no image of {store.path}, such as {store.file_name[0]}", hint)
     return folder
 
 

@@ -1,125 +1,72 @@
-"""What shards and indexes have in common as files: a header that vouches for the rest, and being the same file still.
-
-HDF5 leaves the first 4096 bytes of a file to us (its "user block"). There stands a line of JSON, filled up with spaces:
-format, version, size, the SHA-256 of everything after it, and what else the kind of file wants known at once.
-"""
+"""Positional reads from a file that must not change, and the lock that guards the opening of files."""
 
 from __future__ import annotations
 
-import json
 import os
 import threading
-from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from gridcap.common.errors import StoreError, os_reason
-
-VERSION = 2
-HEADER_BYTES = 4096
-_HDF5 = b"\x89HDF\r\n\x1a\n"  # how HDF5 begins
-
-
-def pack_header(kind: str, values: Mapping[str, Any]) -> bytes:
-    """A header, HEADER_BYTES long: a line of JSON, filled up with spaces."""
-    text = json.dumps({"format": kind, "version": VERSION, **values}, sort_keys=True)
-    return text.encode().ljust(HEADER_BYTES - 1) + b"\n"
-
-
-def unpack_header(path: Path, kind: str, keys: Collection[str], remake: str) -> dict[str, Any] | None:
-    """The values of a file's header, or None if the file has none (rewritten by other tools).
-
-    Raises:
-        StoreError: missing, unreadable, damaged, or not as long as the header says.
-    """
-    try:
-        with open(path, "rb") as file:
-            block = file.read(HEADER_BYTES)
-            size = os.fstat(file.fileno()).st_size
-    except OSError as error:
-        raise StoreError(f"{path}: {os_reason(error)}", remake) from error
-    if not block.startswith(b"{"):
-        return None
-    try:
-        values: dict[str, Any] = json.loads(block)
-        version = values.pop("version")
-        if values.pop("format") != kind or set(values) != set(keys):
-            raise ValueError("other keys than a header has")
-        if pack_header(kind, values) != block and version == VERSION:
-            raise ValueError("not as it was written")
-        size_then = int(values["size"])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise StoreError(f"{path}: damaged header: {error}", remake) from error
-    if version != VERSION:
-        raise other_version(path, version)
-    if size != size_then:
-        what = "truncated" if size < size_then else "was written to"
-        raise StoreError(f"{path}: {what}: {size} bytes in place of {size_then}", remake)
-    return values
-
-
-def format_of(path: Path) -> str | None:
-    """What a file's header says the file is, "" if it is damaged; None if there is none, or it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            block, begin = file.read(HEADER_BYTES), file.read(len(_HDF5))
-    except OSError:  # whoever reads on says why
-        return None
-    if not block.startswith(b"{") or begin != _HDF5:
-        return None
-    try:
-        return str(json.loads(block)["format"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return ""
+from gridcap.common.errors import StoreError
+from gridcap.common.store.system_error import store_error_from
 
 
 class PinnedFile:
-    """A file that is read by position from many threads, opened when it is first read and again after `close`.
+    """File read by position from any number of threads.
 
-    It must be the same file each time. The descriptor stays behind on pickling.
+    The file is opened on the first read, and again on the first read after `close` or unpickling. It
+    must be the same file each time (inode, size, and modification time).
+
+    Args:
+        path: an existing file.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._identity = self._of(path.stat())
+        self._identity = self._identity_of(path.stat())
         self._descriptor: int | None = None
 
     @staticmethod
-    def _of(status: os.stat_result) -> tuple[int, int, int]:
+    def _identity_of(status: os.stat_result) -> tuple[int, int, int]:
         return status.st_ino, status.st_size, status.st_mtime_ns
 
-    def read_into(self, view: memoryview, position: int) -> bool:
-        """Fill `view` with the bytes from `position` on; False if the file ends before.
+    def read_into(self, buffer: memoryview, position: int) -> bool:
+        """Fill a buffer with the bytes from `position` on.
+
+        Returns:
+            False if the file ends before the buffer is full.
 
         Raises:
-            StoreError: on opening: another file has taken its place, or it was changed.
+            StoreError: the file was replaced or changed since it was opened first.
+            StoreAccessError: the system could not open or read the file.
         """
         descriptor = self._descriptor
-        if descriptor is None:
-            with opening():
-                if self._descriptor is None:
-                    self._descriptor = self._open()
-                descriptor = self._descriptor
-        while view:
-            count = os.preadv(descriptor, [view], position)
-            if count == len(view):  # as nearly always, and a hundred thousand times a second
-                return True
-            if count == 0:
-                return False
-            position, view = position + count, view[count:]
+        try:
+            if descriptor is None:
+                with open_lock():
+                    if self._descriptor is None:
+                        self._descriptor = self._open()
+                    descriptor = self._descriptor
+            while buffer:
+                count = os.preadv(descriptor, [buffer], position)
+                if count == len(buffer):  # the usual case, about 100,000 times per second
+                    return True
+                if count == 0:
+                    return False
+                position, buffer = position + count, buffer[count:]
+        except OSError as error:
+            raise store_error_from(error, self.path) from error
         return True
 
     def _open(self) -> int:
         descriptor = os.open(self.path, os.O_RDONLY)
-        if self._of(os.fstat(descriptor)) != self._identity:
+        if self._identity_of(os.fstat(descriptor)) != self._identity:
             os.close(descriptor)
-            raise StoreError(f"{self.path}: was replaced or changed while it was in use", "start again")
+            raise StoreError(f"{self.path}: replaced or changed while it was in use", "run the command again")
         return descriptor
 
     def close(self) -> None:
-        """Close the file; the next read opens it again."""
+        """Close the file. The next read opens it again."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -128,24 +75,18 @@ class PinnedFile:
         return {**self.__dict__, "_descriptor": None}
 
 
-_opening = threading.Lock()
+_open_lock = threading.Lock()
 
 
-def opening() -> threading.Lock:
-    """The lock that a reader holds while it opens its file; after a fork another one."""
-    return _opening
+def open_lock() -> threading.Lock:
+    """Return the lock that a reader holds while it opens its file. It is recreated after a fork."""
+    return _open_lock
 
 
-def _renew_lock() -> None:
-    global _opening
-    _opening = threading.Lock()
+def _recreate_lock() -> None:
+    global _open_lock
+    _open_lock = threading.Lock()
 
 
-os.register_at_fork(after_in_child=_renew_lock)  # another thread may have held it, and there it is no more
-
-
-def other_version(path: Path, version: object) -> StoreError:
-    """The error for a file of another version of the format."""
-    older = isinstance(version, (int, np.integer)) and version < VERSION
-    hint = "delete the store and extract again, or use the gridcap that made it" if older else "update gridcap"
-    return StoreError(f"{path}: format version {version}, and this gridcap reads version {VERSION}", hint)
+# The thread that held the lock at the time of the fork does not exist in the child process.
+os.register_at_fork(after_in_child=_recreate_lock)

@@ -1,4 +1,4 @@
-"""Where grids come from, and whether two stores, or a store and a decoder, can be used together."""
+"""Source of feature grids, and whether two stores, or a store and a decoder, are compatible."""
 
 from __future__ import annotations
 
@@ -8,47 +8,52 @@ from typing import Any
 
 from gridcap.common.errors import MismatchError
 
-# What decides the numbers in a grid; two stores that agree in these can feed one decoder.
+# Keys that determine the values of a grid; stores that agree in all of them are interchangeable for a decoder.
 MATCHED = ("encoder", "layer", "weights", "preprocessing", "grid_shape", "dtype")
 
 
-def differences(wanted: Mapping[str, Any], found: Mapping[str, Any], keys: Sequence[str] = MATCHED) -> list[str]:
-    """What differs between two provenances, a line a value. Weights are told apart by their SHA-256 alone."""
+def differences(expected: Mapping[str, Any], actual: Mapping[str, Any], keys: Sequence[str] = MATCHED) -> list[str]:
+    """Return the differences between two provenances, one line per value.
+
+    Weights are compared by their SHA-256 only, if it is known.
+    """
     lines = []
     for key in keys:
-        a, b = wanted.get(key), found.get(key)
-        if not isinstance(a, dict) or not isinstance(b, dict):
-            if a != b:
-                lines.append(f"{key} {_short(a)} there, {_short(b)} here")
-        elif key == "weights" and a.get("sha256"):
-            if a["sha256"] != b.get("sha256"):
-                lines.append(f"{key} {_short(a)} there, {_short(b)} here")
-        else:
+        a, b = expected.get(key), actual.get(key)
+        if isinstance(a, dict) and isinstance(b, dict) and not (key == "weights" and a.get("sha256")):
             lines += [f"{key}.{line}" for line in differences(a, b, sorted({*a, *b}))]
+            continue
+        same = a == b
+        if isinstance(a, dict) and isinstance(b, dict):
+            same = a["sha256"] == b.get("sha256")
+        if not same:
+            lines.append(f"{key}: expected {_format(a)}, got {_format(b)}")
     return lines
 
 
-def _short(value: Any) -> str:
+def _format(value: Any) -> str:
     if isinstance(value, dict) and "sha256" in value:
         return f"{value.get('name')} (SHA-256 {str(value['sha256'])[:8]})"
     return json.dumps(value, sort_keys=True)
 
 
 def check_same_features(
-    wanted: Mapping[str, Any], found: Mapping[str, Any], who: str, what: str, views: bool = False
+    expected: Mapping[str, Any], actual: Mapping[str, Any], who: str, what: str, views: bool = False
 ) -> None:
-    """Make sure that grids come from the same encoder, layer, weights, preprocessing, shape and type.
+    """Check that grids come from the same encoder, layer, weights, and preprocessing, with the same shape and type.
 
     Args:
-        wanted, found: two provenances.
-        who, what: name them in the message: "runs/x was trained on", "features/test.h5 holds".
-        views: whether the same views of each image must be there too.
+        expected: the provenance to compare with.
+        actual: the provenance to check.
+        who: subject and verb for `expected` in the message, such as "runs/x was trained on".
+        what: subject and verb for `actual`, such as "features/test.h5 contains".
+        views: compare the views of each image too.
 
     Raises:
-        MismatchError: with every difference.
+        MismatchError: the provenances differ; the message lists all differences.
     """
-    if lines := differences(wanted, found, (*MATCHED, "views") if views else MATCHED):
+    if lines := differences(expected, actual, (*MATCHED, "views") if views else MATCHED):
         raise MismatchError(
             f"{who} other features than {what}: {'; '.join(lines)}",
-            "extract with the same encoder, weights and preprocessing, or train a decoder on these features",
+            "extract features with the same encoder, weights, and preprocessing, or train a decoder on these features",
         )

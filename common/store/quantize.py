@@ -1,11 +1,11 @@
-"""Grids in 8 bits: half of float16's bytes, with a scale for each channel of each image.
+"""Quantization of grids to 8 bits, with one scale per channel and image.
 
     q = round(grid / scale),   scale = (largest value of the channel in this image) / 255
 
-A ReLU's outputs are never negative, so all 256 levels serve them; a scale of its own for every image means that
-no calibration is needed, that nothing is clipped, and that a row can be made without looking at others. The error
-of a value is at most half its channel's scale, and float16's own rounding. (Scales are float16: where a channel's
-largest value is below 0.015, they are that much coarser, and the error is below 1e-5 all the same.)
+This halves the size of float16 grids. The outputs of a ReLU are never negative, so all 256 levels are usable; with one
+scale per image, no calibration is needed, no value is clipped, and rows are independent. The error of a value is at
+most half the scale of its channel plus float16 rounding. (Scales are float16: where the largest value of a channel is
+below 0.015, they are coarser, but the error is still below 1e-5.)
 """
 
 from __future__ import annotations
@@ -15,61 +15,61 @@ from typing import Any
 import numpy as np
 
 LEVELS = 255
-_LARGEST_SCALE = np.float16(256.75)  # 255 times it is the largest product that float16 still holds
-LARGEST = 65471.0  # the largest value: 255 of that scale
-_TO_HALF = np.float32(2.0**-112)  # between the exponents of float32 and float16
+_MAX_SCALE = np.float16(256.75)  # 255 * 256.75 is the largest product that float16 can represent
+MAX_VALUE = 65471.0  # 255 * 256.75
+_FLOAT16_EXPONENT_SHIFT = np.float32(2.0**-112)  # difference of the exponent biases of float32 and float16
 
 
 def quantize(grids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Grids -> 8 bits and their scales.
+    """Quantize grids to 8 bits.
 
     Args:
-        grids: (b, row, column, channel) or (b, channel), float16 or float32, from 0 to LARGEST; a refused image's
-            grid is all NaN.
+        grids: (b, row, column, channel) or (b, channel), float16 or float32, from 0 to MAX_VALUE; the grid of an
+            invalid image is all NaN.
 
     Returns:
-        uint8 of the same shape, and float16 (b, channel) scales; zeros and NaN for a refused image.
+        Levels, uint8 of the same shape, and scales, (b, channel) float16; zeros and NaN for an invalid image.
     """
     values = grids.astype(np.float32)
     cells = tuple(range(1, grids.ndim - 1))
     largest = values.max(axis=cells) if cells else values
-    scale = (np.minimum(largest / LEVELS, _LARGEST_SCALE)).astype(np.float16)
-    short = scale.astype(np.float32) * (LEVELS + 0.5) < largest  # float16 rounded it down, and 255 levels do not reach
+    scale = (np.minimum(largest / LEVELS, _MAX_SCALE)).astype(np.float16)
+    # Where float16 rounded the scale down so far that 255 levels do not reach the largest value, take the next one.
+    short = scale.astype(np.float32) * (LEVELS + 0.5) < largest
     scale[short] = np.nextafter(scale[short], np.float16(np.inf))
     divisor = scale.astype(np.float32)
-    divisor[~(divisor > 0)] = 1  # a channel that is silent, or an image that was refused: all zeros
+    divisor[~(divisor > 0)] = 1  # all-zero channels and invalid images get all zeros
     values /= divisor.reshape(len(grids), *(1 for _ in cells), -1)
     np.rint(values, out=values)
-    refused = np.isnan(scale).any(axis=1)
-    values[refused] = 0
+    values[np.isnan(scale).any(axis=1)] = 0
     return np.minimum(values, LEVELS, out=values).astype(np.uint8), scale
 
 
 def dequantize(levels: np.ndarray, scale: np.ndarray, out: np.ndarray) -> None:
-    """8 bits and their scales -> a grid.
+    """Compute a grid from its levels and scales.
 
     Args:
         levels: (row, column, channel) or (channel,) uint8.
         scale: (channel,) float16.
-        out: of the shape of `levels`, float16: what is filled.
+        out: float16 array of the shape of `levels` to fill.
     """
-    # float32 -> float16 by moving bits, four times as fast as numpy's own: scaled by 2^-112 the exponents agree
-    # (subnormal numbers too), and 13 bits of the fraction are rounded off.
-    bits = (levels * (scale.astype(np.float32) * _TO_HALF)).view(np.uint32)
+    # Converts float32 to float16 with integer operations, four times as fast as NumPy: after scaling by 2^-112 the
+    # exponents agree (also for subnormal numbers), and 13 bits of the mantissa are rounded off.
+    bits = (levels * (scale.astype(np.float32) * _FLOAT16_EXPONENT_SHIFT)).view(np.uint32)
     bits += 0x1000
     bits >>= 13
     out.view(np.uint16)[...] = bits
 
 
 def as_stored(grids: np.ndarray, stored: np.dtype[Any]) -> np.ndarray:
-    """Grids as they come back from a store: for uint8 with that type's error, which a decoder was trained on.
+    """Return grids as a store would return them: with the quantization error of uint8, which decoders were trained on.
 
     Args:
-        grids: (b, ..., channel) in the type that the store's readers return.
-        stored: the type in the store.
+        grids: (b, ..., channel) in the type that the readers of the store return.
+        stored: type in the store.
 
     Returns:
-        Of the same shape and type.
+        Grids of the same shape and type.
     """
     if stored != np.uint8:
         return grids

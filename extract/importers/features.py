@@ -30,8 +30,9 @@ import numpy as np
 from gridcap.common.captions.records import ImageRecord, id_from_name
 from gridcap.common.errors import GridcapError, StoreError, UserError, first_line
 from gridcap.common.files import sha256_of
-from gridcap.common.store.hdf5 import check_own_data
-from gridcap.common.store.shard import ORIGINAL, InvalidGridError
+from gridcap.common.store.hdf5 import check_self_contained
+from gridcap.common.store.shard_format import ORIGINAL
+from gridcap.common.store.shard_writer import InvalidGridError
 from gridcap.extract.importers.array_pickle import load_arrays
 from gridcap.extract.manifest import ImageList
 from gridcap.extract.plan import Plan, shard_writer, store_folder, write_planned_index
@@ -123,7 +124,7 @@ def _open_folder(folder: Path, on_file: Callable[[int], object]) -> Source:
 
 def _open_hdf5(path: Path) -> Source:
     file = h5py.File(path, "r", locking=False)
-    check_own_data(file, path)
+    check_self_contained(file, path)
     if isinstance(file.get("features"), h5py.Dataset):
         with file:
             names = {name: file[name] for name in ("features", "file_name", "image_id", "scale") if name in file}

@@ -12,8 +12,9 @@ import h5py
 import numpy as np
 import pytest
 
-from gridcap.common.store.index import write_index
-from gridcap.common.store.shard import ShardWriter
+from gridcap.common.store.index_writer import IndexSpec, write_index
+from gridcap.common.store.shard_format import GridLayout, ShardSpec
+from gridcap.common.store.shard_writer import ShardWriter
 
 PAGE = (Path(__file__).parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
 GRID = (4, 4, 128)  # 2048 bytes at least: three are aligned
@@ -29,13 +30,13 @@ def store(tmp_path, request):
     for shard in range(2):
         part = slice(3 * shard, 3 * shard + 3)
         ids, names = list(range(100, 106))[part], [f"ä{i}.jpg" for i in range(6)][part]
-        attributes = {"index": shard, "plan": "p", "split": "train", "provenance": where}
-        with ShardWriter(folder / f"{shard:05}.h5", ids, names, GRID, request.param, attributes) as writer:
+        images.append(list(zip(ids, names, strict=True)))
+        spec = ShardSpec(images[-1], GridLayout.from_provenance(where), where, shard, "p", "train")
+        with ShardWriter(folder / f"{shard:05}.h5", spec) as writer:
             writer.write(0, grids[part].copy(), {1: "truncated"} if shard else {})
             writer.finish()
-        images.append(list(zip(ids, names, strict=True)))
     index = tmp_path / "train.h5"
-    write_index(index, folder, ["00000.h5", "00001.h5"], images, 7, "train", ["p", "p"], where)
+    write_index(index, IndexSpec(folder, ["00000.h5", "00001.h5"], ["p", "p"], images, 7, "train", where))
     return index, grids
 
 
@@ -47,7 +48,7 @@ def header(path: Path) -> dict:
     assert block == json.dumps(values, sort_keys=True).encode("ascii").ljust(4095) + b"\n"
     assert values["size"] == len(data)
     assert values["sha256"] == hashlib.sha256(data[4096:]).hexdigest()
-    assert values["version"] == 2
+    assert values["version"] == 3
     return values
 
 
@@ -56,9 +57,9 @@ def test_the_header_of_index_and_shards(store):
     assert header(index)["format"] == "gridcap-index"
     for number, path in enumerate(sorted(index.with_suffix("").glob("*.h5"))):
         found = header(path)
-        assert set(found) == {"format", "version", "size", "sha256", "index", "plan", "rows", "rejected"}
+        assert set(found) == {"format", "version", "size", "sha256", "index", "plan", "rows", "invalid"}
         assert (found["format"], found["index"], found["rows"]) == ("gridcap-shard", number, 3)
-        assert found["rejected"] == number
+        assert found["invalid"] == number
 
 
 def test_rows_lie_where_the_page_says_and_mean_what_it_says(store):
@@ -71,7 +72,7 @@ def test_rows_lie_where_the_page_says_and_mean_what_it_says(store):
         assert file["image_id"][:].tolist() == list(range(100, 106))
         assert file["file_name"][4].decode() == "ä4.jpg"
         assert file["valid"][:].tolist() == [True, True, True, True, False, True]
-        assert (file["reject_row"][:].tolist(), file["reject_why"][0].decode()) == ([4], "truncated")
+        assert (file["invalid_row"][:].tolist(), file["invalid_reason"][0].decode()) == ([4], "truncated")
     row = 0
     for name in names:
         data = (index.parent / name).read_bytes()

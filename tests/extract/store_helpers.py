@@ -23,11 +23,11 @@ def assert_right(fake: Any, folder: Path, index: Path, invalid: dict[int, str] |
     invalid = invalid or {}
     records = list_images(folder).records
     with FeatureStore(index) as store:
-        assert store.file_names == [r.file_name for r in records]
-        assert store.image_ids.tolist() == [r.image_id for r in records]
-        assert store.rejects == invalid
+        assert store.file_name == [r.file_name for r in records]
+        assert store.image_id.tolist() == [r.image_id for r in records]
+        assert store.invalid_reasons == invalid
         assert (~store.valid).nonzero()[0].tolist() == sorted(invalid)
-        grids = store.rows(range(len(store)))
+        grids = store.rows(range(len(store)), allow_invalid=True)
     for row, record in enumerate(records):
         if row in invalid:
             assert np.isnan(grids[row]).all()

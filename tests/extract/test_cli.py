@@ -49,9 +49,9 @@ def test_a_configured_split_needs_no_other_flag(fake: Any, photos: Any, pipeline
     result = run("--split", "train")
     assert result.exit_code == 0, result.output
     store = FeatureStore(tmp_path / "features" / "train.h5")
-    assert store.image_ids.tolist() == [70, 7]
+    assert store.image_id.tolist() == [70, 7]
     want = fake.grids(np.asarray(Image.open(folder / "0001.png")))[0].astype(np.float16)
-    np.testing.assert_array_equal(store.by_image_id(7), want)
+    np.testing.assert_array_equal(store[store.row_of_image(7)], want)
 
 
 def test_images_of_a_configured_split_keep_its_captions_and_limit(
@@ -61,7 +61,7 @@ def test_images_of_a_configured_split_keep_its_captions_and_limit(
     pipeline(train={"images": tmp_path / "moved", "annotations": captions, "limit": 1})
     result = run("--split", "train", "--images", photos(6))
     assert result.exit_code == 0, result.output
-    assert set(FeatureStore(tmp_path / "features" / "train.h5").image_ids) < {70, 7}
+    assert set(FeatureStore(tmp_path / "features" / "train.h5").image_id) < {70, 7}
 
 
 def test_a_split_named_after_output_does_not_use_the_configured_split(
@@ -89,7 +89,7 @@ def test_images_and_annotations_can_be_given_as_flags(fake: Any, photos: Any, tm
     captions = coco(tmp_path / "captions.json", {3: "0002.png"})
     result = run("--images", photos(4), "--annotations", captions, "--output", "x.h5", *RANDOM)
     assert result.exit_code == 0, result.output
-    assert FeatureStore(tmp_path / "x.h5").image_ids.tolist() == [3]
+    assert FeatureStore(tmp_path / "x.h5").image_id.tolist() == [3]
 
 
 def test_limit_selects_a_reproducible_random_subset(fake: Any, photos: Any, tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_limit_selects_a_reproducible_random_subset(fake: Any, photos: Any, tmp_
     for output in ("a.h5", "b.h5"):
         result = run("--images", folder, "--limit", 6, "--output", output, "--split", "some", *RANDOM)
         assert result.exit_code == 0, result.output
-        names.append(FeatureStore(tmp_path / output).file_names)
+        names.append(FeatureStore(tmp_path / output).file_name)
     assert names[0] == names[1]
     assert len(set(names[0])) == 6
     assert names[0] == sorted(names[0]), "in the order of the folder"

@@ -29,7 +29,7 @@ def test_append_prints_the_number_of_new_images(fake: Any, photos: Any, no_launc
     assert "5 images, 1 shard written (2 already complete)" in done.stdout
     assert "nothing to do" in run("--images", folder, *SMALL).stdout
     with FeatureStore(tmp_path / "features" / "photos.h5") as store:
-        np.testing.assert_array_equal(store.row(0), store.row(4))
+        np.testing.assert_array_equal(store[0], store[4])
 
 
 def test_retry_prints_the_number_of_images_that_are_valid_now(fake: Any, photos: Any, no_launcher: Any) -> None:
@@ -65,7 +65,7 @@ def test_a_store_started_with_compile_resumes_with_compile(
     folder = photos(4)
     assert run("--images", folder, *SMALL, "--compile", "on").exit_code == 0
     assert "nothing to do" in run("--images", folder, *SMALL).stdout, "auto follows the plan on disk"
-    assert "compile true there, false here" in fails(2, "--images", folder, *SMALL, "--compile", "off")
+    assert "compile: expected true, got false" in fails(2, "--images", folder, *SMALL, "--compile", "off")
 
 
 def test_free_disk_space_is_printed_and_checked_before_the_first_image(

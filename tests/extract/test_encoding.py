@@ -25,9 +25,9 @@ def test_the_mirrored_view_is_the_grid_of_the_mirrored_image(fake: Any, photos: 
         np.testing.assert_array_equal(store.rows(range(7)), expected_grids(fake, folder).astype("f2"))
         mirrored = expected_grids(fake, folder, flip=True).astype("f2")
         np.testing.assert_array_equal(store.rows(range(7), views=[1] * 7), mirrored)
-        np.testing.assert_array_equal(store.row(5, "hflip"), mirrored[5])
+        np.testing.assert_array_equal(store.rows([5], views="hflip")[0], mirrored[5])
         mixed = store.rows([4, 4, 2], views=np.array([1, 0, 1]))
-        np.testing.assert_array_equal(mixed, [mirrored[4], store.row(4), mirrored[2]])
+        np.testing.assert_array_equal(mixed, [mirrored[4], store[4], mirrored[2]])
 
 
 def test_a_view_that_is_not_stored_is_an_error(fake: Any, photos: Any, extracted: Any) -> None:
@@ -40,10 +40,10 @@ def test_an_invalid_image_is_invalid_in_every_view(fake: Any, photos: Any, extra
     folder = photos(5, bad={2: "text"})
     job, _ = extracted(folder, extract__views="original,hflip", extract__shard_size=3)
     with FeatureStore(job.output) as store:
-        assert list(store.rejects) == [2]
-        assert np.isnan(store.row(2)).all()
-        assert np.isnan(store.row(2, "hflip")).all()
-        assert not np.isnan(store.row(3, "hflip")).any()
+        assert list(store.invalid_reasons) == [2]
+        assert np.isnan(store.rows([2], allow_invalid=True)).all()
+        assert np.isnan(store.rows([2], views="hflip", allow_invalid=True)).all()
+        assert not np.isnan(store.rows([3], views="hflip")[0]).any()
 
 
 # uint8
@@ -58,8 +58,8 @@ def test_uint8_features_are_read_as_they_were_quantized(fake: Any, photos: Any, 
         got = store.rows([0, 2, 3, 4])
         np.testing.assert_array_equal(got, as_stored(exact.astype("f2"), np.dtype("u1")))
         assert np.abs(got - exact).max() <= 0.6 * exact.max() / 255
-        assert np.isnan(store.row(1)).all()
-        assert np.isnan(store.row(1, "hflip")).all()
+        assert np.isnan(store.rows([1], allow_invalid=True)).all()
+        assert np.isnan(store.rows([1], views="hflip", allow_invalid=True)).all()
 
 
 def expected_without(fake: Any, folder: Path, row: int) -> np.ndarray:

@@ -11,7 +11,7 @@ import pytest
 from gridcap.common.captions.folder import list_images
 from gridcap.common.errors import ExtractionError
 from gridcap.common.store.reader import FeatureStore
-from gridcap.common.store.shard import ShardReader
+from gridcap.common.store.shard_reader import ShardReader
 from gridcap.extract.run import extract_features
 from tests.extract.store_helpers import (
     assert_right,

@@ -12,7 +12,7 @@ import pytest
 
 from gridcap.common.errors import ExtractionError, StoreError
 from gridcap.common.store.reader import FeatureStore
-from gridcap.common.store.shard import read_header
+from gridcap.common.store.shard_format import read_header
 from gridcap.extract.cluster.share import Share
 from gridcap.extract.run import extract_features
 from tests.extract.store_helpers import (
@@ -63,7 +63,7 @@ def test_a_new_reason_replaces_the_old_one(fake: Any, photos: Any, job: Any) -> 
     (folder / "0004.png").unlink()
     extract_features(prepared, show_progress=False, retry=True)
     with FeatureStore(prepared.output) as store:
-        assert store.rejects == {4: "missing"}
+        assert store.invalid_reasons == {4: "missing"}
 
 
 def test_a_rerun_completes_a_store_killed_between_a_retried_shard_and_the_index(
@@ -83,7 +83,7 @@ def test_a_rerun_completes_a_store_killed_between_a_retried_shard_and_the_index(
         assert store.valid.all()
     info = read_header(prepared.folder / "00001.h5")
     assert info is not None
-    assert info.rejected == 0
+    assert info.invalid == 0
 
 
 def test_a_corrupted_row_is_not_copied_into_a_rewritten_shard(fake: Any, photos: Any, job: Any) -> None:
@@ -97,7 +97,7 @@ def test_a_corrupted_row_is_not_copied_into_a_rewritten_shard(fake: Any, photos:
     content[place] ^= 4
     shard.write_bytes(content)
     write_image(folder / "0001.png", 1)
-    with pytest.raises(StoreError, match="row 3 is damaged"):
+    with pytest.raises(StoreError, match="row 3 is corrupted"):
         extract_features(prepared, show_progress=False, retry=True)
     assert shard.read_bytes() == content, "it is kept for gridcap verify to report"
 

@@ -69,10 +69,10 @@ def test_subfolders_and_the_order_of_the_captions_file_are_kept(
     prepared = job(folder, records=records, extract__shard_size=4)
     extract_features(prepared, show_progress=False)
     with FeatureStore(prepared.output) as store:
-        assert store.file_names == [r.file_name for r in records]
+        assert store.file_name == [r.file_name for r in records]
         for record in records:
             want = fake.grids(np.asarray(Image.open(folder / record.file_name)))[0].astype(np.float16)
-            np.testing.assert_array_equal(store.by_image_id(record.image_id), want)
+            np.testing.assert_array_equal(store[store.row_of_image(record.image_id)], want)
 
 
 def test_the_index_contains_split_and_provenance(fake: Any, photos: Any, extracted: Any) -> None:
@@ -297,7 +297,7 @@ def test_the_store_stays_readable_until_appended_shards_are_complete(
     extract_features(longer, show_progress=False)
     with FeatureStore(longer.output) as store:
         assert len(store) == 7
-        assert store.file_names[6] == "9.png"
+        assert store.file_name[6] == "9.png"
 
 
 # Survey

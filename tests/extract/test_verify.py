@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from gridcap.common.errors import StoreError
-from gridcap.common.store.shard import ShardReader
+from gridcap.common.store.shard_reader import ShardReader
 from gridcap.extract import manifest as image_list
 from gridcap.extract.manifest import ImageList
 from gridcap.extract.plan import Plan, read_plan, shard_writer, write_planned_index
@@ -180,7 +180,7 @@ def test_a_stale_index_is_removed_and_the_shard_it_does_not_know_is_kept(store: 
     assert not verify_store(store).problems
 
 
-@pytest.mark.parametrize("column", ["valid", "image_id", "shard_rows", "reject_row"])
+@pytest.mark.parametrize("column", ["valid", "image_id", "shard_rows", "invalid_row"])
 def test_a_changed_number_in_the_index_is_found_and_only_the_index_goes(store: Path, column: str) -> None:
     with h5py.File(store) as file:
         place = file[column].id.get_offset()

@@ -11,7 +11,7 @@ import pytest
 import gridcap.extract.plan as plan_module
 import gridcap.extract.reading as reading_module
 from gridcap.common.errors import ExtractionError
-from gridcap.common.store.shard import ShardWriter
+from gridcap.common.store.shard_writer import ShardWriter
 from tests.extract.store_helpers import (
     assert_right,
     names_in,

@@ -74,7 +74,7 @@ def test_an_error_in_one_writer_stops_all_without_unfinished_shards(
 
     monkeypatch.setattr(fake, "encode", overflow)
     prepared = job(photos(20), extract__shard_size=4, extract__batch_size=2)
-    with pytest.raises(ExtractionError, match="cannot hold"):
+    with pytest.raises(ExtractionError, match="cannot represent"):
         extract_features(prepared, show_progress=False)
     assert not prepared.output.exists()
     assert not list(prepared.folder.rglob("*.tmp"))

@@ -65,8 +65,8 @@ def _store(folder: Path, rng: np.random.Generator) -> str:
 
 def _numbers(index: Path) -> list[Any]:
     with FeatureStore(index) as store:
-        rows = store.rows(range(len(store)), check=True)
-        return [rows.tobytes(), store.image_ids.tolist(), list(store.file_names), store.valid.tolist()]
+        rows = store.rows(range(len(store)), verify=True, allow_invalid=True)
+        return [rows.tobytes(), store.image_id.tolist(), list(store.file_name), store.valid.tolist()]
 
 
 _whole_numbers = functools.cache(_numbers)  # of what no case touches

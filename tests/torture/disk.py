@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gridcap.common.store.shard import ShardReader
+from gridcap.common.store.shard_reader import ShardReader
 from gridcap.extract.verify import verify_store
 from gridcap.train.engine.checkpoint import load_checkpoint
 from tests.torture import children, runs

@@ -8,8 +8,8 @@ from pathlib import Path
 import h5py
 
 from gridcap.common.files import sha256_of
-from gridcap.common.store.index import INDEX_FORMAT
-from gridcap.common.store.pinned_file import HEADER_BYTES, pack_header
+from gridcap.common.store.header import HEADER_BYTES, pack_header
+from gridcap.common.store.index_reader import INDEX_FORMAT
 
 _GRID = (2, 2, 3)
 

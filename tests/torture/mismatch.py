@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 
 from gridcap.common.errors import GridcapError
-from gridcap.common.store.pinned_file import HEADER_BYTES
+from gridcap.common.store.header import HEADER_BYTES
 from gridcap.common.store.reader import FeatureStore
 from gridcap.extract.plan import read_plan
 from gridcap.train.data.inputs import join_captions

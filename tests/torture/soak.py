@@ -11,7 +11,8 @@ import numpy as np
 
 from gridcap.common.captions.split import captions_only, load_split
 from gridcap.common.store.reader import FeatureStore
-from gridcap.common.store.shard import ShardWriter
+from gridcap.common.store.shard_format import GridLayout, ShardSpec
+from gridcap.common.store.shard_writer import ShardWriter
 from gridcap.train.data.captioned import CaptionedImages
 from gridcap.train.data.stream import CaptionStream, StreamOptions
 from gridcap.train.data.vocabulary import Vocabulary
@@ -28,8 +29,8 @@ _seen: list[tuple[int, int]] = []  # MiB and open files after each case of this 
 
 def _prepare(folder: Path) -> None:
     names, provenance = [f"{i}.jpg" for i in range(_ROWS)], {"dtype": "float16", "grid_shape": list(_GRID)}
-    attributes = {"index": 0, "plan": "soak", "provenance": provenance}
-    with ShardWriter(folder / "train.h5", range(_ROWS), names, _GRID, "float16", attributes) as writer:
+    spec = ShardSpec(list(enumerate(names)), GridLayout.from_provenance(provenance), provenance, plan="soak")
+    with ShardWriter(folder / "train.h5", spec) as writer:
         writer.write(0, np.random.default_rng(0).random((_ROWS, *_GRID)).astype("f2"), {})
         writer.finish()
     images = [{"id": i, "file_name": name} for i, name in enumerate(names)]

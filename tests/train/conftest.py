@@ -16,9 +16,10 @@ from hypothesis import settings
 
 from gridcap.common.captions.records import ImageRecord
 from gridcap.common.config import AttentionConfig, CaptionConfig, LstmConfig, PipelineConfig, TrainConfig
-from gridcap.common.store.index import write_index
+from gridcap.common.store.index_writer import IndexSpec, write_index
 from gridcap.common.store.reader import FeatureStore
-from gridcap.common.store.shard import ShardWriter
+from gridcap.common.store.shard_format import GridLayout, ShardSpec
+from gridcap.common.store.shard_writer import ShardWriter
 from gridcap.train.data.captioned import CaptionedImages
 
 settings.register_profile("no clock", deadline=None)
@@ -85,17 +86,17 @@ def write_store(
     parts = []
     for index, start in enumerate(range(0, len(grids), shard_size)):
         part = slice(start, start + shard_size)
-        attributes = {"index": index, "plan": f"plan of {path.name}", "provenance": where}
         refused = {row - start: why for row, why in (rejects or {}).items() if start <= row < start + shard_size}
         shard = path.with_suffix("") / f"{index:05}.h5"
-        with ShardWriter(shard, ids[part], names[part], grids.shape[1:], str(grids.dtype), attributes) as writer:
+        parts.append(list(zip(ids[part], names[part], strict=True)))
+        layout = GridLayout(grids.shape[1:], grids.dtype)
+        with ShardWriter(shard, ShardSpec(parts[-1], layout, where, index, f"plan of {path.name}")) as writer:
             writer.write(0, grids[part].copy(), refused)
             writer.finish()
-        parts.append(list(zip(ids[part], names[part], strict=True)))
     shards = [f"{index:05}.h5" for index in range(len(parts))]
     longest = max(len(name.encode()) for name in names)
     plans = [f"plan of {path.name}"] * len(shards)
-    write_index(path, path.with_suffix(""), shards, parts, longest, split, plans, where)
+    write_index(path, IndexSpec(path.with_suffix(""), shards, plans, parts, longest, split, where))
     return FeatureStore(path)
 
 

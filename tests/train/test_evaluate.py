@@ -41,7 +41,7 @@ def evaluation(run):
 
 
 def grid_of(data, position):
-    return torch.from_numpy(data.store.row(int(data.rows[position]))).float().reshape(1, 4, 8)
+    return torch.from_numpy(data.store[int(data.rows[position])]).float().reshape(1, 4, 8)
 
 
 def manual_perplexity(checkpoint, data):
@@ -64,7 +64,7 @@ def test_captions_equal_beam_search_on_single_images(run, evaluation):
     checkpoint, data = run
     for position, row in enumerate(data.rows):
         (found,) = beam_search(checkpoint.decoder, grid_of(data, position), BeamOptions(3, 6, 0.7))
-        assert evaluation.captions[int(data.store.image_ids[row])] == checkpoint.vocabulary.decode(found.tokens)
+        assert evaluation.captions[int(data.store.image_id[row])] == checkpoint.vocabulary.decode(found.tokens)
 
 
 def test_every_valid_image_has_caption_name_and_references(run, evaluation):

@@ -23,9 +23,9 @@ def images(project):
     folder = project / "images"
     folder.mkdir()
     with FeatureStore(project / "features" / "test.h5") as store:
-        for i, name in enumerate(store.file_names):
+        for i, name in enumerate(store.file_name):
             Image.new("RGB", (60 + i, 40), (30 * i, 90, 200)).save(folder / name)
-        (folder / store.file_names[1]).write_text("not an image")
+        (folder / store.file_name[1]).write_text("not an image")
     return folder
 
 
@@ -84,7 +84,7 @@ def test_usage_errors_are_reported_before_any_work(project, arguments, message, 
 def test_unknown_image_folder_is_a_usage_error(project, images, new_data, invoke):
     """The split of the store is in neither configuration."""
     data = new_data(project / "other.h5", 7, first_id=700, split="other")
-    for name in data.store.file_names:
+    for name in data.store.file_name:
         Image.new("RGB", (60, 40)).save(images / name)
     given = ("--checkpoint", "runs/done", "--features", "other.h5", "--annotations", "other.json", "--report", "r.html")
     assert "pass --images FOLDER" in invoke(evaluate_decoder, *given, status=2)

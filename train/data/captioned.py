@@ -53,9 +53,9 @@ class CaptionedImages:
             except KeyError:
                 left_out["not in the feature store"] += 1
                 continue
-            if PurePosixPath(record.file_name).name != PurePosixPath(store.file_names[row]).name:
+            if PurePosixPath(record.file_name).name != PurePosixPath(store.file_name[row]).name:
                 raise MismatchError(
-                    f"image {record.image_id} is {store.file_names[row]} in {store.path}, "
+                    f"image {record.image_id} is {store.file_name[row]} in {store.path}, "
                     f"but {record.file_name} in {source}",
                     "use the captions file that these features were extracted for",
                 )
@@ -85,4 +85,4 @@ class CaptionedImages:
 
     def images(self) -> set[tuple[int, str]]:
         """Return the pairs (image id, base name), which identify images across stores better than ids alone."""
-        return {(int(self.store.image_ids[row]), PurePosixPath(self.store.file_names[row]).name) for row in self.rows}
+        return {(int(self.store.image_id[row]), PurePosixPath(self.store.file_name[row]).name) for row in self.rows}

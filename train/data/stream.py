@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from gridcap.common.config.train import Shuffle
+from gridcap.common.store.shard_format import ORIGINAL
 from gridcap.train.data.batch import CaptionBatch, pad_captions
 from gridcap.train.data.captioned import CaptionedImages
 from gridcap.train.data.order import EpochOrder
@@ -114,11 +115,11 @@ class CaptionStream:
         """Read a batch; an epoch of None selects the first captions and the original views."""
         rows = self.data.rows[images]
         store, k = self.data.store, self.options.captions_per_image
-        views = None
+        views: str | np.ndarray = ORIGINAL
         if epoch is not None and len(store.views) > 1:
             views = sample_views(len(store.views), self.options.seed, epoch, rows)
         # Verifying checksums takes under 1% of the step time, in this thread.
-        grids = torch.from_numpy(store.rows(rows, views=views, check=True)).flatten(1, 2)
+        grids = torch.from_numpy(store.rows(rows, views=views, verify=True)).flatten(1, 2)
         encoded = []
         for image, row in zip(images, rows, strict=True):
             captions = self.data.captions[image]

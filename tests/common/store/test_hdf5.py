@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from gridcap.common.errors import StoreError
-from gridcap.common.store.hdf5 import check_own_data, corruption_as_store_error
+from gridcap.common.store.hdf5 import check_self_contained, corruption_as_store_error
 from gridcap.common.store.reader import FeatureStore
-from gridcap.common.store.shard import ShardReader
+from gridcap.common.store.shard_reader import ShardReader
 from gridcap.extract.importers.features import open_source
 from tests.torture.forge import WAYS_OUT, sign_index
 
@@ -95,4 +95,4 @@ def test_a_file_of_its_own_numbers_is_fine(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "own.h5", "w") as file:
         file["a"] = np.ones(3)
         file.create_dataset("b", data=np.ones(300), chunks=(100,), compression="gzip")
-        check_own_data(file, tmp_path / "own.h5")
+        check_self_contained(file, tmp_path / "own.h5")

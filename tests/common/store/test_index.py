@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gridcap.common.errors import StoreError
-from gridcap.common.store.pinned_file import pack_header
+from gridcap.common.store.header import pack_header
 from gridcap.common.store.reader import FeatureStore
 
 WriteStore = Callable[..., tuple[Path, np.ndarray]]

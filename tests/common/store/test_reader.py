@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from gridcap.common.errors import StoreError
 from gridcap.common.store.reader import FeatureStore
-from gridcap.common.store.shard import ShardInfo
+from gridcap.common.store.shard_format import ShardInfo
 from tests.torture.forge import sign_index
 
 SIZES = (3, 4, 2)  # rows of the shards of the store that all reading tests share
@@ -404,7 +404,7 @@ def test_file_names_are_a_sequence_like_any_other(tmp_path: Path, write_store: W
 FORK_UNDER_LOCKS = """
 import os, sys, threading
 from pathlib import Path
-from gridcap.common.store.pinned_file import opening
+from gridcap.common.store.pinned_file import open_lock
 from gridcap.common.store.reader import FeatureStore
 
 features = FeatureStore(Path(sys.argv[1]))

@@ -21,15 +21,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from gridcap.common.errors import StoreError
-from gridcap.common.store.shard import (
-    ALIGNMENT,
-    InvalidGridError,
-    ShardInfo,
-    ShardReader,
-    ShardWriter,
-    _finite_rows,
-    read_header,
-)
+from gridcap.common.store.shard_format import ALIGNMENT, ShardInfo, read_header
+from gridcap.common.store.shard_reader import ShardReader
+from gridcap.common.store.shard_writer import InvalidGridError, ShardWriter, _finite_rows
 
 MakeGrids = Callable[..., np.ndarray]
 MADE_BY: dict[str, Any] = {"index": 0, "plan": "p"}
@@ -415,7 +409,7 @@ FULL_DISK = """
 import resource, sys
 from pathlib import Path
 import numpy as np
-from gridcap.common.store.shard import ShardWriter
+from gridcap.common.store.shard_writer import ShardWriter
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 try:

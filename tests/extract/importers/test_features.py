@@ -33,11 +33,11 @@ def imported(source: Path, tmp_path: Path, records: list[ImageRecord] | None = R
 
 
 def assert_both(store: FeatureStore, dog: np.ndarray, cat: np.ndarray) -> None:
-    assert store.image_ids.tolist() == [11, 7], "the order of the captions file"
-    assert store.file_names == ["b.jpg", "a.jpg"]
+    assert store.image_id.tolist() == [11, 7], "the order of the captions file"
+    assert store.file_name == ["b.jpg", "a.jpg"]
     assert store.valid.all()
-    assert np.array_equal(store.row(0), dog)
-    assert np.array_equal(store.by_image_id(7), cat)
+    assert np.array_equal(store[0], dog)
+    assert np.array_equal(store[store.row_of_image(7)], cat)
 
 
 def test_a_folder_of_npy_as_in_tensorflows_tutorial(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_without_captions_every_key_is_an_image(tmp_path: Path) -> None:
     path = tmp_path / "p.pkl"
     path.write_bytes(pickle.dumps({"x.jpg": grid(1, (5,)), 42: grid(2, (5,))}))
     store = imported(path, tmp_path, records=None)
-    assert store.image_ids.tolist() == [id_from_name("x.jpg"), 42]
+    assert store.image_id.tolist() == [id_from_name("x.jpg"), 42]
     assert store.grid_shape == (1, 1, 5)
 
 
@@ -213,4 +213,4 @@ def test_features_are_imported_in_8_bits_too(tmp_path: Path) -> None:
     np.savez(tmp_path / "f.npz", features=-grids, file_name=["a.jpg", "b.jpg", "c.jpg"])
     negative = click.testing.CliRunner().invoke(command, [*words[:2], str(tmp_path / "n.h5"), *words[3:]])
     assert negative.exit_code == 2
-    assert "uint8 cannot hold" in negative.output
+    assert "uint8 cannot represent" in negative.output

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from gridcap.common.captions.records import ImageRecord
 from gridcap.common.errors import MismatchError, StoreError
 from gridcap.common.store.reader import FeatureStore
-from gridcap.common.store.shard import ShardWriter
+from gridcap.common.store.shard_format import GridLayout, ShardSpec
+from gridcap.common.store.shard_writer import ShardWriter
 from gridcap.train.data.batch import pad_captions
 from gridcap.train.data.captioned import CaptionedImages
 from gridcap.train.data.order import EpochOrder
@@ -57,8 +58,8 @@ def two_views(tmp_path_factory):
     grids = np.random.default_rng(1).normal(size=(count, 2, 2, 3)).astype("f2")
     provenance = {"grid_shape": [2, 2, 3], "dtype": "float16", "views": ["original", "hflip"]}
     names = [f"{i}.jpg" for i in range(count)]
-    made_by = {"index": 0, "plan": "p", "provenance": provenance}
-    with ShardWriter(path, range(count), names, (2, 2, 3), "float16", made_by, ("original", "hflip")) as writer:
+    spec = ShardSpec(list(enumerate(names)), GridLayout.from_provenance(provenance), provenance)
+    with ShardWriter(path, spec) as writer:
         writer.write(0, grids.copy(), {})
         writer.write(0, -grids, {}, "hflip")
         writer.finish()
@@ -77,7 +78,7 @@ def test_a_flipped_bit_in_a_grid_trains_nothing(tmp_path, new_data, vocabulary):
     with open(shard, "r+b") as file:  # the same file, as a failing disk would have it
         file.write(content)
     stream = CaptionStream(data, vocabulary, StreamOptions(batch_size=4, captions_per_image=2, max_length=10))
-    with pytest.raises(StoreError, match=f"{shard.name}: row 2 is damaged"):
+    with pytest.raises(StoreError, match=f"{shard.name}: row 2 is corrupted"):
         list(stream.epoch(0))
 
 
@@ -128,7 +129,7 @@ def test_every_image_comes_once_an_epoch_with_its_own_grid_and_its_own_captions(
         assert batch.grids.dtype == torch.float16
         for image, grid, texts in zip(batch.images, batch.grids, texts_of(batch, vocabulary), strict=True):
             seen.append(int(image))
-            stored = data.store.by_image_id(1000 + int(image))
+            stored = data.store[data.store.row_of_image(1000 + int(image))]
             assert np.array_equal(grid.numpy(), stored.reshape(4, 8))
             assert len(texts) == min(2, len(captions_of(image)))
             assert len(set(texts)) == len(texts)
@@ -425,9 +426,8 @@ def test_training_sees_the_drawn_view_and_validation_the_original(tmp_path):
     grids = np.arange(12 * 2 * 2 * 3).reshape(12, 2, 2, 3).astype("f2")
     provenance = {"grid_shape": [2, 2, 3], "dtype": "float16", "views": ["original", "hflip"]}
     names = [f"{i}.jpg" for i in range(12)]
-    made_by = {"index": 0, "plan": "p", "provenance": provenance}
-    views = ("original", "hflip")
-    with ShardWriter(tmp_path / "s.h5", range(12), names, (2, 2, 3), "float16", made_by, views) as writer:
+    spec = ShardSpec(list(enumerate(names)), GridLayout.from_provenance(provenance), provenance)
+    with ShardWriter(tmp_path / "s.h5", spec) as writer:
         writer.write(0, grids.copy(), {})
         writer.write(0, -grids, {}, "hflip")
         writer.finish()

@@ -151,7 +151,7 @@ def test_validation_loss_counts_every_reference_and_does_not_depend_on_the_batch
         assert other == pytest.approx(found[0], rel=1e-5)
     total, words = 0.0, 0
     for image, captions in enumerate(val_data.captions):
-        grid = torch.from_numpy(val_data.store.row(int(val_data.rows[image]))).float().reshape(1, 4, 8)
+        grid = torch.from_numpy(val_data.store[int(val_data.rows[image])]).float().reshape(1, 4, 8)
         for text in captions:
             tokens = torch.tensor(loaded.vocabulary.encode(text, 8))
             with torch.no_grad():
@@ -320,7 +320,7 @@ def test_nothing_to_resume_is_refused_and_nothing_is_written(tmp_path, new_confi
 
 def test_validation_features_of_another_provenance_are_refused(tmp_path, new_config, train_data, new_data):
     val = new_data(tmp_path / "other.h5", 6, weights={"name": "other", "sha256": "ff" * 32, "random": False})
-    with pytest.raises(MismatchError, match=r"weights .*0cc3c7bd.*ffffffff"):
+    with pytest.raises(MismatchError, match=r"weights: .*0cc3c7bd.*ffffffff"):
         train(new_config(tmp_path / "run"), train_data, val)
     assert not (tmp_path / "run").exists()
 

@@ -65,7 +65,7 @@ def test_the_loss_is_that_of_every_reference_without_smoothing_or_dropout(tiny_d
     row = check(decoder, label_smoothing=0.3)
     total, words = 0.0, 0
     for image, captions in enumerate(val_data.captions):
-        grid = torch.from_numpy(val_data.store.row(int(val_data.rows[image]))).float().reshape(1, 4, 8)
+        grid = torch.from_numpy(val_data.store[int(val_data.rows[image])]).float().reshape(1, 4, 8)
         for text in captions:
             tokens = torch.tensor(vocabulary.encode(text, 8))
             with torch.no_grad():
