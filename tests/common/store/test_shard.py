@@ -393,7 +393,7 @@ def test_every_file_that_threads_opened_is_closed(
         return opened[-1]
 
     reader, out = ShardReader(tmp_path / "s.h5"), np.empty_like(grids)
-    monkeypatch.setattr("gridcap.common.store.shard.os.open", slow_open)
+    monkeypatch.setattr("os.open", slow_open)
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda row: reader.read_row(row, out[row]), range(4)))
     monkeypatch.undo()
