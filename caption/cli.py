@@ -218,7 +218,8 @@ def _write_attention(captioner: Captioner, captions: dict[Path, Caption], path: 
 
 
 def _write_report(captioner: Captioner, captions: dict[Path, Caption], settings: CaptionConfig, path: Path) -> None:
-    from gridcap.common.report.page import LONGEST, ReportImage, describe_encoder, write_report
+    from gridcap.common.report.images import MAX_SIDE, ReportImage
+    from gridcap.common.report.page import describe_encoder, write_report
 
     facts = {
         "checkpoint": str(captioner.checkpoint.path),
@@ -227,7 +228,7 @@ def _write_report(captioner: Captioner, captions: dict[Path, Caption], settings:
     }
     images = (
         ReportImage(
-            str(image), captioner.display_image(image, LONGEST), caption.text, caption.tokens, caption.attention
+            str(image), captioner.display_image(image, MAX_SIDE), caption.text, caption.tokens, caption.attention
         )
         for image, caption in captions.items()
     )

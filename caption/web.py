@@ -22,7 +22,8 @@ from gridcap.caption.captioner import Captioner
 from gridcap.caption.result import Caption
 from gridcap.common.config import CaptionConfig
 from gridcap.common.image import FORMATS, InvalidImageError
-from gridcap.common.report.page import ReportImage, describe_encoder, render_image
+from gridcap.common.report.images import ReportImage
+from gridcap.common.report.page import describe_encoder, render_image
 
 MAX_BYTES = 20 << 20
 MAX_PIXELS = 50_000_000

@@ -28,7 +28,7 @@ def test_messages_that_are_explained_are_still_said():
     """The first column of the tables, but for what stands for something else there: N, numbers, `...`, names."""
     source = "\n".join(path.read_text(encoding="utf-8") for path in CODE)
     said = re.sub(r'"\s*\n?\s*f?"', "", source)  # literals that are one text
-    said += (ROOT / "common" / "report.html").read_text(encoding="utf-8")
+    said += (ROOT / "common" / "report" / "report.html").read_text(encoding="utf-8")
     page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
     assert len(rows) > 30

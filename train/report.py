@@ -13,7 +13,8 @@ from gridcap.common.config import PipelineConfig
 from gridcap.common.errors import UserError
 from gridcap.common.image import InvalidImageError, image_path, load_view
 from gridcap.common.progress import progress_bar
-from gridcap.common.report.page import LONGEST, ReportImage, describe_encoder, write_report
+from gridcap.common.report.images import MAX_SIDE, ReportImage
+from gridcap.common.report.page import describe_encoder, write_report
 from gridcap.common.store.reader import FeatureStore
 from gridcap.train.engine.checkpoint import Checkpoint
 from gridcap.train.evaluation import Evaluation
@@ -96,12 +97,12 @@ def _report_images(
     result: Evaluation, store: FeatureStore, folder: Path, selected: Sequence[int]
 ) -> Iterator[ReportImage]:
     preprocessing = store.provenance.get("preprocessing", {})
-    side, resize_mode = preprocessing.get("side", LONGEST), preprocessing.get("resize_mode", "stretch")
+    side, resize_mode = preprocessing.get("side", MAX_SIDE), preprocessing.get("resize_mode", "stretch")
     rows, columns = store.grid_shape[:2] if len(store.grid_shape) == 3 else (1, 1)
     for i in progress_bar(selected, unit="image", desc="report", leave=False):
         try:
             path = image_path(folder, result.file_names[i], follow_links=True)
-            picture: np.ndarray | str = load_view(path, side, resize_mode, LONGEST)
+            picture: np.ndarray | str = load_view(path, side, resize_mode, MAX_SIDE)
         except InvalidImageError as error:
             picture = str(error)
         tokens, attention = result.attention[i]

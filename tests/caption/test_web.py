@@ -106,8 +106,8 @@ def test_upload_shows_captions_and_attention_maps(
     assert alternatives(opened) == [caption.text for caption in expected]
     frame = opened.frame_locator("iframe").first
     assert " ".join(frame.locator(".caption").text_content().split()) == expected[0].text
-    frame.locator(".word").first.hover()
-    frame.get_by_text("of the look in one cell").wait_for()
+    frame.locator(".token").first.hover()
+    frame.get_by_text("peak attention weight").wait_for()
 
 
 _FILE = """async (data) => {
