@@ -1,4 +1,4 @@
-"""download-coco."""
+"""The command `gridcap download`."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from gridcap.common.config import PipelineConfig
 from gridcap.common.errors import UserError
 
 EXAMPLES = """
-download-coco --karpathy                                              (COCO 2014 and Karpathy's splits into data/coco)
-download-coco --year 2017 --splits val --to /data/coco
-download-coco --annotations-only
-download-coco --mirror http://mirror.example.org/coco                 (zips/train2014.zip, ... below it)
+gridcap download --karpathy                                              (COCO 2014 and Karpathy's splits into data/coco)
+gridcap download --year 2017 --splits val --to /data/coco
+gridcap download --annotations-only
+gridcap download --mirror http://mirror.example.org/coco                 (zips/train2014.zip, ... below it)
 """
 _SPLITS = ("train", "val")
 
 
-@pipeline_command("download-coco", EXAMPLES, uses=NO_SETTINGS)
+@pipeline_command("download", EXAMPLES, uses=NO_SETTINGS)
 @click.option("--year", type=click.Choice(["2014", "2017"]), default="2014", show_default=True, help="Of COCO.")
 @click.option("--splits", default="train,val", show_default=True, help="Whose images: train, val, or both.")
 @click.option(

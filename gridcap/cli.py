@@ -1,18 +1,21 @@
-"""The ``gridcap`` command group. Subcommands are imported when they are used."""
+"""The ``gridcap`` command group. The module of a subcommand is imported when the subcommand is used."""
 
 from __future__ import annotations
 
+import difflib
 import importlib
 
 import click
 
-# Subcommand -> where its click command is, in the order in which users need them.
+# Subcommand -> its module and click command, in the order in which users need them.
 COMMANDS = {
     "download": "gridcap.extract.download_cli:main",
+    "encoders": "gridcap.listings:encoders",
     "extract": "gridcap.extract.cli:main",
     "import": "gridcap.extract.store_cli:import_features",
     "inspect": "gridcap.extract.store_cli:inspect_features",
     "verify": "gridcap.extract.store_cli:verify_features",
+    "recipes": "gridcap.listings:recipes",
     "train": "gridcap.train.cli:train_decoder",
     "evaluate": "gridcap.train.evaluate_cli:evaluate_decoder",
     "caption": "gridcap.caption.cli:main",
@@ -26,7 +29,7 @@ Shell completion (bash; use zsh_source or fish_source for other shells):
 
 
 class LazyGroup(click.Group):
-    """A click group that imports a subcommand's module only when the subcommand is used."""
+    """A click group that imports the module of a subcommand only when it is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of the subcommands in the order of use."""
@@ -39,6 +42,18 @@ class LazyGroup(click.Group):
         module, _, name = COMMANDS[cmd_name].partition(":")
         command: click.Command = getattr(importlib.import_module(module), name)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the subcommand; suggest one if its name is unknown, as in ``gridcap extract-features``."""
+        name = args[0]
+        if name not in COMMANDS and not name.startswith("-"):
+            same_start = [command for command in COMMANDS if name.startswith(command) or command.startswith(name)]
+            matches = same_start or difflib.get_close_matches(name, COMMANDS, n=1)
+            question = f"; did you mean {matches[0]}?" if matches else f" (commands: {', '.join(COMMANDS)})"
+            ctx.fail(f"no such command: {name}{question}")
+        return super().resolve_command(ctx, args)
 
 
 @click.group(

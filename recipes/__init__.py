@@ -1,1 +1,1 @@
-"""Recipes: a decoder and how it is trained, one YAML file each; `train-decoder --recipe NAME` takes one."""
+"""Built-in recipes: one YAML file per decoder and its training settings, used by `train-decoder --recipe NAME`."""

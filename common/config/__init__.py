@@ -17,7 +17,7 @@ from gridcap.common.config.extract import ExtractConfig
 from gridcap.common.config.keys import describe_key
 from gridcap.common.config.load import load_config
 from gridcap.common.config.pipeline import PipelineConfig
-from gridcap.common.config.recipes import recipe_names
+from gridcap.common.config.recipes import read_recipe, recipe_names
 from gridcap.common.config.train import ScheduleConfig, TrainConfig, VocabularyConfig
 
 __all__ = [
@@ -37,5 +37,6 @@ __all__ = [
     "describe_key",
     "load_config",
     "max_invalid_count",
+    "read_recipe",
     "recipe_names",
 ]
