@@ -11,10 +11,10 @@ from gridcap.common.config import PipelineConfig
 from gridcap.common.errors import UserError
 
 EXAMPLES = """
-gridcap download --karpathy                                              (COCO 2014 and Karpathy's splits into data/coco)
+gridcap download --karpathy   (COCO 2014 and Karpathy's splits into data/coco)
 gridcap download --year 2017 --splits val --to /data/coco
 gridcap download --annotations-only
-gridcap download --mirror http://mirror.example.org/coco                 (zips/train2014.zip, ... below it)
+gridcap download --mirror http://mirror.example.org/coco   (zips/train2014.zip, ... below it)
 """
 _SPLITS = ("train", "val")
 
