@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gridcap.train.data.order import EpochOrder
 
-BLOCK, WINDOW = 256, 4096  # rows side by side, and rows that are mixed
+BLOCK, WINDOW = 256, 4096  # rows per block and per window
 SHUFFLES = ("rows", "blocks")
 shuffles = st.sampled_from(SHUFFLES)
 NUMBERS = st.integers(0, 2**31)
@@ -19,14 +19,14 @@ def whole(count, seed=0, epoch=0, shuffle="rows"):
     return EpochOrder(count, seed, epoch, shuffle)[0:count]
 
 
-def stretches(rows, count):
-    """How many runs of neighbors some rows are; the first and the last of the store are neighbors too."""
+def runs(rows, count):
+    """Return the number of runs of consecutive rows; the last row of the store is followed by the first."""
     ordered = np.sort(rows)
     gaps = np.diff(ordered, append=ordered[0] + count)
     return int((gaps > 1).sum())
 
 
-# --- a permutation that needs no list ---
+# --- permutation ---
 
 
 @given(st.integers(1, 3000), NUMBERS, NUMBERS, shuffles)
@@ -38,12 +38,12 @@ def test_is_a_permutation(count, seed, epoch, shuffle):
 
 @pytest.mark.parametrize("shuffle", SHUFFLES)
 @pytest.mark.parametrize("count", [1, 2, 255, 256, 257, 4095, 4096, 4097, 4352, 3 * 4096 + 5, 20_000])
-def test_is_a_permutation_at_the_borders_of_blocks_and_windows(count, shuffle):
+def test_is_a_permutation_at_block_and_window_boundaries(count, shuffle):
     assert np.array_equal(np.sort(whole(count, 1, 2, shuffle)), np.arange(count))
 
 
 @pytest.mark.parametrize("shuffle", SHUFFLES)
-def test_chunks_of_a_million_have_no_repeats_and_stay_in_range(shuffle):
+def test_chunks_of_a_million_rows_are_distinct_and_in_range(shuffle):
     order = EpochOrder(10**6, 4, 5, shuffle)
     chunks = [order[start : start + 3000] for start in (0, 123_456, 4096 * 100 - 1, 500_001, 10**6 - 3000)]
     seen = np.concatenate(chunks)
@@ -54,7 +54,7 @@ def test_chunks_of_a_million_have_no_repeats_and_stay_in_range(shuffle):
 
 @given(st.data(), st.integers(1, 20_000), NUMBERS, NUMBERS, shuffles)
 @hypothesis_settings(max_examples=60)
-def test_a_slice_is_that_part_of_the_whole(data, count, seed, epoch, shuffle):
+def test_slices_equal_the_whole_order(data, count, seed, epoch, shuffle):
     start = data.draw(st.integers(0, count), label="start")
     stop = data.draw(st.integers(start, count + 300), label="stop")
     part = EpochOrder(count, seed, epoch, shuffle)[start:stop]
@@ -63,8 +63,8 @@ def test_a_slice_is_that_part_of_the_whole(data, count, seed, epoch, shuffle):
 
 
 @pytest.mark.parametrize("shuffle", SHUFFLES)
-def test_a_slice_of_a_million_million_needs_no_array_of_that_size(shuffle):
-    count = 10**12  # its list would be 8 TB
+def test_slices_of_huge_orders_need_little_memory(shuffle):
+    count = 10**12  # 8 TB if it were stored
     order = EpochOrder(count, 3, 1, shuffle)
     for start in (0, count // 2 + 17, count - 500):
         part = order[start : start + 500]
@@ -73,16 +73,16 @@ def test_a_slice_of_a_million_million_needs_no_array_of_that_size(shuffle):
     spread = (
         order[0:500] if shuffle == "rows" else np.array([order[i : i + 1][0] for i in range(0, count, count // 99)])
     )
-    assert 0.3 < spread.mean() / count < 0.7, "they come from everywhere"
+    assert 0.3 < spread.mean() / count < 0.7, "rows come from the whole store"
 
 
-def test_nothing_is_in_an_order_of_nothing():
+def test_empty_orders_and_slices():
     for shuffle in SHUFFLES:
         assert EpochOrder(0, 0, 0, shuffle)[0:5].tolist() == []
         assert EpochOrder(7, 0, 0, shuffle)[7:9].tolist() == []
 
 
-# --- what it depends on ---
+# --- dependencies ---
 
 
 @given(st.integers(20, 600), NUMBERS, NUMBERS, NUMBERS, shuffles)
@@ -92,13 +92,13 @@ def test_differs_by_epoch_and_by_seed(count, seed, a, b, shuffle):
     assert np.array_equal(whole(count, a, seed, shuffle), whole(count, b, seed, shuffle)) == same
 
 
-def test_seed_and_epoch_are_not_the_same_number_twice():
+def test_seed_and_epoch_are_not_interchangeable():
     assert whole(50, 1, 2).tolist() != whole(50, 2, 1).tolist()
     assert whole(50, 3, 0).tolist() != whole(50, 0, 3).tolist()
 
 
 @given(st.integers(1, 500), NUMBERS, NUMBERS, shuffles)
-def test_depends_on_nothing_but_its_fields(count, seed, epoch, shuffle):
+def test_depends_only_on_its_fields_and_changes_no_random_state(count, seed, epoch, shuffle):
     before = whole(count, seed, epoch, shuffle)
     np.random.seed(epoch % 1000)
     torch.manual_seed(epoch)
@@ -110,8 +110,8 @@ def test_depends_on_nothing_but_its_fields(count, seed, epoch, shuffle):
     assert torch.equal(torch.get_rng_state(), states[1])
 
 
-def test_is_the_same_in_every_version():
-    """A resume on another machine needs the same order: these numbers must never change."""
+def test_order_is_stable_across_versions():
+    """Resuming on another machine needs the same order: these numbers must never change."""
     assert whole(10, 0, 0).tolist() == [8, 2, 9, 7, 4, 5, 6, 0, 1, 3]
     assert whole(10, 3, 7).tolist() == [5, 2, 9, 7, 3, 4, 6, 0, 1, 8]
     assert whole(10, 3, 7, "blocks").tolist() == [2, 4, 8, 3, 9, 5, 6, 0, 7, 1]
@@ -119,19 +119,19 @@ def test_is_the_same_in_every_version():
     assert EpochOrder(100_000, 3, 7, "blocks")[70_000:70_004].tolist() == [39679, 24909, 60161, 56550]
 
 
-# --- rows: as good as drawn by chance ---
+# --- shuffle=rows: statistically random ---
 
 
 @pytest.mark.parametrize("count", [1000, 1024, 1025, 50_000])
-def test_rows_move_a_third_of_the_whole_on_average(count):
+def test_rows_move_by_a_third_of_the_count_on_average(count):
     for epoch in range(3):
         moved = np.abs(whole(count, 9, epoch) - np.arange(count)).mean()
         assert moved == pytest.approx(count / 3, rel=0.08)
 
 
 @pytest.mark.parametrize("count", [97, 256, 1000])
-def test_every_row_comes_everywhere_equally_often(count):
-    """Chi-square of which tenth of the epoch a row of which tenth of the store comes in; 81 degrees of freedom."""
+def test_positions_are_uniform(count):
+    """Chi-square test of the tenth of the epoch against the tenth of the store; 81 degrees of freedom."""
     epochs, parts = 400, 10
     places = np.arange(count) * parts // count
     seen = np.zeros((parts, parts))
@@ -140,42 +140,42 @@ def test_every_row_comes_everywhere_equally_often(count):
     size = np.bincount(places)
     expected = epochs * np.outer(size, size) / count
     chi_square = ((seen - expected) ** 2 / expected).sum()
-    assert 40 < chi_square < 140, "0.1% of chance is above 126"
+    assert 40 < chi_square < 140, "the 99.9% quantile is 126"
 
 
 @pytest.mark.parametrize("count", [1000, 1024, 20_000])
-def test_neighbours_in_the_store_are_no_neighbours_in_the_epoch(count):
+def test_neighboring_rows_are_not_neighbors_in_the_epoch(count):
     steps = np.concatenate([np.diff(whole(count, 5, epoch)) for epoch in range(5)])
     _, often = np.unique(steps, return_counts=True)
-    assert often.max() < 5 * 12, "no step from one row to the next is a habit; by chance it is taken 5 times"
+    assert often.max() < 5 * 12, "no difference is preferred; 5 occurrences are expected"
     close = (np.abs(steps) == 1).sum()
-    assert close < 40, "by chance 2 an epoch"
-    # The order of neighbors is a coin's toss, and says nothing about the next two.
+    assert close < 40, "2 per epoch are expected"
+    # The order of two successive rows is random and independent of the next two.
     up = steps > 0
     assert up.mean() == pytest.approx(0.5, abs=0.03)
     assert (up[1:] == up[:-1]).mean() == pytest.approx(1 / 3, abs=0.04)
 
 
-def test_epochs_have_nothing_to_do_with_one_another():
+def test_epochs_are_uncorrelated():
     places = np.array([np.argsort(whole(2000, 0, epoch)) for epoch in range(8)])
     others = np.corrcoef(places) - np.eye(8)
     assert np.abs(others).max() < 0.12
 
 
-# --- blocks: whole stretches are read ---
+# --- shuffle=blocks: sequential reads ---
 
 
 @pytest.mark.parametrize("count", [50_000, 16 * 4096, 100_003])
-def test_a_window_of_blocks_touches_few_stretches(count):
+def test_a_window_reads_few_runs_of_rows(count):
     for epoch in range(3):
         order = whole(count, 2, epoch, "blocks")
         for start in range(0, count, WINDOW):
             window = order[start : start + WINDOW]
-            assert stretches(window, count) <= 16
-            assert len(set((window // BLOCK).tolist())) <= 33, "a block begins anywhere"
+            assert runs(window, count) <= 16
+            assert len(set((window // BLOCK).tolist())) <= 33, "blocks start at any row"
 
 
-def test_the_rows_of_a_window_are_mixed():
+def test_rows_of_a_window_are_mixed():
     order = whole(50_000, 2, 0, "blocks")
     for start in (0, 5 * WINDOW):
         window = order[start : start + WINDOW]
@@ -186,28 +186,28 @@ def test_the_rows_of_a_window_are_mixed():
         assert np.abs(inside - np.arange(WINDOW)).mean() == pytest.approx(WINDOW / 3, rel=0.08)
 
 
-def test_the_blocks_of_a_window_come_from_all_over_the_store():
+def test_blocks_of_a_window_come_from_the_whole_store():
     order = whole(200_000, 1, 1, "blocks")
     means = [order[start : start + WINDOW].mean() / 200_000 for start in range(0, 190_000, WINDOW)]
-    assert np.abs(np.array(means) - 0.5).max() < 0.35, "16 blocks drawn by chance"
+    assert np.abs(np.array(means) - 0.5).max() < 0.35, "16 random blocks"
 
 
-def borders(order, count):
-    """Where the stretches of the first window begin, within a block's length."""
+def boundaries(order, count):
+    """Return the offsets within a block at which the runs of the first window start."""
     ordered = np.sort(order[:WINDOW])
     begins = ordered[np.diff(ordered, prepend=ordered[-1] - count) > 1]
     return {int(begin % BLOCK) for begin in begins}
 
 
-def test_blocks_begin_elsewhere_each_epoch():
-    count = 40 * WINDOW  # whole blocks, so that all of an epoch's borders are alike
-    found = [borders(EpochOrder(count, 0, epoch, "blocks")[0:WINDOW], count) for epoch in range(12)]
+def test_block_boundaries_change_every_epoch():
+    count = 40 * WINDOW  # whole blocks, so that all boundaries of an epoch have the same offset
+    found = [boundaries(EpochOrder(count, 0, epoch, "blocks")[0:WINDOW], count) for epoch in range(12)]
     assert all(len(begins) == 1 for begins in found)
     assert len(set.union(*found)) > 8
 
 
-def test_the_short_block_holds_other_rows_each_epoch():
-    """It comes in the last window always; so which rows it holds must change."""
+def test_short_block_contains_different_rows_every_epoch():
+    """The short block is always in the last window, so its rows must change."""
     count = 5 * WINDOW + 100
     last = [EpochOrder(count, 0, epoch, "blocks")[5 * WINDOW : count] for epoch in range(10)]
     assert len({int(rows.min()) for rows in last}) == 10

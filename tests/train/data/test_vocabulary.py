@@ -10,56 +10,56 @@ from gridcap.train.data.vocabulary import BOS, EOS, PAD, SPECIALS, UNK, Vocabula
 CAPTIONS = ["a cat and a dog", "a dog", "the zebra, the cat"]  # a 3, cat 2, dog 2, the 2, and 1, zebra 1
 
 
-def test_tokens_are_lower_case_words_without_punctuation():
+def test_tokenize_returns_lowercase_words_without_punctuation():
     assert tokenize('A "Dog\'s" t-shirt, no_2... (Über)!') == ["a", "dog's", "t", "shirt", "no", "2", "über"]
 
 
-def test_special_ids_are_distinct_and_come_first():
+def test_special_tokens_come_first():
     vocabulary = Vocabulary.build(CAPTIONS)
     assert (PAD, len({PAD, BOS, EOS, UNK})) == (0, 4)
     assert [vocabulary.tokens[i] for i in (PAD, BOS, EOS, UNK)] == list(SPECIALS)
 
 
-def test_words_stand_from_the_commonest_to_the_rarest_and_ties_in_alphabetical_order():
+def test_words_are_sorted_by_frequency_then_alphabetically():
     words = Vocabulary.build(CAPTIONS).tokens
     assert words[4:] == ["a", "cat", "dog", "the", "and", "zebra"]
     assert Vocabulary.build(reversed(CAPTIONS)).tokens == words
 
 
-def test_words_are_counted_not_captions():
+def test_all_occurrences_in_a_caption_count():
     assert Vocabulary.build(["b b b", "a", "a"]).tokens[4:] == ["b", "a"]
 
 
-def test_min_count_leaves_out_words_seen_fewer_times():
+def test_min_count_excludes_rare_words():
     assert Vocabulary.build(CAPTIONS, min_count=2).tokens[4:] == ["a", "cat", "dog", "the"]
     assert Vocabulary.build(CAPTIONS, min_count=3).tokens[4:] == ["a"]
 
 
 @pytest.mark.parametrize(("max_size", "kept"), [(5, ["a"]), (7, ["a", "cat", "dog"]), (10, None), (None, None)])
-def test_max_size_counts_the_specials(max_size, kept):
+def test_max_size_includes_special_tokens(max_size, kept):
     vocabulary = Vocabulary.build(CAPTIONS, max_size=max_size)
     assert vocabulary.tokens[4:] == (kept or ["a", "cat", "dog", "the", "and", "zebra"])
     assert len(vocabulary) == (max_size or 10)
 
 
-def test_encode_frames_the_words_and_maps_unknown_ones_to_unk():
+def test_encode_adds_bos_and_eos_and_maps_unknown_words_to_unk():
     vocabulary = Vocabulary.build(CAPTIONS)
     a, dog = vocabulary.tokens.index("a"), vocabulary.tokens.index("dog")
     assert vocabulary.encode("A purple dog!", 10) == [BOS, a, UNK, dog, EOS]
 
 
-def test_encode_cuts_the_words_at_max_length_and_keeps_eos():
+def test_encode_cuts_at_max_length():
     vocabulary = Vocabulary.build(CAPTIONS)
     assert vocabulary.encode("a cat and a dog", 2) == vocabulary.encode("a cat", 30)
     assert len(vocabulary.encode("a cat and a dog", 5)) == 7
 
 
-def test_text_of_a_special_is_not_taken_for_it():
+def test_text_of_special_tokens_is_not_special():
     vocabulary = Vocabulary.build(["eos pad eos"])
     assert not {PAD, EOS, BOS} & set(vocabulary.encode("<eos> <pad>", 5)[1:-1])
 
 
-def test_decode_stops_at_the_first_eos_and_leaves_out_bos_and_pad():
+def test_decode_stops_at_eos_and_skips_bos_and_pad():
     vocabulary = Vocabulary.build(CAPTIONS)
     a, dog = vocabulary.tokens.index("a"), vocabulary.tokens.index("dog")
     assert vocabulary.decode([BOS, a, PAD, dog, EOS, dog, PAD]) == "a dog"
@@ -68,13 +68,13 @@ def test_decode_stops_at_the_first_eos_and_leaves_out_bos_and_pad():
 
 
 @given(st.lists(st.sampled_from(["a", "cat", "and", "dog's", "the", "zebra"]), max_size=12))
-def test_decode_undoes_encode_for_known_words(words):
+def test_decode_inverts_encode_for_known_words(words):
     vocabulary = Vocabulary.build(["a cat and dog's the zebra"])
     assert vocabulary.decode(vocabulary.encode(" ".join(words), 12)) == " ".join(words)
 
 
 @given(st.lists(st.text(max_size=30), max_size=6), st.integers(5, 20))
-def test_any_text_gives_a_sound_vocabulary_and_sound_ids(captions, max_size):
+def test_any_text_yields_valid_vocabulary_and_ids(captions, max_size):
     vocabulary = Vocabulary.build(captions, max_size=max_size)
     assert len(vocabulary) == len(set(vocabulary.tokens)) <= max_size
     for caption in captions:
@@ -85,12 +85,12 @@ def test_any_text_gives_a_sound_vocabulary_and_sound_ids(captions, max_size):
         assert all(i == UNK or len(SPECIALS) <= i < len(vocabulary) for i in ids[1:-1])
 
 
-def test_what_is_saved_is_loaded_with_the_same_ids(tmp_path):
+def test_save_and_load_preserve_ids(tmp_path):
     vocabulary = Vocabulary.build(["naïve café “quoted”", *CAPTIONS])
     vocabulary.save(tmp_path / "v.json")
-    again = Vocabulary.load(tmp_path / "v.json")
-    assert again.tokens == vocabulary.tokens
-    assert again.encode("a naïve zebra", 9) == vocabulary.encode("a naïve zebra", 9)
+    loaded = Vocabulary.load(tmp_path / "v.json")
+    assert loaded.tokens == vocabulary.tokens
+    assert loaded.encode("a naïve zebra", 9) == vocabulary.encode("a naïve zebra", 9)
 
 
 @pytest.mark.parametrize(
@@ -109,14 +109,14 @@ def test_what_is_saved_is_loaded_with_the_same_ids(tmp_path):
         json.dumps({"version": 1, "words": [*SPECIALS, "dog"]}),
     ],
 )
-def test_a_damaged_file_is_refused_by_name(tmp_path, text):
+def test_corrupted_file_is_named_in_the_error(tmp_path, text):
     path = tmp_path / "vocabulary.json"
     path.write_text(text)
     with pytest.raises(CheckpointError, match=r"vocabulary\.json"):
         Vocabulary.load(path)
 
 
-def test_a_missing_or_binary_file_is_refused_by_name(tmp_path):
+def test_missing_or_binary_file_is_named_in_the_error(tmp_path):
     path = tmp_path / "vocabulary.json"
     with pytest.raises(CheckpointError, match=r"vocabulary\.json"):
         Vocabulary.load(path)
@@ -125,10 +125,10 @@ def test_a_missing_or_binary_file_is_refused_by_name(tmp_path):
         Vocabulary.load(path)
 
 
-def test_a_word_list_without_specials_or_with_repeats_is_no_vocabulary():
-    for words in (["a"], [*SPECIALS, "a", "a"], [*SPECIALS, "<unk>"]):
+def test_tokens_without_specials_or_with_repeats_raise():
+    for tokens in (["a"], [*SPECIALS, "a", "a"], [*SPECIALS, "<unk>"]):
         with pytest.raises(ValueError, match="vocabulary"):
-            Vocabulary(words)
+            Vocabulary(tokens)
 
 
 @pytest.mark.parametrize(
@@ -140,10 +140,10 @@ def test_a_word_list_without_specials_or_with_repeats_is_no_vocabulary():
         ("a_b — c", ["a", "b", "c"]),
     ],
 )
-def test_words_keep_their_marks_and_apostrophes(caption, words):
+def test_tokenize_keeps_combining_marks_and_apostrophes(caption, words):
     assert tokenize(caption) == words
 
 
-def test_a_vocabulary_without_room_for_words_is_refused():
+def test_max_size_without_room_for_words_raises():
     with pytest.raises(ValueError, match="no room"):
         Vocabulary.build(["a dog"], max_size=4)

@@ -1,4 +1,4 @@
-"""The recurrent parts against the papers' formulas, one caption and one word at a time."""
+"""Recurrent cells against the formulas of the papers, for a single caption and step."""
 
 import pytest
 import torch
@@ -28,20 +28,20 @@ def some_state(decoder):
 
 
 TOKENS = torch.tensor([[4, 5, 6], [7, 8, 9]])
-AT = (1, 2)  # the image and the caption that are looked at
+AT = (1, 2)  # the image and caption under test
 
 
 def step(decoder):
-    """One step from some state: (logits, state, attention), all of the caption AT, and what it went in with."""
+    """Run one step from a random state; return the outputs and inputs of caption AT."""
     memory, state = decoder.encode(grid()), some_state(decoder)
     logits, after, weights = decoder.step(TOKENS, state, memory)
     before = [part[AT] for part in state]
-    word, mean = decoder.embedding(TOKENS[AT]), memory[0][AT[0]].mean(0)
-    return logits[AT], [part[AT] for part in after], weights[AT], before, word, mean, memory[0][AT[0]]
+    token, mean = decoder.embedding(TOKENS[AT]), memory[0][AT[0]].mean(0)
+    return logits[AT], [part[AT] for part in after], weights[AT], before, token, mean, memory[0][AT[0]]
 
 
-def look(decoder, linear, hidden, cells):
-    """Bahdanau's attention, cell by cell, with the query of the linear map's first A rows."""
+def attend(decoder, linear, hidden, cells):
+    """Compute Bahdanau's attention cell by cell; the query is the first A outputs of `linear`."""
     query = (linear.weight @ hidden + linear.bias)[:A]
     scores = [decoder.cell.attention.score(torch.tanh(decoder.key(cell) + query)) for cell in cells]
     weights = torch.cat(scores).softmax(0)
@@ -54,50 +54,50 @@ def lstm(sums, c):
     return o.sigmoid() * c.tanh(), c
 
 
-def test_gru_is_torchs_gru_over_context_and_word():
+def test_gru_equals_nn_gru_cell_over_context_and_token():
     decoder = build("gru")
     cell = decoder.cell
-    _, (after,), weights, (h,), word, _, cells = step(decoder)
-    expected, context = look(decoder, cell.from_hidden, h, cells)
+    _, (after,), weights, (h,), token, _, cells = step(decoder)
+    expected, context = attend(decoder, cell.from_hidden, h, cells)
     torch.testing.assert_close(weights, expected)
     reference = nn.GRUCell(2 * E, H)
     reference.weight_ih.data = torch.cat([cell.from_context.weight, cell.from_token.weight], 1)
     reference.bias_ih.data = cell.from_token.bias
     reference.weight_hh.data, reference.bias_hh.data = cell.from_hidden.weight[A:], cell.from_hidden.bias[A:]
-    torch.testing.assert_close(after, reference(torch.cat([context, word])[None], h[None])[0])
+    torch.testing.assert_close(after, reference(torch.cat([context, token])[None], h[None])[0])
 
 
-def test_lstm_reads_context_and_word():
+def test_lstm_reads_context_and_token():
     decoder = build("lstm")
     cell = decoder.cell
-    _, after, weights, (h, c), word, _, cells = step(decoder)
-    expected, context = look(decoder, cell.from_hidden, h, cells)
+    _, after, weights, (h, c), token, _, cells = step(decoder)
+    expected, context = attend(decoder, cell.from_hidden, h, cells)
     torch.testing.assert_close(weights, expected)
-    sums = cell.from_token(word) + cell.from_context(context) + cell.from_hidden(h)[A:]
+    sums = cell.from_token(token) + cell.from_context(context) + cell.from_hidden(h)[A:]
     torch.testing.assert_close(after, list(lstm(sums, c)))
 
 
-def test_att2in_takes_the_larger_candidate_and_shows_the_context_to_nothing_else():
+def test_att2in_uses_the_maximum_candidate_and_context_enters_only_the_candidates():
     decoder = build("att2in")
     cell = decoder.cell
-    _, after, weights, (h, c), word, _, cells = step(decoder)
-    expected, context = look(decoder, cell.from_hidden, h, cells)
+    _, after, weights, (h, c), token, _, cells = step(decoder)
+    expected, context = attend(decoder, cell.from_hidden, h, cells)
     torch.testing.assert_close(weights, expected)
-    own = cell.from_token(word) + cell.from_hidden(h)[A:]
+    own = cell.from_token(token) + cell.from_hidden(h)[A:]
     into, forget, out = own[: 3 * H].sigmoid().chunk(3)
-    one, other = (own[3 * H :] + cell.from_context(context)).chunk(2)
-    assert 0 < (one > other).sum() < H, "both candidates win somewhere"
-    c = forget * c + into * torch.where(one > other, one, other)
+    first, second = (own[3 * H :] + cell.from_context(context)).chunk(2)
+    assert 0 < (first > second).sum() < H, "each candidate is the maximum somewhere"
+    c = forget * c + into * torch.where(first > second, first, second)
     torch.testing.assert_close(after, [out * c.tanh(), c])
 
 
-def test_top_down_looks_with_the_first_lstm_and_writes_with_the_second():
+def test_top_down_attends_with_the_first_lstm_and_predicts_from_the_second():
     decoder = build("top-down")
     cell = decoder.cell
-    logits, after, weights, (h2, h1, c2, c1), word, mean, cells = step(decoder)
-    own, of_other = cell.from_first(h1), cell.from_second(h2)[: 4 * H]
-    h1, c1 = lstm(of_other + cell.from_mean(mean) + cell.from_token(word) + own, c1)
-    expected, context = look(decoder, cell.from_hidden, h1, cells)
+    logits, after, weights, (h2, h1, c2, c1), token, mean, cells = step(decoder)
+    own, from_other = cell.from_first(h1), cell.from_second(h2)[: 4 * H]
+    h1, c1 = lstm(from_other + cell.from_mean(mean) + cell.from_token(token) + own, c1)
+    expected, context = attend(decoder, cell.from_hidden, h1, cells)
     torch.testing.assert_close(weights, expected)
     h2, c2 = lstm(cell.from_context(context) + cell.from_hidden(h1)[A:] + cell.from_second(h2)[4 * H :], c2)
     torch.testing.assert_close(after, [h2, h1, c2, c1])
@@ -105,53 +105,53 @@ def test_top_down_looks_with_the_first_lstm_and_writes_with_the_second():
 
 
 @pytest.mark.parametrize("cell", ["gru", "lstm", "att2in", "top-down"])
-def test_the_gate_scales_the_context_by_a_scalar_of_the_state(cell):
+def test_context_gate_scales_the_context_by_a_scalar(cell):
     plain, gated = build(cell), build(cell, context_gate=True)
     gated.load_state_dict(plain.state_dict(), strict=False)
     gate = gated.cell.attention.gate
     state, (cells, keys, *_) = some_state(plain), plain.encode(grid())
     query = torch.randn(B, K, A)
-    scene = plain.cell.attention.prepare(cells, keys)
-    context, weights = plain.cell.attention(query, state[0], scene)
-    scaled, same = gated.cell.attention(query, state[0], scene)
+    inputs = plain.cell.attention.prepare(cells, keys)
+    context, weights = plain.cell.attention(query, state[0], inputs)
+    scaled, same = gated.cell.attention(query, state[0], inputs)
     torch.testing.assert_close(scaled, context * gate(state[0]).sigmoid())
     assert gate(state[0]).shape == (B, K, 1)
-    assert torch.equal(weights, same), "the looks are weighed before the gate"
+    assert torch.equal(weights, same), "the gate does not change the attention weights"
     memory, states = gated.encode(grid()), []
     for bias in (-30.0, 30.0):
         nn.init.zeros_(gate.weight)
         nn.init.constant_(gate.bias, bias)
         states.append(gated.step(TOKENS, state, memory)[1][0])
     torch.testing.assert_close(states[1], plain.step(TOKENS, state, memory)[1][0])
-    assert not torch.allclose(states[0], states[1]), "a shut gate shows nothing"
+    assert not torch.allclose(states[0], states[1]), "a closed gate hides the context"
 
 
-def test_top_down_asks_the_gate_with_the_state_that_looked():
+def test_top_down_gate_uses_the_attention_lstm_state():
     decoder = build("top-down", context_gate=True)
-    asked = []
-    decoder.cell.attention.gate.register_forward_pre_hook(lambda _, inputs: asked.append(inputs[0]))
+    gate_inputs = []
+    decoder.cell.attention.gate.register_forward_pre_hook(lambda _, args: gate_inputs.append(args[0]))
     _, (_, h1, *_), *_ = step(decoder)
-    torch.testing.assert_close(asked[0][AT], h1)
+    torch.testing.assert_close(gate_inputs[0][AT], h1)
 
 
 @pytest.mark.parametrize("cell", ["gru", "lstm", "att2in", "top-down"])
-def test_hidden_output_is_a_map_of_the_state_alone(cell):
+def test_hidden_output_depends_on_the_state_only(cell):
     decoder = build(cell)
     logits, after, *_ = step(decoder)
     torch.testing.assert_close(logits, decoder.output(after[0]))
 
 
 @pytest.mark.parametrize("cell", ["gru", "lstm", "att2in", "top-down"])
-def test_deep_output_is_xus_equation_7(cell):
+def test_deep_output_equals_equation_7_of_xu(cell):
     decoder = build(cell, output_layer="deep")
-    logits, after, weights, _, word, _, cells = step(decoder)
+    logits, after, weights, _, token, _, cells = step(decoder)
     of_state, of_context = decoder.deep.weight.split((H, E), 1)
-    sums = word + of_state @ after[0] + of_context @ (weights @ cells) + decoder.deep.bias
+    sums = token + of_state @ after[0] + of_context @ (weights @ cells) + decoder.deep.bias
     torch.testing.assert_close(logits, decoder.output(sums.tanh()))
 
 
 @pytest.mark.parametrize("cell", ["gru", "lstm", "att2in", "top-down"])
-def test_the_first_state_is_made_from_the_mean_cell(cell):
+def test_initial_state_is_computed_from_the_mean_cell(cell):
     decoder = build(cell)
     memory = decoder.encode(grid())
     state = decoder.initial_state(memory)
@@ -159,7 +159,7 @@ def test_the_first_state_is_made_from_the_mean_cell(cell):
     torch.testing.assert_close(torch.cat(state, -1)[:, 0], expected)
 
 
-def test_the_state_is_not_rounded_under_autocast():
+def test_state_stays_float32_under_autocast():
     decoder = build("lstm")
     with torch.autocast("cpu", torch.bfloat16):
         memory = decoder.encode(grid())

@@ -1,4 +1,4 @@
-"""What `train.decoders.base.Decoder` promises, held by every family and every layout of each."""
+"""The decoder contract, for every family and layout."""
 
 import math
 
@@ -72,14 +72,14 @@ def logits_of(decoder, memory, given):
 
 
 def run_steps(decoder, memory, given):
-    """T calls of `step`: (B, K, T, V) logits, and (B, K, T, P) attention or None."""
+    """Return the results of T calls of `step`: (B, K, T, V) logits and (B, K, T, P) attention or None."""
     state = tuple(part.expand(*given.shape[:2], *part.shape[2:]) for part in decoder.initial_state(memory))
-    logits, looks = [], []
+    logits, weights = [], []
     for t in range(given.shape[2]):
-        out, state, look = decoder.step(given[:, :, t], state, memory)
+        out, state, attended = decoder.step(given[:, :, t], state, memory)
         logits.append(out)
-        looks.append(look)
-    return torch.stack(logits, 2), None if looks[0] is None else torch.stack(looks, 2)
+        weights.append(attended)
+    return torch.stack(logits, 2), None if weights[0] is None else torch.stack(weights, 2)
 
 
 @pytest.mark.parametrize("grid_shape", [(2, 2, 8), (7, 7, 16), (1, 3, 5)])
@@ -87,53 +87,53 @@ def test_forward_equals_t_calls_of_step(config, grid_shape):
     decoder = build(config, grid_shape)
     memory = decoder.encode(grids(grid_shape=grid_shape))
     given = tokens(B, K, T)
-    (whole, look), (steps, step_look) = decoder(memory, given), run_steps(decoder, memory, given)
+    (whole, attention_weights), (steps, step_weights) = decoder(memory, given), run_steps(decoder, memory, given)
     assert whole.shape == (B, K, T, V)
     torch.testing.assert_close(whole, steps, atol=1e-5, rtol=1e-5)
     if decoder.has_attention:
-        assert look.shape == (B, K, T, math.prod(grid_shape[:-1]))
-        torch.testing.assert_close(look, step_look, atol=1e-5, rtol=1e-5)
+        assert attention_weights.shape == (B, K, T, math.prod(grid_shape[:-1]))
+        torch.testing.assert_close(attention_weights, step_weights, atol=1e-5, rtol=1e-5)
     else:
-        assert look is None
-        assert step_look is None
+        assert attention_weights is None
+        assert step_weights is None
 
 
 @pytest.mark.parametrize("length", [1, 40])
-def test_captions_may_have_any_length(config, length):
+def test_forward_equals_steps_for_any_length(config, length):
     decoder = build(config)
     memory = decoder.encode(grids())
     given = tokens(B, K, length)
     torch.testing.assert_close(decoder(memory, given)[0], run_steps(decoder, memory, given)[0], atol=1e-5, rtol=1e-5)
 
 
-def test_initial_state_has_one_hypothesis_an_image(config):
+def test_initial_state_has_one_hypothesis_per_image(config):
     decoder = build(config)
     assert all(part.shape[:2] == (B, 1) for part in decoder.initial_state(decoder.encode(grids())))
 
 
-def test_the_memory_has_an_image_in_each_row(config):
+def test_memory_has_one_row_per_image(config):
     memory = build(config).encode(grids())
     assert all(len(part) == B for part in memory)
 
 
-def test_search_may_reorder_the_state(config):
-    """After a gather over K the decoder goes on as if the chosen hypotheses had been read from the start."""
+def test_state_can_be_reordered(config):
+    """After a gather over K, the decoder continues as if it had read the selected hypotheses from the start."""
     decoder = build(config)
     memory = decoder.encode(grids())
     given = tokens(B, K, T)
-    chosen = torch.tensor([[3, 3, 0, 1], [0, 2, 1, 2], [1, 1, 1, 1]])
+    selected = torch.tensor([[3, 3, 0, 1], [0, 2, 1, 2], [1, 1, 1, 1]])
     state = tuple(part.expand(B, K, *part.shape[2:]) for part in decoder.initial_state(memory))
     for t in range(T - 2):
         _, state, _ = decoder.step(given[:, :, t], state, memory)
-    state = tuple(part.gather(1, chosen.reshape(B, K, *(1,) * (part.dim() - 2)).expand_as(part)) for part in state)
-    past = given[:, :, : T - 2].gather(1, chosen[..., None].expand(-1, -1, T - 2))
+    state = tuple(part.gather(1, selected.reshape(B, K, *(1,) * (part.dim() - 2)).expand_as(part)) for part in state)
+    past = given[:, :, : T - 2].gather(1, selected[..., None].expand(-1, -1, T - 2))
     whole, _ = decoder(memory, torch.cat([past, given[:, :, T - 2 :]], 2))
     for t in range(T - 2, T):
         logits, state, _ = decoder.step(given[:, :, t], state, memory)
         torch.testing.assert_close(logits, whole[:, :, t], atol=1e-5, rtol=1e-5)
 
 
-def test_hypotheses_of_one_image_do_not_influence_each_other(config):
+def test_hypotheses_of_an_image_are_independent(config):
     decoder = build(config)
     memory = decoder.encode(grids())
     given = tokens(B, K, T)
@@ -147,18 +147,18 @@ def test_hypotheses_of_one_image_do_not_influence_each_other(config):
         assert not torch.allclose(before[:, 1], after[:, 1])
 
 
-def test_images_of_one_batch_do_not_influence_each_other(config):
+def test_images_of_a_batch_are_independent(config):
     decoder = build(config)
     given = tokens(B, K, T)
-    together, looks = decoder(decoder.encode(grids()), given)
+    batch, batch_attention = decoder(decoder.encode(grids()), given)
     for i in range(B):
-        alone, look = decoder(decoder.encode(grids()[i : i + 1]), given[i : i + 1])
-        torch.testing.assert_close(alone[0], together[i], atol=1e-5, rtol=1e-5)
-        if looks is not None:
-            torch.testing.assert_close(look[0], looks[i], atol=1e-5, rtol=1e-5)
+        alone, attention_weights = decoder(decoder.encode(grids()[i : i + 1]), given[i : i + 1])
+        torch.testing.assert_close(alone[0], batch[i], atol=1e-5, rtol=1e-5)
+        if batch_attention is not None:
+            torch.testing.assert_close(attention_weights[0], batch_attention[i], atol=1e-5, rtol=1e-5)
 
 
-def test_logits_depend_on_the_past_only(config):
+def test_logits_are_causal(config):
     decoder = build(config)
     memory = decoder.encode(grids())
     given = tokens(B, K, T)
@@ -169,7 +169,7 @@ def test_logits_depend_on_the_past_only(config):
     assert not torch.allclose(before[:, :, 3:], after[:, :, 3:])
 
 
-def test_logits_depend_on_all_of_the_past(config):
+def test_logits_depend_on_all_previous_tokens(config):
     decoder = build(config)
     memory = decoder.encode(grids())
     given = tokens(B, K, T)
@@ -179,15 +179,15 @@ def test_logits_depend_on_all_of_the_past(config):
     assert ((before - after).abs().amax(-1) > 1e-6).all()
 
 
-def test_attention_sums_to_one_over_the_cells(config):
+def test_attention_sums_to_one(config):
     decoder = build(config, (3, 2, 8))
-    _, look = decoder(decoder.encode(grids(grid_shape=(3, 2, 8))), tokens(B, K, T))
+    _, attention_weights = decoder(decoder.encode(grids(grid_shape=(3, 2, 8))), tokens(B, K, T))
     assert decoder.has_attention == (not isinstance(config, LstmConfig))
-    if look is not None:
-        assert look.shape == (B, K, T, 6)
-        assert look.dtype == torch.float32
-        assert (look >= 0).all()
-        torch.testing.assert_close(look.sum(-1), torch.ones(B, K, T))
+    if attention_weights is not None:
+        assert attention_weights.shape == (B, K, T, 6)
+        assert attention_weights.dtype == torch.float32
+        assert (attention_weights >= 0).all()
+        torch.testing.assert_close(attention_weights.sum(-1), torch.ones(B, K, T))
 
 
 def test_output_depends_on_the_grid(config):
@@ -197,21 +197,21 @@ def test_output_depends_on_the_grid(config):
     assert not torch.allclose(a, b, atol=1e-3)
 
 
-def test_a_blind_decoder_does_not_depend_on_the_grid(config):
+def test_zero_features_ignores_the_grid(config):
     decoder = build(config, zero_features=True)
     given = tokens(B, K, T)
     a, b = (logits_of(decoder, decoder.encode(grids(seed=seed)), given) for seed in (1, 2))
     assert torch.equal(a, b)
 
 
-def test_attention_knows_where_a_cell_is(config):
+def test_attention_decoders_are_sensitive_to_cell_positions(config):
     decoder = build(config)
     given = tokens(B, K, T)
-    here, there = (logits_of(decoder, decoder.encode(part), given) for part in (grids(), grids().flip(1)))
-    assert torch.allclose(here, there, atol=1e-5) != decoder.has_attention
+    original, flipped = (logits_of(decoder, decoder.encode(part), given) for part in (grids(), grids().flip(1)))
+    assert torch.allclose(original, flipped, atol=1e-5) != decoder.has_attention
 
 
-def test_the_scale_of_the_encoder_hardly_matters(config):
+def test_logits_are_nearly_invariant_to_feature_scale(config):
     decoder = build(config)
     given = tokens(B, K, T)
     small, large = (logits_of(decoder, decoder.encode(grids() * scale), given) for scale in (1, 100))
@@ -223,16 +223,16 @@ def test_gradients_reach_every_parameter(config):
     given = tokens(B, K, T)
     logits_of(decoder, decoder.encode(grids()), given).square().sum().backward()
     reached = {name: (p.grad.abs() > 1e-7).float().mean().item() for name, p in decoder.named_parameters()}
-    assert {name for name, share in reached.items() if share < 0.6} == set(), "most of every tensor, not a half of it"
+    assert {name for name, share in reached.items() if share < 0.6} == set(), "more than half of every tensor"
 
 
-def test_a_penalty_on_the_attention_reaches_it(config):
+def test_attention_is_differentiable(config):
     decoder = build(config).train()
-    _, look = decoder(decoder.encode(grids()), tokens(B, K, T))
-    assert (look is not None and look.requires_grad) == decoder.has_attention
+    _, attention_weights = decoder(decoder.encode(grids()), tokens(B, K, T))
+    assert (attention_weights is not None and attention_weights.requires_grad) == decoder.has_attention
 
 
-def test_padding_has_an_embedding_that_is_never_trained(config):
+def test_padding_embedding_gets_no_gradient(config):
     decoder = build(config).train()
     given = tokens(B, K, T)
     given[:, :, 2:] = PAD
@@ -240,7 +240,7 @@ def test_padding_has_an_embedding_that_is_never_trained(config):
     assert not decoder.embedding.weight.grad[PAD].any()
 
 
-def test_dropout_acts_in_training_and_not_in_evaluation(config):
+def test_dropout_is_active_in_training_only(config):
     decoder = build(config)
     given = tokens(B, K, T)
     run = lambda: logits_of(decoder, decoder.encode(grids()), given)  # noqa: E731
@@ -249,7 +249,7 @@ def test_dropout_acts_in_training_and_not_in_evaluation(config):
     assert not torch.equal(run(), run())
 
 
-def test_the_same_seed_builds_the_same_weights(config):
+def test_initialization_depends_only_on_the_seed(config):
     a, b, other = build(config, seed=4), build(config, seed=4), build(config, seed=5)
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
     assert any(not torch.equal(x, y) for x, y in zip(a.parameters(), other.parameters(), strict=True))
@@ -261,13 +261,13 @@ def test_runs_in_bfloat16_under_autocast(config):
     exact = logits_of(decoder, decoder.encode(grids()), given)
     with torch.autocast("cpu", torch.bfloat16):
         memory = decoder.encode(grids())
-        logits, look = decoder(memory, given)
+        logits, attention_weights = decoder(memory, given)
         steps, _ = run_steps(decoder, memory, given)
     torch.testing.assert_close(logits.float(), exact, atol=0.05, rtol=0.05)
     torch.testing.assert_close(steps.float(), logits.float(), atol=0.05, rtol=0.05)
-    if look is not None:
-        assert look.dtype == torch.float32
-        torch.testing.assert_close(look.sum(-1), torch.ones(B, K, T))
+    if attention_weights is not None:
+        assert attention_weights.dtype == torch.float32
+        torch.testing.assert_close(attention_weights.sum(-1), torch.ones(B, K, T))
     decoder.train()
     with torch.autocast("cpu", torch.bfloat16):
         loss = logits_of(decoder, decoder.encode(grids()), given).float().square().mean()
@@ -275,24 +275,24 @@ def test_runs_in_bfloat16_under_autocast(config):
     assert all(p.grad.isfinite().all() for p in decoder.parameters())
 
 
-def test_an_ensemble_keeps_the_contract(config):
-    """Beside a decoder of another layout, so that a tensor of one taken for the other's would be seen."""
+def test_ensemble_satisfies_the_contract(config):
+    """The members have different layouts, so that mixed-up tensors would be noticed."""
     ensemble = Ensemble([build(config), build(transformer(layers=3), seed=1), build(lstm(), seed=2)])
     memory = ensemble.encode(grids())
     assert all(part.shape[:2] == (B, 1) for part in ensemble.initial_state(memory))
     given = tokens(B, K, T)
-    (whole, look), (steps, step_look) = ensemble(memory, given), run_steps(ensemble, memory, given)
+    (whole, attention_weights), (steps, step_weights) = ensemble(memory, given), run_steps(ensemble, memory, given)
     torch.testing.assert_close(whole, steps, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(look, step_look, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(look.sum(-1), torch.ones(B, K, T))
+    torch.testing.assert_close(attention_weights, step_weights, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(attention_weights.sum(-1), torch.ones(B, K, T))
 
 
-def test_forward_gives_the_logits_of_the_wanted_places_alone(config):
+def test_forward_with_positions_returns_those_logits_only(config):
     decoder = build(config)
     memory = decoder.encode(grids())
     given = tokens(B, K, T)
-    at = torch.tensor([0, 7, 8, B * K * T - 1])
-    some, looks = decoder(memory, given, at)
-    all_logits, all_looks = decoder(memory, given)
-    torch.testing.assert_close(some, all_logits.flatten(0, 2)[at])
-    assert looks is None or torch.equal(looks, all_looks)
+    positions = torch.tensor([0, 7, 8, B * K * T - 1])
+    some, some_attention = decoder(memory, given, positions)
+    all_logits, all_attention = decoder(memory, given)
+    torch.testing.assert_close(some, all_logits.flatten(0, 2)[positions])
+    assert some_attention is None or torch.equal(some_attention, all_attention)

@@ -1,4 +1,4 @@
-"""Several decoders as one."""
+"""Ensemble of decoders."""
 
 import copy
 
@@ -24,7 +24,7 @@ def build(family, seed=0):
     torch.manual_seed(seed)
     decoder = build_decoder(CONFIGS[family], V, SHAPE).eval()
     with torch.no_grad():
-        decoder.output.weight *= 10  # so that the members are of different minds
+        decoder.output.weight *= 10  # so that the members disagree
     return decoder
 
 
@@ -39,18 +39,18 @@ def tokens():
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_two_equal_members_are_one(family, grid, tokens):
+def test_ensemble_of_identical_members_equals_one_member(family, grid, tokens):
     member = build(family)
     ensemble = Ensemble([member, copy.deepcopy(member)])
     logits, attention = ensemble(ensemble.encode(grid), tokens)
-    alone, look = member(member.encode(grid), tokens)
+    alone, member_attention = member(member.encode(grid), tokens)
     torch.testing.assert_close(logits, alone.log_softmax(-1))
-    assert (attention is None) == (look is None) == (not ensemble.has_attention)
-    if look is not None:
-        torch.testing.assert_close(attention, look)
+    assert (attention is None) == (member_attention is None) == (not ensemble.has_attention)
+    if member_attention is not None:
+        torch.testing.assert_close(attention, member_attention)
 
 
-def test_the_members_probabilities_are_averaged(grid, tokens):
+def test_probabilities_are_averaged(grid, tokens):
     members = [build(family, seed) for seed, family in enumerate(CONFIGS)]
     ensemble = Ensemble(members)
     logits, attention = ensemble(ensemble.encode(grid), tokens)
@@ -61,28 +61,28 @@ def test_the_members_probabilities_are_averaged(grid, tokens):
     torch.testing.assert_close(attention, (results[1][1] + results[2][1]) / 2)
 
 
-def test_members_without_attention_give_none(grid, tokens):
+def test_attention_is_none_if_no_member_has_attention(grid, tokens):
     ensemble = Ensemble([build("lstm"), build("lstm", 1)])
     assert not ensemble.has_attention
     assert ensemble(ensemble.encode(grid), tokens)[1] is None
 
 
-def test_a_blind_member_stays_blind(grid, tokens):
-    blind = build_decoder(CONFIGS["lstm"].model_copy(update={"zero_features": True}), V, SHAPE).eval()
-    ensemble = Ensemble([blind])
+def test_zero_features_member_ignores_the_grid(grid, tokens):
+    member = build_decoder(CONFIGS["lstm"].model_copy(update={"zero_features": True}), V, SHAPE).eval()
+    ensemble = Ensemble([member])
     logits = [ensemble(ensemble.encode(part), tokens)[0] for part in (grid, grid + torch.arange(8))]
     assert torch.equal(*logits)
 
 
-def test_searches_like_any_decoder(grid):
+def test_beam_search_supports_ensembles(grid):
     member = build("transformer")
     ensemble = Ensemble([member, copy.deepcopy(member), copy.deepcopy(member)])
     one, three = (beam_search(decoder, grid, BeamOptions(3, 6)) for decoder in (member, ensemble))
-    assert [found.tokens for found in one] == [found.tokens for found in three]
+    assert [hypothesis.tokens for hypothesis in one] == [hypothesis.tokens for hypothesis in three]
     mixed = beam_search(Ensemble([build(family) for family in CONFIGS]), grid, BeamOptions(3, 6))
-    assert all(found.attention.shape == (len(found.tokens), 4) for found in mixed)
+    assert all(hypothesis.attention.shape == (len(hypothesis.tokens), 4) for hypothesis in mixed)
 
 
-def test_needs_a_member():
+def test_empty_ensemble_raises():
     with pytest.raises(ValueError, match="at least one"):
         Ensemble([])

@@ -1,4 +1,4 @@
-"""A looped layer gives what `nn.Linear` gives, and its gradients."""
+"""Deferred weight gradients against `nn.Linear` and autograd."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gridcap.train.decoders.looped import LoopedLinear, LoopedMean, looped
 
 
 class Recurrence(nn.Module):
-    """A loop through two layers, one of them without bias, and two calls of one of them in a step."""
+    """A loop over two layers, one without bias and one called twice per step."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -36,26 +36,26 @@ def gradients(module: Recurrence, start: Tensor, through_loop: bool) -> tuple[Te
     return end.detach(), list(torch.autograd.grad(end.float().square().sum(), [start, *module.parameters()]))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])  # float32 is packed, where the machine can
-def test_outputs_and_gradients_are_those_of_plain_layers(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])  # float32 is packed where supported
+def test_outputs_and_gradients_equal_plain_layers(dtype: torch.dtype) -> None:
     module = Recurrence(dtype)
     start = torch.randn(2, 3, 4, dtype=dtype)
-    (ours, found), (theirs, expected) = (gradients(module, start, through) for through in (True, False))
+    (ours, grads), (theirs, expected) = (gradients(module, start, through) for through in (True, False))
     torch.testing.assert_close(ours, theirs)
-    torch.testing.assert_close(found, expected, check_dtype=False, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grads, expected, check_dtype=False, rtol=1e-5, atol=1e-5)
 
 
-def test_under_autocast_the_weights_get_float32_gradients_nearer_to_the_exact_ones() -> None:
+def test_weight_gradients_are_float32_and_accurate_under_autocast() -> None:
     module, start = Recurrence(torch.float32), torch.randn(16, 5, 4)
     _, exact = gradients(module, start, False)
     with torch.autocast("cpu", torch.bfloat16):
         _, ours = gradients(module, start, True)
     assert [g.dtype for g in ours] == [torch.float32] * 4
-    for found, wanted in zip(ours, exact, strict=True):
-        assert (found - wanted).norm() / wanted.norm() < 0.05
+    for grad, expected in zip(ours, exact, strict=True):
+        assert (grad - expected).norm() / expected.norm() < 0.05
 
 
-def test_calls_that_the_loss_does_not_see_count_for_nothing() -> None:
+def test_calls_that_do_not_contribute_to_the_loss_are_ignored() -> None:
     module = Recurrence(torch.float32)
     start = torch.randn(2, 4)
     with looped(module):
@@ -70,7 +70,7 @@ def test_calls_that_the_loss_does_not_see_count_for_nothing() -> None:
     assert module.second.weight.grad is not None
 
 
-def test_a_second_loss_over_the_same_loop_counts_by_itself() -> None:
+def test_second_backward_pass_is_independent() -> None:
     module, start = Recurrence(torch.float64), torch.randn(2, 3, 4, dtype=torch.float64)
     with looped(module):
         end = module(start)
@@ -79,7 +79,7 @@ def test_a_second_loss_over_the_same_loop_counts_by_itself() -> None:
     torch.testing.assert_close(first, again)
 
 
-def test_outside_of_a_loop_and_without_gradient_it_is_a_plain_layer() -> None:
+def test_plain_layer_outside_a_loop_and_without_gradient() -> None:
     module, start = Recurrence(torch.float32), torch.randn(2, 4)
     expected = module(start)
     with torch.no_grad(), looped(module):
@@ -91,8 +91,8 @@ def test_outside_of_a_loop_and_without_gradient_it_is_a_plain_layer() -> None:
     assert set(module.state_dict()) == {"first.weight", "first.bias", "second.weight"}
 
 
-def test_a_loop_leaves_nothing_behind() -> None:
-    """Without Python's collector of cycles: it would come late, and the tensors of a step are large."""
+def test_loop_is_freed_without_the_cycle_collector() -> None:
+    """The tensors of a step are large and must not wait for a garbage collection."""
     module = Recurrence(torch.float32)
     gc.disable()
     try:
@@ -109,13 +109,13 @@ def test_a_loop_leaves_nothing_behind() -> None:
 
 
 def through_means(mean: Callable[[Tensor], Tensor], keys: Tensor, weights: Tensor) -> Tensor:
-    """A loop of four looks at some cells."""
+    """Attend to the cells four times."""
     for _ in range(3):
         weights = torch.softmax(mean(weights) @ keys.mT, -1)
     return mean(weights)
 
 
-def test_means_and_their_gradients_are_those_of_products() -> None:
+def test_looped_mean_equals_matmul_with_gradients() -> None:
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(shape, generator=generator).double().requires_grad_() for shape in ((2, 5, 4), (2, 3, 5))]
     cells, weights = inputs
@@ -132,7 +132,7 @@ def test_means_and_their_gradients_are_those_of_products() -> None:
         torch.testing.assert_close(through_means(LoopedMean(cells), cells, weights), expected)
 
 
-def test_means_of_other_cells_count_for_those() -> None:
+def test_looped_means_of_different_cells_are_independent() -> None:
     cells, others, weights = torch.randn(2, 5, 4), torch.randn(2, 5, 4), torch.randn(2, 3, 5)
     for some in (cells, others):
         some.requires_grad_()

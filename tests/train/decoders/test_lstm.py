@@ -1,4 +1,4 @@
-"""Where the image enters the LSTM."""
+"""Image injection into the LSTM."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def tokens():
 
 
 def lstm_over(decoder, inputs, h, c):
-    """The decoder's own LSTM over the rows of (T, E) inputs, one at a time, by the textbook."""
+    """Run the textbook LSTM with the decoder's weights over (T, E) inputs."""
     lstm, hidden = decoder.lstm, []
     for x in inputs:
         sums = x @ lstm.weight_ih_l0.T + h @ lstm.weight_hh_l0.T + lstm.bias_ih_l0 + lstm.bias_hh_l0
@@ -39,7 +39,7 @@ def lstm_over(decoder, inputs, h, c):
     return torch.stack(hidden)
 
 
-def test_first_input_is_one_more_word_before_the_first(grid, tokens):
+def test_first_input_prepends_the_image(grid, tokens):
     decoder = build(image_injection="first-input")
     memory = decoder.encode(grid)
     logits, _ = decoder(memory, tokens)
@@ -48,7 +48,7 @@ def test_first_input_is_one_more_word_before_the_first(grid, tokens):
     torch.testing.assert_close(logits[1, 2], decoder.output(lstm_over(decoder, inputs, zero, zero)[1:]))
 
 
-def test_every_step_reads_the_image_beside_each_word(grid, tokens):
+def test_every_step_concatenates_the_image_to_each_token(grid, tokens):
     decoder = build(image_injection="every-step")
     memory = decoder.encode(grid)
     logits, _ = decoder(memory, tokens)
@@ -58,11 +58,13 @@ def test_every_step_reads_the_image_beside_each_word(grid, tokens):
 
 
 @pytest.mark.parametrize("image", ["first-input", "initial-state", "every-step"])
-def test_only_every_step_needs_the_image_after_the_first_state(image, grid, tokens):
+def test_only_every_step_uses_the_image_after_the_initial_state(image, grid, tokens):
     decoder = build(image_injection=image)
     memory, other = decoder.encode(grid), decoder.encode(grid + torch.arange(C))
     (state, changed), token = (decoder.initial_state(m) for m in (memory, other)), tokens[:, :1, 0]
-    assert torch.equal(state[0], changed[0]) == (image == "every-step"), "what the state knows of the image"
+    assert torch.equal(state[0], changed[0]) == (image == "every-step"), (
+        "dependence on the image"
+    )
     later = [decoder.step(token, state, m)[0] for m in (memory, other)]
     assert torch.equal(*later) == (image != "every-step")
 
@@ -76,17 +78,17 @@ def test_initial_state_without_a_bottleneck(grid):
     torch.testing.assert_close(c[:, 0], sums[:, H:])
 
 
-def test_the_course_begins_with_both_parts_of_the_state_the_same(grid):
+def test_initial_state_with_bottleneck_has_equal_h_and_c(grid):
     decoder = build(image_injection="initial-state", image_bottleneck=3)
     (narrow,) = memory = decoder.encode(grid)
     assert narrow.shape == (B, 3)
-    assert (narrow > -1).all(), "an ELU's values"
+    assert (narrow > -1).all(), "range of ELU"
     h, c = decoder.initial_state(memory)
     assert torch.equal(h, c)
     torch.testing.assert_close(h[:, 0], F.elu(decoder.initial(narrow)))
 
 
-def test_the_output_bottleneck_is_an_elu_before_the_words(grid, tokens):
+def test_output_bottleneck_is_linear_and_elu(grid, tokens):
     wide, narrow = build(), build(output_bottleneck=3)
     assert (wide.output.in_features, narrow.output.in_features) == (H, 3)
     narrow.load_state_dict({k: v for k, v in wide.state_dict().items() if not k.startswith("output")}, strict=False)

@@ -1,4 +1,4 @@
-"""Packed layers give what the others give, and are as they were afterwards."""
+"""Packed layers compute the same results and are restored afterwards."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from gridcap.common.device import choose_precision
-from gridcap.train.decoders import packed as module_of_packed
+from gridcap.train.decoders import packed as packed_module
 from gridcap.train.decoders.looped import LoopedLinear
 from gridcap.train.decoders.packed import packed
 
 needs_operators = pytest.mark.skipif(
     not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")),
-    reason="this torch has no oneDNN, or not its operators",
+    reason="PyTorch was built without oneDNN or its operators",
 )
 
 
 class Net(nn.Module):
-    """Layers with a bias and without, and one inside another module."""
+    """Layers with and without bias, one of them nested."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ def net() -> Iterator[Net]:
 
 @needs_operators
 @pytest.mark.parametrize("shape", [(5, 24), (3, 2, 24), (1, 24), (2, 5, 1, 24)])
-def test_a_packed_net_gives_the_same_for_any_shape(net: Net, shape: tuple[int, ...]) -> None:
+def test_packed_results_are_equal_for_any_shape(net: Net, shape: tuple[int, ...]) -> None:
     inputs = torch.randn(shape)
     expected = net(inputs)
     with packed(net, 5):
@@ -57,19 +57,19 @@ def test_a_packed_net_gives_the_same_for_any_shape(net: Net, shape: tuple[int, .
 
 @needs_operators
 @pytest.mark.skipif(
-    choose_precision("auto", torch.device("cpu")) != torch.bfloat16, reason="this CPU does not compute in bfloat16"
+    choose_precision("auto", torch.device("cpu")) != torch.bfloat16, reason="this CPU does not support bfloat16"
 )
-def test_under_autocast_it_computes_in_the_type_of_autocast(net: Net) -> None:
+def test_packed_layers_compute_in_the_autocast_dtype(net: Net) -> None:
     inputs = torch.randn(6, 24)
     exact = net(inputs)
     with torch.autocast("cpu", torch.bfloat16), packed(net, 6):
         assert net.changed() == [True, True]
-        found = net(inputs)
-    assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found.float(), exact, rtol=0, atol=0.03)
+        out = net(inputs)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), exact, rtol=0, atol=0.03)
 
 
-def test_with_gradient_or_few_rows_or_in_a_type_that_onednn_has_not_it_changes_nothing(net: Net) -> None:
+def test_no_packing_with_gradient_few_rows_or_unsupported_dtype(net: Net) -> None:
     with torch.enable_grad(), packed(net, 5):
         assert net.changed() == [False, False]
     with packed(net, 1):
@@ -78,14 +78,14 @@ def test_with_gradient_or_few_rows_or_in_a_type_that_onednn_has_not_it_changes_n
         assert net.changed() == [False, False]
 
 
-def test_without_the_operators_it_changes_nothing(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_packing_without_onednn(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     with packed(net, 5):
         assert net.changed() == [False, False]
 
 
 @needs_operators
-def test_a_block_inside_another_leaves_what_that_one_packed_and_an_error_leaves_nothing_packed(net: Net) -> None:
+def test_nested_blocks_and_errors_restore_layers(net: Net) -> None:
     with packed(net, 5):
         with packed(net, 7):
             pass
@@ -96,7 +96,7 @@ def test_a_block_inside_another_leaves_what_that_one_packed_and_an_error_leaves_
 
 
 @needs_operators
-def test_another_thread_has_its_gradient_and_its_type(net: Net) -> None:
+def test_other_threads_keep_their_gradient_mode_and_dtype(net: Net) -> None:
     inputs = torch.randn(5, 24)
     expected = net(inputs)
 
@@ -105,7 +105,7 @@ def test_another_thread_has_its_gradient_and_its_type(net: Net) -> None:
             out = net(inputs)
         return out.detach(), out.requires_grad
 
-    def search_in_bfloat16() -> Tensor:
+    def decode_in_bfloat16() -> Tensor:
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             return net(inputs)
 
@@ -113,11 +113,11 @@ def test_another_thread_has_its_gradient_and_its_type(net: Net) -> None:
         out, has_gradient = pool.submit(train).result()
         assert has_gradient
         torch.testing.assert_close(out, expected)
-        assert pool.submit(search_in_bfloat16).result().dtype == torch.bfloat16
+        assert pool.submit(decode_in_bfloat16).result().dtype == torch.bfloat16
 
 
 @needs_operators
-def test_a_search_that_ends_takes_nothing_from_another_ones_result(net: Net) -> None:
+def test_overlapping_blocks_do_not_affect_results(net: Net) -> None:
     inputs = torch.randn(5, 24)
     expected = net(inputs)
     first, second = packed(net, 5), packed(net, 5)
@@ -129,11 +129,11 @@ def test_a_search_that_ends_takes_nothing_from_another_ones_result(net: Net) -> 
     assert net.changed() == [False, False]
 
 
-def test_what_is_packed_is_what_the_weights_are_now(net: Net) -> None:
+def test_packing_uses_the_current_weights(net: Net) -> None:
     inputs = torch.randn(5, 24)
     for _ in range(2):
         net.first.weight.add_(1)
         expected = net(inputs)
         with packed(net, 5):
             torch.testing.assert_close(net(inputs), expected, rtol=1e-4, atol=1e-4)
-    assert module_of_packed.MIN_ROWS <= 5, "or these tests test nothing"
+    assert packed_module.MIN_ROWS <= 5, "otherwise the tests above do not pack"

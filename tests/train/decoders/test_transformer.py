@@ -1,4 +1,4 @@
-"""The Transformer's parts against torch's own layers, and its cache."""
+"""The Transformer decoder against PyTorch's layers, and its cache."""
 
 import math
 
@@ -32,8 +32,8 @@ def tokens():
     return torch.randint(1, V, (B, K, T), generator=torch.Generator().manual_seed(2))
 
 
-def torchs(layer, memory_weight):
-    """torch's pre-norm decoder layer with the weights of ours; its memory is the grid before keys and values."""
+def reference_layer(layer, memory_weight):
+    """Return PyTorch's pre-norm decoder layer with the weights of ours; its memory is the projected grid."""
     twin = nn.TransformerDecoderLayer(D, HEADS, 12, 0.0, batch_first=True, norm_first=True).eval()
     weights = {
         "self_attn.in_proj_weight": layer.self_attn_qkv.weight,
@@ -55,9 +55,9 @@ def torchs(layer, memory_weight):
     return twin
 
 
-def test_is_torchs_pre_norm_decoder(decoder, grid, tokens):
+def test_equals_pytorchs_pre_norm_decoder(decoder, grid, tokens):
     with torch.no_grad():
-        for parameter in decoder.parameters():  # norms that do something
+        for parameter in decoder.parameters():  # norms that are not the identity
             parameter += torch.randn(parameter.shape) * 0.1
     logits, attention = decoder(decoder.encode(grid), tokens)
     cells = decoder.memory_norm(
@@ -68,17 +68,17 @@ def test_is_torchs_pre_norm_decoder(decoder, grid, tokens):
     x = decoder.embedding(flat) + _sinusoids(0, decoder.embedding(flat))
     mask = torch.full((T, T), -math.inf).triu(1)
     for layer, memory_weight in zip(decoder.layers, decoder.memory.weight.chunk(LAYERS), strict=True):
-        twin = torchs(layer, memory_weight)
-        words = x + twin._sa_block(twin.norm1(x), mask, None)
-        _, look = twin.multihead_attn(twin.norm2(words), cells, cells)
+        twin = reference_layer(layer, memory_weight)
+        attended = x + twin._sa_block(twin.norm1(x), mask, None)
+        _, weights_of_twin = twin.multihead_attn(twin.norm2(attended), cells, cells)
         x = twin(x, cells, tgt_mask=mask)
     torch.testing.assert_close(logits.flatten(0, 1), decoder.output(decoder.output_norm(x)), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(attention.flatten(0, 1), look, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(attention.flatten(0, 1), weights_of_twin, atol=1e-5, rtol=1e-5)
 
 
-def test_the_cache_grows_by_a_word_a_step(decoder, grid, tokens):
+def test_cache_grows_by_one_token_per_step(decoder, grid, tokens):
     memory = decoder.encode(grid)
-    assert [part.shape for part in memory] == [(B, HEADS, P, D // HEADS)] * 2 * LAYERS, "never repeated over K"
+    assert [part.shape for part in memory] == [(B, HEADS, P, D // HEADS)] * 2 * LAYERS, "not repeated over K"
     state = decoder.initial_state(memory)
     assert [part.shape for part in state] == [(B, 1, 0, D)] * 2 * LAYERS
     state = tuple(part.expand(B, K, 0, D) for part in state)
@@ -87,13 +87,13 @@ def test_the_cache_grows_by_a_word_a_step(decoder, grid, tokens):
         assert [part.shape for part in state] == [(B, K, t + 1, D)] * 2 * LAYERS
 
 
-def test_a_gather_over_k_equals_reading_the_chosen_captions_again(decoder, grid, tokens):
+def test_gathered_cache_equals_rereading_the_selected_captions(decoder, grid, tokens):
     memory = decoder.encode(grid)
     read = lambda given: _read(decoder, memory, given)  # noqa: E731
-    chosen = torch.tensor([[2, 0, 0], [1, 1, 2]])
+    selected = torch.tensor([[2, 0, 0], [1, 1, 2]])
     past = tokens[:, :, :3]
-    gathered = tuple(part.gather(1, chosen[..., None, None].expand_as(part)) for part in read(past))
-    again = read(past.gather(1, chosen[..., None].expand_as(past)))
+    gathered = tuple(part.gather(1, selected[..., None, None].expand_as(part)) for part in read(past))
+    again = read(past.gather(1, selected[..., None].expand_as(past)))
     for one, other in zip(gathered, again, strict=True):
         torch.testing.assert_close(one, other)
 
@@ -105,24 +105,24 @@ def _read(decoder, memory, tokens):
     return state
 
 
-def test_words_have_positions_of_any_length():
-    words = torch.zeros(1, 1, 500, 8)
-    table = _sinusoids(0, words)
+def test_sinusoids_support_any_length():
+    embedded = torch.zeros(1, 1, 500, 8)
+    table = _sinusoids(0, embedded)
     for position, i in ((0, 0), (1, 0), (7, 2), (499, 3)):
         angle = position / 10000 ** (2 * i / 8)
         torch.testing.assert_close(table[position, [i, 4 + i]], torch.tensor([math.sin(angle), math.cos(angle)]))
-    torch.testing.assert_close(_sinusoids(30, words[:, :, :1])[0], table[30])
+    torch.testing.assert_close(_sinusoids(30, embedded[:, :, :1])[0], table[30])
     assert _sinusoids(3, torch.zeros(1, 1, 2, 5)).shape == (2, 5)
 
 
-def test_the_same_words_in_another_order_are_another_caption(decoder, grid):
+def test_logits_depend_on_token_order(decoder, grid):
     memory = decoder.encode(grid)
     one, other = torch.tensor([4, 5, 6, 7]), torch.tensor([5, 4, 6, 7])
     logits = [decoder(memory, given.expand(B, 1, 4))[0][:, :, -1] for given in (one, other)]
     assert not torch.allclose(*logits, atol=1e-4)
 
 
-def test_padding_at_the_end_changes_nothing_before_it(decoder, grid, tokens):
+def test_trailing_padding_does_not_affect_earlier_logits(decoder, grid, tokens):
     memory = decoder.encode(grid)
     padded = torch.cat([tokens, torch.zeros(B, K, 3, dtype=torch.int64)], 2)
     torch.testing.assert_close(decoder(memory, padded)[0][:, :, :T], decoder(memory, tokens)[0])

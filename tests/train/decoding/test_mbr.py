@@ -1,4 +1,4 @@
-"""Likeness by hand, and that the odd one out comes last."""
+"""MBR reranking against the definition of the similarity."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from gridcap.train.decoding.mbr import mean_similarity, rerank_mbr
 CAPTIONS = st.lists(st.lists(st.integers(4, 7), max_size=7), min_size=1, max_size=6)
 
 
-def likeness(one: list[int], other: list[int]) -> float:
-    """The definition, n-gram by n-gram."""
+def similarity(one: list[int], other: list[int]) -> float:
+    """Compute the definition n-gram by n-gram."""
     total = 0.0
     for n in range(1, 5):
         counts = []
@@ -29,20 +29,20 @@ def likeness(one: list[int], other: list[int]) -> float:
 
 
 @given(CAPTIONS)
-def test_likeness_is_the_mean_over_the_others(captions: list[list[int]]) -> None:
-    found = mean_similarity(captions)
+def test_mean_similarity_is_the_mean_over_the_other_captions(captions: list[list[int]]) -> None:
+    means = mean_similarity(captions)
     for i, one in enumerate(captions):
-        others = [likeness(one, other) for j, other in enumerate(captions) if j != i]
-        assert found[i] == pytest.approx(sum(others) / max(1, len(others)))
-        assert -1e-12 <= found[i] <= 1 + 1e-12
+        others = [similarity(one, other) for j, other in enumerate(captions) if j != i]
+        assert means[i] == pytest.approx(sum(others) / max(1, len(others)))
+        assert -1e-12 <= means[i] <= 1 + 1e-12
 
 
-def test_the_one_that_says_what_most_say_comes_first_and_the_odd_one_last() -> None:
+def test_most_similar_caption_is_first_and_outlier_last() -> None:
     dog, puppy, cat = [4, 5, 6, 7, 8], [4, 5, 6, 7, 9], [10, 11, 12, 13, 14]
     assert rerank_mbr([cat, puppy, dog, dog]) == [2, 3, 1, 0]
 
 
-def test_without_any_likeness_the_order_stays() -> None:
+def test_order_is_stable_without_similarity() -> None:
     assert rerank_mbr([[4], [5], [6]]) == [0, 1, 2]
     assert rerank_mbr([[4, 5]]) == [0]
     assert rerank_mbr([[], []]) == [0, 1]
