@@ -1,4 +1,4 @@
-"""Every recipe that comes with Gridcap can be used."""
+"""Built-in recipes load, build, and match their papers."""
 
 import re
 from pathlib import Path
@@ -28,7 +28,7 @@ DECODERS = [name for name in NAMES if name != "scst"]
 
 @pytest.fixture
 def load(tmp_path, monkeypatch):
-    """The `train` section of a recipe, where there is no pipeline.yaml."""
+    """Load the `train` section of a recipe in a folder without pipeline.yaml."""
     monkeypatch.chdir(tmp_path)
     return lambda name, **options: load_config(recipe=name, **options).train
 
@@ -41,12 +41,12 @@ def keys(name: str) -> dict:
     return yaml.safe_load(text(name))["train"]
 
 
-def test_there_are_these():
+def test_recipe_names_lists_all_recipes():
     assert recipe_names() == sorted(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_loads_and_means_what_it_says(name, load):
+def test_recipe_values_are_applied(name, load):
     train = load(name).model_dump(mode="json")
     for key, value in keys(name).items():
         given = {k: train[key][k] for k in value} if isinstance(value, dict) else train[key]
@@ -54,7 +54,7 @@ def test_loads_and_means_what_it_says(name, load):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_begins_with_its_paper(name):
+def test_first_line_cites_the_paper(name):
     first = text(name).splitlines()[0]
     assert re.match(r"# [A-Z]\w+ et al\. \d{4}\b.*\(arXiv:\d{4}\.\d{4,5}\)", first)
     assert len(text(name).splitlines()) <= 15
@@ -62,13 +62,13 @@ def test_begins_with_its_paper(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_runs_anywhere(name):
-    """A recipe says nothing of files and machines."""
+def test_recipe_is_independent_of_files_and_machines(name):
+    """A recipe sets no paths, devices, or checkpoint intervals."""
     assert not keys(name).keys() & RUN_SETTINGS
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_builds_and_runs(name, load):
+def test_decoder_builds_and_runs(name, load):
     train = load(name)
     assert train.output == Path("runs") / name
     with torch.device("meta"):
@@ -78,11 +78,11 @@ def test_builds_and_runs(name, load):
     assert logits.shape == (2, 3, 5, 50)
 
 
-def test_the_decoders_are_all_different(load):
+def test_decoders_are_distinct(load):
     assert len({load(name).decoder.model_dump_json() for name in DECODERS}) == len(DECODERS)
 
 
-def test_each_is_the_decoder_of_its_paper(load):
+def test_decoders_match_their_papers(load):
     decoder = {name: load(name).decoder for name in DECODERS}
     assert all(isinstance(decoder[name], LstmConfig) for name in ("show-and-tell", "lstm-init", "lstm-inject"))
     images = [decoder[name].image_injection for name in ("show-and-tell", "lstm-init", "lstm-inject")]
@@ -95,7 +95,7 @@ def test_each_is_the_decoder_of_its_paper(load):
     assert isinstance(decoder["transformer"], TransformerConfig)
 
 
-def test_scst_takes_its_decoder_from_another_run(load):
+def test_scst_has_no_decoder_of_its_own(load):
     assert keys("scst").keys() & {"decoder", "vocabulary"} == set()
     train = load("scst", sets=["train.init_from=runs/att2in"])
     assert (train.objective, train.init_from, train.max_grad_norm) == ("scst", Path("runs/att2in"), None)

@@ -341,9 +341,7 @@ def test_in_order_over_ranks_covers_every_image_once(data, vocabulary, world):
         for image in batch.images
     ]
     assert sorted(image for image, _ in found) == list(range(COUNT))
-    assert len({rank for _, rank in found}) == min(world, len(stream)), (
-        "every rank has a share if possible"
-    )
+    assert len({rank for _, rank in found}) == min(world, len(stream)), "every rank has a share if possible"
     shared = {}
     for rank in range(world):
         for batch in with_options(stream, ranks=Ranks(rank, world, 0)).in_order():

@@ -62,9 +62,7 @@ def test_only_every_step_uses_the_image_after_the_initial_state(image, grid, tok
     decoder = build(image_injection=image)
     memory, other = decoder.encode(grid), decoder.encode(grid + torch.arange(C))
     (state, changed), token = (decoder.initial_state(m) for m in (memory, other)), tokens[:, :1, 0]
-    assert torch.equal(state[0], changed[0]) == (image == "every-step"), (
-        "dependence on the image"
-    )
+    assert torch.equal(state[0], changed[0]) == (image == "every-step"), "dependence on the image"
     later = [decoder.step(token, state, m)[0] for m in (memory, other)]
     assert torch.equal(*later) == (image != "every-step")
 
