@@ -15,6 +15,7 @@ import click
 
 from gridcap.common.captions.records import ImageRecord, Problems
 from gridcap.common.captions.split import split_images
+from gridcap.common.command import reject_ignored
 from gridcap.common.config import PipelineConfig, SplitConfig
 from gridcap.common.errors import GridcapError, UserError
 from gridcap.extract.cluster.share import WHOLE, Share, find_share, local_device, local_rank
@@ -123,7 +124,7 @@ def select_split(config: PipelineConfig, options: ExtractOptions) -> SplitSelect
     name = split_name(vars(options))
     if name is None:
         raise UserError("no images are selected", "pass --split or --images; see extract-features --help")
-    _reject_ignored_split_keys(name, options)
+    _reject_ignored_settings(name, config, options)
     if name not in config.data.splits:
         known = ", ".join(config.data.splits) or "none"
         raise UserError(
@@ -169,20 +170,15 @@ def load_images(selection: SplitSelection) -> SplitImages:
     return SplitImages(*split_images(selection.split, selection.name, seed, data.max_invalid, data.follow_links))
 
 
-def _reject_ignored_split_keys(name: str, options: ExtractOptions) -> None:
-    """Raise UserError for a --set key of a split that this run does not read."""
-    prefix = "data.splits."
-    for text in click.get_current_context().params.get("sets", ()):
-        key = text.partition("=")[0]
-        if not key.startswith(prefix):
-            continue
-        if options.split is None:
-            raise UserError(
-                f"--set {text}: ignored, because --images without --split does not read data.splits",
-                "use the flags --limit, --skip, and --annotations, or select a split with --split",
-            )
-        if not f"{key}.".startswith(f"{prefix}{name}."):
-            raise UserError(f"--set {text}: ignored, because --split {name} is selected", "omit it, or change --split")
+def _reject_ignored_settings(name: str, config: PipelineConfig, options: ExtractOptions) -> None:
+    """Raise UserError if a setting on the command line is about a split or folder that this run does not use."""
+    if options.images is not None and options.split is None:
+        hint = "use --limit, --skip, and --annotations, or select a split with --split"
+        reject_ignored(["data.splits"], "with --images, unless --split selects the split", hint)
+    others = [f"data.splits.{other}" for other in config.data.splits if other != name]
+    reject_ignored(others, f"on the selected split, {name}", "omit it, or change --split")
+    if options.output is not None:
+        reject_ignored(["data.features_dir"], "with --output", "omit one of them")
 
 
 def with_local_device(config: PipelineConfig) -> PipelineConfig:

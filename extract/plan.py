@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gridcap.common.errors import StoreError
+from gridcap.common.errors import MismatchError, StoreError
 from gridcap.common.store.index_writer import IndexSpec, write_index
 from gridcap.common.store.shard_format import GridLayout, ShardSpec
 from gridcap.common.store.shard_writer import ShardWriter
@@ -181,6 +181,21 @@ def read_plan(folder: Path) -> Plan:
         ) from error
     except (ValueError, KeyError, TypeError, RecursionError, ZeroDivisionError) as error:
         raise StoreError(f"{path}: not a valid plan: {error}", RECREATE_HINT) from error
+
+
+def check_plan_on_disk(plan: Plan, shard: int, folder: Path) -> None:
+    """Check that the plan on disk still contains the list of a shard, before the shard gets its final name.
+
+    A plan without shards may be replaced, by a process that was started later with other images or settings.
+
+    Raises:
+        MismatchError: the plan has been replaced.
+    """
+    if plan.digest_of(shard) not in read_plan(folder).digests:
+        raise MismatchError(
+            f"{folder / FILE}: another process has replaced the plan of this run",
+            "rerun the command with the same images and settings as the other process, or choose another --output",
+        )
 
 
 def store_folder(output: Path) -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from gridcap.common.device import cores
 from gridcap.common.store.shard_writer import ShardWriter
-from gridcap.extract.plan import Plan, shard_writer
+from gridcap.extract.plan import Plan, check_plan_on_disk, shard_writer
 from gridcap.extract.staging import PendingGrids
 
 MAX_WRITERS = 8
@@ -111,6 +111,7 @@ class ShardWriterThread:
         for view, pending in grids.items():
             self._open.write(batch.start - rows.start, pending.result(), local, view)
         if batch.stop == rows.stop:
+            check_plan_on_disk(self._plan, batch.shard, self._folder)
             self._open.finish()
             self._open = None
             self.finished += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import yaml
 from PIL import Image
 
+import gridcap.extract.reading as reading_module
 from gridcap.common.store.reader import FeatureStore
 from tests.extract.cli_helpers import RANDOM, coco, fails, files, run
 
@@ -123,6 +125,66 @@ def test_an_invalid_value_is_a_usage_error_and_writes_nothing(
     assert not (tmp_path / "features").exists()
 
 
+# Flags that select images
+
+
+@pytest.mark.parametrize("key", ["data.splits.val.skip=3", "data.splits.val.limit=2", "data.splits.photos.skip=3"])
+def test_item_19_images_do_not_silently_ignore_settings_of_splits(
+    fake: Any, photos: Any, pipeline: Any, tmp_path: Path, key: str
+) -> None:
+    folder = photos(6)
+    pipeline(val={"images": folder})
+    error = fails(2, "--images", folder, "--set", key)
+    assert f"--set {key}: has no effect with --images" in error
+    assert "--limit, --skip" in error
+    assert not (tmp_path / "features").exists()
+
+
+def test_item_19_settings_of_another_split_are_a_usage_error(fake: Any, photos: Any, pipeline: Any) -> None:
+    folder = photos(6)
+    pipeline(train={"images": folder}, val={"images": folder})
+    assert "on the selected split, train" in fails(2, "--split", "train", "--set", "data.splits.val.skip=3")
+
+
+def test_item_19_settings_of_the_selected_split_are_used(fake: Any, photos: Any, pipeline: Any, tmp_path: Path) -> None:
+    pipeline(val={"images": tmp_path / "moved"})
+    result = run("--split", "val", "--images", photos(6), "--set", "data.splits.val.skip=4")
+    assert result.exit_code == 0, result.output
+    assert len(FeatureStore(tmp_path / "features" / "val.h5")) == 2
+
+
+def test_a_features_folder_that_output_overrides_is_a_usage_error(fake: Any, photos: Any) -> None:
+    arguments = ("--output", "x.h5", "--set", "data.features_dir=elsewhere")
+    assert "has no effect with --output" in fails(2, "--images", photos(2), *RANDOM, *arguments)
+
+
+def test_limit_skip_and_seed_select_disjoint_subsets(fake: Any, photos: Any, tmp_path: Path) -> None:
+    folder = photos(10)
+
+    def names(output: str, *flags: object) -> set[str]:
+        result = run("--images", folder, "--output", output, *RANDOM, *flags)
+        assert result.exit_code == 0, result.output
+        return set(FeatureStore(tmp_path / output).file_names)
+
+    first, rest = names("first.h5", "--limit", 4), names("rest.h5", "--skip", 4)
+    assert (len(first), len(rest)) == (4, 6)
+    assert not first & rest
+    assert names("other.h5", "--limit", 4, "--seed", 1) != first
+
+
+def test_num_workers_is_the_number_of_decoding_threads(fake: Any, photos: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five threads meet at a barrier, which would break with fewer threads."""
+    barrier = threading.Barrier(5, timeout=20)
+    load_image = reading_module.load_image
+
+    def load(*arguments: Any) -> np.ndarray:
+        barrier.wait()
+        return load_image(*arguments)
+
+    monkeypatch.setattr(reading_module, "load_image", load)
+    assert run("--images", photos(10), *RANDOM, "--num-workers", 5).exit_code == 0
+
+
 # Output
 
 
@@ -140,16 +202,20 @@ def test_a_local_weights_file_causes_no_warning(fake: Any, photos: Any, tmp_path
     assert FeatureStore(tmp_path / "features" / "photos.h5").provenance["weights"]["random"] is False
 
 
-def test_the_resolved_configuration_is_printed_and_stored_with_the_shards(
+def test_the_full_configuration_is_stored_with_the_shards_and_only_changed_settings_are_printed(
     fake: Any, photos: Any, tmp_path: Path
 ) -> None:
-    result = run("--images", photos(2), *RANDOM, "--batch-size", 7, "--set", "extract.num_workers=2")
-    printed = yaml.safe_load(re.search(r"configuration\n((?:  .*\n)+)", result.stdout)[1])
-    kept = yaml.safe_load((tmp_path / "features" / "photos" / "config.yaml").read_text())
-    assert printed == kept
-    assert kept["extract"]["batch_size"] == 7
-    assert kept["extract"]["num_workers"] == 2
-    assert list(kept["data"]["splits"]) == ["photos"]
+    arguments = ("--images", photos(2), *RANDOM, "--batch-size", 7, "--num-workers", 2)
+    result = run(*arguments)
+    (line,) = re.findall(r"^configuration: (.*)$", result.stdout, re.M)
+    assert "extract.batch_size=7" in line
+    assert "shard_size" not in line
+    stored = yaml.safe_load((tmp_path / "features" / "photos" / "config.yaml").read_text())
+    assert (stored["extract"]["batch_size"], stored["extract"]["num_workers"]) == (7, 2)
+    assert list(stored["data"]["splits"]) == ["photos"]
+    shown = re.search(r"configuration\n((?:  .*\n)+)", run(*arguments, "--dry-run").stdout)
+    assert shown
+    assert yaml.safe_load(shown[1]) == stored
 
 
 def test_invalid_images_are_listed_by_reason_and_exit_with_status_3(fake: Any, photos: Any, tmp_path: Path) -> None:
@@ -248,7 +314,7 @@ def test_a_missing_image_folder_is_an_error_that_names_it(fake: Any, tmp_path: P
 def test_a_folder_without_images_is_an_error_that_names_it(fake: Any, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.txt").touch()
-    assert "empty: contains no images" in fails(2, "--images", "empty", *RANDOM)
+    assert "empty: contains no images" in fails(1, "--images", "empty", *RANDOM)
 
 
 @pytest.mark.parametrize("output", ["features", "features.hdf5", "features.h5.gz"])
@@ -258,11 +324,11 @@ def test_an_output_that_is_not_an_h5_file_is_a_usage_error(fake: Any, photos: An
 
 
 def test_a_missing_captions_file_is_an_error_that_names_it(fake: Any, photos: Any) -> None:
-    assert "no.json" in fails(2, "--images", photos(2), "--annotations", "no.json", *RANDOM)
+    assert "no.json" in fails(1, "--images", photos(2), "--annotations", "no.json", *RANDOM)
 
 
 def test_a_missing_weights_file_is_an_error_that_names_it(fake: Any, photos: Any) -> None:
-    assert "no.pth" in fails(2, "--images", photos(2), "--weights", "no.pth")
+    assert "no.pth" in fails(1, "--images", photos(2), "--weights", "no.pth")
 
 
 def test_an_unknown_encoder_is_a_usage_error(fake: Any, photos: Any) -> None:
@@ -278,7 +344,7 @@ def test_a_store_of_other_features_is_not_overwritten(fake: Any, photos: Any) ->
     folder = photos(3)
     assert run("--images", folder, *RANDOM).exit_code == 0
     before = Path("features/photos.h5").read_bytes()
-    error = fails(2, "--images", folder, "--weights", "random:1", "--precision", "float32")
+    error = fails(1, "--images", folder, "--weights", "random:1", "--precision", "float32")
     assert "planned differently" in error
     assert "random:0" in error
     assert "random:1" in error
@@ -298,7 +364,7 @@ def test_a_full_disk_is_a_failure_with_advice(fake: Any, photos: Any, monkeypatc
     monkeypatch.setattr(fake, "encode", full)
     error = fails(1, "--images", photos(4), *RANDOM)
     assert "No space left" in error
-    assert "run the same command again" in error
+    assert "rerun the command" in error
 
 
 def test_control_c_ends_with_status_130(fake: Any, photos: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,7 +374,7 @@ def test_control_c_ends_with_status_130(fake: Any, photos: Any, monkeypatch: pyt
     monkeypatch.setattr(fake, "encode", interrupt)
     result = run("--images", photos(4), *RANDOM)
     assert result.exit_code == 130
-    assert "run the same command again" in result.stderr
+    assert "rerun the command" in result.stderr
 
 
 def test_help_names_the_exit_statuses_and_examples() -> None:

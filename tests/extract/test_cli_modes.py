@@ -18,7 +18,7 @@ def test_append_prints_the_number_of_new_images(fake: Any, photos: Any, no_launc
     folder = photos(4)
     assert run("--images", folder, *SMALL).exit_code == 0
     shutil.copy(folder / "0000.png", folder / "later.png")
-    assert "--append" in fails(2, "--images", folder, *SMALL)
+    assert "--append" in fails(1, "--images", folder, *SMALL)
     before = files(tmp_path)
     dry = run("--images", folder, *SMALL, "--append", "--dry-run")
     assert "to append: 1 image to the existing 4" in dry.stdout, dry.output
@@ -65,7 +65,7 @@ def test_a_store_started_with_compile_resumes_with_compile(
     folder = photos(4)
     assert run("--images", folder, *SMALL, "--compile", "on").exit_code == 0
     assert "nothing to do" in run("--images", folder, *SMALL).stdout, "auto follows the plan on disk"
-    assert "compile: expected true, got false" in fails(2, "--images", folder, *SMALL, "--compile", "off")
+    assert "compile: expected true, got false" in fails(1, "--images", folder, *SMALL, "--compile", "off")
 
 
 def test_free_disk_space_is_printed_and_checked_before_the_first_image(

@@ -112,7 +112,7 @@ def test_a_complete_store_is_not_submitted(fake: Any, photos: Any, slurm: Path) 
 def test_a_different_plan_on_disk_is_an_error_before_anything_is_submitted(fake: Any, photos: Any, slurm: Path) -> None:
     folder = photos(4)
     assert run("--images", folder, *SMALL).exit_code == 0
-    error = fails(2, "--images", folder, "--weights", "random:1", "--precision", "float32", *SUBMIT)
+    error = fails(1, "--images", folder, "--weights", "random:1", "--precision", "float32", *SUBMIT)
     assert "planned differently" in error
     assert not slurm.exists()
 
