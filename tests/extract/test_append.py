@@ -41,7 +41,7 @@ def test_item_05_append_succeeds_if_images_were_also_removed(
         result = run("--images", folder, *SMALL, "--append")
         assert result.exit_code == 0, result.output
     with FeatureStore(tmp_path / "features" / "photos.h5") as store:
-        assert store.file_names == [f"{i:04}.png" for i in (0, 1, 2, 3, 7, 8, 9)]
+        assert store.file_name == [f"{i:04}.png" for i in (0, 1, 2, 3, 7, 8, 9)]
         assert store.valid.all(), "the row of the removed image is kept"
 
 
@@ -57,7 +57,7 @@ def test_item_05_append_to_an_unfinished_store_keeps_the_rows_of_removed_images(
         appended = job(folder, append=True, **keys)
         extract_features(appended, show_progress=False)
     with FeatureStore(appended.output) as store:
-        assert store.file_names == [f"{i:04}.png" for i in (0, 1, 2, 3, 4, 5, 9)]
+        assert store.file_name == [f"{i:04}.png" for i in (0, 1, 2, 3, 4, 5, 9)]
         assert (~store.valid).nonzero()[0].tolist() == [2]
 
 
@@ -132,13 +132,13 @@ class ImageFolderChanges(RuleBasedStateMachine):
         extraction = self.prepare()
         assert extract_features(extraction, show_progress=False).complete
         with FeatureStore(extraction.output) as store:
-            assert store.file_names[: len(self.rows)] == self.rows, "rows never move"
-            self.rows = list(store.file_names)
-            valid = [name for name, is_valid in zip(store.file_names, store.valid, strict=True) if is_valid]
+            assert store.file_name[: len(self.rows)] == self.rows, "rows never move"
+            self.rows = list(store.file_name)
+            valid = [name for name, is_valid in zip(store.file_name, store.valid, strict=True) if is_valid]
             for row in store.valid.nonzero()[0].tolist():
-                seed = int(store.file_names[row].rpartition("-")[2].removesuffix(".png"))
+                seed = int(store.file_name[row].rpartition("-")[2].removesuffix(".png"))
                 pixels = np.random.default_rng(seed).integers(0, 256, (16, 16, 3), np.uint8)
-                np.testing.assert_array_equal(store.rows([row])[0], self.fake.grids(pixels)[0].astype("f2"))
+                np.testing.assert_array_equal(store[row], self.fake.grids(pixels)[0].astype("f2"))
         assert set(self.images()) <= set(valid)
         self.complete = True
 

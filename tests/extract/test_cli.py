@@ -164,7 +164,7 @@ def test_limit_skip_and_seed_select_disjoint_subsets(fake: Any, photos: Any, tmp
     def names(output: str, *flags: object) -> set[str]:
         result = run("--images", folder, "--output", output, *RANDOM, *flags)
         assert result.exit_code == 0, result.output
-        return set(FeatureStore(tmp_path / output).file_names)
+        return set(FeatureStore(tmp_path / output).file_name)
 
     first, rest = names("first.h5", "--limit", 4), names("rest.h5", "--skip", 4)
     assert (len(first), len(rest)) == (4, 6)
