@@ -1,165 +1,221 @@
-"""import-features, verify-features and inspect-features: what is done to a store as a whole."""
+"""The commands `gridcap import`, `gridcap verify`, and `gridcap inspect`, which work on whole stores."""
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from gridcap.common.captions.records import ImageRecord
 from gridcap.common.captions.split import captions_only, load_split
 from gridcap.common.command import NO_SETTINGS, Uses, flag, pipeline_command, show_config
 from gridcap.common.config import PipelineConfig
 from gridcap.common.errors import EXIT_FAILURE, UserError
 from gridcap.common.progress import progress_bar
+from gridcap.common.text import escape_line, plural
+
+if TYPE_CHECKING:
+    from gridcap.extract.importers.layout import Layout
+    from gridcap.extract.verify import Report
 
 IMPORT_EXAMPLES = """
-import-features tutorial_npy/ --annotations captions_train.json --output features/train.h5
-import-features cocobu_att/ --split karpathy-train --annotations dataset_coco.json --output features/train.h5
-import-features encoded_images.pkl --annotations captions.csv --output features/train.h5 --dtype float32
+gridcap import tutorial_npy/ --annotations captions_train.json --output features/train.h5
+gridcap import grid_features.h5 --split karpathy-train --annotations dataset_coco.json --output features/train.h5
+gridcap import encoded_images.pkl --annotations captions.csv --output features/train.h5 --dtype float32
+gridcap import resnet_chw.h5 --layout chw --output features/train.h5
 """
 VERIFY_EXAMPLES = """
-verify-features features/train.h5
-verify-features features/train.h5 --annotations captions_train.json
-verify-features features/train.h5 --repair; extract-features --split train
+gridcap verify features/train.h5
+gridcap verify features/train.h5 --annotations captions_train.json
+gridcap verify features/train.h5 --repair; gridcap extract --split train
 """
 INSPECT_EXAMPLES = """
-inspect-features features/train.h5
-inspect-features features/train.h5 --rejected > to_mend.txt
-inspect-features features/train.h5 --plot grids.png --images data/coco/train2014
+gridcap inspect features/train.h5
+gridcap inspect features/train.h5 --invalid > invalid.txt
+gridcap inspect features/train.h5 --plot grids.png --images data/coco/train2014
 """
+PICTURE_SUFFIXES = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp")
+CAPTIONS_USES = ("data.max_invalid", "seed")
+IMPORT_USES = Uses(("extract.dtype", "extract.shard_size", *CAPTIONS_USES), "data.max_invalid=5%")
+VERIFY_USES = Uses(CAPTIONS_USES, "data.max_invalid=5%")
 
 
-IMPORT_USES = Uses(("extract.dtype", "extract.shard_size", "data.max_invalid", "seed"), "data.max_invalid=5%")
-VERIFY_USES = Uses(("data.max_invalid", "seed"), "data.max_invalid=5%")
+@dataclass(frozen=True)
+class _ImportOptions:
+    """Options of `gridcap import`."""
+
+    source: Path
+    output: Path
+    annotations: Path | None
+    split: str | None
+    layout: Layout | None
 
 
-@pipeline_command("import-features", IMPORT_EXAMPLES, uses=IMPORT_USES)
+@pipeline_command("import", IMPORT_EXAMPLES, uses=IMPORT_USES)
 @click.argument("source", type=click.Path(path_type=Path))
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="The store's index file, ending in .h5.")
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="index file of the store, ending in .h5")
 @click.option(
-    "--annotations", type=click.Path(path_type=Path), help="Captions file of these images: COCO, Karpathy, CSV."
+    "--annotations", type=click.Path(path_type=Path), help="captions file of the images: COCO JSON, Karpathy JSON, CSV"
 )
-@click.option("--split", help="Name of the split  [default: from --output]")
+@click.option("--split", help="name of the split  [default: the name of --output]")
+@click.option(
+    "--layout",
+    type=click.Choice(["hwc", "chw", "nc", "c"]),
+    help="axes of the arrays: rows, columns, channels (hwc); channels first (chw); cells, channels (nc); channels (c)  "
+    "[default: hwc, nc, or c, by the number of axes]",
+)
 @flag("--dtype", "extract.dtype")
 @flag("--shard-size", "extract.shard_size")
-def import_features(
-    config: PipelineConfig, dry_run: bool, source: Path, output: Path, annotations: Path | None, split: str | None
-) -> None:
-    """Turn features that other programs made into a feature store.
+def import_features(config: PipelineConfig, dry_run: bool, **values: Any) -> None:
+    """Import features written by other programs into a feature store.
 
-    SOURCE is a folder of .npy files (TensorFlow's tutorial) or .npz files (an image id each, the array under
-    `feat`), a pickled dict of arrays, an HDF5 file with a dataset an image (<id>_grids, <id>_features), or an
-    .npz or HDF5 file with the arrays `features` and `file_name` or `image_id`. Grids are (row, column, channel),
-    (cells, channel) or pooled (channel,). Exit status: 0 done, 1 failure, 2 wrong use.
+    SOURCE is a folder of .npy files (TensorFlow's tutorial) or .npz files (named by image id, with the array `feat`),
+    a pickled dict of arrays, an HDF5 file with one dataset per image (<id>, <id>_grids, <id>_features), or an .npz or
+    HDF5 file with the arrays `features` and `file_name` or `image_id`. Every image needs a grid of the same shape.
+    Exit status: 0 success, 1 failure, 2 usage error.
     """
+    options = _ImportOptions(**values)
+    output = options.output
     if output.suffix != ".h5":
-        raise UserError(f"--output {output}: the index file must end in .h5", f"use --output {output}.h5")
-    from gridcap.extract.importers import features as importers
+        raise UserError(
+            f"--output {output}: the index file must end in .h5", f"pass --output {output.with_suffix('.h5')}"
+        )
+    from gridcap.extract.importers.features import ImportRequest, import_features
+    from gridcap.extract.importers.matching import match_keys
+    from gridcap.extract.importers.sources import open_source
 
     show_config(config, "extract", full=dry_run)
-    name = split or output.stem
-    records = None
-    if annotations is not None:
-        loaded = load_split(captions_only(annotations), name, config.seed, config.data.max_invalid)
-        for line in loaded.problems.lines():
-            click.echo(f"note: {annotations}: {line}", err=True)
-        records = loaded.records
+    split = options.split or output.stem
+    records = None if options.annotations is None else _load_records(config, options.annotations, split)
     with progress_bar(unit="file", desc="open", leave=False) as bar:
-        opened = importers.open_source(source, bar.update)
-    pairs = importers.match_keys(opened, records)
+        source = open_source(options.source, bar.update)
+    pairs = match_keys(source, records)
     missing = len(records) - len(pairs) if records is not None else 0
-    left_out = f"; {missing} images of {annotations} have no features" if missing else ""
-    click.echo(f"{source}: {opened.layout}, {len(pairs)} of {len(opened.keys)} features to import{left_out}")
+    note = f"; {plural(missing, 'image')} of {options.annotations} without features" if missing else ""
+    click.echo(f"{options.source}: {source.kind}, importing {len(pairs)} of {plural(len(source.keys), 'image')}{note}")
+    extract = config.extract
+    request = ImportRequest(
+        source, pairs, options.source.name, output, split, extract.dtype, extract.shard_size, options.layout
+    )
     if dry_run:
         click.echo("dry run: nothing was written")
         return
-    with progress_bar(total=len(pairs), unit="image", desc=name) as bar:
-        count = importers.import_features(
-            opened, source.name, pairs, output, name, config.extract.dtype, config.extract.shard_size, bar.update
-        )
-    click.echo(f"done: {output}: {count} images")
+    with progress_bar(total=len(pairs), unit="image", desc=split) as bar:
+        count = import_features(request, bar.update)
+    click.echo(f"done: {output}: {plural(count, 'image')}")
 
 
-@pipeline_command("verify-features", VERIFY_EXAMPLES, uses=VERIFY_USES)
+def _load_records(config: PipelineConfig, annotations: Path, split: str) -> Sequence[ImageRecord]:
+    """Read the images of a captions file and print notes about its problems."""
+    loaded = load_split(captions_only(annotations), split, config.seed, config.data.max_invalid)
+    for line in loaded.problems.lines():
+        click.echo(f"note: {annotations}: {line}", err=True)
+    return loaded.records
+
+
+@pipeline_command("verify", VERIFY_EXAMPLES, uses=VERIFY_USES)
 @click.argument("features", type=click.Path(path_type=Path))
-@click.option(
-    "--annotations", type=click.Path(path_type=Path), help="Captions file whose images the store should have."
-)
-@click.option("--repair", is_flag=True, help="Remove what is broken, so that extract-features makes just that again.")
+@click.option("--annotations", type=click.Path(path_type=Path), help="captions file with the expected images")
+@click.option("--repair", is_flag=True, help="delete corrupted files, so that a rerun of the extraction recreates them")
 def verify_features(
     config: PipelineConfig, dry_run: bool, features: Path, annotations: Path | None, repair: bool
 ) -> None:
-    """Check every byte of a feature store against its checksums, and every row against sense.
+    """Verify all checksums of a feature store, and sanity-check every row.
 
-    Exit status: 0 sound, 1 something is broken or missing, 2 wrong use.
+    Exit status: 0 no problems, 1 corrupted or incomplete, 2 usage error.
     """
-    from gridcap.extract import verify
+    from gridcap.extract.repair import repair_store
+    from gridcap.extract.verify import CAPTIONS_CHECK, plan_of, verify_store
 
     show_config(config, "data", full=dry_run)
-    wanted = None
+    image_ids = None
     if annotations is not None:
-        loaded = load_split(captions_only(annotations), features.stem, config.seed, config.data.max_invalid)
-        wanted = {record.image_id for record in loaded.records}
+        image_ids = {record.image_id for record in _load_records(config, annotations, features.stem)}
     if dry_run:
-        plan = verify.plan_of(features)
-        click.echo(f"dry run: would check {features}: {plan.images} rows in {plan.shards} shards")
+        plan = plan_of(features)
+        click.echo(
+            f"dry run: {features} would be verified: {plural(plan.images, 'row')} in {plural(plan.shards, 'shard')}"
+        )
         return
     with progress_bar(unit="row", desc="verify", leave=False) as bar:
-        report = verify.verify_store(features, wanted, bar.update)
+        report = verify_store(features, image_ids, bar.update)
+    _print_report(features, report)
+    if not report.problems:
+        return
+    rerun = "import" if plan_of(features).provenance.get("encoder") == "imported" else "extract"
+    if repair:
+        for path in repair_store(features, report):
+            click.echo(f"deleted: {path}")
+        click.echo(f"rerun the gridcap {rerun} command that wrote the store: it writes what is missing")
+    elif any(problem.check != CAPTIONS_CHECK for problem in report.problems):
+        click.echo(f"--repair deletes the corrupted files; rerunning gridcap {rerun} then recreates them")
+    sys.exit(EXIT_FAILURE)
+
+
+def _print_report(features: Path, report: Report) -> None:
+    """Print a table of the checks, then the problems."""
+    from gridcap.extract.verify import CHECKS
+
     problems = Counter(problem.check for problem in report.problems)
     click.echo(f"{'check':<32}{'checked':>10}{'problems':>10}")
-    for check in verify.CHECKS:
+    for check in CHECKS:
         if report.checked[check]:
             click.echo(f"  {check:<30}{report.checked[check]:10d}{problems[check]:10d}")
     for problem in report.problems:
         click.echo(f"problem: {problem.shard or features}: {problem.check}: {problem.detail}", err=True)
     if not report.problems:
-        click.echo(f"sound: {features}: {report.rows} rows, {report.valid} valid")
-        return
-    if repair:
-        for path in verify.repair(features, report):
-            click.echo(f"removed: {path}")
-        click.echo("now run the same extract-features command again: it makes just what is missing")
-    elif any(problem.check != verify.CHECKS[-1] for problem in report.problems):
-        click.echo("--repair removes what is broken, so that extract-features makes just that again")
-    sys.exit(EXIT_FAILURE)
+        click.echo(f"no problems: {features}: {plural(report.rows, 'row')}, {report.valid:,} valid")
 
 
-@pipeline_command("inspect-features", INSPECT_EXAMPLES, uses=NO_SETTINGS)
+@pipeline_command("inspect", INSPECT_EXAMPLES, uses=NO_SETTINGS)
 @click.argument("features", type=click.Path(path_type=Path))
-@click.option("--rejected", is_flag=True, help="List the rejected images instead, a line each: file, tab, reason.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw a handful of images' grids to this picture.")
-@click.option("--images", type=click.Path(path_type=Path), help="Image folder: --plot shows the photos beside.")
+@click.option("--invalid", is_flag=True, help="list the invalid images only, one per line: file name, tab, reason")
+@click.option("--plot", type=click.Path(path_type=Path), help="plot the grids of a few images to this file")
+@click.option("--images", type=click.Path(path_type=Path), help="with --plot: image folder, to show the photos")
 def inspect_features(
-    config: PipelineConfig, dry_run: bool, features: Path, rejected: bool, plot: Path | None, images: Path | None
+    config: PipelineConfig, dry_run: bool, features: Path, invalid: bool, plot: Path | None, images: Path | None
 ) -> None:
-    """Show what is in a feature store: where it comes from, rows, rejects, values, size.
+    """Show the contents of a feature store: source, rows, invalid images, statistics, size.
 
-    The values are those of a sample of the rows. Exit status: 0 done, 2 not a sound store.
+    Statistics are computed from a sample of the rows. Exit status: 0 success, 1 failure, 2 usage error.
     """
-    if plot is not None and plot.suffix.lower() not in (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp"):
-        raise UserError(f"--plot {plot}: not a kind of picture", "end it in .png, .pdf or .svg")
-    if images is not None and plot is None:
-        raise UserError(f"--images {images}: only with --plot", "add --plot grids.png, or leave it away")
-    if images is not None and not images.is_dir():
-        raise UserError(f"--images {images}: no such folder", "give the folder that the features were extracted from")
+    _check_plot_options(invalid, plot, images)
     from gridcap.common.store.reader import FeatureStore
-    from gridcap.extract import describe as inspect
+    from gridcap.extract.describe import describe, file_limit_warning, summarize_store
+    from gridcap.extract.plot import plot_grids
 
     with FeatureStore(features) as store:
         if dry_run:
-            click.echo(f"dry run: would look at {len(store)} rows of {features}")
+            click.echo(f"dry run: {features} would be inspected: {plural(len(store), 'row')}")
             return
-        if rejected:
+        if invalid:
             for row, reason in store.invalid_reasons.items():
-                click.echo(f"{store.file_name[row]}\t{reason}")
+                click.echo(f"{escape_line(store.file_name[row])}\t{escape_line(reason)}")
             return
-        for line in inspect.describe(store, inspect.summarize_store(store)):
+        for line in describe(store, summarize_store(store)):
             click.echo(line)
-        if plot is not None and not store.valid.any():
-            raise UserError(f"--plot {plot}: {features} has no valid image to draw", "leave --plot away")
-        if plot is not None:
-            drawn = inspect.plot_grids(store, plot, images)
-            click.echo(f"drawn: {drawn} images in {plot}")
+        if warning := file_limit_warning(store):
+            click.secho(warning, fg="yellow", err=True)
+        if plot is None:
+            return
+        if not store.valid.any():
+            raise UserError(f"--plot {plot}: {features} contains no valid image", "omit --plot")
+        count = plot_grids(store, plot, images)
+        click.echo(f"plotted {plural(count, 'image')}: {plot}")
+
+
+def _check_plot_options(invalid: bool, plot: Path | None, images: Path | None) -> None:
+    """Raise UserError for options that contradict each other or do not exist."""
+    if plot is not None and invalid:
+        raise UserError(f"--plot {plot}: ignored with --invalid", "omit one of them")
+    if plot is not None and plot.suffix.lower() not in PICTURE_SUFFIXES:
+        raise UserError(f"--plot {plot}: unsupported file type", f"use {', '.join(PICTURE_SUFFIXES)}")
+    if images is not None and plot is None:
+        raise UserError(f"--images {images}: only used with --plot", "add --plot grids.png, or omit --images")
+    if images is not None and not images.is_dir():
+        raise UserError(f"--images {images}: no such folder", "pass the folder that the features were extracted from")

@@ -18,9 +18,11 @@ from gridcap.common.store.shard_format import read_header
 from gridcap.common.store.shard_reader import ShardReader
 from gridcap.extract.plan import FILE, Plan, read_plan, store_folder
 
-# What is checked, in the order of the table; each names one kind of problem.
+CAPTIONS_CHECK = "image ids of the captions file"
+INDEX_CHECK = "index complete"
+# All checks, in the order of the table.
 CHECKS = (
-    "index there and complete",
+    INDEX_CHECK,
     "shard readable",
     "belongs to the plan",
     "rows and image ids",
@@ -29,7 +31,7 @@ CHECKS = (
     "row CRC-32",
     "no NaN or infinity",
     "no row all zero",
-    "image ids of the captions file",
+    CAPTIONS_CHECK,
 )
 
 
@@ -95,7 +97,7 @@ def verify_store(
     report = Report()
     index = _read_index(path, plan, report) if path.exists() else None
     if not path.exists():
-        report.note("index there and complete", 1, "", f"{path}: the index is missing: the store is not complete")
+        report.note(INDEX_CHECK, 1, "", f"{path}: the index is missing: the store is not complete")
     for shard in range(plan.shards):
         _verify_shard(folder, plan, shard, index, report)
         if on_shard is not None:
@@ -119,24 +121,6 @@ def plan_of(path: Path) -> Plan:
             "give the index file that one of them wrote, beside the folder of its shards",
         )
     return read_plan(folder)
-
-
-def repair(path: Path, report: Report) -> list[Path]:
-    """Remove broken shards, and the index with them, so that the next extract-features makes just those again.
-
-    Returns:
-        What was removed.
-    """
-    folder = store_folder(path)
-    doomed = [folder / name for name in report.broken_shards]
-    of_the_store = (CHECKS[0], CHECKS[-1])  # which no removal mends
-    index_is_wrong = any(not problem.shard and problem.check not in of_the_store for problem in report.problems)
-    if doomed or index_is_wrong:
-        doomed.append(path)
-    removed = [file for file in doomed if file.exists()]
-    for file in reversed(removed):  # the index first: its presence means complete
-        file.unlink()
-    return removed
 
 
 @dataclass(frozen=True)
@@ -166,7 +150,7 @@ def _read_index(path: Path, plan: Plan, report: Report) -> _Index | None:
         return None
     report.note("belongs to the plan", 1, "", None)
     appended = "images were appended since, and are not all there yet" if index.plan != plan.digest() else None
-    report.note("index there and complete", 1, "", f"{path}: {appended}" if appended else None)
+    report.note(INDEX_CHECK, 1, "", f"{path}: {appended}" if appended else None)
     ids, names = index.image_id, index.file_name
     shards = [shard for shard in range(plan.shards) if plan.rows_of(shard).stop <= len(ids)]
     agree = bool(shards) and plan.rows_of(shards[-1]).stop == len(ids)
@@ -241,4 +225,4 @@ def _verify_rows(reader: ShardReader, name: str, report: Report) -> None:
 def _compare_ids(stored: set[int], wanted: set[int], report: Report) -> None:
     gone, new = len(stored - wanted), len(wanted - stored)
     detail = f"{new} images of the captions file are not in the store, {gone} of the store not in the captions file"
-    report.note("image ids of the captions file", len(wanted), "", detail if gone or new else None)
+    report.note(CAPTIONS_CHECK, len(wanted), "", detail if gone or new else None)

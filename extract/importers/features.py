@@ -1,307 +1,135 @@
-"""Other people's features -> a feature store.
-
-Known layouts:
-
-    folder of .npy        TensorFlow's tutorial: `name.jpg.npy`, (64, 2048) or (8, 8, 2048)
-    folder of .npz        bottom-up-attention style: `<image id>.npz`, the array under `feat` (or the only one)
-    .pkl, .pickle         a dict: file name or image id -> array; nothing but numpy arrays and plain containers is
-                          ever unpickled, so no code in the file can run
-    .h5, .hdf5            a dataset an image: `<image id>`, `<image id>_grids`, `<image id>_features`; or one
-                          dataset `features` of all images beside `file_name` or `image_id`
-    .npz                  the arrays `features` and `file_name` or `image_id`, and maybe a `scale` to multiply by
-
-A grid is (row, column, channel); (P, channel) with a square P is made one, and a pooled (channel,) becomes 1 x 1.
-"""
+"""Import of features written by other programs into a feature store."""
 
 from __future__ import annotations
 
-import hashlib
-import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import h5py
 import numpy as np
 
-from gridcap.common.captions.records import ImageRecord, id_from_name
-from gridcap.common.errors import GridcapError, StoreError, UserError, first_line
-from gridcap.common.files import sha256_of
-from gridcap.common.store.hdf5 import check_self_contained
 from gridcap.common.store.shard_format import ORIGINAL
 from gridcap.common.store.shard_writer import InvalidGridError
-from gridcap.extract.importers.array_pickle import load_arrays
+from gridcap.extract.importers.layout import Layout, LayoutError, as_grid
+from gridcap.extract.importers.matching import Pair
+from gridcap.extract.importers.source import Source, SourceError, reason_of
 from gridcap.extract.manifest import ImageList
 from gridcap.extract.plan import Plan, shard_writer, store_folder, write_planned_index
 from gridcap.extract.planning import PlanRequest, load_or_create_plan
 
-_SUFFIXES = ("_grids", "_features")
-_ID = re.compile("[0-9]{1,18}")  # which 64 bits can hold
-_KNOWN = "a folder of .npy or .npz, a .pkl, a .npz, or an .h5 file: see import-features --help"
-
 
 @dataclass(frozen=True)
-class Source:
-    """Features of other origin.
+class ImportRequest:
+    """What to import, and how to store it.
 
     Attributes:
-        keys: a name an image: a file name or an image id, as the source has it.
-        read: key -> array of any float or integer type.
-        layout: which of the known layouts.
-        sha256: of the file, or of the names and contents of a folder's files.
-    """
-
-    keys: list[str]
-    read: Callable[[str], np.ndarray]
-    layout: str
-    sha256: str
-
-
-def open_source(path: Path, on_file: Callable[[int], object] = lambda _: None) -> Source:
-    """Recognise a layout and open it.
-
-    Args:
-        path: a folder or a file.
-        on_file: called with 1 for each file of a folder as it is hashed.
-
-    Raises:
-        UserError: missing, of no known layout, damaged, or a pickle that holds more than arrays.
-    """
-    try:
-        if path.is_dir():
-            return _open_folder(path, on_file)
-        if path.suffix.lower() in (".pkl", ".pickle"):
-            return _of_mapping(load_arrays(path), "pickled dict", sha256_of(path))
-        if path.suffix.lower() == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
-                return _open_arrays({name: arrays[name] for name in arrays.files}, path, "arrays in one .npz")
-        if path.suffix.lower() in (".h5", ".hdf5"):
-            return _open_hdf5(path)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file or folder", f"give {_KNOWN}") from error
-    except GridcapError:
-        raise
-    except Exception as error:  # numpy, pickle, zipfile and HDF5 raise whatever a damaged file leads them to
-        raise UserError(f"{path}: cannot be read: {_reason(error)}", f"give {_KNOWN}") from error
-    raise UserError(f"{path}: no known layout of features", f"give {_KNOWN}")
-
-
-def _reason(error: Exception) -> str:
-    said = first_line(error)[:200]
-    return said if isinstance(error, (OSError, ValueError, UnpicklingError)) else f"{type(error).__name__}: {said}"
-
-
-def _open_folder(folder: Path, on_file: Callable[[int], object]) -> Source:
-    files = sorted(p for p in folder.rglob("*") if p.suffix in (".npy", ".npz") and p.is_file())
-    if not files:
-        raise UserError(f"{folder}: holds no .npy or .npz files", f"give {_KNOWN}")
-    digest = hashlib.sha256()
-    by_key: dict[str, Path] = {}
-    for file in files:
-        key = file.relative_to(folder).with_suffix("").as_posix()
-        if key in by_key:
-            raise UserError(f"{file}: stands beside {by_key[key].name}, for the same image", "keep one of them")
-        by_key[key] = file
-        digest.update(f"{key}\0{sha256_of(file)}\n".encode())
-        on_file(1)
-
-    def read(key: str) -> np.ndarray:
-        loaded = np.load(by_key[key], allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return loaded
-        with loaded:
-            names = loaded.files
-            name = "feat" if "feat" in names else names[0] if len(names) == 1 else None
-            if name is None:
-                raise ValueError(f"holds {', '.join(names)}, and none is called feat")
-            return np.asarray(loaded[name])
-
-    return Source(list(by_key), read, f"folder of {files[0].suffix}", digest.hexdigest())
-
-
-def _open_hdf5(path: Path) -> Source:
-    file = h5py.File(path, "r", locking=False)
-    check_self_contained(file, path)
-    if isinstance(file.get("features"), h5py.Dataset):
-        with file:
-            names = {name: file[name] for name in ("features", "file_name", "image_id", "scale") if name in file}
-            return _open_arrays({name: data[()] for name, data in names.items()}, path, "arrays in one .h5")
-    keys: dict[str, str] = {}
-    for name, item in file.items():
-        if isinstance(item, h5py.Dataset):
-            suffix = next((s for s in _SUFFIXES if name.endswith(s)), "")
-            keys[name[: len(name) - len(suffix)] if suffix else name] = name
-    if not keys:
-        raise UserError(f"{path}: holds neither a dataset called features nor one dataset an image", f"give {_KNOWN}")
-    return Source(list(keys), lambda key: np.asarray(file[keys[key]][()]), "HDF5, a key an image", sha256_of(path))
-
-
-def _open_arrays(arrays: Mapping[str, np.ndarray], path: Path, layout: str) -> Source:
-    names = next((arrays[name] for name in ("file_name", "image_id") if name in arrays), None)
-    if "features" not in arrays or names is None:
-        raise UserError(
-            f"{path}: holds {', '.join(arrays) or 'nothing'}; needed are features, and file_name or image_id",
-            "write them beside each other",
-        )
-    features, scale = arrays["features"], arrays.get("scale")
-    if len(features) != len(names):
-        raise UserError(f"{path}: {len(features)} features and {len(names)} names", "they must be as many")
-    rows = {n.decode() if isinstance(n, bytes) else str(n): i for i, n in enumerate(names.tolist())}
-
-    def read(key: str) -> np.ndarray:
-        row: np.ndarray = features[rows[key]]
-        return row if scale is None else row * np.asarray(scale, np.float32)
-
-    return Source(list(rows), read, layout, sha256_of(path))
-
-
-def _of_mapping(values: Mapping[Any, Any], layout: str, sha256: str) -> Source:
-    arrays = {str(key): np.asarray(value) for key, value in values.items()}
-    return Source(list(arrays), arrays.__getitem__, layout, sha256)
-
-
-def as_grid(array: np.ndarray) -> np.ndarray:
-    """Any of the known shapes as (row, column, channel).
-
-    Raises:
-        ValueError: another number of axes, or cells that form no square.
-    """
-    if array.dtype.kind not in "fiu":
-        raise ValueError(f"holds {array.dtype}, not numbers")
-    if array.ndim == 3:
-        return array
-    if array.ndim == 1:
-        return array[None, None]
-    if array.ndim == 2 and math.isqrt(len(array)) ** 2 == len(array):
-        side = math.isqrt(len(array))
-        return array.reshape(side, side, -1)
-    raise ValueError(
-        f"has the shape {array.shape}, which is no grid: (row, column, channel), (cells, channel), (channel,)"
-    )
-
-
-def _id_of(key: str) -> int:
-    """The image id that a key is, or one made from it."""
-    return int(key) if _ID.fullmatch(key) else id_from_name(key)
-
-
-def match_keys(source: Source, records: Sequence[ImageRecord] | None) -> list[tuple[ImageRecord, str]]:
-    """Pair images with keys of the source: by file name, its last part, its stem, or the image id.
-
-    Args:
-        source: the features.
-        records: images of a captions file, whose order is kept; None takes every key as an image of its own.
-
-    Raises:
-        UserError: no image of the captions file is in the source.
-    """
-    if records is None:
-        return [(ImageRecord(_id_of(key), key), key) for key in source.keys]
-    names: dict[str, str] = {}
-    for key in source.keys:
-        for alias in (Path(key).stem, Path(key).name, key):
-            names[alias] = key
-        if _ID.fullmatch(key):
-            names[str(int(key))] = key
-    pairs = []
-    for record in records:
-        path = Path(record.file_name)
-        candidates = (record.file_name, path.name, path.stem, str(record.image_id))
-        found = next((names[c] for c in candidates if c in names), None)
-        if found is not None:
-            pairs.append((record, found))
-    if not pairs:
-        raise UserError(
-            f"none of the {len(records)} images of the captions file is among the {len(source.keys)} features "
-            f"({records[0].file_name} against {source.keys[0]})",
-            "give the captions file that these features belong to",
-        )
-    return pairs
-
-
-def import_features(
-    source: Source,
-    name: str,
-    pairs: Sequence[tuple[ImageRecord, str]],
-    output: Path,
-    split: str,
-    dtype: str,
-    shard_size: int,
-    on_row: Callable[[int], object] = lambda _: None,
-) -> int:
-    """Write the store.
-
-    Args:
-        source, pairs: from `open_source` and `match_keys`.
-        name: what to call the source in the provenance.
-        output: the index file.
+        source: the features, from `open_source`.
+        pairs: the images and their keys, from `match_keys`.
+        name: name of the source in the provenance.
+        output: index file of the store.
         split: name of the split.
-        dtype: "float16", "float32" or "uint8".
-        shard_size: images in a shard.
+        dtype: "float16", "float32", or "uint8".
+        shard_size: images per shard.
+        layout: axes of the arrays; None: by the number of axes.
+    """
+
+    source: Source
+    pairs: Sequence[Pair]
+    name: str
+    output: Path
+    split: str
+    dtype: str = "float16"
+    shard_size: int = 1024
+    layout: Layout | None = None
+
+    def provenance(self, grid_shape: tuple[int, ...]) -> dict[str, Any]:
+        """Return the provenance of the imported grids."""
+        preprocessing = {"resize_mode": "unknown"} | ({"layout": self.layout} if self.layout else {})
+        return {
+            "encoder": "imported",
+            "layer": self.source.kind,
+            "weights": {"name": self.name, "sha256": self.source.sha256, "random": False},
+            "preprocessing": preprocessing,
+            "grid_shape": list(grid_shape),
+            "dtype": self.dtype,
+            "precision": "unknown",
+            "views": [ORIGINAL],
+            "versions": {"numpy": np.__version__},
+        }
+
+
+def import_features(request: ImportRequest, on_row: Callable[[int], object] = lambda _: None) -> int:
+    """Write a feature store.
+
+    Args:
+        request: what to import.
         on_row: called with 1 after each image.
 
     Returns:
-        How many images.
+        Number of images.
 
     Raises:
-        UserError: an array is no grid or its shape is not that of the first.
-        StoreError: a value that the stored type cannot hold.
+        SourceError: an array cannot be read, is not a grid, has another shape than the first, or contains NaN or
+            values out of the range of the dtype.
+        MismatchError: the output contains other features.
     """
-    loaded_as = "float32" if dtype == "uint8" else dtype  # the writer makes the 8 bits
-    first_grid = read_grid(source, pairs[0][1], loaded_as, None)
-    provenance = {
-        "encoder": "imported",
-        "layer": source.layout,
-        "weights": {"name": name, "sha256": source.sha256, "random": False},
-        "preprocessing": {"resize_mode": "unknown"},
-        "grid_shape": list(first_grid.shape),
-        "dtype": dtype,
-        "precision": "unknown",
-        "views": [ORIGINAL],
-        "versions": {"numpy": np.__version__},
-    }
-    folder = store_folder(output)
+    pairs, folder = request.pairs, store_folder(request.output)
+    grid_shape = read_grid(request, pairs[0][1], None).shape
     images = [(record.image_id, record.file_name) for record, _ in pairs]
-    wanted = Plan(split, shard_size, 1, provenance, (ImageList.from_images(images, shard_size),))
-    plan = load_or_create_plan(PlanRequest(wanted, images, folder))
+    image_list = ImageList.from_images(images, request.shard_size)
+    requested = Plan(request.split, request.shard_size, 1, request.provenance(grid_shape), (image_list,))
+    plan = load_or_create_plan(PlanRequest(requested, images, folder))
     for shard in range(plan.shards):
-        first = plan.rows_of(shard).start
+        rows = plan.rows_of(shard)
         with shard_writer(folder, plan, shard) as writer:
-            for row in plan.rows_of(shard):
-                grid = read_grid(source, pairs[row][1], loaded_as, first_grid.shape)
+            for row in rows:
+                grid = read_grid(request, pairs[row][1], grid_shape)
                 try:
-                    writer.write(row - first, grid[None], {})
+                    writer.write(row - rows.start, grid[None], {})
                 except InvalidGridError as error:
-                    raise StoreError(str(error), "import with --dtype float32") from error
+                    raise SourceError(str(error), _range_hint(request.dtype)) from error
                 on_row(1)
             writer.finish()
-    write_planned_index(output, plan)
+    write_planned_index(request.output, plan)
     return plan.images
 
 
-def read_grid(source: Source, key: str, dtype: str, shape: tuple[int, ...] | None) -> np.ndarray:
-    """One image's grid.
+def _range_hint(dtype: str) -> str:
+    return "pass --dtype float32" if dtype == "float16" else "pass --dtype float16 or float32"
+
+
+def read_grid(request: ImportRequest, key: str, shape: tuple[int, ...] | None) -> np.ndarray:
+    """Read the grid of one image.
 
     Args:
-        dtype: of the result.
-        shape: that it must have, or None.
+        request: source, dtype, and layout.
+        key: key of the image.
+        shape: required shape; None accepts any.
 
     Returns:
-        (row, column, channel), contiguous.
+        (rows, columns, channels), contiguous, in the dtype that the shard writer takes.
 
     Raises:
-        UserError: unreadable, no grid, or of another shape.
+        SourceError: the array cannot be read, is not a grid, has another shape, or contains NaN or infinity.
     """
     try:
-        with np.errstate(over="ignore"):
-            grid = np.ascontiguousarray(as_grid(source.read(key)), dtype)
-        if shape is not None and grid.shape != shape:
-            raise ValueError(f"has the shape {grid.shape}, and the first has {shape}")
-    except Exception as error:  # as in open_source
-        raise UserError(
-            f"{key}: {_reason(error)}", "every image needs an array of numbers of one and the same shape"
-        ) from error
-    return grid
+        array = request.source.read(key)
+    except Exception as error:  # numpy, zipfile, and HDF5 raise many types for a corrupted file
+        raise SourceError(f"{key}: {reason_of(error)}", "extract the features of this image again") from error
+    try:
+        grid = as_grid(array, request.layout)
+    except LayoutError as error:
+        raise SourceError(f"{key}: {error}", error.hint) from error
+    if shape is not None and grid.shape != shape:
+        raise SourceError(
+            f"{key}: has the shape {grid.shape}, but the first image has {shape}",
+            "import grids of one shape; adaptive region features (10 to 100 regions per image) are not supported",
+        )
+    if not np.isfinite(grid).all():
+        raise SourceError(
+            f"{key}: contains NaN or infinity",
+            "extract the features of this image again, or remove it from the source",
+        )
+    with np.errstate(over="ignore"):  # the writer reports values out of range
+        return np.ascontiguousarray(grid, "float32" if request.dtype == "uint8" else request.dtype)

@@ -1,4 +1,4 @@
-"""inspect-features: its numbers are those of the rows, and its picture shows what is there."""
+"""Statistics and plots of a store agree with its rows."""
 
 from __future__ import annotations
 
@@ -10,48 +10,49 @@ import pytest
 from PIL import Image
 
 from gridcap.common.store.reader import FeatureStore
-from gridcap.extract.describe import plot_grids, sample_rows, summarize_store
+from gridcap.extract.describe import sample_rows, summarize_store
+from gridcap.extract.plot import plot_grids
 
 
-def test_the_numbers_are_those_of_the_valid_rows(fake: Any, photos: Any, extracted: Any) -> None:
+def test_statistics_are_computed_from_valid_rows(fake: Any, photos: Any, extracted: Any) -> None:
     job, _ = extracted(photos(9, bad={3: "text"}), extract__shard_size=4)
     with FeatureStore(job.output) as store:
-        found = summarize_store(store)
+        summary = summarize_store(store)
         grids = store.rows([row for row in range(9) if row != 3]).astype(np.float64)
-    assert (found.rows, found.shards, found.sampled) == (9, 3, 8)
-    assert found.rejects == {"not an image": 1}
-    assert found.size == sum(p.stat().st_size for p in job.output.parent.rglob("*.h5"))
-    assert (found.low, found.high) == (grids.min(), grids.max())
-    np.testing.assert_allclose([found.mean, found.deviation], [grids.mean(), grids.std()], rtol=1e-6)
+    assert (summary.rows, summary.shards, summary.sampled) == (9, 3, 8)
+    assert summary.invalid == {"not an image": 1}
+    assert summary.size == sum(p.stat().st_size for p in job.output.parent.rglob("*.h5"))
+    assert (summary.minimum, summary.maximum) == (grids.min(), grids.max())
+    np.testing.assert_allclose([summary.mean, summary.deviation], [grids.mean(), grids.std()], rtol=1e-6)
     norms = np.linalg.norm(grids, axis=-1)
-    np.testing.assert_allclose(found.norms, [norms.min(), norms.mean(), norms.max()], rtol=1e-6)
-    assert (found.zeros, found.silent) == (0, 0)
+    np.testing.assert_allclose(summary.norms, [norms.min(), norms.mean(), norms.max()], rtol=1e-6)
+    assert (summary.zeros, summary.zero_channels) == (0, 0)
 
 
-def test_the_error_of_eight_bits_is_told_before_and_after(fake: Any, photos: Any, extracted: Any) -> None:
-    """The estimate for a uint8 store, from its scales alone, is near what trying it on float16 gives."""
+def test_the_estimated_quantization_error_is_close_to_the_measured_one(fake: Any, photos: Any, extracted: Any) -> None:
+    """For a uint8 store the error is estimated from the scales; for others it is measured."""
     folder = photos(40)
     wide, _ = extracted(folder, folder.parent / "wide" / "s.h5", extract__dtype="float32")
     narrow, _ = extracted(folder, folder.parent / "narrow" / "s.h5", extract__dtype="uint8")
     with FeatureStore(wide.output) as one, FeatureStore(narrow.output) as two:
-        tried, estimated = summarize_store(one).rounding, summarize_store(two).rounding
+        simulated, estimated = summarize_store(one).rounding, summarize_store(two).rounding
         exact, stored = one.rows(range(40)).astype(np.float64), two.rows(range(40)).astype(np.float64)
-    assert tried is not None
+    assert simulated is not None
     assert estimated is not None
     measured = np.sqrt(((stored - exact) ** 2).sum() / (exact**2).sum())
-    np.testing.assert_allclose(tried, measured, rtol=0.05)
+    np.testing.assert_allclose(simulated, measured, rtol=0.05)
     np.testing.assert_allclose(estimated, measured, rtol=0.5)
 
 
-def test_a_store_of_rejects_alone_is_no_error(fake: Any, photos: Any, extracted: Any) -> None:
+def test_a_store_of_invalid_images_only_can_be_summarized(fake: Any, photos: Any, extracted: Any) -> None:
     job, _ = extracted(photos(2, bad={0: "x", 1: "x"}), data__max_invalid="100%")
     with FeatureStore(job.output) as store:
-        found = summarize_store(store)
-    assert found.sampled == 0
-    assert found.rounding is None
+        summary = summarize_store(store)
+    assert summary.sampled == 0
+    assert summary.rounding is None
 
 
-def test_a_large_store_is_sampled_the_same_way_each_time(fake: Any, photos: Any, extracted: Any) -> None:
+def test_sampling_is_deterministic(fake: Any, photos: Any, extracted: Any) -> None:
     job, _ = extracted(photos(30, bad={4: "x"}))
     with FeatureStore(job.output) as store:
         rows = sample_rows(store, 10).tolist()
@@ -61,16 +62,16 @@ def test_a_large_store_is_sampled_the_same_way_each_time(fake: Any, photos: Any,
 
 
 @pytest.mark.parametrize("with_images", [False, True])
-def test_the_picture_has_a_line_for_each_image(
+def test_a_plot_has_one_row_per_image(
     fake: Any, photos: Any, extracted: Any, tmp_path: Path, with_images: bool
 ) -> None:
     folder = photos(8)
     job, _ = extracted(folder)
     if with_images:
-        (folder / "0000.png").unlink()  # a photo that is gone leaves its place empty
+        (folder / "0000.png").unlink()  # a missing photo leaves its place empty
     with FeatureStore(job.output) as store:
         assert plot_grids(store, tmp_path / "out.png", folder if with_images else None, count=3) == 3
         assert plot_grids(store, tmp_path / "all.png", count=100) == 8
-    one, every = Image.open(tmp_path / "out.png"), Image.open(tmp_path / "all.png")
-    assert every.height > 2 * one.height
-    assert len(one.convert("RGB").getcolors(1 << 24)) > 20
+    three, all_images = Image.open(tmp_path / "out.png"), Image.open(tmp_path / "all.png")
+    assert all_images.height > 2 * three.height
+    assert len(three.convert("RGB").getcolors(1 << 24)) > 20

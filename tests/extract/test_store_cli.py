@@ -1,4 +1,4 @@
-"""inspect-features, as it is typed; verify-features and import-features are tested beside what they call."""
+"""`gridcap inspect`. `gridcap verify` and `gridcap import` are tested with the modules that they call."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from gridcap.extract.store_cli import inspect_features
 
 def run(*arguments: object) -> click.testing.Result:
     result = click.testing.CliRunner().invoke(inspect_features, [str(a) for a in arguments])
-    assert "defect in gridcap" not in result.output, result.output
+    assert "internal error" not in result.output, result.output
     return result
 
 
-def test_everything_at_a_glance(fake: Any, photos: Any, extracted: Any, tmp_path: Path) -> None:
+def test_inspect_shows_source_statistics_and_plot(fake: Any, photos: Any, extracted: Any, tmp_path: Path) -> None:
     folder = photos(7, bad={2: "text"})
     job, _ = extracted(folder, extract__views="original,hflip", extract__shard_size=3)
     result = run(job.output, "--plot", tmp_path / "grids.png", "--images", folder)
@@ -29,31 +29,30 @@ def test_everything_at_a_glance(fake: Any, photos: Any, extracted: Any, tmp_path
         "views: original, hflip",
         "inception_v3 Mixed_7c",
         "RANDOM",
-        "rejects        1 of 7",
+        "invalid        1 of 7 images",
         "1  not an image",
-        "6 images looked at",
-        "uint8 would cost",
-        "drawn: 6 images",
+        "sample of 6 images",
+        "uint8 would have",
+        "plotted 6 images",
     ):
         assert part in result.output
     assert (tmp_path / "grids.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize(
-    ("arguments", "named"),
+    ("arguments", "named", "status"),
     [
-        (("nothing.h5",), "no such file"),
-        (("notes.txt",), "not a readable HDF5 file"),
-        (("notes.txt", "--plot", "x.doc"), "--plot x.doc"),
-        (("notes.txt", "--images", "."), "only with --plot"),
-        (("notes.txt", "--plot", "x.png", "--images", "nowhere"), "nowhere: no such folder"),
+        (("nothing.h5",), "no such file", 1),
+        (("notes.txt",), "not a readable HDF5 file", 1),
+        (("notes.txt", "--plot", "x.doc"), "--plot x.doc", 2),
+        (("notes.txt", "--images", "."), "only used with --plot", 2),
+        (("notes.txt", "--plot", "x.png", "--images", "nowhere"), "nowhere: no such folder", 2),
+        (("notes.txt", "--plot", "x.png", "--invalid"), "--invalid", 2),
     ],
 )
-def test_what_is_no_store_or_no_sense_is_said_in_two_lines(
-    tmp_path: Path, arguments: tuple[str, ...], named: str
-) -> None:
+def test_errors_have_a_message_and_a_hint(tmp_path: Path, arguments: tuple[str, ...], named: str, status: int) -> None:
     (tmp_path / "notes.txt").write_text("hello")
     result = run(*arguments)
-    assert result.exit_code == 2
+    assert result.exit_code == status
     assert named in result.output
     assert "what to do:" in result.output

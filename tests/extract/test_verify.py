@@ -1,4 +1,4 @@
-"""verify-features: what is damaged is found, named, and removed by --repair, so that a rerun restores the store."""
+"""Verification finds and names corruption; repair deletes it, so that a rerun restores the store."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from gridcap.common.store.shard_reader import ShardReader
 from gridcap.extract import manifest as image_list
 from gridcap.extract.manifest import ImageList
 from gridcap.extract.plan import Plan, read_plan, shard_writer, write_planned_index
+from gridcap.extract.repair import repair_store
 from gridcap.extract.store_cli import verify_features
-from gridcap.extract.verify import Report, repair, verify_store
+from gridcap.extract.verify import Report, verify_store
 
 GRID = (2, 2, 4)
 PROVENANCE = {"encoder": "fake", "grid_shape": list(GRID), "dtype": "float16", "views": ["original"]}
@@ -26,7 +27,7 @@ PROVENANCE = {"encoder": "fake", "grid_shape": list(GRID), "dtype": "float16", "
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
-    """Seven images in three shards; image 3 is rejected."""
+    """Write seven images in three shards; image 3 is invalid."""
     images = [(100 + i, f"{i}.jpg") for i in range(7)]
     folder = tmp_path / "s"
     plan = Plan("s", 3, 3, PROVENANCE, (ImageList.from_images(images, 3, folder),))
@@ -49,22 +50,22 @@ def shard(store: Path, number: int) -> Path:
     return store.with_suffix("") / f"{number:05}.h5"
 
 
-def test_a_sound_store_has_no_problems_and_every_row_is_counted(store: Path) -> None:
-    seen: list[int] = []
-    report = verify_store(store, range(100, 107), seen.append)
+def test_an_intact_store_has_no_problems(store: Path) -> None:
+    rows: list[int] = []
+    report = verify_store(store, range(100, 107), rows.append)
     assert not report.problems
     assert (report.rows, report.valid) == (7, 6)
-    assert seen == [3, 3, 1]
+    assert rows == [3, 3, 1]
     assert report.checked["row CRC-32"] == 7
     assert report.checked["whole-file SHA-256"] == 4, "three shards and the index"
 
 
-def test_a_flipped_bit_in_a_grid_is_found_by_row_and_by_file(store: Path) -> None:
+def test_a_flipped_bit_in_a_grid_is_found_by_row_and_file_checksums(store: Path) -> None:
     path = shard(store, 0)
     with h5py.File(path) as file:
         offset = file["features"].id.get_offset()
     data = bytearray(path.read_bytes())
-    data[offset + 32 + 5] ^= 1  # a row has 32 bytes: the second row
+    data[offset + 32 + 5] ^= 1  # the second row: a row has 32 bytes
     path.write_bytes(data)
     report = verify_store(store)
     assert problems(report) == {("whole-file SHA-256", path.name), ("row CRC-32", path.name)}
@@ -80,7 +81,7 @@ def test_a_flipped_bit_anywhere_else_in_the_file_is_found(store: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
-def test_rows_that_make_no_sense_are_found_though_their_checksums_agree(store: Path, value: float) -> None:
+def test_implausible_rows_with_matching_checksums_are_found(store: Path, value: float) -> None:
     path = shard(store, 0)
     with h5py.File(path, "r+") as file:
         row = np.full(GRID, value, "f2")
@@ -104,25 +105,25 @@ def test_exchanged_shards_are_found(store: Path) -> None:
     assert {name for _, name in problems(verify_store(store))} == {"00000.h5", "00001.h5"}
 
 
-def test_a_missing_index_means_incomplete_and_the_shards_are_checked_all_the_same(store: Path) -> None:
+def test_shards_are_checked_without_an_index(store: Path) -> None:
     store.unlink()
     report = verify_store(store)
     assert report.rows == 7
     assert any("not complete" in problem.detail for problem in report.problems)
 
 
-def test_ids_are_compared_with_the_captions_file(store: Path) -> None:
+def test_image_ids_are_compared_with_the_captions_file(store: Path) -> None:
     report = verify_store(store, range(101, 109))
     assert [problem.detail for problem in report.problems] == [
         "2 images of the captions file are not in the store, 1 of the store not in the captions file"
     ]
-    assert repair(store, report) == [], "other captions are no damage of the store"
+    assert repair_store(store, report) == [], "other captions are not corruption"
     assert store.exists()
 
 
-def test_repair_removes_the_index_and_just_the_broken_shards(store: Path) -> None:
-    shard(store, 1).write_bytes(b"rubbish")
-    removed = repair(store, verify_store(store))
+def test_repair_deletes_the_index_and_corrupted_shards_only(store: Path) -> None:
+    shard(store, 1).write_bytes(b"garbage")
+    removed = repair_store(store, verify_store(store))
     assert set(removed) == {store, shard(store, 1)}
     assert not store.exists()
     assert not shard(store, 1).exists()
@@ -130,43 +131,43 @@ def test_repair_removes_the_index_and_just_the_broken_shards(store: Path) -> Non
         assert reader.corrupted_rows() == []
 
 
-def test_without_a_plan_it_is_no_store(tmp_path: Path) -> None:
+def test_a_store_without_a_plan_raises(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"plan\.json"):
         verify_store(tmp_path / "nowhere.h5")
 
 
-def test_the_command_prints_a_table_and_its_status_says_whether_all_is_sound(store: Path, tmp_path: Path) -> None:
+def test_the_command_prints_a_table_and_exits_with_1_for_problems(store: Path, tmp_path: Path) -> None:
     run = click.testing.CliRunner().invoke
     captions = tmp_path / "captions.json"
     images = [{"id": 100 + i, "file_name": f"{i}.jpg"} for i in range(7)]
     captions.write_text(json.dumps({"images": images, "annotations": []}))
-    good = run(verify_features, [str(store), "--annotations", str(captions)])
-    assert good.exit_code == 0, good.output
-    assert "sound" in good.output
-    assert "7 rows, 6 valid" in good.output
-    shard(store, 2).write_bytes(b"rubbish")
-    bad = run(verify_features, [str(store)])
-    assert bad.exit_code == 1
-    assert "00002.h5" in bad.output
-    assert store.exists(), "nothing is removed without --repair"
-    mended = run(verify_features, [str(store), "--repair"])
-    assert mended.exit_code == 1
-    assert "removed" in mended.output
+    intact = run(verify_features, [str(store), "--annotations", str(captions)])
+    assert intact.exit_code == 0, intact.output
+    assert "no problems" in intact.output
+    assert "7 rows, 6 valid" in intact.output
+    shard(store, 2).write_bytes(b"garbage")
+    corrupted = run(verify_features, [str(store)])
+    assert corrupted.exit_code == 1
+    assert "00002.h5" in corrupted.output
+    assert store.exists(), "nothing is deleted without --repair"
+    repaired = run(verify_features, [str(store), "--repair"])
+    assert repaired.exit_code == 1
+    assert "deleted" in repaired.output
     assert not store.exists()
 
 
-# --------------------------------------------------------------------------------------- what is wrong is what goes
+# ------------------------------------------------------------------------------- repair deletes nothing intact
 
 
-def test_a_lost_image_list_condemns_no_shard(store: Path) -> None:
+def test_a_missing_image_list_is_not_blamed_on_the_shards(store: Path) -> None:
     next(store.with_suffix("").glob("images-*.jsonl")).unlink()
     image_list._read_lines.cache_clear()  # as in another process
     with pytest.raises(StoreError, match="no such file"):
         verify_store(store)
 
 
-def test_a_stale_index_is_removed_and_the_shard_it_does_not_know_is_kept(store: Path) -> None:
-    """As after a retry of rejected images that another worker's index overtook."""
+def test_a_stale_index_is_deleted_and_its_newer_shard_is_kept(store: Path) -> None:
+    """After a retry of invalid images, another worker's index may be older than the shards."""
     folder = store.with_suffix("")
     plan = read_plan(folder)
     with shard_writer(folder, plan, 1) as writer:
@@ -175,29 +176,29 @@ def test_a_stale_index_is_removed_and_the_shard_it_does_not_know_is_kept(store: 
     report = verify_store(store)
     assert {(p.check, p.shard) for p in report.problems} == {("belongs to the plan", "")}
     assert "00001.h5" in report.problems[0].detail
-    assert repair(store, report) == [store]
+    assert repair_store(store, report) == [store]
     write_planned_index(store, plan)
     assert not verify_store(store).problems
 
 
 @pytest.mark.parametrize("column", ["valid", "image_id", "shard_rows", "invalid_row"])
-def test_a_changed_number_in_the_index_is_found_and_only_the_index_goes(store: Path, column: str) -> None:
+def test_a_corrupted_index_is_deleted_and_shards_are_kept(store: Path, column: str) -> None:
     with h5py.File(store) as file:
-        place = file[column].id.get_offset()
+        offset = file[column].id.get_offset()
     content = bytearray(store.read_bytes())
-    content[place] ^= 1
+    content[offset] ^= 1
     store.write_bytes(content)
     report = verify_store(store)
     assert ("whole-file SHA-256", "") in problems(report)
-    assert repair(store, report) == [store]
+    assert repair_store(store, report) == [store]
 
 
-def test_in_the_middle_of_an_append_the_older_index_is_incomplete_and_is_kept(store: Path) -> None:
+def test_during_an_append_the_older_index_is_kept(store: Path) -> None:
     folder = store.with_suffix("")
     plan = read_plan(folder)
     more = ImageList.from_images([(200, "later.jpg")], 3, folder)
     (folder / "plan.json").write_text(dataclasses.replace(plan, lists=(*plan.lists, more)).to_json())
     report = verify_store(store)
-    assert problems(report) == {("index there and complete", ""), ("shard readable", "00003.h5")}
-    assert repair(store, dataclasses.replace(report, problems=report.problems[:1])) == []
+    assert problems(report) == {("index complete", ""), ("shard readable", "00003.h5")}
+    assert repair_store(store, dataclasses.replace(report, problems=report.problems[:1])) == []
     assert store.exists()

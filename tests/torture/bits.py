@@ -12,7 +12,8 @@ import torch
 
 from gridcap.common.errors import GridcapError
 from gridcap.common.store.reader import FeatureStore
-from gridcap.extract.verify import repair, verify_store
+from gridcap.extract.repair import repair_store
+from gridcap.extract.verify import verify_store
 from gridcap.train.engine.checkpoint import find_checkpoint, load_checkpoint, load_training_state
 from tests.torture import runs
 from tests.torture.case import Part, contents, damaged, require
@@ -53,7 +54,7 @@ def _store(folder: Path, rng: np.random.Generator) -> str:
             same, found = True, found or "refused on loading"
         require(bool(found) or same, f"{file.name}: a number changed, and nobody saw it")
         if report is not None and report.problems and rng.random() < _REPAIRED and file.suffix == ".h5":
-            repair(store / "s.h5", report)
+            repair_store(store / "s.h5", report)
             extract_all(folder / "photos", store / "s.h5")
             require(contents(store) == contents(folder / "whole"), f"{file.name}: repaired, and not as it was")
             return "found, repaired to the same bytes"

@@ -102,13 +102,17 @@ def main(target: str, folder: Path, seed: str) -> None:
         from gridcap.common.captions.read import read_captions
         from gridcap.common.config import load_config
         from gridcap.common.errors import GridcapError
-        from gridcap.extract.importers.features import match_keys, open_source, read_grid
+        from gridcap.extract.importers.features import ImportRequest, read_grid
+        from gridcap.extract.importers.matching import match_keys
+        from gridcap.extract.importers.sources import open_source
 
     def read_features(path: Path) -> None:
         source = open_source(path)
-        for record, key in match_keys(source, None):
+        pairs = match_keys(source, None)
+        request = ImportRequest(source, pairs, "", path.with_suffix(".h5"), "", "float32")
+        for record, key in pairs:
             require(0 <= record.image_id < 2**63, f"an id of {record.image_id}")
-            read_grid(source, key, "float32", None)
+            read_grid(request, key, None)
 
     readers: dict[str, Callable[[Path], Any]] = {
         "coco": lambda path: read_captions(path, "train"),
