@@ -14,7 +14,7 @@ from gridcap.common.errors import StoreError
 from gridcap.common.store.hdf5 import check_self_contained, corruption_as_store_error
 from gridcap.common.store.reader import FeatureStore
 from gridcap.common.store.shard_reader import ShardReader
-from gridcap.extract.importers.features import open_source
+from gridcap.extract.importers.sources import open_source
 from tests.torture.forge import WAYS_OUT, sign_index
 
 OUTSIDE = "lie in other files|is a link to another place"
