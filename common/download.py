@@ -1,17 +1,22 @@
-"""A large file from a web server: resumed where it broke off, checked, and put in place whole.
+"""Downloads of large files: resumed, checked, and renamed to their final name when complete.
 
-Neither torch.hub nor torchvision nor pooch goes on where a transfer broke off, which for 13 GB is what matters.
+torch.hub, torchvision, and pooch do not resume an interrupted transfer, which matters for 13 GB.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import http.client
 import os
+import socket
+import ssl
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,19 +24,22 @@ from gridcap.common.errors import DownloadError
 from gridcap.common.files import fsync_path
 from gridcap.common.progress import progress_bar
 
-_BLOCK = 1 << 20
-_TIMEOUT = 60  # seconds without a byte
-_TRIES = 6  # in a row that bring nothing
-_AGAIN = "run the same command again: it goes on where it stopped"
+BLOCK_SIZE = 1 << 20
+TIMEOUT = 60  # seconds without data
+MAX_ATTEMPTS = 6  # consecutive attempts without progress
+MAX_WAIT = 30.0  # seconds between attempts
+RERUN = "rerun the command to resume the download"
+NETWORK_ERRNOS = (errno.EHOSTUNREACH, errno.EHOSTDOWN, errno.ENETUNREACH, errno.ENETDOWN, errno.ENETRESET)
+UNSUPPORTED_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @dataclass(frozen=True)
 class Remote:
-    """A file and what is known of it.
+    """A file on a web server.
 
     Attributes:
-        url: where it is.
-        size: in bytes.
+        url: address.
+        size: size in bytes.
         checksum: "md5:..." or "sha256:...", in hexadecimal.
     """
 
@@ -41,100 +49,182 @@ class Remote:
 
 
 def fetch(remote: Remote, path: Path, wait: Callable[[float], None] = time.sleep) -> None:
-    """Fetch a file, unless it is there.
+    """Download a file unless it exists.
 
-    What has come is in `<path>.part`. A transfer that breaks off is tried again from there, and so is one of an
-    earlier call. Nothing gets its name before size and checksum are right.
+    The data is written to `<path>.part`. An interrupted transfer is resumed from there, also by a later call. The file
+    gets its final name only after its size and checksum have been verified.
 
     Args:
         remote: the file.
-        path: where it goes.
-        wait: before another try, in seconds.
+        path: destination.
+        wait: called with the number of seconds before each retry.
 
     Raises:
-        DownloadError: no connection, no such file there, or it is not what it should be.
+        DownloadError: no connection, no such file on the server, wrong size or checksum, or another process is
+            downloading the same file.
     """
-    if path.is_file() and path.stat().st_size == remote.size:
+    if _is_complete(remote, path):
         return
+    with exclusive_lock(path):
+        if _is_complete(remote, path):  # another process has just finished
+            return
+        part = path.with_name(f"{path.name}.part")
+        _fetch_part(remote, part, wait)
+        _verify(remote, part)
+        fsync_path(part)
+        os.replace(part, path)
+
+
+def _is_complete(remote: Remote, path: Path) -> bool:
+    return path.is_file() and path.stat().st_size == remote.size
+
+
+@contextlib.contextmanager
+def exclusive_lock(path: Path) -> Iterator[None]:
+    """Hold a lock for writing a file. The system releases it when the process ends, however it ends.
+
+    Raises:
+        DownloadError: another process holds the lock.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    failed = 0
-    with progress_bar(total=remote.size, unit="B", unit_scale=True, unit_divisor=1024, desc=path.name) as bar:
-        while (there := _size(part)) < remote.size:
-            bar.n = there
+    lock = path.with_name(f".{path.name}.lock")
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _lock(descriptor, path)
+            if _is_same_file(descriptor, lock):
+                try:
+                    yield
+                finally:
+                    lock.unlink(missing_ok=True)
+                return
+        finally:
+            os.close(descriptor)
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise DownloadError(
+            f"{path}: another process is downloading this file", "wait until it has finished, then rerun the command"
+        ) from error
+    except OSError as error:
+        if error.errno not in UNSUPPORTED_LOCK:
+            raise
+
+
+def _is_same_file(descriptor: int, path: Path) -> bool:
+    """Return whether a locked file still has its name: its previous owner may have removed it in between."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _fetch_part(remote: Remote, part: Path, wait: Callable[[float], None]) -> None:
+    failures = 0
+    with progress_bar(
+        total=remote.size, unit="B", unit_scale=True, unit_divisor=1024, desc=part.name.removesuffix(".part")
+    ) as bar:
+        while (size := _size(part)) < remote.size:
+            bar.n = size
             try:
-                _go_on(remote, part, there, bar.update)
+                _append(remote, part, bar.update)
             except (OSError, http.client.HTTPException) as error:
-                failed = 0 if _size(part) > there else failed + 1
-                refused = isinstance(error, urllib.error.HTTPError) and error.code < 500
-                if refused or failed == _TRIES or not _of_the_network(error):
-                    raise _explained(remote, part, error) from error
-                wait(min(30.0, 2.0**failed))
+                failures = 0 if _size(part) > size else failures + 1
+                if not _is_retryable(error) or failures == MAX_ATTEMPTS:
+                    raise _as_download_error(remote, part, error) from error
             else:
-                if _size(part) == there:  # the server ended early, politely
-                    failed += 1
-                    if failed == _TRIES:
-                        raise DownloadError(f"{remote.url}: the server ends it after {there} bytes", _AGAIN)
-                    wait(min(30.0, 2.0**failed))
-    _check(remote, part)
-    fsync_path(part)
-    os.replace(part, path)
+                # A server may end the transfer early without an error.
+                failures = 0 if _size(part) > size else failures + 1
+                if failures == MAX_ATTEMPTS:
+                    raise DownloadError(f"{remote.url}: the server ends the transfer after {size} bytes", RERUN)
+            if _size(part) < remote.size:
+                wait(min(MAX_WAIT, 2.0**failures))
 
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _go_on(remote: Remote, part: Path, there: int, progress: Callable[[int], object]) -> None:
-    """Append what the server still has, from `there` on."""
-    request = urllib.request.Request(remote.url, headers={"Range": f"bytes={there}-"} if there else {})
-    with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:
-        resumed = answer.status == http.client.PARTIAL_CONTENT
-        said = answer.headers.get("Content-Range" if resumed else "Content-Length", "")
-        whole = said.rpartition("/")[2]  # "bytes 5-9/10", or "10"
-        if whole.isdigit() and int(whole) != remote.size:  # what has come may be of the right one, so it stays
+def _append(remote: Remote, part: Path, progress: Callable[[int], object]) -> None:
+    """Append the bytes that are still missing."""
+    size = _size(part)
+    request = urllib.request.Request(remote.url, headers={"Range": f"bytes={size}-"} if size else {})
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+        resumed = response.status == http.client.PARTIAL_CONTENT
+        header = response.headers.get("Content-Range" if resumed else "Content-Length", "")
+        total = header.rpartition("/")[2]  # "bytes 5-9/10", or "10"
+        if total.isdigit() and int(total) != remote.size:  # the partial file may be right, so it is kept
             raise DownloadError(
-                f"{remote.url}: has {whole} bytes there, and should have {remote.size}",
-                "it is another file: check --mirror, or try again later",
+                f"{remote.url}: has {total} bytes, expected {remote.size}",
+                "the server has another file: check --mirror, or try again later",
             )
-        if there and not resumed:  # a server that cannot resume: from the beginning
-            progress(-there)
+        if size and not resumed:  # the server cannot resume: start from the beginning
+            progress(-size)
         with open(part, "ab" if resumed else "wb") as file:
-            while block := answer.read(_BLOCK):
+            while block := response.read(BLOCK_SIZE):
                 file.write(block)
                 progress(len(block))
 
 
-def _of_the_network(error: Exception) -> bool:
-    """Whether trying again may help: a full disk stays full."""
-    return isinstance(error, urllib.error.URLError | ConnectionError | TimeoutError | http.client.HTTPException)
-
-
-def _explained(remote: Remote, part: Path, error: Exception) -> Exception:
-    if not _of_the_network(error):
-        return error  # the disk's, with its own hint
+def _is_retryable(error: Exception) -> bool:
+    """Return whether another attempt may succeed. A full disk, a missing file, and a bad certificate stay as they are."""
     if isinstance(error, urllib.error.HTTPError):
-        return DownloadError(f"{remote.url}: the server says {error.code} {error.reason}", "check --mirror and network")
-    reason = getattr(error, "reason", None) or f"{type(error).__name__} {error}"
-    return DownloadError(f"{remote.url}: {reason}; {_size(part)} of {remote.size} bytes have come", _AGAIN)
+        return error.code >= 500
+    return _is_network_error(error) and not isinstance(_cause(error), ssl.SSLCertVerificationError)
 
 
-def _check(remote: Remote, part: Path) -> None:
-    """Make sure that the file is the one that was meant; if not, remove it."""
-    kind, _, wanted = remote.checksum.partition(":")
-    found = hashlib.new(kind, usedforsecurity=False)
+def _is_network_error(error: Exception) -> bool:
+    network = (urllib.error.URLError, ssl.SSLError, socket.gaierror, ConnectionError, TimeoutError)
+    if isinstance(error, (*network, http.client.HTTPException)):
+        return True
+    return isinstance(error, OSError) and error.errno in NETWORK_ERRNOS
+
+
+def _cause(error: Exception) -> object:
+    """Return the error inside a URLError."""
+    return error.reason if isinstance(error, urllib.error.URLError) else error
+
+
+def _as_download_error(remote: Remote, part: Path, error: Exception) -> Exception:
+    if not _is_network_error(error):
+        return error  # a disk error has its own hint
+    if isinstance(error, urllib.error.HTTPError):
+        return DownloadError(
+            f"{remote.url}: the server responds {error.code} {error.reason}", "check the network and --mirror"
+        )
+    cause = _cause(error)
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return DownloadError(
+            f"{remote.url}: the server's certificate is not trusted: {cause.verify_message}",
+            "check the clock and the CA certificates (SSL_CERT_FILE), or choose another server with --mirror",
+        )
+    reason = (
+        f"TLS connection failed: {cause}" if isinstance(cause, ssl.SSLError) else str(cause) or type(cause).__name__
+    )
+    return DownloadError(
+        f"{remote.url}: {reason}; {_size(part)} of {remote.size} bytes received", f"check the network, then {RERUN}"
+    )
+
+
+def _verify(remote: Remote, part: Path) -> None:
+    """Check the size and checksum of a downloaded file. Remove the file if they are wrong."""
+    algorithm, _, expected = remote.checksum.partition(":")
+    digest = hashlib.new(algorithm, usedforsecurity=False)
     with (
         open(part, "rb") as file,
         progress_bar(
-            total=remote.size, unit="B", unit_scale=True, unit_divisor=1024, desc="checking", leave=False
+            total=remote.size, unit="B", unit_scale=True, unit_divisor=1024, desc="verifying", leave=False
         ) as bar,
     ):
-        while block := file.read(_BLOCK):
-            found.update(block)
+        while block := file.read(BLOCK_SIZE):
+            digest.update(block)
             bar.update(len(block))
-    if _size(part) != remote.size or found.hexdigest() != wanted:
+    if _size(part) != remote.size or digest.hexdigest() != expected:
         part.unlink()
         raise DownloadError(
-            f"{remote.url}: not the right file: its {kind.upper()} is not {wanted}; it was removed",
-            "run the same command again; if it happens twice, check --mirror",
+            f"{remote.url}: wrong content: its {algorithm.upper()} is not {expected}; the download was removed",
+            "rerun the command; if this repeats, check --mirror",
         )

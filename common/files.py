@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic file writes."""
 
 from __future__ import annotations
 
@@ -17,38 +17,36 @@ from pathlib import Path
 from typing import Any
 
 TEMPORARY_SUFFIX = ".tmp"
-
-
-_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors that come without a name from a write
-_ABANDONED_AFTER = 24 * 3600  # seconds; no shard takes so long to write
-_TEMPORARY_NAME = re.compile(r"\..+\.(?P<machine>[^/]+)-(?P<process>\d+)-[0-9a-f]{8}" + re.escape(TEMPORARY_SUFFIX))
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # write errors that do not name the file
+MAX_TEMPORARY_AGE = 24 * 3600  # seconds; writing one shard takes far less
+TEMPORARY_NAME = re.compile(r"\..+\.(?P<machine>[^/]+)-(?P<process>\d+)-[0-9a-f]{8}" + re.escape(TEMPORARY_SUFFIX))
 
 
 def this_machine() -> str:
-    """A name for the place where process numbers mean what they mean here: the host, or a container on it.
+    """Return a name for the PID namespace of this process: the host, or a container on it.
 
-    Containers on one host may share its name and each have a process 1; their process name spaces differ.
+    Containers may share the name of their host, and each has its own process 1.
     """
     try:
-        space = Path("/proc/self/ns/pid").stat().st_ino
+        namespace = Path("/proc/self/ns/pid").stat().st_ino
     except OSError:
-        space = 0
-    return f"{socket.gethostname()}-{space}"
+        namespace = 0
+    return f"{socket.gethostname()}-{namespace}"
 
 
 def temporary_sibling(path: Path) -> Path:
-    """A name in the same folder that no other process, on any machine, will choose."""
+    """Return a name in the same folder that is unique across processes and machines."""
     return path.with_name(f".{path.name}.{this_machine()}-{os.getpid()}-{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}")
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove temporary files and folders that nobody writes any more.
+    """Remove temporary files and folders whose writer is gone.
 
-    Those of this machine go when their process is gone; those of others, whose processes cannot be asked for, when
-    they have not changed for a day.
+    On this machine, the process must have ended. Processes of other machines cannot be checked, so their files must
+    not have changed for a day.
     """
     for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
-        match = _TEMPORARY_NAME.fullmatch(path.name)
+        match = TEMPORARY_NAME.fullmatch(path.name)
         if match and _is_abandoned(path, match["machine"], int(match["process"])):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
@@ -60,7 +58,7 @@ def _is_abandoned(path: Path, machine: str, process: int) -> bool:
     if machine == this_machine():
         return not _is_running(process)
     try:
-        return time.time() - path.stat().st_mtime > _ABANDONED_AFTER
+        return time.time() - path.stat().st_mtime > MAX_TEMPORARY_AGE
     except FileNotFoundError:
         return False
 
@@ -76,7 +74,7 @@ def _is_running(process: int) -> bool:
 
 
 def fsync_path(path: Path) -> None:
-    """Flush a file, or the entries of a folder, to the disk."""
+    """Flush a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -86,16 +84,16 @@ def fsync_path(path: Path) -> None:
 
 @contextlib.contextmanager
 def temporary_file(path: Path) -> Iterator[Path]:
-    """Give a temporary name beside `path` to write to; what is still there at the end is removed.
+    """Yield a temporary name in the folder of `path`. The file is removed at the end if it still exists.
 
-    An operating-system error names `path`: a full disk names nothing, and a temporary name tells the user nothing.
+    Operating system errors name `path`: a full disk names no file, and the temporary name means nothing to users.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_sibling(path)
     try:
         yield temporary
     except OSError as error:
-        if (error.filename is None and error.errno in _OF_DISKS) or error.filename in (str(temporary), temporary):
+        if (error.filename is None and error.errno in DISK_ERRORS) or error.filename in (str(temporary), temporary):
             error.filename = str(path)
         raise
     finally:
@@ -103,13 +101,13 @@ def temporary_file(path: Path) -> Iterator[Path]:
 
 
 def check_writable(*paths: Path | None) -> None:
-    """Find out before long work whether its results can be written; makes the folders that they go to.
+    """Check before long work that its results can be written. Missing parent folders are created.
 
     Args:
-        paths: of the results; None for one that was not asked for.
+        paths: paths of the results; None for results that were not requested.
 
     Raises:
-        OSError: one cannot.
+        OSError: a result cannot be written.
     """
     for path in paths:
         if path is None:
@@ -121,7 +119,7 @@ def check_writable(*paths: Path | None) -> None:
 
 
 def put_in_place(temporary: Path, path: Path) -> None:
-    """Give a temporary file its name, on disk."""
+    """Rename a temporary file to its final name, durably: fsync, rename, fsync the folder."""
     fsync_path(temporary)
     os.replace(temporary, path)
     fsync_path(path.parent)
@@ -129,9 +127,9 @@ def put_in_place(temporary: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary name to write to; when the block ends well, it takes the place of `path`, on disk.
+    """Yield a temporary name to write to. It replaces `path` durably when the block ends.
 
-    If the block raises, the temporary file is removed and `path` is as it was.
+    If the block raises, the temporary file is removed and `path` is unchanged.
     """
     with temporary_file(path) as temporary:
         yield temporary
@@ -139,10 +137,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def publish_text(path: Path, text: str) -> bool:
-    """Write a text file, whole or not at all, unless there is one: of several writers just one succeeds.
+    """Write a text file atomically unless it exists. Of several concurrent writers, exactly one succeeds.
 
     Returns:
-        Whether this call wrote it.
+        Whether this call wrote the file.
     """
     with temporary_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -151,25 +149,25 @@ def publish_text(path: Path, text: str) -> bool:
             os.link(temporary, path)
         except FileExistsError:
             return False
-        except OSError:  # a file system without hard links: the last of several writers wins
+        except OSError:  # no hard links on this file system: the last of several writers wins
             os.replace(temporary, path)
         fsync_path(path.parent)
     return True
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file atomically (UTF-8)."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def sha256_of(path: Path, start: int = 0) -> str:
-    """The SHA-256 of a file's bytes from `start` on, in hexadecimal."""
+    """Return the SHA-256 of a file from byte `start` on, in hexadecimal."""
     with open(path, "rb") as file:
         file.seek(start)
         digest = hashlib.sha256()

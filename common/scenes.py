@@ -1,8 +1,7 @@
-"""Rendered scenes: one coloured object at one place, and sentences that describe it.
+"""Rendered scenes: one colored object at one of five positions, with captions.
 
-They serve two ends: the demo's data set (`demo/`), and the fixed batch on which randomly initialized
-encoders calibrate their BatchNorm statistics (`extract/encoder.py`). Everything is a pure function of the
-seed, down to the last pixel, on every machine.
+Used by the demo data set and as the fixed batch on which randomly initialized encoders calibrate their BatchNorm
+statistics. Every pixel is a pure function of the seed, on every machine.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-SIZES = {"small": 0.24, "large": 0.44}  # side of the object over the side of the picture
+SIZES = {"small": 0.24, "large": 0.44}  # side of the object / side of the image
 COLORS = {
     "red": (214, 32, 32),
     "green": (24, 150, 54),
@@ -23,7 +22,7 @@ COLORS = {
     "black": (12, 12, 12),
 }
 SHAPES = ("ring", "square", "triangle", "cross")
-PLACES = {  # center of the object, (x, y) over the side of the picture
+PLACES = {  # center of the object, (x, y) / side of the image
     "top left": (0.25, 0.25),
     "top right": (0.75, 0.25),
     "center": (0.50, 0.50),
@@ -31,7 +30,7 @@ PLACES = {  # center of the object, (x, y) over the side of the picture
     "bottom right": (0.75, 0.75),
 }
 
-# Words of one meaning: the first is the attribute's name. No word belongs to two attributes.
+# Synonyms: the first word is the value of the attribute. No word belongs to two values.
 SYNONYMS = {
     "small": ("small", "little", "tiny"),
     "large": ("large", "big", "huge"),
@@ -48,7 +47,7 @@ TEMPLATES = (
 
 @dataclass(frozen=True, order=True)
 class Scene:
-    """The four attributes of one scene."""
+    """The four attributes of a scene."""
 
     size: str
     color: str
@@ -57,24 +56,30 @@ class Scene:
 
 
 def all_scenes() -> list[Scene]:
-    """Every combination of attributes, in a fixed order: 2 x 6 x 4 x 5 = 240."""
+    """Return all combinations of attributes in a fixed order: 2 x 6 x 4 x 5 = 240."""
     return [Scene(*parts) for parts in itertools.product(SIZES, COLORS, SHAPES, PLACES)]
 
 
 def render(scene: Scene, rng: np.random.Generator, side: int = 320) -> Image.Image:
-    """Draw a scene: the object, slightly moved and scaled, on a noisy gray background with a gradient.
+    """Render a scene: the object with jittered position and size on a noisy gray gradient.
 
-    Returns an RGB image of `side` x `side` pixels.
+    Args:
+        scene: attributes.
+        rng: source of the jitter and the noise.
+        side: side of the image in pixels.
+
+    Returns:
+        RGB image of `side` x `side` pixels.
     """
     base, slope_x, slope_y = rng.uniform(105, 165), *rng.uniform(-25, 25, 2)
     ramp = np.linspace(-0.5, 0.5, side)
     gray = base + slope_x * ramp[None, :] + slope_y * ramp[:, None] + rng.normal(0, 4, (side, side))
-    picture = Image.fromarray(np.clip(gray, 0, 255).astype(np.uint8)).convert("RGB")
+    image = Image.fromarray(np.clip(gray, 0, 255).astype(np.uint8)).convert("RGB")
 
     x, y = (np.array(PLACES[scene.place]) + rng.uniform(-0.03, 0.03, 2)) * side
     half = SIZES[scene.size] * rng.uniform(0.92, 1.08) * side / 2
     color = tuple(int(c) for c in np.clip(np.array(COLORS[scene.color]) + rng.integers(-8, 9, 3), 0, 255))
-    draw = ImageDraw.Draw(picture)
+    draw = ImageDraw.Draw(image)
     box = (x - half, y - half, x + half, y + half)
     if scene.shape == "ring":
         draw.ellipse(box, outline=color, width=round(half * 0.36))
@@ -86,11 +91,11 @@ def render(scene: Scene, rng: np.random.Generator, side: int = 320) -> Image.Ima
         arm = half * 0.30
         draw.rectangle((x - arm, y - half, x + arm, y + half), fill=color)
         draw.rectangle((x - half, y - arm, x + half, y + arm), fill=color)
-    return picture
+    return image
 
 
 def describe(scene: Scene, rng: np.random.Generator) -> list[str]:
-    """Five differently worded captions that all name the four attributes."""
+    """Return five captions with different wording. Each names all four attributes."""
 
     def word(name: str) -> str:
         choices = SYNONYMS.get(name, (name,))
@@ -104,13 +109,13 @@ def describe(scene: Scene, rng: np.random.Generator) -> list[str]:
 
 
 def parse(caption: str) -> dict[str, str | None]:
-    """The attributes a caption names; None where it names none or two that contradict each other."""
+    """Return the attributes that a caption names; None for an attribute with no value or contradictory values."""
     words = caption.lower().replace(",", " ").split()
     text = f" {' '.join(words)} "
 
     def named(values: dict[str, object] | tuple[str, ...] | dict[str, float]) -> str | None:
-        found = {v for v in values if any(f" {w} " in text for w in SYNONYMS.get(v, (v,)))}
-        return found.pop() if len(found) == 1 else None
+        matches = {v for v in values if any(f" {w} " in text for w in SYNONYMS.get(v, (v,)))}
+        return matches.pop() if len(matches) == 1 else None
 
     return {
         "size": named(SIZES),
@@ -121,10 +126,15 @@ def parse(caption: str) -> dict[str, str | None]:
 
 
 def calibration_batch(count: int, side: int) -> np.ndarray:
-    """The fixed batch for BatchNorm calibration.
+    """Return the fixed batch for BatchNorm calibration.
 
-    Returns uint8 (count, side, side, 3), RGB: scenes spread evenly over all combinations.
+    Args:
+        count: number of scenes B, spread evenly over all combinations.
+        side: side of each image in pixels.
+
+    Returns:
+        uint8 (B, side, side, 3), RGB.
     """
     scenes = all_scenes()
-    picked = [scenes[i * len(scenes) // count] for i in range(count)]
-    return np.stack([np.asarray(render(s, np.random.default_rng([20150, i]), side)) for i, s in enumerate(picked)])
+    selected = [scenes[i * len(scenes) // count] for i in range(count)]
+    return np.stack([np.asarray(render(s, np.random.default_rng([20150, i]), side)) for i, s in enumerate(selected)])

@@ -1,4 +1,4 @@
-"""COCO as the captioning field uses it: which archives there are, what of them is wanted, and where it goes.
+"""The archives of COCO 2014 and 2017, and of Karpathy's splits: download and unpacking.
 
 <to>/train2014/COCO_train2014_000000000009.jpg ...
 <to>/annotations/captions_train2014.json, dataset_coco.json
@@ -12,14 +12,17 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from gridcap.common.download import Remote, fetch
+from gridcap.common.download import Remote, exclusive_lock, fetch
 from gridcap.common.errors import DownloadError, UserError
 from gridcap.common.files import temporary_file
 from gridcap.common.progress import progress_bar
+from gridcap.common.text import plural
 
-OFFICIAL = "http://images.cocodataset.org"  # its https has another host's certificate; checksums serve instead
+OFFICIAL = (
+    "http://images.cocodataset.org"  # over https, its certificate is for another host; checksums are verified instead
+)
 KARPATHY = "https://cs.stanford.edu/people/karpathy/deepimagesent"
-_SPARE = 1.02  # of disk space: file systems round up
+SPACE_FACTOR = 1.02  # file systems round file sizes up
 
 
 @dataclass(frozen=True)
@@ -27,19 +30,19 @@ class Archive:
     """A zip file.
 
     Attributes:
-        place: below the server's address.
+        path: path on the server.
         size, checksum: as for `Remote`.
-        wanted: start of the members' names that are unpacked.
-        folder: where they go below <to>, if not where the archive says.
-        files: how many of them there are.
-        unpacked: their bytes, about.
-        server: the address, without --mirror.
+        prefixes: prefixes of the members to unpack: folders (ending in "/") or files.
+        files: number of these members.
+        unpacked: their approximate total size in bytes.
+        folder: subfolder of <to> to unpack into.
+        server: address of the server.
     """
 
-    place: str
+    path: str
     size: int
     checksum: str
-    wanted: tuple[str, ...]
+    prefixes: tuple[str, ...]
     files: int
     unpacked: int
     folder: str = ""
@@ -47,21 +50,21 @@ class Archive:
 
     @property
     def name(self) -> str:
-        """Of the zip file."""
-        return PurePosixPath(self.place).name
+        """File name of the archive."""
+        return PurePosixPath(self.path).name
 
     def remote(self, mirror: str | None) -> Remote:
-        """Where to fetch it."""
-        return Remote(f"{(mirror or self.server).rstrip('/')}/{self.place}", self.size, self.checksum)
+        """Return the file to download, from a mirror or the official server."""
+        return Remote(f"{(mirror or self.server).rstrip('/')}/{self.path}", self.size, self.checksum)
 
-    def is_there(self, to: Path) -> bool:
-        """Whether all its files are unpacked."""
-        counts = [self._count(to, start) for start in self.wanted]
+    def is_unpacked(self, to: Path) -> bool:
+        """Return whether all members have been unpacked."""
+        counts = [self._count(to, prefix) for prefix in self.prefixes]
         return all(counts) and sum(counts) >= self.files
 
-    def _count(self, to: Path, start: str) -> int:
-        path = to / self.folder / start
-        if start.endswith("/"):
+    def _count(self, to: Path, prefix: str) -> int:
+        path = to / self.folder / prefix
+        if prefix.endswith("/"):
             return sum(entry.name.endswith(".jpg") for entry in os.scandir(path)) if path.is_dir() else 0
         return int(path.is_file())
 
@@ -120,84 +123,96 @@ KARPATHY_SPLITS = Archive(
 )
 
 
-def choose(year: str, splits: tuple[str, ...], annotations_only: bool, karpathy: bool) -> list[Archive]:
-    """The archives that hold what is asked for, the small ones first.
+def select_archives(year: str, splits: tuple[str, ...], annotations_only: bool, karpathy: bool) -> list[Archive]:
+    """Return the requested archives, small ones first.
 
     Raises:
-        UserError: Karpathy's splits of another year than 2014.
+        UserError: Karpathy's splits were requested for another year than 2014.
     """
     if karpathy and year != "2014":
-        raise UserError("--karpathy: Karpathy's splits are of COCO 2014", "leave out --year, or say --year 2014")
+        raise UserError("--karpathy: Karpathy's splits belong to COCO 2014", "omit --year, or use --year 2014")
     images = [] if annotations_only else [IMAGES[year, split] for split in splits]
     return [ANNOTATIONS[year], *([KARPATHY_SPLITS] if karpathy else []), *images]
 
 
 def space_needed(archives: list[Archive], to: Path, keep: bool) -> int:
-    """The bytes of disk that fetching and unpacking will take at most."""
-    missing = [archive for archive in archives if not archive.is_there(to)]
-    zips = [archive.size - _fetched(archive, to) for archive in missing]
-    return int(_SPARE * (sum(a.unpacked for a in missing) + (sum(zips) if keep else max(zips, default=0))))
+    """Return the maximum disk space in bytes that downloading and unpacking will take."""
+    missing = [archive for archive in archives if not archive.is_unpacked(to)]
+    zips = [archive.size - _downloaded(archive, to) for archive in missing]
+    return int(SPACE_FACTOR * (sum(a.unpacked for a in missing) + (sum(zips) if keep else max(zips, default=0))))
 
 
-def _fetched(archive: Archive, to: Path) -> int:
-    """The bytes of an archive that are on the disk already."""
+def _downloaded(archive: Archive, to: Path) -> int:
+    """Return how many bytes of an archive have been downloaded."""
     sizes = [p.stat().st_size for p in (to / archive.name, to / f"{archive.name}.part") if p.exists()]
     return min(archive.size, sum(sizes))
 
 
 def check_space(archives: list[Archive], to: Path, keep: bool) -> None:
-    """Make sure that all of it has room.
+    """Check that there is enough disk space.
 
     Raises:
-        DownloadError: it has not.
+        DownloadError: not enough.
     """
     folder = next(path for path in (to, *to.absolute().parents) if path.exists())
     free, needed = shutil.disk_usage(folder).free, space_needed(archives, to, keep)
     if needed > free:
         raise DownloadError(
-            f"{to}: needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free",
-            "free some space, choose another --to, or take less: --splits val, --annotations-only",
+            f"{to}: not enough disk space: {needed / 1e9:.1f} GB required, {free / 1e9:.1f} GB free",
+            "free some space, choose another --to, or download less: --splits val, --annotations-only",
         )
 
 
 def download(archive: Archive, to: Path, mirror: str | None, keep: bool) -> int:
-    """Fetch an archive and unpack what is wanted of it; a call that was stopped is gone on with.
+    """Download an archive and unpack the requested members. An interrupted call is resumed.
+
+    Args:
+        archive: the archive.
+        to: destination folder.
+        mirror: address of a mirror; None for the official server.
+        keep: whether to keep the zip file.
 
     Returns:
-        How many files were unpacked; 0 if all were there.
+        Number of unpacked files; 0 if all existed.
 
     Raises:
-        DownloadError: as for `fetch`, or the archive lacks a file.
+        DownloadError: as for `fetch`, or a member is missing, or another process is unpacking the archive.
     """
-    if archive.is_there(to):
+    if archive.is_unpacked(to):
         return 0
     path = to / archive.name
-    fetch(archive.remote(mirror), path)
-    count = _unpack(archive, path, to)
-    if not archive.is_there(to):
-        raise DownloadError(
-            f"{path}: holds {count} of the {archive.files} files that it should", "delete it, and run the command again"
-        )
-    if not keep:
-        path.unlink()
-    return count
+    with exclusive_lock(to / f"{archive.name}.unpack"):
+        if archive.is_unpacked(to):  # another process has just finished
+            return 0
+        fetch(archive.remote(mirror), path)
+        count = _unpack(archive, path, to)
+        if not archive.is_unpacked(to):
+            raise DownloadError(
+                f"{path}: contains {count} of the expected {plural(archive.files, 'file')}",
+                "delete it, then rerun the command",
+            )
+        if not keep:
+            path.unlink()
+        return count
 
 
 def _unpack(archive: Archive, path: Path, to: Path) -> int:
     try:
         with zipfile.ZipFile(path) as opened:
-            members = [m for m in opened.infolist() if m.filename.startswith(archive.wanted) and not m.is_dir()]
+            members = [m for m in opened.infolist() if m.filename.startswith(archive.prefixes) and not m.is_dir()]
             for member in progress_bar(members, unit="file", desc=f"unpacking {archive.name}"):
                 if ".." in PurePosixPath(member.filename).parts:
-                    raise DownloadError(f"{path}: its member {member.filename!r} lies outside", "check --mirror")
+                    raise DownloadError(f"{path}: member {member.filename!r} leaves the folder", "check --mirror")
                 target = to / archive.folder / member.filename
                 if target.is_file() and target.stat().st_size == member.file_size:
                     continue
                 target.parent.mkdir(parents=True, exist_ok=True)
-                with temporary_file(target) as temporary:  # without fsync for each: the count is checked at the end
+                with temporary_file(
+                    target
+                ) as temporary:  # no fsync per file: the sizes are checked again by the next run
                     with opened.open(member) as source, open(temporary, "wb") as copy:
                         shutil.copyfileobj(source, copy, 1 << 20)
                     os.replace(temporary, target)
             return len(members)
     except zipfile.BadZipFile as error:
-        raise DownloadError(f"{path}: a damaged zip file: {error}", "delete it, and run the command again") from error
+        raise DownloadError(f"{path}: corrupted zip file: {error}", "delete it, then rerun the command") from error

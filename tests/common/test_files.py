@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic file writes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def names_in(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
 
 
-def test_replacing_makes_the_file_and_its_folders(tmp_path: Path) -> None:
+def test_replacing_creates_the_file_and_its_folders(tmp_path: Path) -> None:
     path = tmp_path / "runs" / "new" / "a.txt"
     with replacing(path) as temporary:
         temporary.write_text("new")
@@ -42,7 +42,9 @@ def test_replacing_makes_the_file_and_its_folders(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
-def test_an_exception_leaves_the_old_file_and_no_temporary(tmp_path: Path, error: type[BaseException]) -> None:
+def test_an_exception_keeps_the_old_file_and_removes_the_temporary_file(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old")
 
@@ -57,22 +59,22 @@ def test_an_exception_leaves_the_old_file_and_no_temporary(tmp_path: Path, error
     assert names_in(tmp_path) == ["a.txt"]
 
 
-def test_an_exception_before_anything_is_written_makes_no_file(tmp_path: Path) -> None:
+def test_an_exception_before_the_first_write_creates_no_file(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), replacing(tmp_path / "a.txt"):
         raise RuntimeError
     assert names_in(tmp_path) == []
 
 
-def test_a_failed_rename_leaves_no_temporary(tmp_path: Path) -> None:
-    """A folder stands in the way."""
+def test_a_failed_rename_removes_the_temporary_file(tmp_path: Path) -> None:
+    """A folder has the name of the file."""
     (tmp_path / "a.txt").mkdir()
     with pytest.raises(OSError, match=r"a\.txt"):
         write_text(tmp_path / "a.txt", "new")
     assert names_in(tmp_path) == ["a.txt"]
 
 
-def test_the_new_file_is_on_the_disk_before_it_takes_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Flush, rename, flush the folder: in another order a power cut leaves an empty file under the final name."""
+def test_the_file_is_flushed_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flush, rename, flush the folder: in another order, a power cut leaves an empty file under the final name."""
     path, steps = tmp_path / "a.txt", []
     really_replace = os.replace
     monkeypatch.setattr("gridcap.common.files.fsync_path", lambda p: steps.append(("flush", p.is_dir())))
@@ -82,8 +84,8 @@ def test_the_new_file_is_on_the_disk_before_it_takes_its_name(tmp_path: Path, mo
     assert path.read_text() == "new"
 
 
-def test_a_reader_of_the_old_file_goes_on_reading_it(tmp_path: Path) -> None:
-    """A new file takes the name; the old one is not written over."""
+def test_an_open_reader_keeps_the_old_content(tmp_path: Path) -> None:
+    """The old file is replaced, not overwritten."""
     path = tmp_path / "a.txt"
     path.write_text("old")
     with open(path) as reader:
@@ -92,22 +94,22 @@ def test_a_reader_of_the_old_file_goes_on_reading_it(tmp_path: Path) -> None:
     assert path.read_text() == "new"
 
 
-def test_temporary_names_are_hidden_in_the_same_folder_and_never_twice_the_same(tmp_path: Path) -> None:
+def test_temporary_names_are_hidden_unique_and_in_the_same_folder(tmp_path: Path) -> None:
     path = tmp_path / "00001.h5"
     names = {temporary_sibling(path) for _ in range(100)}
     assert len(names) == 100
     for name in names:
         assert name.parent == tmp_path
         assert name.name.startswith(".00001.h5.")
-        assert name.suffix == ".tmp"  # so that no pattern like *.h5 takes it for a shard
+        assert name.suffix == ".tmp"  # does not match patterns such as *.h5
 
 
-def test_text_is_written_in_utf8(tmp_path: Path) -> None:
+def test_text_is_written_as_utf8(tmp_path: Path) -> None:
     write_text(tmp_path / "a.txt", "café ✓\n")
     assert (tmp_path / "a.txt").read_bytes() == "café ✓\n".encode()
 
 
-def test_json_is_for_people_too(tmp_path: Path) -> None:
+def test_json_is_indented_and_not_ascii_escaped(tmp_path: Path) -> None:
     value = {"caption": "un café", "n": [1, 2.5, None]}
     write_json(tmp_path / "a.json", value)
     text = (tmp_path / "a.json").read_text(encoding="utf-8")
@@ -117,7 +119,7 @@ def test_json_is_for_people_too(tmp_path: Path) -> None:
     assert len(text.splitlines()) > 3
 
 
-def test_a_value_that_json_cannot_hold_leaves_the_old_file(tmp_path: Path) -> None:
+def test_a_value_that_json_cannot_represent_keeps_the_old_file(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", 1)
     with pytest.raises(TypeError):
         write_json(tmp_path / "a.json", {"a": object()})
@@ -126,27 +128,27 @@ def test_a_value_that_json_cannot_hold_leaves_the_old_file(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("size", [0, 1, (1 << 22) - 1, (1 << 22) + 1])
-def test_sha256_is_of_all_bytes(tmp_path: Path, size: int) -> None:
-    """Around the size of the blocks it is read in."""
+def test_sha256_covers_all_blocks(tmp_path: Path, size: int) -> None:
+    """Sizes around the block size."""
     content = (bytes(range(251)) * (size // 251 + 1))[:size]
     (tmp_path / "a").write_bytes(content)
     assert sha256_of(tmp_path / "a") == hashlib.sha256(content).hexdigest()
 
 
-def test_flushing_what_is_missing_is_an_os_error(tmp_path: Path) -> None:
+def test_flushing_a_missing_file_raises_an_os_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         fsync_path(tmp_path / "missing")
 
 
-def test_leftovers_of_processes_that_are_gone_are_removed_and_nothing_else(tmp_path: Path) -> None:
-    """A shard that another process, here or on another machine, is still writing must not be taken away."""
+def test_only_temporary_files_of_ended_processes_are_removed(tmp_path: Path) -> None:
+    """A shard that another process, here or on another machine, is still writing must be kept."""
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     host = this_machine()
     kept = [
         "00000.h5",
-        f".00000.h5.{host}-{os.getpid()}-0123abcd.tmp",  # of a process that runs
-        f".00000.h5.another{host}-{gone.pid}-0123abcd.tmp",  # of another machine
+        f".00000.h5.{host}-{os.getpid()}-0123abcd.tmp",  # its process is running
+        f".00000.h5.another{host}-{gone.pid}-0123abcd.tmp",  # another machine
         f".00000.h5.{host}-{gone.pid}-0123abcd",
         ".mine.tmp",
         "a.tmp",
@@ -159,15 +161,15 @@ def test_leftovers_of_processes_that_are_gone_are_removed_and_nothing_else(tmp_p
     assert names_in(tmp_path) == sorted(kept)
 
 
-def test_a_temporary_name_of_this_process_is_not_taken_for_a_leftover(tmp_path: Path) -> None:
+def test_temporary_files_of_this_process_are_kept(tmp_path: Path) -> None:
     with replacing(tmp_path / "a.txt") as temporary:
         temporary.write_text("new")
         remove_leftovers(tmp_path)
         assert temporary.exists()
 
 
-def test_what_another_machine_left_is_removed_after_a_day(tmp_path: Path) -> None:
-    """Its processes cannot be asked for: a pod that was killed never comes back under its name."""
+def test_temporary_files_of_other_machines_are_removed_after_a_day(tmp_path: Path) -> None:
+    """Their processes cannot be checked, and a killed pod never returns under the same name."""
     old, new = (tmp_path / f".0000{i}.h5.pod-4026531836-7-0123abcd.tmp" for i in range(2))
     for path, age in ((old, 25 * 3600), (new, 23 * 3600)):
         path.touch()
@@ -176,7 +178,7 @@ def test_what_another_machine_left_is_removed_after_a_day(tmp_path: Path) -> Non
     assert [p.name for p in tmp_path.iterdir()] == [new.name]
 
 
-def test_of_several_writers_just_one_publishes(tmp_path: Path) -> None:
+def test_exactly_one_of_several_writers_publishes(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         wrote = list(pool.map(lambda i: publish_text(tmp_path / "plan.json", f"plan {i}"), range(40)))
     assert sum(wrote) == 1
@@ -184,7 +186,7 @@ def test_of_several_writers_just_one_publishes(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
 
 
-def test_without_hard_links_a_file_is_published_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_publishing_works_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_links(*_: object) -> None:
         raise PermissionError("no hard links here")
 
@@ -194,7 +196,7 @@ def test_without_hard_links_a_file_is_published_all_the_same(tmp_path: Path, mon
     assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
 
 
-def test_whether_a_file_can_be_written_is_known_beforehand_and_nothing_is_left(tmp_path: Path) -> None:
+def test_check_writable_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "old.json").write_text("old")
     check_writable(tmp_path / "new" / "a.json")
     check_writable(tmp_path / "old.json")
@@ -207,13 +209,13 @@ def test_whether_a_file_can_be_written_is_known_beforehand_and_nothing_is_left(t
         check_writable(tmp_path / "old.json" / "a.json")
 
 
-def test_a_full_disk_names_the_file_that_was_to_be_written(tmp_path: Path) -> None:
+def test_a_full_disk_error_names_the_target_file(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space") as caught, replacing(tmp_path / "a.json"):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert caught.value.filename == str(tmp_path / "a.json")
 
 
-def test_an_error_names_no_temporary_file(tmp_path: Path) -> None:
+def test_errors_name_the_target_file_and_not_the_temporary_one(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught, replacing(tmp_path / "a.json") as temporary:
         temporary.read_text()
     assert caught.value.filename == str(tmp_path / "a.json")
