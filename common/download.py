@@ -170,7 +170,7 @@ def _append(remote: Remote, part: Path, progress: Callable[[int], object]) -> No
 
 
 def _is_retryable(error: Exception) -> bool:
-    """Return whether another attempt may succeed. A full disk, a missing file, and a bad certificate stay as they are."""
+    """Return whether another attempt may succeed, unlike with a full disk, a missing file, or a bad certificate."""
     if isinstance(error, urllib.error.HTTPError):
         return error.code >= 500
     return _is_network_error(error) and not isinstance(_cause(error), ssl.SSLCertVerificationError)
@@ -201,9 +201,9 @@ def _as_download_error(remote: Remote, part: Path, error: Exception) -> Exceptio
             f"{remote.url}: the server's certificate is not trusted: {cause.verify_message}",
             "check the clock and the CA certificates (SSL_CERT_FILE), or choose another server with --mirror",
         )
-    reason = (
-        f"TLS connection failed: {cause}" if isinstance(cause, ssl.SSLError) else str(cause) or type(cause).__name__
-    )
+    reason = str(cause) or type(cause).__name__
+    if isinstance(cause, ssl.SSLError):
+        reason = f"TLS connection failed: {reason}"
     return DownloadError(
         f"{remote.url}: {reason}; {_size(part)} of {remote.size} bytes received", f"check the network, then {RERUN}"
     )

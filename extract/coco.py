@@ -1,7 +1,7 @@
 """The archives of COCO 2014 and 2017, and of Karpathy's splits: download and unpacking.
 
-<to>/train2014/COCO_train2014_000000000009.jpg ...
-<to>/annotations/captions_train2014.json, dataset_coco.json
+<output>/train2014/COCO_train2014_000000000009.jpg ...
+<output>/annotations/captions_train2014.json, dataset_coco.json
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ from gridcap.common.files import temporary_file
 from gridcap.common.progress import progress_bar
 from gridcap.common.text import plural
 
-OFFICIAL = (
-    "http://images.cocodataset.org"  # over https, its certificate is for another host; checksums are verified instead
-)
+OFFICIAL = "http://images.cocodataset.org"  # no https: its certificate is for another host; checksums protect instead
 KARPATHY = "https://cs.stanford.edu/people/karpathy/deepimagesent"
 SPACE_FACTOR = 1.02  # file systems round file sizes up
 
@@ -35,7 +33,7 @@ class Archive:
         prefixes: prefixes of the members to unpack: folders (ending in "/") or files.
         files: number of these members.
         unpacked: their approximate total size in bytes.
-        folder: subfolder of <to> to unpack into.
+        folder: subfolder of <output> to unpack into.
         server: address of the server.
     """
 
@@ -159,7 +157,7 @@ def check_space(archives: list[Archive], to: Path, keep: bool) -> None:
     if needed > free:
         raise DownloadError(
             f"{to}: not enough disk space: {needed / 1e9:.1f} GB required, {free / 1e9:.1f} GB free",
-            "free some space, choose another --to, or download less: --splits val, --annotations-only",
+            "free some space, choose another --output, or download less: --splits val, --annotations-only",
         )
 
 
@@ -207,9 +205,7 @@ def _unpack(archive: Archive, path: Path, to: Path) -> int:
                 if target.is_file() and target.stat().st_size == member.file_size:
                     continue
                 target.parent.mkdir(parents=True, exist_ok=True)
-                with temporary_file(
-                    target
-                ) as temporary:  # no fsync per file: the sizes are checked again by the next run
+                with temporary_file(target) as temporary:  # no fsync per file: the next run checks the sizes
                     with opened.open(member) as source, open(temporary, "wb") as copy:
                         shutil.copyfileobj(source, copy, 1 << 20)
                     os.replace(temporary, target)

@@ -1,12 +1,17 @@
-"""Fetching from a real server, which breaks off, lies about sizes, or sends another file."""
+"""Downloads from a real server that disconnects, reports a wrong size, or sends another file."""
 
+import errno
 import hashlib
+import ssl
+import subprocess
+import sys
 import threading
+import urllib.error
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from gridcap.common.download import Remote, fetch
+from gridcap.common.download import Remote, exclusive_lock, fetch
 from gridcap.common.errors import DownloadError
 
 DATA = bytes(range(256)) * 8000  # 2 MB
@@ -16,27 +21,27 @@ class Server:
     """Serves `data` at any address.
 
     Attributes:
-        data: what it sends.
-        resumes: whether it understands Range.
-        break_after: bytes after which each connection breaks; None: never.
-        lie: the size it says, if not the right one.
-        status: what it answers instead of 200.
-        asked: for each request the first byte that was asked for.
+        data: the content.
+        resumes: whether it supports Range.
+        break_after: bytes after which each connection is closed; None for never.
+        reported_size: wrong size to report; None for the right one.
+        status: error status to return; None for 200.
+        offsets: first requested byte of each request.
     """
 
     def __init__(self):
-        self.data, self.resumes, self.break_after, self.lie, self.status = DATA, True, None, None, None
-        self.asked = []
+        self.data, self.resumes, self.break_after, self.reported_size, self.status = DATA, True, None, None, None
+        self.offsets = []
         server = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
                 first = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").removesuffix("-"))
-                server.asked.append(first)
+                server.offsets.append(first)
                 if server.status:
                     self.send_error(server.status)
                     return
-                size = len(server.data) if server.lie is None else server.lie
+                size = len(server.data) if server.reported_size is None else server.reported_size
                 if first and server.resumes:
                     self.send_response(206)
                     self.send_header("Content-Range", f"bytes {first}-{size - 1}/{size}")
@@ -69,8 +74,8 @@ def server():
 
 
 @pytest.fixture
-def waited():
-    """Seconds that would have been waited."""
+def waits():
+    """Wait times in seconds, recorded instead of slept."""
     return []
 
 
@@ -78,88 +83,163 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_file_comes_whole_and_is_not_fetched_twice(server, waited, tmp_path):
+def test_a_file_is_downloaded_once(server, waits, tmp_path):
     for _ in range(2):
-        fetch(server.remote(), tmp_path / "deep" / "x.zip", waited.append)
+        fetch(server.remote(), tmp_path / "deep" / "x.zip", waits.append)
     assert (tmp_path / "deep" / "x.zip").read_bytes() == DATA
     assert names(tmp_path / "deep") == ["x.zip"]
-    assert (server.asked, waited) == ([0], [])
+    assert (server.offsets, waits) == ([0], [])
 
 
-def test_sha256_serves_too(server, waited, tmp_path):
+def test_sha256_checksums_are_supported(server, waits, tmp_path):
     checksum = f"sha256:{hashlib.sha256(DATA).hexdigest()}"
-    fetch(server.remote(checksum=checksum), tmp_path / "x.zip", waited.append)
+    fetch(server.remote(checksum=checksum), tmp_path / "x.zip", waits.append)
     assert (tmp_path / "x.zip").read_bytes() == DATA
 
 
-def test_a_connection_that_breaks_again_and_again_is_gone_on_with(server, waited, tmp_path):
+def test_a_connection_that_breaks_repeatedly_is_resumed(server, waits, tmp_path):
     server.break_after = 300_000
-    fetch(server.remote(), tmp_path / "x.zip", waited.append)
+    fetch(server.remote(), tmp_path / "x.zip", waits.append)
     assert (tmp_path / "x.zip").read_bytes() == DATA
-    assert server.asked == list(range(0, len(DATA), 300_000))
+    assert server.offsets == list(range(0, len(DATA), 300_000))
 
 
-def test_a_later_call_goes_on_where_an_earlier_one_stopped(server, waited, tmp_path):
+def test_a_later_call_resumes_an_earlier_one(server, waits, tmp_path):
     (tmp_path / "x.zip.part").write_bytes(DATA[:1_000_000])
-    fetch(server.remote(), tmp_path / "x.zip", waited.append)
+    fetch(server.remote(), tmp_path / "x.zip", waits.append)
     assert (tmp_path / "x.zip").read_bytes() == DATA
-    assert server.asked == [1_000_000]
+    assert server.offsets == [1_000_000]
 
 
-def test_a_server_that_cannot_resume_sends_it_from_the_beginning(server, waited, tmp_path):
+def test_a_server_without_range_support_restarts(server, waits, tmp_path):
     server.resumes = False
     (tmp_path / "x.zip.part").write_bytes(b"old" * 1000)
-    fetch(server.remote(), tmp_path / "x.zip", waited.append)
+    fetch(server.remote(), tmp_path / "x.zip", waits.append)
     assert (tmp_path / "x.zip").read_bytes() == DATA
 
 
 @pytest.mark.parametrize("resumes", [True, False])
-@pytest.mark.parametrize("there", [0, 1000])
-def test_another_size_is_refused_before_it_is_fetched(server, waited, tmp_path, there, resumes):
-    server.lie, server.resumes = len(DATA) + 5, resumes
-    if there:
-        (tmp_path / "x.zip.part").write_bytes(DATA[:there])
-    with pytest.raises(DownloadError, match=f"has {len(DATA) + 5} bytes there, and should have {len(DATA)}"):
-        fetch(server.remote(), tmp_path / "x.zip", waited.append)
-    assert names(tmp_path) == (["x.zip.part"] if there else []), "what came from the right server is not lost"
+@pytest.mark.parametrize("existing", [0, 1000])
+def test_a_wrong_size_is_an_error_before_the_transfer(server, waits, tmp_path, existing, resumes):
+    server.reported_size, server.resumes = len(DATA) + 5, resumes
+    if existing:
+        (tmp_path / "x.zip.part").write_bytes(DATA[:existing])
+    with pytest.raises(DownloadError, match=f"has {len(DATA) + 5} bytes, expected {len(DATA)}"):
+        fetch(server.remote(), tmp_path / "x.zip", waits.append)
+    assert names(tmp_path) == (["x.zip.part"] if existing else []), "data from the right server is kept"
 
 
-def test_another_file_of_the_same_size_is_removed(server, waited, tmp_path):
+def test_a_file_with_a_wrong_checksum_is_removed(server, waits, tmp_path):
     server.data = DATA[:-1] + b"!"
-    with pytest.raises(DownloadError, match="not the right file: its MD5"):
-        fetch(server.remote(), tmp_path / "x.zip", waited.append)
+    with pytest.raises(DownloadError, match="wrong content: its MD5"):
+        fetch(server.remote(), tmp_path / "x.zip", waits.append)
     assert names(tmp_path) == []
     server.data = DATA
-    fetch(server.remote(), tmp_path / "x.zip", waited.append)
+    fetch(server.remote(), tmp_path / "x.zip", waits.append)
 
 
-def test_a_missing_file_is_told_at_once(server, waited, tmp_path):
+def test_a_missing_file_is_not_retried(server, waits, tmp_path):
     server.status = 404
     with pytest.raises(DownloadError, match="404"):
-        fetch(server.remote(), tmp_path / "x.zip", waited.append)
-    assert (server.asked, waited) == ([0], [])
+        fetch(server.remote(), tmp_path / "x.zip", waits.append)
+    assert (server.offsets, waits) == ([0], [])
 
 
-def test_a_server_in_trouble_is_tried_some_times_and_what_came_is_kept(server, waited, tmp_path):
+def test_server_errors_are_retried_and_partial_data_is_kept(server, waits, tmp_path):
     server.status = 503
     (tmp_path / "x.zip.part").write_bytes(DATA[:1000])
     with pytest.raises(DownloadError, match="503"):
-        fetch(server.remote(), tmp_path / "x.zip", waited.append)
-    assert server.asked == [1000] * 6
-    assert waited == sorted(waited)
+        fetch(server.remote(), tmp_path / "x.zip", waits.append)
+    assert server.offsets == [1000] * 6
+    assert waits == sorted(waits)
     assert names(tmp_path) == ["x.zip.part"]
 
 
-def test_a_server_that_is_not_there_is_told_with_how_much_has_come(server, waited, tmp_path):
+def test_an_unreachable_server_is_reported_with_the_progress(server, waits, tmp_path):
     remote = server.remote(url="http://127.0.0.1:9/x.zip")
     with pytest.raises(DownloadError, match=f"refused.*0 of {len(DATA)} bytes"):
-        fetch(remote, tmp_path / "x.zip", waited.append)
+        fetch(remote, tmp_path / "x.zip", waits.append)
 
 
-def test_a_server_that_ends_early_without_an_error(server, waited, tmp_path):
-    """It says the right size and closes the connection, again and again at the same place."""
+def test_a_server_that_ends_early_is_an_error(server, waits, tmp_path):
+    """It reports the right size and closes the connection at the same byte each time."""
     server.data = DATA[:5000]
-    server.lie = len(DATA)
+    server.reported_size = len(DATA)
     with pytest.raises(DownloadError, match="after 5000 bytes"):
-        fetch(server.remote(), tmp_path / "x.zip", waited.append)
+        fetch(server.remote(), tmp_path / "x.zip", waits.append)
     assert (tmp_path / "x.zip.part").stat().st_size == 5000
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ssl.SSLError(1, "[SSL: DECRYPTION_FAILED_OR_BAD_RECORD_MAC] decryption failed"),
+        ssl.SSLEOFError(8, "EOF occurred in violation of protocol"),
+        OSError(errno.EHOSTUNREACH, "No route to host"),
+        OSError(errno.ENETUNREACH, "Network is unreachable"),
+        ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
+    ],
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_item_23_network_errors_during_a_read_are_retried_and_named(
+    server, waits, tmp_path, monkeypatch, error, wrapped
+):
+    def fail(request, timeout):
+        raise urllib.error.URLError(error) if wrapped else error
+
+    monkeypatch.setattr("urllib.request.urlopen", fail)
+    with pytest.raises(DownloadError) as caught:
+        fetch(server.remote(), tmp_path / "x.zip", waits.append)
+    assert len(waits) == 5
+    assert server.url in caught.value.message
+    assert "network" in caught.value.hint
+    assert "permission" not in caught.value.hint
+
+
+def test_item_23_an_untrusted_certificate_is_not_retried(server, waits, tmp_path, monkeypatch):
+    error = ssl.SSLCertVerificationError(1, "certificate verify failed")
+    error.verify_message = "certificate has expired"
+
+    def fail(request, timeout):
+        raise urllib.error.URLError(error)
+
+    monkeypatch.setattr("urllib.request.urlopen", fail)
+    with pytest.raises(DownloadError, match="certificate has expired") as caught:
+        fetch(server.remote(), tmp_path / "x.zip", waits.append)
+    assert waits == []
+    assert "SSL_CERT_FILE" in caught.value.hint
+
+
+def test_a_disk_error_is_not_called_a_network_error(server, waits, tmp_path, monkeypatch):
+    def fail(request, timeout):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("urllib.request.urlopen", fail)
+    with pytest.raises(OSError, match="No space"):
+        fetch(server.remote(), tmp_path / "x.zip", waits.append)
+    assert waits == []
+
+
+def test_item_01_a_second_process_cannot_download_the_same_file(server, waits, tmp_path):
+    """Both would append to the same partial file."""
+    program = (
+        "import sys\nfrom pathlib import Path\nfrom gridcap.common.download import exclusive_lock\n"
+        "with exclusive_lock(Path(sys.argv[1])):\n    print('locked', flush=True)\n    sys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path / "x.zip")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout.readline() == b"locked\n"
+        with pytest.raises(DownloadError, match="another process"):
+            fetch(server.remote(), tmp_path / "x.zip", waits.append)
+        assert server.offsets == []
+        other.kill()
+    fetch(server.remote(), tmp_path / "x.zip", waits.append)
+    assert names(tmp_path) == ["x.zip"], "the lock of a killed process is released and removed"
+
+
+def test_item_01_a_file_that_another_process_has_just_finished_is_not_downloaded_again(server, waits, tmp_path):
+    with exclusive_lock(tmp_path / "x.zip"):
+        (tmp_path / "x.zip").write_bytes(DATA)
+    fetch(server.remote(), tmp_path / "x.zip", waits.append)
+    assert server.offsets == []

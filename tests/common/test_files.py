@@ -42,9 +42,7 @@ def test_replacing_creates_the_file_and_its_folders(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
-def test_an_exception_keeps_the_old_file_and_removes_the_temporary_file(
-    tmp_path: Path, error: type[BaseException]
-) -> None:
+def test_an_exception_keeps_the_old_file_only(tmp_path: Path, error: type[BaseException]) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old")
 

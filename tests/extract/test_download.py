@@ -1,4 +1,4 @@
-"""download-coco against a server of our own: the same layout, tiny archives."""
+"""`gridcap download` against a local server with the same layout and tiny archives."""
 
 import dataclasses
 import hashlib
@@ -8,13 +8,14 @@ import threading
 import zipfile
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 import gridcap.extract.coco
 from gridcap.common.config import load_config
-from gridcap.extract.coco import ANNOTATIONS, IMAGES, KARPATHY_SPLITS, choose, space_needed
+from gridcap.extract.coco import ANNOTATIONS, IMAGES, KARPATHY_SPLITS, select_archives, space_needed
 from gridcap.extract.download_cli import main
 
 MEMBERS = {
@@ -44,15 +45,15 @@ def zipped(members):
 
 @pytest.fixture
 def mirror(tmp_path, monkeypatch):
-    """A server with tiny archives, and a catalogue that knows them; gives its address and its folder."""
+    """A server with tiny archives and a matching catalog; yields its address and its folder."""
     folder = tmp_path / "served"
 
     def tiny(archive):
         data = zipped(MEMBERS[archive.name])
-        path = folder / archive.place
+        path = folder / archive.path
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
-        files = sum(name.startswith(archive.wanted) for name in MEMBERS[archive.name])
+        files = sum(name.startswith(archive.prefixes) for name in MEMBERS[archive.name])
         checksum = f"sha256:{hashlib.sha256(data).hexdigest()}"
         return dataclasses.replace(archive, size=len(data), checksum=checksum, files=files, unpacked=2000)
 
@@ -79,36 +80,36 @@ def tree(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def wanted(*names):
+def expected_files(*names):
     return {name: data for archive in names for name, data in MEMBERS[archive].items() if "instances" not in name}
 
 
-def test_everything_lands_where_pipeline_yaml_looks(mirror, tmp_path):
+def test_files_are_unpacked_to_the_folders_in_pipeline_yaml(mirror, tmp_path):
     output = run("--mirror", mirror[0], "--karpathy")
-    everything = wanted("train2014.zip", "val2014.zip", "annotations_trainval2014.zip")
+    everything = expected_files("train2014.zip", "val2014.zip", "annotations_trainval2014.zip")
     assert tree(tmp_path / "data/coco") == everything | {"annotations/dataset_coco.json": b"splits"}
     assert "done: data/coco: 11 files unpacked" in output
-    shutil.copy(gridcap.extract.coco.__file__.replace("extract/coco.py", "pipeline.yaml"), tmp_path)
+    shutil.copy(Path(__file__).parents[2] / "pipeline.yaml", tmp_path)
     for split in load_config().data.splits.values():
         assert split.images.is_dir()
         assert split.annotations is not None
         assert split.annotations.is_file()
 
 
-def test_the_same_command_again_fetches_nothing(mirror, tmp_path):
+def test_a_rerun_downloads_nothing(mirror, tmp_path):
     run("--mirror", mirror[0])
     shutil.rmtree(mirror[1])
     output = run("--mirror", mirror[0])
-    assert output.count("there already") == 3
-    assert "all was there" in output
+    assert output.count("already unpacked") == 3
+    assert "already complete" in output
 
 
-def test_what_was_lost_is_fetched_again(mirror, tmp_path):
+def test_a_deleted_file_is_restored(mirror, tmp_path):
     run("--mirror", mirror[0])
-    gone = tmp_path / "data/coco/train2014/COCO_train2014_000000000003.jpg"
-    gone.unlink()
+    deleted = tmp_path / "data/coco/train2014/COCO_train2014_000000000003.jpg"
+    deleted.unlink()
     run("--mirror", mirror[0])
-    assert gone.read_bytes() == bytes([3]) * 500
+    assert deleted.read_bytes() == bytes([3]) * 500
 
 
 @pytest.mark.parametrize(
@@ -118,33 +119,33 @@ def test_what_was_lost_is_fetched_again(mirror, tmp_path):
         (["--annotations-only"], ["annotations_trainval2014.zip"]),
     ],
 )
-def test_less_can_be_asked_for(mirror, tmp_path, arguments, expected):
-    run("--mirror", mirror[0], "--to", "here", *arguments)
-    assert tree(tmp_path / "here") == wanted(*expected)
+def test_splits_and_annotations_can_be_selected(mirror, tmp_path, arguments, expected):
+    run("--mirror", mirror[0], "--output", "here", *arguments)
+    assert tree(tmp_path / "here") == expected_files(*expected)
 
 
-def test_archives_can_be_kept(mirror, tmp_path):
+def test_archives_are_kept_on_request(mirror, tmp_path):
     run("--mirror", mirror[0], "--splits", "val", "--keep-archives")
     assert (tmp_path / "data/coco/val2014.zip").read_bytes() == (mirror[1] / "zips/val2014.zip").read_bytes()
 
 
-def test_a_dry_run_says_what_and_how_much_and_writes_nothing(mirror, tmp_path):
+def test_a_dry_run_prints_the_plan_and_writes_nothing(mirror, tmp_path):
     output = run("--mirror", mirror[0], "--dry-run")
     assert f"{mirror[0]}/zips/train2014.zip" in output
     assert not (tmp_path / "data").exists()
 
 
-def test_a_wrong_file_is_refused_and_what_was_there_stays(mirror, tmp_path):
+def test_a_wrong_checksum_is_an_error_and_keeps_existing_files(mirror, tmp_path):
     run("--mirror", mirror[0], "--annotations-only")
     path = mirror[1] / "zips/val2014.zip"
     path.write_bytes(path.read_bytes()[:-1] + b"!")
     output = run("--mirror", mirror[0], "--splits", "val", status=1)
-    assert "not the right file" in output
+    assert "wrong content" in output
     assert "what to do:" in output
-    assert tree(tmp_path / "data/coco") == wanted("annotations_trainval2014.zip")
+    assert tree(tmp_path / "data/coco") == expected_files("annotations_trainval2014.zip")
 
 
-def test_an_archive_that_reaches_outside_is_refused(mirror, tmp_path, monkeypatch):
+def test_a_member_outside_the_folder_is_an_error(mirror, tmp_path, monkeypatch):
     data = zipped({"val2014/../../../evil.jpg": b"x"})
     (mirror[1] / "zips/val2014.zip").write_bytes(data)
     archive = dataclasses.replace(
@@ -153,41 +154,41 @@ def test_an_archive_that_reaches_outside_is_refused(mirror, tmp_path, monkeypatc
         checksum=f"sha256:{hashlib.sha256(data).hexdigest()}",
     )
     monkeypatch.setitem(gridcap.extract.coco.IMAGES, ("2014", "val"), archive)
-    assert "lies outside" in run("--mirror", mirror[0], "--splits", "val", status=1)
+    assert "leaves the folder" in run("--mirror", mirror[0], "--splits", "val", status=1)
     assert not list(tmp_path.rglob("evil.jpg"))
 
 
-def test_too_little_disk_is_told_before_anything_is_fetched(mirror, tmp_path, monkeypatch):
+def test_disk_space_is_checked_before_the_download(mirror, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(gridcap.extract.coco.shutil, "disk_usage", lambda _: usage._replace(free=100))
     output = run("--mirror", mirror[0], status=1)
-    assert "GB are free" in output
+    assert "GB free" in output
     assert not (tmp_path / "data").exists()
 
 
-def test_the_room_that_is_needed_counts_what_is_there(mirror, tmp_path):
-    archives = choose("2014", ("train", "val"), False, False)
+def test_required_disk_space_excludes_existing_files(mirror, tmp_path):
+    archives = select_archives("2014", ("train", "val"), False, False)
     sizes = [archive.size for archive in archives]
     assert space_needed(archives, tmp_path / "x", False) == int(1.02 * (3 * 2000 + max(sizes)))
     assert space_needed(archives, tmp_path / "x", True) == int(1.02 * (3 * 2000 + sum(sizes)))
-    run("--mirror", mirror[0], "--to", "x")
+    run("--mirror", mirror[0], "--output", "x")
     assert space_needed(archives, tmp_path / "x", False) == 0
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
-        (["--splits", "test"], "no 'test' with captions"),
-        (["--karpathy", "--year", "2017"], "are of COCO 2014"),
+        (["--splits", "test"], "no captions for 'test'"),
+        (["--karpathy", "--year", "2017"], "belong to COCO 2014"),
         (["--year", "2015"], "2015"),
     ],
 )
-def test_wrong_use(mirror, arguments, said):
-    assert said in run("--mirror", mirror[0], *arguments, status=2)
+def test_usage_errors(mirror, arguments, message):
+    assert message in run("--mirror", mirror[0], *arguments, status=2)
 
 
-def test_the_official_addresses():
-    """Sizes and checksums stand in many other projects; the addresses are COCO's and Karpathy's own."""
+def test_official_addresses():
+    """The addresses are COCO's and Karpathy's own; sizes and checksums agree with other projects."""
     archives = [*IMAGES.values(), *ANNOTATIONS.values(), KARPATHY_SPLITS]
     urls = {archive.remote(None).url for archive in archives}
     assert "http://images.cocodataset.org/zips/train2014.zip" in urls

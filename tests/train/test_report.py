@@ -44,7 +44,7 @@ def test_report_shows_caption_scores_references_and_attention_of_every_image(pro
     assert [i["references"] for i in entries] == [c["references"] for c in tree["captions"]]
     assert next(iter(entries[0]["scores"])) == "CIDEr"
     assert np.mean([i["scores"]["CIDEr"] for i in entries]) == pytest.approx(tree["metrics"]["CIDEr"], abs=1e-3)
-    assert all(i["grid"] == [2, 2] and len(i["tops"]) == len(i["words"]) for i in entries)
+    assert all(i["grid"] == [2, 2] and len(i["peaks"]) == len(i["tokens"]) for i in entries)
     assert [i["missing"] for i in entries] == ["", "not an image", *[""] * 5]
     assert entries[3]["size"] == [63, 40]
     page = (project / "out" / "r.html").read_text(encoding="utf-8")
