@@ -1,4 +1,4 @@
-"""Tiny stores, captions and configurations for the tests of `train`."""
+"""Tiny stores, captions, and configurations for the tests of `gridcap.train`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ settings.register_profile("no clock", deadline=None)
 settings.load_profile("no clock")
 
 GRID = (2, 2, 8)
-LOOKS = [(color, shape) for color in ("red", "green", "blue") for shape in ("square", "circle")]
+VARIANTS = [(color, shape) for color in ("red", "green", "blue") for shape in ("square", "circle")]
 TINY_DECODERS = {
     "lstm": LstmConfig(embed_size=12, hidden_size=24, dropout=0.1),
     "attention": AttentionConfig(embed_size=12, hidden_size=24, attention_size=8, dropout=0.1),
@@ -35,7 +35,7 @@ TINY_DECODERS = {
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
-    """One torch thread: quicker on tiny tensors, and the same sums in every process."""
+    """Use one torch thread: faster on tiny tensors, and the same summation order in every process."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -46,7 +46,7 @@ def make_provenance(**changes):
     return {
         "encoder": "inception_v3",
         "layer": "Mixed_7c",
-        "weights": {"name": "imagenet (made up)", "sha256": "0cc3c7bd" * 8, "random": False},
+        "weights": {"name": "imagenet (fake)", "sha256": "0cc3c7bd" * 8, "random": False},
         "preprocessing": {
             "decoder": "pillow",
             "resize_mode": "stretch",
@@ -65,7 +65,7 @@ def make_provenance(**changes):
 
 @pytest.fixture(scope="session")
 def provenance():
-    """A complete, made-up provenance; keywords replace entries."""
+    """Return a function that makes a complete provenance; keywords override entries."""
     return make_provenance
 
 
@@ -79,7 +79,7 @@ def write_store(
     shard_size: int = 7,
     **provenance,
 ) -> FeatureStore:
-    """A feature store of several shards."""
+    """Write a feature store with several shards, and open it."""
     ids = list(image_ids if image_ids is not None else range(len(grids)))
     names = list(file_names or (f"{i:03}.jpg" for i in ids))
     where = make_provenance(grid_shape=list(grids.shape[1:]), dtype=str(grids.dtype)) | provenance
@@ -102,7 +102,7 @@ def write_store(
 
 @pytest.fixture(scope="session")
 def new_store():
-    """`write_store`; closes what it opened."""
+    """Return `write_store`; the stores are closed afterwards."""
     made = []
 
     def make(*args, **kwargs):
@@ -115,26 +115,26 @@ def new_store():
 
 
 def learnable_grids(count: int, seed: int = 0) -> np.ndarray:
-    """Grids whose brightest channel says which of the six looks the image has."""
+    """Return grids whose brightest channel encodes the color and shape of the image."""
     rng = np.random.default_rng(seed)
     grids = rng.normal(0, 0.1, (count, *GRID))
     for i in range(count):
-        grids[i, ..., i % len(LOOKS)] += 3
+        grids[i, ..., i % len(VARIANTS)] += 3
     return grids.astype(np.float16)
 
 
 def learnable_records(count: int, first_id: int = 100) -> list[ImageRecord]:
-    """One to three captions an image; the grid says which are right."""
+    """Return one to three captions per image, consistent with `learnable_grids`."""
     records = []
     for i in range(count):
-        color, shape = LOOKS[i % len(LOOKS)]
+        color, shape = VARIANTS[i % len(VARIANTS)]
         captions = (f"a {color} {shape}", f"A {shape} that is {color}.", f"one {color} {shape} here")
         records.append(ImageRecord(first_id + i, f"{first_id + i:03}.jpg", captions[: 1 + i % 3]))
     return records
 
 
 def write_coco(path: Path, records: Sequence[ImageRecord]) -> Path:
-    """The records as a COCO captions file."""
+    """Write records as a COCO captions file."""
     captions = [(r.image_id, text) for r in records for text in r.captions]
     tree = {
         "images": [{"id": r.image_id, "file_name": r.file_name} for r in records],
@@ -146,13 +146,13 @@ def write_coco(path: Path, records: Sequence[ImageRecord]) -> Path:
 
 @pytest.fixture(scope="session")
 def coco_file():
-    """`write_coco`."""
+    """Return `write_coco`."""
     return write_coco
 
 
 @pytest.fixture(scope="session")
 def new_data(new_store):
-    """Learnable images with captions, in a store of their own."""
+    """Return a function that writes learnable images and captions to a new store."""
 
     def make(path: Path, count: int = 24, first_id: int = 100, seed: int = 0, **store) -> CaptionedImages:
         records = learnable_records(count, first_id)
@@ -164,13 +164,13 @@ def new_data(new_store):
 
 @pytest.fixture
 def train_data(tmp_path, new_data):
-    """24 learnable images."""
+    """Training data: 24 learnable images."""
     return new_data(tmp_path / "train.h5")
 
 
 @pytest.fixture
 def val_data(tmp_path, new_data):
-    """9 other learnable images of the same kind."""
+    """Validation data: 9 other learnable images."""
     return new_data(tmp_path / "val.h5", 9, first_id=500, seed=1, split="val")
 
 
@@ -192,19 +192,19 @@ def make_config(output: Path, seed: int = 0, caption: CaptionConfig | None = Non
 
 @pytest.fixture(scope="session")
 def new_config():
-    """A configuration of a tiny run; keywords are keys of its `train` section."""
+    """Return a function that makes the configuration of a tiny run; keywords are keys of the `train` section."""
     return make_config
 
 
 @pytest.fixture(scope="session")
 def tiny_decoders():
-    """Family -> its configuration with tiny sizes."""
+    """Return tiny decoder configurations by family."""
     return TINY_DECODERS
 
 
 @pytest.fixture
 def no_java(tmp_path, monkeypatch):
-    """No program on the PATH, so no Java."""
+    """Empty the PATH, so that Java is not found."""
     empty = tmp_path / "empty-path"
     empty.mkdir()
     monkeypatch.setenv("PATH", str(empty))
@@ -237,7 +237,7 @@ TINY_PROJECT = {
 
 @pytest.fixture(scope="session")
 def project_template(tmp_path_factory, new_data):
-    """A project folder: three stores, their captions, pipeline.yaml, a finished run and what its command printed."""
+    """A project folder: three stores, their captions, pipeline.yaml, a finished run, and its output."""
     from gridcap.train.cli import train_decoder
 
     folder = tmp_path_factory.mktemp("project")
@@ -257,7 +257,7 @@ def project_template(tmp_path_factory, new_data):
 
 @pytest.fixture
 def project(project_template, tmp_path, monkeypatch):
-    """A copy of the project folder, and the current folder."""
+    """A copy of the project folder, which is also the current folder."""
     shutil.copytree(project_template, tmp_path / "project")
     monkeypatch.chdir(tmp_path / "project")
     return tmp_path / "project"
@@ -265,7 +265,7 @@ def project(project_template, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def invoke():
-    """Run a command here and give what it printed; a refusal must be one without a traceback, with what to do."""
+    """Return a function that runs a command and returns its output; errors must have a hint and no traceback."""
 
     def run(command, *arguments, status=0):
         done = CliRunner().invoke(command, [str(a) for a in arguments])
@@ -280,5 +280,5 @@ def invoke():
 
 @pytest.fixture(scope="session")
 def files():
-    """The bytes of every file in a folder."""
+    """Return a function that reads the bytes of every file in a folder."""
     return lambda folder: {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}

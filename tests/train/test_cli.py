@@ -18,7 +18,7 @@ def logged(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_training_writes_the_run_and_says_what_it_did(project):
+def test_training_writes_the_run_and_prints_a_summary(project):
     run = project / "runs" / "done"
     assert [row["epoch"] for row in logged(run)] == [1, 2]
     assert "val_cider" in logged(run)[0]
@@ -26,22 +26,22 @@ def test_training_writes_the_run_and_says_what_it_did(project):
     assert load_checkpoint(run, "last").path.name == "step-00000006"
     output = (project / "train-output.txt").read_text()
     assert "configuration" in output
-    assert "hidden_size: 24" in output
+    assert "hidden_size=24" in output
     assert "18 images, 36 captions from train.json" in output
     assert "6 images, 12 captions from val.json" in output
     assert "done: runs/done: 2 epochs, best is epoch" in output
 
 
-def test_captions_are_found_by_the_stores_split_whatever_its_file_is_called(project, invoke):
+def test_captions_are_found_by_the_split_of_the_store(project, invoke):
     shutil.move("features/val.h5", "features/renamed.h5")
     output = invoke(
         train_decoder, "--val-features", "features/renamed.h5", "--epochs", 1, "--set", "train.learning_rate=0.02"
     )
     assert "renamed.h5: 6 images, 12 captions from val.json" in output
-    assert "learning_rate: 0.02" in output
+    assert load_checkpoint(project / "runs/a").config.train.learning_rate == 0.02
 
 
-def test_captions_can_be_given_without_any_configuration(project, invoke):
+def test_captions_can_be_passed_without_a_configuration_file(project, invoke):
     (project / "pipeline.yaml").unlink()
     output = invoke(
         train_decoder,
@@ -66,11 +66,11 @@ def test_captions_can_be_given_without_any_configuration(project, invoke):
         "--set",
         "train.decoder.embed_size=8",
     )
-    assert "family: lstm" in output
+    assert "train.decoder.family=lstm" in output
     assert load_checkpoint(project / "runs/flags").config.train.decoder.family == "lstm"
 
 
-def test_without_a_validation_store_training_says_so_and_works(project, invoke):
+def test_training_without_validation_store_prints_a_note(project, invoke):
     (project / "features" / "val.h5").unlink()
     shutil.rmtree(project / "features" / "val")
     output = invoke(train_decoder, "--epochs", 1)
@@ -79,7 +79,7 @@ def test_without_a_validation_store_training_says_so_and_works(project, invoke):
     assert "CIDEr" not in output.splitlines()[-1]
 
 
-def test_a_dry_run_of_training_prints_and_writes_nothing(project, invoke, files):
+def test_dry_run_writes_nothing(project, invoke, files):
     before = files(project)
     output = invoke(train_decoder, "--dry-run", "--epochs", 7)
     assert "epochs: 7" in output
@@ -88,7 +88,7 @@ def test_a_dry_run_of_training_prints_and_writes_nothing(project, invoke, files)
     assert not (project / "runs" / "a").exists()
 
 
-def test_problems_of_the_captions_file_and_images_left_out_are_told(project, invoke):
+def test_problems_in_the_captions_file_are_reported(project, invoke):
     tree = json.loads((project / "train.json").read_text())
     tree["images"].append({"id": 9999, "file_name": "9999.jpg"})
     tree["annotations"].append({"id": 800, "image_id": 9999, "caption": "a cat"})
@@ -96,25 +96,25 @@ def test_problems_of_the_captions_file_and_images_left_out_are_told(project, inv
     (project / "train.json").write_text(json.dumps(tree))
     output = invoke(train_decoder, "--dry-run")
     assert "1 x empty caption (annotation 801)" in output
-    assert "1 images not in the feature store" in output
+    assert "1 image not in the feature store" in output
 
 
-def test_too_many_problems_are_refused_also_in_a_captions_file_given_by_its_flag(project, invoke):
+def test_captions_file_with_too_many_problems_is_rejected(project, invoke):
     tree = json.loads((project / "train.json").read_text())
     for annotation in tree["annotations"][::2]:
         annotation["caption"] = ""
     (project / "bad.json").write_text(json.dumps(tree))
     for given in (["--annotations", "bad.json"], ["--set", "data.splits.train.annotations=bad.json"]):
-        output = invoke(train_decoder, "--dry-run", *given, status=2)
+        output = invoke(train_decoder, "--dry-run", *given, status=1)
         assert "bad.json" in output
         assert "(limit 20%)" in output
 
 
-def test_missing_captions_are_a_users_error_that_names_the_flag(project, new_data, invoke):
+def test_missing_captions_error_names_the_flag(project, new_data, invoke):
     (project / "pipeline.yaml").unlink()
     new_data(project / "odd.h5", 6, split="odd")
     output = invoke(train_decoder, "--features", "odd.h5", status=2)
-    assert "no captions known for its split 'odd'" in output
+    assert "no captions configured for its split 'odd'" in output
     assert "--annotations" in output
     output = invoke(
         train_decoder, "--features", "odd.h5", "--annotations", "odd.json", "--val-features", "odd.h5", status=2
@@ -123,52 +123,52 @@ def test_missing_captions_are_a_users_error_that_names_the_flag(project, new_dat
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message", "status"),
     [
-        (["--features", "nowhere.h5"], "nowhere.h5: no such file"),
-        (["--annotations", "nowhere.json"], "nowhere.json: No such file"),
-        (["--annotations", "val.json"], "no usable image in common"),
-        (["--decoder", "transformer9"], "transformer9"),
-        (["--epochs", "0"], "train.epochs"),
-        (["--set", "train.learning_rte=1"], "did you mean learning_rate?"),
-        (["--device", "cuda:99"], "cuda:99"),
+        (["--features", "nowhere.h5"], "nowhere.h5: no such file", 1),
+        (["--annotations", "nowhere.json"], "nowhere.json: No such file", 1),
+        (["--annotations", "val.json"], "no usable image in common", 1),
+        (["--decoder", "transformer9"], "transformer9", 2),
+        (["--epochs", "0"], "train.epochs", 2),
+        (["--set", "train.learning_rte=1"], "did you mean train.learning_rate?", 2),
+        (["--device", "cuda:99"], "cuda:99", 2),
     ],
 )
-def test_wrong_use_of_training_is_a_users_error_and_writes_nothing(project, arguments, said, invoke):
-    assert said in invoke(train_decoder, *arguments, status=2)
+def test_errors_in_the_arguments_write_nothing(project, arguments, message, status, invoke):
+    assert message in invoke(train_decoder, *arguments, status=status)
     assert not (project / "runs" / "a").exists()
 
 
-def test_validation_captions_without_validation_features_are_refused(project, invoke):
+def test_validation_captions_require_validation_features(project, invoke):
     (project / "features" / "val.h5").unlink()
     assert "--val-features" in invoke(train_decoder, "--val-annotations", "val.json", status=2)
 
 
-def test_a_second_run_into_the_same_output_points_to_resume(project, invoke):
-    output = invoke(train_decoder, "--output", "runs/done", status=2)
+def test_second_run_in_the_same_output_suggests_resume(project, invoke):
+    output = invoke(train_decoder, "--output", "runs/done", status=1)
     assert "already contains a run" in output
     assert "--resume" in output
 
 
-def test_resume_goes_on_with_the_runs_own_settings(project, invoke):
+def test_resume_uses_the_settings_of_the_run(project, invoke):
     (project / "pipeline.yaml").unlink()
     output = invoke(train_decoder, "--output", "runs/done", "--resume", "--epochs", 3)
-    assert "hidden_size: 24" in output
+    assert "hidden_size=24" in output
     assert [row["epoch"] for row in logged(project / "runs/done")] == [1, 2, 3]
 
 
-def test_resume_with_another_learning_rate_is_refused_naming_it(project, invoke):
-    output = invoke(train_decoder, "--output", "runs/done", "--resume", "--learning-rate", 0.5, status=2)
+def test_resume_with_another_learning_rate_is_rejected_by_name(project, invoke):
+    output = invoke(train_decoder, "--output", "runs/done", "--resume", "--learning-rate", 0.5, status=1)
     assert "train.learning_rate: 0.01 then, 0.5 now" in output
 
 
-def test_resume_on_nothing_is_a_users_error_and_writes_nothing(project, invoke):
-    output = invoke(train_decoder, "--output", "runs/nothing", "--resume", status=2)
+def test_resume_without_a_run_is_an_error_and_writes_nothing(project, invoke):
+    output = invoke(train_decoder, "--output", "runs/nothing", "--resume", status=1)
     assert "no run to resume in runs/nothing" in output
     assert not (project / "runs" / "nothing").exists()
 
 
-def test_validation_may_begin_with_a_resume(project, invoke):
+def test_validation_can_be_added_on_resume(project, invoke):
     invoke(
         train_decoder, "--output", "runs/b", "--set", "data.features_dir=elsewhere", "--features", "features/train.h5"
     )
@@ -176,21 +176,21 @@ def test_validation_may_begin_with_a_resume(project, invoke):
     assert "best is epoch 3, validation CIDEr" in output
 
 
-def test_a_run_stopped_before_its_first_checkpoint_begins_again_with_resume(project, invoke):
+def test_resume_starts_again_if_there_is_no_checkpoint_yet(project, invoke):
     folder = project / "runs" / "early"
     folder.mkdir(parents=True)
     shutil.copy(project / "runs/done/config.yaml", folder)
     assert "done: runs/early: 2 epochs" in invoke(train_decoder, "--output", "runs/early", "--resume")
 
 
-def test_images_of_the_training_store_may_not_validate(project, invoke):
-    output = invoke(train_decoder, "--output", "runs/x", "--val-features", "features/train.h5", status=2)
+def test_training_images_are_rejected_for_validation(project, invoke):
+    output = invoke(train_decoder, "--output", "runs/x", "--val-features", "features/train.h5", status=1)
     assert "18 images in both features/train.h5 and features/train.h5" in output
     assert not (project / "runs" / "x").exists()
 
 
-def test_the_store_is_the_subset_whatever_seed_the_training_has(project, invoke):
-    """Extraction cut the subset with its seed; cutting again with another would leave a part of it out."""
+def test_training_seed_does_not_change_the_subset_of_the_store(project, invoke):
+    """The subset was sampled at extraction; sampling again with another seed would drop a part of it."""
     tree = yaml.safe_load((project / "pipeline.yaml").read_text())
     tree["data"]["splits"]["val"]["limit"] = 3
     (project / "pipeline.yaml").write_text(yaml.safe_dump(tree))
@@ -198,7 +198,7 @@ def test_the_store_is_the_subset_whatever_seed_the_training_has(project, invoke)
     assert "features/val.h5: 6 images" in output
 
 
-def test_karpathys_training_split_is_validated_on_karpathys_validation_split(project, new_data, invoke):
+def test_karpathy_training_split_is_validated_on_karpathy_validation_split(project, new_data, invoke):
     for split, first in (("karpathy-train", 100), ("karpathy-val", 500)):
         new_data(project / "features" / f"{split}.h5", 6, first_id=first, split=split)
     output = invoke(
@@ -216,7 +216,7 @@ def test_karpathys_training_split_is_validated_on_karpathys_validation_split(pro
     assert "features/karpathy-val.h5: 6 images" in output
 
 
-def test_features_from_random_weights_are_warned_of(project, new_data, invoke):
+def test_features_from_random_weights_cause_a_warning(project, new_data, invoke):
     new_data(project / "random.h5", 6, weights={"name": "random:0", "sha256": "ab" * 32, "random": True})
     output = invoke(
         train_decoder,
@@ -231,12 +231,12 @@ def test_features_from_random_weights_are_warned_of(project, new_data, invoke):
         "--set",
         "data.features_dir=elsewhere",
     )
-    assert "WARNING: random.h5 was made with random encoder weights" in output
+    assert "WARNING: random.h5 was extracted with random encoder weights" in output
     assert "WARNING: random.h5" not in (project / "train-output.txt").read_text()
     assert "random encoder weights" not in (project / "train-output.txt").read_text()
 
 
-def test_help_names_the_flags_their_keys_and_examples(invoke):
+def test_help_lists_flags_keys_and_examples(invoke):
     output = invoke(train_decoder, "--help")
     assert "--features" in output
     assert "--device" in output
@@ -245,12 +245,12 @@ def test_help_names_the_flags_their_keys_and_examples(invoke):
     assert train_decoder.name in output
 
 
-def test_help_shows_examples_and_the_recipes(invoke):
+def test_help_lists_examples_and_recipes(invoke):
     output = invoke(train_decoder, "--help")
     examples = output.partition("Examples:")[2]
     for expected in ("--recipe top-down", "--init-from runs/mine --scst", "--resume", "show-and-tell, soft-attention"):
         assert expected in examples
-    assert "torchrun --nproc-per-node 4 --no-python train-decoder" in examples, "torchrun takes a script otherwise"
+    assert "torchrun --nproc-per-node 4 --no-python train-decoder" in examples, "otherwise, torchrun expects a script"
     assert not re.search(r"\bscst\b", examples.partition("Recipes:")[2]), "it is --scst"
 
 
@@ -263,8 +263,8 @@ def settings_of(run):
     return load_checkpoint(run).config.train
 
 
-def test_a_recipe_is_laid_over_the_file_but_not_over_where_things_are(project, invoke):
-    """The file's decoder, batch size and rate go; its device and precision stay."""
+def test_recipe_overrides_the_file_except_for_paths_and_hardware(project, invoke):
+    """The decoder, batch size, and learning rate of the file are replaced; its device and precision are kept."""
     recipe = load_config(None, {}, [], "show-and-tell").train
     invoke(train_decoder, "--recipe", "show-and-tell", *SMALL)
     found = settings_of(project / recipe.output)
@@ -277,7 +277,7 @@ def test_a_recipe_is_laid_over_the_file_but_not_over_where_things_are(project, i
     assert (found.device, found.precision) == ("cpu", "float32")
 
 
-def test_flags_go_over_a_recipe(project, invoke):
+def test_flags_override_a_recipe(project, invoke):
     output = invoke(
         train_decoder,
         "--recipe",
@@ -298,30 +298,30 @@ def test_flags_go_over_a_recipe(project, invoke):
     assert "would train lstm for 1 epoch into runs/r" in output
 
 
-def test_a_recipe_may_be_a_file(project, invoke):
+def test_recipe_can_be_a_file(project, invoke):
     recipe = {"train": {"decoder": {"family": "lstm", "hidden_size": 20, "embed_size": 10}, "epochs": 1}}
     (project / "mine.yaml").write_text(yaml.safe_dump(recipe))
     invoke(train_decoder, "--recipe", "mine.yaml")
     found = settings_of(project / "runs" / "mine")
     assert (found.decoder.family, found.decoder.hidden_size, found.epochs) == ("lstm", 20, 1)
-    assert found.batch_size == 32, "nothing of the file's recipe is mixed into it"
+    assert found.batch_size == 32, "recipe settings of the file are not mixed in"
 
 
 @pytest.mark.parametrize(
-    ("recipe", "said"),
+    ("recipe", "message"),
     [
         ("top-donw", "did you mean top-down?"),
         ("zzz", "recipes: att2in"),
-        ("nowhere.yaml", "no such recipe, and no such file"),
-        ("pipeline.yaml", "a recipe holds train and nothing else"),
+        ("nowhere.yaml", "no such recipe or file"),
+        ("pipeline.yaml", "a recipe contains only the section train"),
     ],
 )
-def test_an_unknown_recipe_is_refused_with_what_there_is(project, recipe, said, invoke):
-    assert said in invoke(train_decoder, "--recipe", recipe, status=2)
+def test_unknown_recipe_error_lists_the_recipes(project, recipe, message, invoke):
+    assert message in invoke(train_decoder, "--recipe", recipe, status=2)
     assert not (project / "runs" / "a").exists()
 
 
-def test_a_run_of_a_recipe_is_resumed_with_or_without_naming_it_again(project, invoke):
+def test_run_of_a_recipe_resumes_with_or_without_the_recipe(project, invoke):
     run = load_config(None, {}, [], "show-and-tell").train.output
     invoke(train_decoder, "--recipe", "show-and-tell", *SMALL)
     for epochs, again in ((2, ["--output", run]), (3, ["--recipe", "show-and-tell"])):
@@ -329,10 +329,10 @@ def test_a_run_of_a_recipe_is_resumed_with_or_without_naming_it_again(project, i
         assert logged(project / run)[-1]["epoch"] == epochs
 
 
-# --- going on from another run ---
+# --- init_from ---
 
 
-def test_a_run_from_another_takes_its_decoder_its_words_and_its_longest_caption(project, invoke):
+def test_init_from_takes_decoder_vocabulary_and_max_length(project, invoke):
     invoke(
         train_decoder,
         "--output",
@@ -347,7 +347,7 @@ def test_a_run_from_another_takes_its_decoder_its_words_and_its_longest_caption(
         "train.max_length=5",
     )
     output = invoke(train_decoder, "--init-from", "runs/small", "--output", "runs/on", "--epochs", 1)
-    assert "hidden_size: 10" in output
+    assert "hidden_size=10" in output
     loaded = load_checkpoint(project / "runs/on")
     assert loaded.config.train.decoder == settings_of(project / "runs/small").decoder
     assert loaded.config.train.max_length == 5
@@ -357,12 +357,12 @@ def test_a_run_from_another_takes_its_decoder_its_words_and_its_longest_caption(
 
 
 @pytest.mark.parametrize("of_the_run", [True, False])
-def test_self_critical_training_goes_beside_the_run_it_begins_with(project, of_the_run, invoke, files):
+def test_scst_run_is_written_next_to_its_source(project, of_the_run, invoke, files):
     source = "runs/done" if of_the_run else load_checkpoint(project / "runs/done").path.relative_to(project)
     before = files(project / "runs" / "done")
     output = invoke(train_decoder, "--init-from", source, "--scst", "--epochs", 1)
-    assert "objective: scst" in output
-    assert "hidden_size: 24" in output, "the decoder of the run"
+    assert "objective=scst" in output
+    assert "hidden_size=24" in output, "the decoder of the source run"
     assert "done: runs/done-scst: 1 epoch," in output
     assert {path.name for path in (project / "runs").iterdir()} == {"done", "done-scst"}
     assert files(project / "runs" / "done") == before
@@ -371,27 +371,27 @@ def test_self_critical_training_goes_beside_the_run_it_begins_with(project, of_t
     assert "reward" in rows[1]
 
 
-def test_self_critical_captions_are_drawn_with_the_temperature_that_is_set(project, invoke):
+def test_scst_temperature_is_applied(project, invoke):
     cold = ("--set", "train.scst.temperature=1e-4")
     invoke(train_decoder, "--init-from", "runs/done", "--scst", "--epochs", 1, *cold)
     row = logged(project / "runs" / "done-scst")[1]
-    assert row["advantage"] < 0.01, "all captions of an image are the greedy one"
+    assert row["advantage"] < 0.01, "all samples equal the greedy caption"
 
 
-def test_self_critical_training_goes_where_it_is_told(project, invoke):
+def test_scst_output_can_be_set(project, invoke):
     invoke(train_decoder, "--init-from", "runs/done", "--scst", "--epochs", 1, "--output", "runs/told")
     assert settings_of(project / "runs" / "told").objective == "scst"
     assert not (project / "runs" / "done-scst").exists()
 
 
-def test_self_critical_training_is_resumed_by_the_same_command(project, invoke):
+def test_scst_run_resumes_with_the_same_command(project, invoke):
     command = ["--init-from", "runs/done", "--scst"]
     invoke(train_decoder, *command, "--epochs", 1)
     invoke(train_decoder, *command, "--epochs", 2, "--resume")
     assert [row["epoch"] for row in logged(project / "runs" / "done-scst")] == [0, 1, 2]
 
 
-def test_no_epoch_better_than_the_beginning_is_said(project, monkeypatch, invoke):
+def test_summary_says_if_no_epoch_improved(project, monkeypatch, invoke):
     ciders = iter([0.9, 0.1])
     monkeypatch.setattr("gridcap.train.engine.validation.cider", lambda *_: next(ciders))
     output = invoke(train_decoder, "--init-from", "runs/done", "--scst", "--epochs", 1)
@@ -401,25 +401,25 @@ def test_no_epoch_better_than_the_beginning_is_said(project, monkeypatch, invoke
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message", "status"),
     [
-        (["--scst", "--recipe", "top-down", "--init-from", "runs/done"], "--scst and --recipe each select a recipe"),
-        (["--scst"], "SCST starts from a trained decoder"),
-        (["--scst", "--output", "runs/done"], "SCST starts from a trained decoder"),
-        (["--scst", "--init-from", "runs/nowhere"], "runs/nowhere: no such folder"),
-        (["--init-from", "features"], "features: contains no checkpoint"),
+        (["--scst", "--recipe", "top-down", "--init-from", "runs/done"], "--scst and --recipe each select a recipe", 2),
+        (["--scst"], "SCST starts from a trained decoder", 2),
+        (["--scst", "--output", "runs/done"], "SCST starts from a trained decoder", 2),
+        (["--scst", "--init-from", "runs/nowhere"], "runs/nowhere: no such folder", 1),
+        (["--init-from", "features"], "features: contains no checkpoint", 1),
     ],
 )
-def test_what_cannot_be_gone_on_from_is_refused_and_nothing_is_written(project, arguments, said, invoke, files):
+def test_invalid_init_from_is_rejected_and_nothing_is_written(project, arguments, message, status, invoke, files):
     before = files(project)
-    assert said in invoke(train_decoder, *arguments, status=2)
+    assert message in invoke(train_decoder, *arguments, status=status)
     assert files(project) == before
 
 
-# --- how a run ends ---
+# --- end of a run ---
 
 
-def test_early_stopping_is_said(project, monkeypatch, invoke):
+def test_summary_reports_early_stopping(project, monkeypatch, invoke):
     ciders = iter([0.5, 0.4])
     monkeypatch.setattr("gridcap.train.engine.validation.cider", lambda *_: next(ciders))
     output = invoke(train_decoder, "--epochs", 9, "--patience", 1)
@@ -427,7 +427,7 @@ def test_early_stopping_is_said(project, monkeypatch, invoke):
     assert "curves: runs/a/curves.png" in output
 
 
-def test_ctrl_c_says_how_to_go_on_and_that_works(project, monkeypatch, invoke):
+def test_ctrl_c_prints_how_to_resume_and_resuming_works(project, monkeypatch, invoke):
     real = gridcap.train.engine.loop.train_step
 
     def interrupt(self, run, *args):
@@ -439,12 +439,12 @@ def test_ctrl_c_says_how_to_go_on_and_that_works(project, monkeypatch, invoke):
         patch.setattr("gridcap.train.engine.loop.train_step", interrupt)
         done = CliRunner().invoke(train_decoder, ["--checkpoint-steps", "1"])
     assert done.exit_code == 130
-    assert "interrupted: nothing is broken; run the same command with --resume to go on" in done.output
+    assert "rerun the command with --resume to continue" in done.output
     assert load_checkpoint(project / "runs/a", "last").path.name == "step-00000004"
     assert "done: runs/a: 2 epochs" in invoke(train_decoder, "--checkpoint-steps", 1, "--resume")
     assert [row["step"] for row in logged(project / "runs/a")] == [3, 6]
 
 
-def test_a_batch_of_fewer_images_than_parts_is_a_users_error(project, invoke):
+def test_batch_size_smaller_than_accumulation_steps_is_a_usage_error(project, invoke):
     assert "--batch-size 2" in invoke(train_decoder, "--batch-size", 2, "--grad-accum-steps", 3, status=2)
     assert not (project / "runs" / "a").exists()

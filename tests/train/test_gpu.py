@@ -1,4 +1,4 @@
-"""Training on a GPU: it learns what a CPU learns, and a resumed run is the run that was never stopped."""
+"""Training on a GPU matches training on the CPU, and resuming matches an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def losses(history):
     return [row["train_loss"] for row in history]
 
 
-def test_a_gpu_in_float32_learns_as_the_cpu_does(tmp_path, data, new_config, tiny_decoders):
-    decoder = tiny_decoders["attention"].model_copy(update={"dropout": 0.0})  # its masks differ from device to device
+def test_gpu_in_float32_matches_cpu(tmp_path, data, new_config, tiny_decoders):
+    decoder = tiny_decoders["attention"].model_copy(update={"dropout": 0.0})  # dropout masks differ between devices
     runs = {
         device: fit(
             new_config(tmp_path / device, epochs=3, device=device, decoder=decoder), *data, False, progress=False
@@ -41,7 +41,7 @@ def test_a_gpu_in_float32_learns_as_the_cpu_does(tmp_path, data, new_config, tin
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("objective", ["cross-entropy", "scst"])
-def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path, data, new_config, objective, precision):
+def test_resume_on_gpu_matches_uninterrupted_run(tmp_path, data, new_config, objective, precision):
     settings = dict(KEPT, device="cuda", precision=precision)
     if objective == "scst":
         fit(new_config(tmp_path / "start", epochs=3, device="cuda"), *data, False, progress=False)
@@ -55,7 +55,7 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path, data, new_con
         torch.testing.assert_close(ours[name], value, msg=name)
 
 
-def test_a_decoder_trained_on_a_gpu_captions_alike_on_both(tmp_path, data, new_config):
+def test_decoder_trained_on_gpu_gives_same_captions_on_cpu_and_gpu(tmp_path, data, new_config):
     config = new_config(tmp_path / "run", epochs=3, device="cuda")
     fit(config, *data, False, progress=False)
     found = [

@@ -1,4 +1,4 @@
-"""A run that is stopped at any moment and resumed is the run that was never stopped, to the bit."""
+"""A run that is interrupted at any time and resumed is bit-identical to an uninterrupted run."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ KINDS = ["cross-entropy", "scst"]
 
 @pytest.fixture(scope="module", autouse=True)
 def _log_often():
-    """And draw no curves, and wait for no disk: both would take half of the time."""
+    """Log often, and skip plotting and fsync, which would take half of the time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("gridcap.train.engine.loop.STEPS_PER_ROW", LOG_EVERY)
         patch.setattr("gridcap.train.engine.loop.plot_curves", lambda *_: None)
@@ -43,25 +43,25 @@ def _log_often():
 
 
 class World:
-    """Data on disk, a decoder to begin with, and a run of each kind that nothing disturbed."""
+    """Data on disk, a decoder to start from, and an uninterrupted run per objective."""
 
     def __init__(self, folder, new_data, new_config):
         self.folder, self._new_config = folder, new_config
         self.data = new_data(folder / "train.h5", ROWS), new_data(folder / "val.h5", 5, first_id=500, seed=1)
         fit(new_config(folder / "start", epochs=3, seed=9), *self.data, False, progress=False)
-        self.undisturbed = {kind: fit(self.config(kind, kind), *self.data, False, progress=False) for kind in KINDS}
+        self.uninterrupted = {kind: fit(self.config(kind, kind), *self.data, False, progress=False) for kind in KINDS}
 
     def config(self, kind, name, **train):
         of_kind = CROSS_ENTROPY if kind == "cross-entropy" else SELF_CRITICAL | {"init_from": self.folder / "start"}
         return self._new_config(self.folder / name, **of_kind | train)
 
     def resume(self, config):
-        torch.manual_seed(12345)  # whatever was drawn before has no say
+        torch.manual_seed(12345)  # the global random state must not matter
         return fit(config, *self.data, True, progress=False)
 
-    def assert_as_undisturbed(self, kind, output, history):
+    def assert_as_uninterrupted(self, kind, output, history):
         whole = self.folder / kind
-        expected = self.undisturbed[kind]
+        expected = self.uninterrupted[kind]
         assert timeless(history) == timeless(expected)
         assert timeless(rows(output / "metrics.jsonl")) == timeless(rows(whole / "metrics.jsonl"))
         assert rows(output / "steps.jsonl") == rows(whole / "steps.jsonl")
@@ -72,7 +72,7 @@ class World:
             ours, theirs = output / "checkpoints" / name, whole / "checkpoints" / name
             assert (ours / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
             assert_same(timeless_state(ours), timeless_state(theirs))
-        assert not [path for path in output.rglob("*") if ".tmp" in path.name], "no temporary file or folder is left"
+        assert not [path for path in output.rglob("*") if ".tmp" in path.name], "no temporary file or folder remains"
 
 
 def rows(file):
@@ -80,7 +80,7 @@ def rows(file):
 
 
 def timeless(history):
-    """The rows without what a clock measured."""
+    """Return the rows without measured times."""
     return [{k: v for k, v in row.items() if k not in ("seconds", "data_wait")} for row in history]
 
 
@@ -90,7 +90,7 @@ def timeless_state(checkpoint):
 
 
 def assert_same(a, b, where="state"):
-    """Equal trees of plain values and tensors, to the bit."""
+    """Assert that two trees of plain values and tensors are bit-identical."""
     if isinstance(b, torch.Tensor):
         assert a.dtype == b.dtype, where
         assert torch.equal(a, b), where
@@ -111,20 +111,20 @@ def world(tmp_path_factory, new_data, new_config):
     return World(tmp_path_factory.mktemp("world"), new_data, new_config)
 
 
-def test_the_undisturbed_runs_are_worth_comparing(world):
-    """They use all that has a state or is drawn, and every step changes them."""
+def test_the_uninterrupted_runs_are_worth_comparing(world):
+    """They use every stateful and random feature, and every step changes the weights."""
     for kind in KINDS:
         state = load_training_state(find_checkpoint(world.folder / kind, "last"))
         assert state["step"] == STEPS
-        assert state["weights"] is not None, "the average is kept beside the weights"
+        assert state["weights"] is not None, "the raw weights are saved in addition to the EMA"
         logged = rows(world.folder / kind / "steps.jsonl")
         assert [row["step"] for row in logged] == [1, 2, 4, 6, 8, 10]
         assert all(row["grad_norm"] > 0 and row["learning_rate"] > 0 for row in logged)
-    assert [row["epoch"] for row in world.undisturbed["scst"]] == [0, 1, 2]
-    assert all({"reward", "baseline", "advantage"} <= row.keys() for row in world.undisturbed["scst"][1:])
+    assert [row["epoch"] for row in world.uninterrupted["scst"]] == [0, 1, 2]
+    assert all({"reward", "baseline", "advantage"} <= row.keys() for row in world.uninterrupted["scst"][1:])
 
 
-# --- exceptions, at every step ---
+# --- exceptions at every step ---
 
 
 class _StopError(Exception):
@@ -132,7 +132,7 @@ class _StopError(Exception):
 
 
 def stop_in_step(patch, step):
-    """An exception after the weights have moved and before anything is written of it."""
+    """Raise after a step has changed the weights and before anything is written."""
     real = gridcap.train.engine.loop.train_step
 
     def stopping(self, run, *args):
@@ -145,7 +145,7 @@ def stop_in_step(patch, step):
 
 
 def interrupted(world, config, *steps):
-    """Begin, and resume, and stop each time in a step."""
+    """Start, then resume, stopping in each of the given steps."""
     for number, step in enumerate(steps):
         with pytest.MonkeyPatch.context() as patch:
             stop_in_step(patch, step)
@@ -155,17 +155,17 @@ def interrupted(world, config, *steps):
 
 @pytest.mark.parametrize("step", range(1, STEPS + 1))
 @pytest.mark.parametrize("kind", KINDS)
-def test_stopped_in_any_step_a_resumed_run_ends_as_an_undisturbed_one(world, kind, step):
+def test_stopped_in_any_step_a_resumed_run_ends_as_an_uninterrupted_one(world, kind, step):
     every = 1 + step % 3
     config = world.config(kind, f"{kind}-{step}", checkpoint_steps=every)
     interrupted(world, config, step)
     history = world.resume(config)
-    world.assert_as_undisturbed(kind, config.train.output, history)
+    world.assert_as_uninterrupted(kind, config.train.output, history)
 
 
 @pytest.mark.parametrize("family", ["lstm", "transformer"])
-def test_the_other_families_resume_as_well(world, family, tiny_decoders):
-    """With what they alone have: fused LSTMs, whose weights a copy holds elsewhere, and layers with dropout."""
+def test_other_decoder_families_resume_exactly(world, family, tiny_decoders):
+    """Covers fused LSTMs, whose weights are not contiguous after deepcopy, and layers with dropout."""
     transformer = TransformerConfig(embed_size=8, layers=2, heads=2, feedforward_size=16, dropout=0.1)
     decoder = {**tiny_decoders, "transformer": transformer}[family]
     config, whole = (world.config("cross-entropy", f"{family}-{n}", decoder=decoder, checkpoint_steps=2) for n in "ab")
@@ -177,7 +177,7 @@ def test_the_other_families_resume_as_well(world, family, tiny_decoders):
     assert_same(timeless_state(ours), timeless_state(theirs))
 
 
-def test_other_validation_captions_are_refused_on_a_resume(world):
+def test_resume_with_other_validation_captions_is_rejected(world):
     config = world.config("cross-entropy", "revalidated", checkpoint_steps=2)
     interrupted(world, config, 7)
     train, val = world.data
@@ -186,8 +186,8 @@ def test_other_validation_captions_are_refused_on_a_resume(world):
         fit(config, train, other, True, progress=False)
 
 
-def test_another_precision_is_refused_on_a_resume(world, monkeypatch):
-    """ "auto" means bfloat16 on one machine and float32 on another."""
+def test_resume_with_another_precision_is_rejected(world, monkeypatch):
+    """The meaning of "auto" depends on the machine."""
     config = world.config("cross-entropy", "precise", precision="auto", checkpoint_steps=2)
     monkeypatch.setattr("gridcap.train.engine.job.choose_precision", lambda *_: torch.float32)
     interrupted(world, config, 3)
@@ -198,20 +198,20 @@ def test_another_precision_is_refused_on_a_resume(world, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_stopped_again_and_again_it_ends_as_an_undisturbed_one(world, kind):
+def test_stopped_again_and_again_it_ends_as_an_uninterrupted_one(world, kind):
     config = world.config(kind, f"{kind}-often", checkpoint_steps=2)
     interrupted(world, config, 1, 4, 4, 7, 10)
-    world.assert_as_undisturbed(kind, config.train.output, world.resume(config))
+    world.assert_as_uninterrupted(kind, config.train.output, world.resume(config))
 
 
-def test_without_checkpoints_in_between_a_run_goes_on_from_the_epochs_end(world):
+def test_resume_without_mid_epoch_checkpoints_starts_at_the_epoch(world):
     config = world.config("cross-entropy", "epochs-only")
     interrupted(world, config, 9)
     assert find_checkpoint(config.train.output, "last").name == "step-00000005"
-    world.assert_as_undisturbed("cross-entropy", config.train.output, world.resume(config))
+    world.assert_as_uninterrupted("cross-entropy", config.train.output, world.resume(config))
 
 
-def test_a_full_disk_at_a_checkpoint_can_be_resumed_as_if_it_had_not_been(world):
+def test_resume_after_full_disk_is_exact(world):
     config = world.config("cross-entropy", "full", checkpoint_steps=3)
     real = torch.save
 
@@ -225,19 +225,19 @@ def test_a_full_disk_at_a_checkpoint_can_be_resumed_as_if_it_had_not_been(world)
         with pytest.raises(OSError, match="No space"):
             fit(config, *world.data, False, progress=False)
     assert find_checkpoint(config.train.output, "last").name == "step-00000005"
-    world.assert_as_undisturbed("cross-entropy", config.train.output, world.resume(config))
+    world.assert_as_uninterrupted("cross-entropy", config.train.output, world.resume(config))
 
 
-def test_a_line_of_the_step_log_that_a_kill_cut_short_is_written_again(world):
+def test_truncated_line_of_the_step_log_is_rewritten(world):
     config = world.config("cross-entropy", "cut", checkpoint_steps=3)
     interrupted(world, config, 8)
     log = config.train.output / "steps.jsonl"
     with log.open("a") as file:
         file.write(log.read_text().splitlines()[-1][:17])
-    world.assert_as_undisturbed("cross-entropy", config.train.output, world.resume(config))
+    world.assert_as_uninterrupted("cross-entropy", config.train.output, world.resume(config))
 
 
-# --- real processes, really killed ---
+# --- processes killed by SIGKILL ---
 
 KILLED_RUN = """
 import os, signal, sys
@@ -261,14 +261,14 @@ def die_when(real, matches):
     return lambda *args, **kwargs: die() if matches(*args) else real(*args, **kwargs)
 
 def prepare(moment):
-    if moment == "while batches are read ahead":
+    if moment == "while batches are prefetched":
         real = gridcap.train.engine.loop.train_step
         gridcap.train.engine.loop.train_step = die_when(real, lambda self, run, *rest: run.step == 6)
     elif moment == "between the files of a checkpoint":
         torch.save = die_when(torch.save, lambda state, file: state["step"] == 4)
-    elif moment == "before a checkpoint gets its name":
+    elif moment == "before a checkpoint is renamed":
         os.replace = die_when(os.replace, lambda source, target: Path(target).name == "step-00000008")
-    elif moment == "between its name and the pointers":
+    elif moment == "between rename and pointer update":
         gridcap.train.engine.checkpoint.write_json = die_when(
             gridcap.train.engine.checkpoint.write_json, lambda path, value: value.get("last") == "step-00000006"
         )
@@ -276,14 +276,14 @@ def prepare(moment):
         os.replace = die_when(
             os.replace, lambda source, target: target.name == "checkpoints.json" and "00000003" in source.read_text()
         )
-    elif moment == "between the last checkpoint of an epoch and its log":
+    elif moment == "between the checkpoint of an epoch and its log":
         run_log = gridcap.train.engine.log.RunLog
         run_log.log_epoch = die_when(run_log.log_epoch, lambda log, history: history[-1]["epoch"] == 1)
 
 torch.set_num_threads(1)
 warm = torch.ones(1, requires_grad=True)
 warm.grad = torch.ones(1)
-torch.optim.Adam([warm]).step()  # its first step imports for seconds: once here, before the forks
+torch.optim.Adam([warm]).step()  # the first step imports modules for seconds: do it once, before forking
 folder, gridcap.train.engine.loop.STEPS_PER_ROW = Path(sys.argv[1]), int(sys.argv[2])
 for number, moment in enumerate(sys.argv[3:]):
     child = os.fork()
@@ -296,20 +296,20 @@ for number, moment in enumerate(sys.argv[3:]):
     gridcap.train.engine.loop.fit(config, load("train"), load("val"), False, progress=False)
     os._exit(0)
 """
-# moment -> what is trained, steps from one checkpoint to the next, the last whole checkpoint
+# moment -> objective, steps between checkpoints, step of the last complete checkpoint
 MOMENTS = {
-    "while batches are read ahead": ("cross-entropy", 3, 6),
+    "while batches are prefetched": ("cross-entropy", 3, 6),
     "between the files of a checkpoint": ("cross-entropy", 2, 2),
-    "before a checkpoint gets its name": ("scst", 2, 6),
-    "between its name and the pointers": ("cross-entropy", 1, 5),
+    "before a checkpoint is renamed": ("scst", 2, 6),
+    "between rename and pointer update": ("cross-entropy", 1, 5),
     "while the pointers are replaced": ("scst", 3, 0),
-    "between the last checkpoint of an epoch and its log": ("cross-entropy", 2, 5),
+    "between the checkpoint of an epoch and its log": ("cross-entropy", 2, 5),
 }
 
 
 @pytest.fixture(scope="module")
 def killed(world):
-    """Runs in processes of their own, each killed by SIGKILL at its moment."""
+    """Execute runs in child processes, each killed by SIGKILL at its moment."""
     for number, (kind, every, _) in enumerate(MOMENTS.values()):
         config = world.config(kind, f"killed-{number}", checkpoint_steps=every)
         (world.folder / f"killed-{number}.json").write_text(config.model_dump_json())
@@ -325,21 +325,21 @@ def killed(world):
 
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.usefixtures("killed")
-def test_a_killed_process_is_resumed_to_the_same_weights_to_the_bit(world, moment):
+def test_resume_after_sigkill_is_exact(world, moment):
     kind, every, last = MOMENTS[moment]
     config = world.config(kind, f"killed-{list(MOMENTS).index(moment)}", checkpoint_steps=every)
     assert find_checkpoint(config.train.output, "last").name == f"step-{last:08}"
-    world.assert_as_undisturbed(kind, config.train.output, world.resume(config))
+    world.assert_as_uninterrupted(kind, config.train.output, world.resume(config))
 
 
-# --- what a resume may change, and what not ---
+# --- settings that may change on resuming ---
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_seed_others(world, new_config):
+def test_same_seed_gives_identical_weights(world, new_config):
     config = world.config("cross-entropy", "again")
-    world.assert_as_undisturbed("cross-entropy", config.train.output, fit(config, *world.data, False, progress=False))
+    world.assert_as_uninterrupted("cross-entropy", config.train.output, fit(config, *world.data, False, progress=False))
     other = new_config(world.folder / "other", seed=1, **CROSS_ENTROPY)
-    assert timeless(fit(other, *world.data, False, progress=False)) != timeless(world.undisturbed["cross-entropy"])
+    assert timeless(fit(other, *world.data, False, progress=False)) != timeless(world.uninterrupted["cross-entropy"])
     weights = [
         find_checkpoint(world.folder / name, "last") / "model.safetensors" for name in ("cross-entropy", "other")
     ]
@@ -347,7 +347,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(world, new_co
 
 
 @pytest.mark.parametrize("kind", ["constant", "step", "noam"])
-def test_epochs_may_be_raised_and_give_what_so_many_epochs_from_the_beginning_give(world, new_config, kind):
+def test_raising_epochs_on_resume_equals_training_longer(world, new_config, kind):
     schedule = {"kind": kind, "warmup_steps": 3, "step_size": 1}
     for name, epochs in (("raised", (1, 2)), ("at-once", (2,))):
         for n in epochs:
@@ -358,7 +358,7 @@ def test_epochs_may_be_raised_and_give_what_so_many_epochs_from_the_beginning_gi
     assert (ours / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
 
 
-def test_epochs_may_not_be_raised_where_the_cosine_ends_with_them(world):
+def test_epochs_cannot_be_raised_with_a_cosine_schedule(world):
     output = world.folder / "cross-entropy"
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     with pytest.raises(MismatchError, match=r"train\.epochs: 2 then, 3 now") as caught:
@@ -381,12 +381,12 @@ def test_resuming_a_finished_run_changes_nothing(world, kind):
         }
 
     before = contents()
-    assert world.resume(world.config(kind, kind)) == world.undisturbed[kind]
+    assert world.resume(world.config(kind, kind)) == world.uninterrupted[kind]
     assert contents() == before
 
 
-@pytest.mark.parametrize("change", ["a word", "an image less", "another order"])
-def test_a_changed_captions_file_is_refused_and_harms_nothing(world, change):
+@pytest.mark.parametrize("change", ["a word", "one image less", "another order"])
+def test_changed_captions_file_is_rejected_without_side_effects(world, change):
     output = world.folder / "cross-entropy"
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     data = world.data[0]
@@ -404,11 +404,11 @@ def test_a_changed_captions_file_is_refused_and_harms_nothing(world, change):
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
 
 
-# --- when checkpoints are written ---
+# --- checkpoint interval ---
 
 
 def saved_steps(world, config, resume=False):
-    """The steps at which a run writes checkpoints; and that just the best and the last are there after each."""
+    """Return the steps at which a run writes checkpoints, and check that only best and last are kept."""
     real, steps = gridcap.train.engine.loop.save_checkpoint, []
 
     def save(run, contents, best_step):
@@ -430,13 +430,13 @@ def saved_steps(world, config, resume=False):
     ("every", "expected"),
     [(None, [5, 10]), (1, list(range(1, 11))), (2, [2, 4, 5, 6, 8, 10]), (3, [3, 5, 6, 9, 10]), (5, [5, 10])],
 )
-def test_checkpoints_come_every_so_many_steps_and_after_each_epoch(world, every, expected):
+def test_checkpoints_are_written_every_n_steps_and_after_each_epoch(world, every, expected):
     config = world.config("cross-entropy", f"every-{every}", checkpoint_steps=every)
     assert saved_steps(world, config) == expected
 
 
-def test_checkpoints_come_when_so_many_minutes_have_passed(world, monkeypatch):
-    """By a clock that nobody sets: each step takes 25 seconds of it, and a checkpoint none."""
+def test_checkpoints_are_written_every_n_minutes(world, monkeypatch):
+    """With a fake clock: each step takes 25 seconds, and a checkpoint none."""
     now = [0.0]
     monkeypatch.setattr("gridcap.train.engine.loop.time.monotonic", lambda: now[0])
     real = gridcap.train.engine.loop.train_step

@@ -27,7 +27,7 @@ JSON_FILES = ["config.json", "vocabulary.json", "provenance.json"]
 
 @pytest.fixture
 def save(tmp_path, new_config, provenance, tiny_decoders):
-    """Save the checkpoint of a step, its weights made from its number; returns the decoder."""
+    """Return a function that saves a checkpoint with weights seeded by its step and returns the decoder."""
 
     def call(step, best=1, family="attention"):
         torch.manual_seed(step)
@@ -59,7 +59,7 @@ def folders(run):
 
 
 @pytest.mark.parametrize("family", ["lstm", "attention"])
-def test_a_loaded_decoder_gives_the_same_logits_to_the_bit(save, run, family, provenance, new_config, tiny_decoders):
+def test_loaded_decoder_gives_identical_logits(save, run, family, provenance, new_config, tiny_decoders):
     decoder = save(1, family=family)
     loaded = load_checkpoint(run)
     assert torch.equal(logits_of(loaded.decoder), logits_of(decoder))
@@ -70,7 +70,7 @@ def test_a_loaded_decoder_gives_the_same_logits_to_the_bit(save, run, family, pr
     assert loaded.path == run / "checkpoints" / "step-00000001"
 
 
-def test_training_state_comes_back_to_the_bit(save, run):
+def test_training_state_round_trips_exactly(save, run):
     save(3, best=3)
     state = load_training_state(find_checkpoint(run, "last"))
     assert state["history"] == [{"epoch": 3}]
@@ -79,14 +79,14 @@ def test_training_state_comes_back_to_the_bit(save, run):
     assert set(moments) >= {"step", "exp_avg", "exp_avg_sq"}
 
 
-def test_a_checkpoint_can_be_given_itself_or_by_its_run(save, run):
+def test_checkpoint_is_found_by_its_folder_or_its_run(save, run):
     save(1)
     folder = run / "checkpoints" / "step-00000001"
     assert find_checkpoint(folder) == find_checkpoint(run) == folder
     assert load_checkpoint(folder).path == folder
 
 
-def test_the_folder_holds_no_pickled_code(save, run):
+def test_checkpoint_contains_no_pickled_code(save, run):
     save(1)
     folder = find_checkpoint(run)
     assert {f.name for f in folder.iterdir()} == {"model.safetensors", "training_state.pt", "sha256.json", *JSON_FILES}
@@ -95,7 +95,7 @@ def test_the_folder_holds_no_pickled_code(save, run):
     assert torch.load(folder / "training_state.pt", weights_only=True)["history"] == [{"epoch": 1}]
 
 
-class _Hostile:
+class _Malicious:
     def __init__(self, marker):
         self.marker = marker
 
@@ -103,21 +103,21 @@ class _Hostile:
         return os.mkdir, (str(self.marker),)
 
 
-def _hostile_files(folder, marker):
-    """The same hostile object in each layout that `torch.load` knows, and as a bare pickle."""
-    torch.save({"history": _Hostile(marker)}, folder / "zip")
-    torch.save({"history": _Hostile(marker)}, folder / "legacy", _use_new_zipfile_serialization=False)
-    (folder / "bare").write_bytes(pickle.dumps(_Hostile(marker)))
+def _write_malicious_files(folder, marker):
+    """Write the same malicious object in each format that `torch.load` reads, and as a plain pickle."""
+    torch.save({"history": _Malicious(marker)}, folder / "zip")
+    torch.save({"history": _Malicious(marker)}, folder / "legacy", _use_new_zipfile_serialization=False)
+    (folder / "bare").write_bytes(pickle.dumps(_Malicious(marker)))
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("layout", ["zip", "legacy", "bare"])
-def test_a_hostile_training_state_is_refused_without_running(save, run, sign, tmp_path, layout):
+def test_malicious_training_state_is_rejected_without_executing_it(save, run, sign, tmp_path, layout):
     save(1)
     marker = tmp_path / "it ran"
-    _hostile_files(tmp_path, marker)
+    _write_malicious_files(tmp_path, marker)
     torch.load(tmp_path / "zip", weights_only=False)
-    assert marker.exists(), "the object is hostile indeed"
+    assert marker.exists(), "the object is malicious"
     marker.rmdir()
     folder = find_checkpoint(run)
     shutil.copy(tmp_path / layout, folder / "training_state.pt")
@@ -127,9 +127,9 @@ def test_a_hostile_training_state_is_refused_without_running(save, run, sign, tm
     assert not marker.exists()
 
 
-def test_a_pickle_in_place_of_the_weights_is_refused_without_running(save, run, sign, tmp_path):
+def test_pickle_in_place_of_weights_is_rejected_without_executing_it(save, run, sign, tmp_path):
     save(1)
-    _hostile_files(tmp_path, tmp_path / "it ran")
+    _write_malicious_files(tmp_path, tmp_path / "it ran")
     shutil.copy(tmp_path / "zip", find_checkpoint(run) / "model.safetensors")
     sign(find_checkpoint(run))
     with pytest.raises(CheckpointError, match="step-00000001"):
@@ -137,9 +137,9 @@ def test_a_pickle_in_place_of_the_weights_is_refused_without_running(save, run, 
     assert not (tmp_path / "it ran").exists()
 
 
-def test_the_refusal_does_not_advise_to_load_it_unsafely(save, run, sign, tmp_path):
+def test_error_does_not_suggest_unsafe_loading(save, run, sign, tmp_path):
     save(1)
-    _hostile_files(tmp_path, tmp_path / "it ran")
+    _write_malicious_files(tmp_path, tmp_path / "it ran")
     folder = find_checkpoint(run)
     shutil.copy(tmp_path / "zip", folder / "training_state.pt")
     sign(folder)
@@ -148,7 +148,7 @@ def test_the_refusal_does_not_advise_to_load_it_unsafely(save, run, sign, tmp_pa
     assert "weights_only" not in caught.value.message
 
 
-def test_best_and_last_are_kept_and_the_others_removed(save, run):
+def test_only_best_and_last_checkpoints_are_kept(save, run):
     for step, best in ((1, 1), (2, 2), (3, 2), (4, 2)):
         save(step, best)
         assert load_checkpoint(run, "last").path.name == f"step-{step:08}"
@@ -158,7 +158,7 @@ def test_best_and_last_are_kept_and_the_others_removed(save, run):
     assert folders(run) == ["step-00000005"]
 
 
-def test_a_save_clears_away_what_a_killed_save_left(save, run):
+def test_save_removes_leftovers_of_a_killed_save(save, run):
     save(1)
     (run / "checkpoints" / ".step-00000002.host-1-abc.tmp").mkdir()
     save(2, best=2)
@@ -190,7 +190,7 @@ KILLS = {
 
 
 @pytest.mark.parametrize("moment", KILLS)
-def test_killed_at_any_moment_the_previous_checkpoint_still_loads(save, run, moment):
+def test_previous_checkpoint_loads_after_kill_at_any_point(save, run, moment):
     before = logits_of(save(1))
     name, matches = KILLS[moment]
     real = {"os.replace": os.replace, "torch.save": torch.save}.get(name) or getattr(checkpoint, name)
@@ -201,14 +201,14 @@ def test_killed_at_any_moment_the_previous_checkpoint_still_loads(save, run, mom
     for which in ("best", "last"):
         assert torch.equal(logits_of(load_checkpoint(run, which).decoder), before)
     assert load_training_state(find_checkpoint(run, "last"))["history"] == [{"epoch": 1}]
-    assert not [p for p in run.rglob("*") if ".tmp" in p.name], "no temporary file or folder is left"
+    assert not [p for p in run.rglob("*") if ".tmp" in p.name], "no temporary file or folder remains"
     after = logits_of(save(2, best=2))
     assert torch.equal(logits_of(load_checkpoint(run).decoder), after)
     assert folders(run) == ["step-00000002"]
 
 
-def test_a_full_disk_is_an_os_error_of_the_file_that_did_not_fit(save, run):
-    """Which the commands turn into a sentence; torch's own writer raises a RuntimeError of many lines."""
+def test_full_disk_raises_os_error_that_names_the_checkpoint(save, run):
+    """The commands format OSError as one sentence; the writer of torch raises a RuntimeError of many lines."""
     save(1)
 
     def full(self, content):
@@ -220,10 +220,10 @@ def test_a_full_disk_is_an_os_error_of_the_file_that_did_not_fit(save, run):
             save(2)
     assert caught.value.errno == errno.ENOSPC
     assert folders(run) == ["step-00000001"]
-    assert not [p for p in run.rglob("*") if ".tmp" in p.name], "no temporary file or folder is left"
+    assert not [p for p in run.rglob("*") if ".tmp" in p.name], "no temporary file or folder remains"
 
 
-def test_a_kill_during_the_very_first_save_leaves_no_checkpoint_to_be_found(save, run):
+def test_kill_during_first_save_leaves_no_checkpoint(save, run):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("gridcap.train.engine.checkpoint.save", _kill_when(None, lambda *args: True))
         with pytest.raises(_Killed):
@@ -232,25 +232,25 @@ def test_a_kill_during_the_very_first_save_leaves_no_checkpoint_to_be_found(save
         find_checkpoint(run)
 
 
-DAMAGES = {
+CORRUPTIONS = {
     "missing": lambda path: path.unlink(),
     "empty": lambda path: path.write_bytes(b""),
-    "cut in half": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
     "one byte short": lambda path: os.truncate(path, path.stat().st_size - 1),
     "other bytes": lambda path: path.write_bytes(b"\xff\xfe nothing of this kind \x00" * 9),
     "a list": lambda path: path.write_text("[]"),
     "null": lambda path: path.write_text("null"),
     "no keys": lambda path: path.write_text("{}"),
 }
-HARMLESS = {(name, "one byte short") for name in JSON_FILES}  # the line's end
-FATAL = [(n, d) for n in ("model.safetensors", *JSON_FILES) for d in DAMAGES if (n, d) not in HARMLESS]
+HARMLESS = {(name, "one byte short") for name in JSON_FILES}  # only the final newline is lost
+FATAL = [(n, d) for n in ("model.safetensors", *JSON_FILES) for d in CORRUPTIONS if (n, d) not in HARMLESS]
 
 
 @pytest.mark.parametrize("signed", [False, True], ids=["", "signed"])
 @pytest.mark.parametrize(("name", "damage"), FATAL)
-def test_a_damaged_file_is_refused_and_the_checkpoint_named(save, run, sign, name, damage, signed):
+def test_corrupted_file_is_rejected_and_checkpoint_named(save, run, sign, name, damage, signed):
     save(1)
-    DAMAGES[damage](find_checkpoint(run) / name)
+    CORRUPTIONS[damage](find_checkpoint(run) / name)
     if signed:
         sign(find_checkpoint(run))
     with pytest.raises(CheckpointError, match="step-00000001") as caught:
@@ -258,11 +258,11 @@ def test_a_damaged_file_is_refused_and_the_checkpoint_named(save, run, sign, nam
     assert caught.value.exit_status == 1
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut in half"])
+@pytest.mark.parametrize("damage", ["empty", "truncated"])
 @pytest.mark.parametrize("name", ["model.safetensors", *JSON_FILES])
-def test_the_damaged_file_itself_is_named(save, run, name, damage):
+def test_error_names_the_corrupted_file(save, run, name, damage):
     save(1)
-    DAMAGES[damage](find_checkpoint(run) / name)
+    CORRUPTIONS[damage](find_checkpoint(run) / name)
     with pytest.raises(CheckpointError) as caught:
         load_checkpoint(run)
     assert name in caught.value.message
@@ -274,7 +274,7 @@ def load_all(folder):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "training_state.pt", "sha256.json", *JSON_FILES])
-def test_a_single_flipped_bit_is_found_wherever_it_is(save, run, name):
+def test_flipped_bit_is_detected_in_every_file(save, run, name):
     save(1)
     folder = find_checkpoint(run)
     whole = (folder / name).read_bytes()
@@ -287,7 +287,7 @@ def test_a_single_flipped_bit_is_found_wherever_it_is(save, run, name):
 
 
 @pytest.mark.parametrize("name", ["sha256.json", "training_state.pt"])
-def test_a_checkpoint_without_its_checksums_is_refused(save, run, name):
+def test_checkpoint_without_checksums_is_rejected(save, run, name):
     save(1)
     folder = find_checkpoint(run)
     (folder / "sha256.json").unlink()
@@ -295,38 +295,38 @@ def test_a_checkpoint_without_its_checksums_is_refused(save, run, name):
         load_training_state(folder) if name == "training_state.pt" else load_checkpoint(run)
 
 
-@pytest.mark.parametrize("damage", ["missing", "empty", "cut in half", "one byte short", "other bytes"])
-def test_a_damaged_training_state_is_refused_by_name(save, run, damage):
+@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "one byte short", "other bytes"])
+def test_corrupted_training_state_is_rejected_by_name(save, run, damage):
     save(1)
     folder = find_checkpoint(run)
-    DAMAGES[damage](folder / "training_state.pt")
+    CORRUPTIONS[damage](folder / "training_state.pt")
     with pytest.raises(CheckpointError, match=r"step-00000001/training_state\.pt"):
         load_training_state(folder)
 
 
-@pytest.mark.parametrize("damage", [d for d in DAMAGES if d not in ("missing", "one byte short")])
-def test_a_damaged_pointer_file_is_refused_by_name(save, run, damage):
+@pytest.mark.parametrize("damage", [d for d in CORRUPTIONS if d not in ("missing", "one byte short")])
+def test_corrupted_pointer_file_is_rejected_by_name(save, run, damage):
     save(1)
-    DAMAGES[damage](run / "checkpoints.json")
+    CORRUPTIONS[damage](run / "checkpoints.json")
     with pytest.raises(CheckpointError, match=r"checkpoints\.json"):
         load_checkpoint(run)
 
 
-def test_pointers_to_a_checkpoint_that_is_gone_are_refused(save, run):
+def test_pointer_to_missing_checkpoint_is_rejected(save, run):
     save(1)
     shutil.rmtree(run / "checkpoints" / "step-00000001")
     with pytest.raises(CheckpointError, match="step-00000001"):
         load_checkpoint(run)
 
 
-def test_no_folder_and_a_folder_without_checkpoint_are_told_apart(tmp_path):
+def test_missing_folder_and_folder_without_checkpoint_have_different_errors(tmp_path):
     with pytest.raises(CheckpointError, match=r"nowhere: no such folder"):
         load_checkpoint(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"contains no checkpoint"):
         load_checkpoint(tmp_path)
 
 
-def test_weights_of_another_vocabulary_are_refused(save, run, sign):
+def test_weights_for_another_vocabulary_are_rejected(save, run, sign):
     save(1)
     Vocabulary.build(["other words than before, and more"]).save(find_checkpoint(run) / "vocabulary.json")
     sign(find_checkpoint(run))
@@ -334,7 +334,7 @@ def test_weights_of_another_vocabulary_are_refused(save, run, sign):
         load_checkpoint(run)
 
 
-def test_a_newer_version_is_refused_and_says_so(save, run):
+def test_newer_format_version_is_rejected(save, run):
     save(1)
     file = find_checkpoint(run) / "config.json"
     tree = json.loads(file.read_text())
@@ -344,7 +344,7 @@ def test_a_newer_version_is_refused_and_says_so(save, run):
     assert "update" in caught.value.hint
 
 
-def test_an_older_version_is_refused_and_says_so(save, run):
+def test_older_format_version_is_rejected(save, run):
     save(1)
     file = find_checkpoint(run) / "config.json"
     tree = json.loads(file.read_text())
@@ -357,17 +357,17 @@ def test_an_older_version_is_refused_and_says_so(save, run):
     assert "train again" in caught.value.hint
 
 
-def test_the_run_of_a_checkpoint_is_found_given_either(save, run):
+def test_run_folder_accepts_run_or_checkpoint(save, run):
     save(1)
     assert run_folder(find_checkpoint(run)) == run_folder(run) == run
-    moved = run.parent / "checkpoints" / "mine"  # a folder of runs may have that name
+    moved = run.parent / "checkpoints" / "mine"  # the parent folder may have that name
     moved.parent.mkdir()
     run.rename(moved)
     assert run_folder(find_checkpoint(moved)) == run_folder(moved) == moved
 
 
-def test_a_checkpoint_of_a_step_that_is_there_already_takes_its_place(save, run):
-    """As after a kill between the rename and the pointers: the same step comes again."""
+def test_checkpoint_replaces_existing_one_of_the_same_step(save, run):
+    """After a kill between the rename and the pointer update, the same step is saved again."""
     save(1)
     with pytest.MonkeyPatch.context() as patch:
         name, matches = KILLS["moving the pointers"]

@@ -23,7 +23,7 @@ REWARDS = {"reward": 0.9, "baseline": 0.8, "advantage": 0.2}
 
 @pytest.fixture
 def figures(monkeypatch):
-    """Every figure that is saved."""
+    """Return the list of all saved figures."""
     saved, real = [], Figure.savefig
 
     def savefig(self, *args, **kwargs):
@@ -35,7 +35,7 @@ def figures(monkeypatch):
 
 
 def draw(figures, path, epochs, steps):
-    """Title -> label -> points of what was drawn."""
+    """Plot, and return the points by panel title and label."""
     plot_curves(epochs, steps, path)
     with Image.open(path) as picture:
         assert picture.format == "PNG"
@@ -46,7 +46,7 @@ def draw(figures, path, epochs, steps):
         axis.get_title(): {
             line.get_label(): list(zip(*line.get_data(), strict=True))
             for line in axis.lines
-            if len(line.get_xdata()) != 2 or line.get_linestyle() != ":"  # what marks the best epoch
+            if len(line.get_xdata()) != 2 or line.get_linestyle() != ":"  # the marker of the best epoch
         }
         for axis in panels
     }
@@ -65,7 +65,7 @@ def test_cross_entropy(tmp_path, figures):
     assert list(panels["learning rate"].values()) == [[(row["step"], 0.01) for row in STEPS]]
 
 
-def test_self_critical_training_shows_the_reward_and_how_it_began(tmp_path, figures):
+def test_scst_plots_reward_and_initial_validation(tmp_path, figures):
     begin = {"epoch": 0, "step": 0} | SCORES[0]
     plain = [{k: v for k, v in row.items() if k != "train_loss"} | REWARDS for row in VALIDATED]
     steps = [{k: v for k, v in row.items() if k != "loss"} | REWARDS for row in STEPS]
@@ -84,7 +84,7 @@ def test_without_validation(tmp_path, figures):
     assert set(panels["loss (nats per token)"]) == {"every 20th step", "training"}
 
 
-def test_only_what_has_several_lines_has_a_legend(tmp_path, figures):
+def test_only_panels_with_several_lines_have_a_legend(tmp_path, figures):
     plot_curves(VALIDATED, STEPS, tmp_path / "curves.png")
     legends = {axis.get_title(): axis.get_legend() is not None for axis in figures[-1].axes}
     assert legends.pop("loss (nats per token)")
@@ -92,23 +92,23 @@ def test_only_what_has_several_lines_has_a_legend(tmp_path, figures):
 
 
 @pytest.mark.parametrize("bad", [None, math.nan, math.inf])
-def test_numbers_that_are_none_leave_a_gap(tmp_path, figures, bad):
+def test_non_finite_values_leave_a_gap(tmp_path, figures, bad):
     rows = [VALIDATED[0] | {"val_perplexity": bad}, VALIDATED[1]]
     draw(figures, tmp_path / "curves.png", rows, [STEPS[0] | {"loss": bad}, *STEPS[1:]])
 
 
-def test_a_run_without_rows_of_steps(tmp_path, figures):
+def test_run_without_step_rows(tmp_path, figures):
     panels = draw(figures, tmp_path / "curves.png", EPOCHS, [])
     assert panels["loss (nats per token)"] == {"training": [(50, 4), (100, 3)]}
 
 
-def test_from_the_files_of_a_run_over_an_older_picture(tmp_path, figures):
+def test_plot_from_log_files_replaces_an_existing_image(tmp_path, figures):
     log = RunLog(tmp_path, [], 0)
     for row in STEPS:
         log.log_step(row)
     log.log_epoch(VALIDATED)
     log.close()
-    (tmp_path / "curves.png").write_bytes(b"an older picture")
+    (tmp_path / "curves.png").write_bytes(b"an existing image")
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     panels = draw(figures, tmp_path / "curves.png", rows, read_rows(tmp_path / "steps.jsonl"))
     assert len(panels["loss (nats per token)"]["every 20th step"]) == len(STEPS)

@@ -1,4 +1,4 @@
-"""Several processes train what one process trains."""
+"""Training with several ranks equals training with one process."""
 
 import json
 import os
@@ -18,10 +18,10 @@ from gridcap.train.engine.distributed import SINGLE_PROCESS, Ranks, find_ranks
 from gridcap.train.engine.loop import fit
 
 NOT_COMPARED = ("seconds", "data_wait", "warnings")
-HANG = 400  # seconds after which a command counts as one that never ends
+TIMEOUT = 400  # seconds
 
 
-# --- who am I ---
+# --- rank detection ---
 
 
 @pytest.mark.parametrize(
@@ -35,31 +35,31 @@ HANG = 400  # seconds after which a command counts as one that never ends
         (
             {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"},
             SINGLE_PROCESS,
-        ),  # a batch script outside of srun
+        ),  # a batch script outside srun
         ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0"}, SINGLE_PROCESS),
         (
             {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"},
-            Ranks(2, 4, 0),  # torchrun inside of srun
+            Ranks(2, 4, 0),  # torchrun inside srun
         ),
     ],
 )
-def test_a_process_finds_its_place_in_torchruns_or_slurms_variables(environment, expected):
+def test_rank_is_read_from_torchrun_or_slurm_variables(environment, expected):
     assert find_ranks(environment) == expected
 
 
 @pytest.mark.parametrize(
     "environment", [{"RANK": "2", "WORLD_SIZE": "2"}, {"SLURM_PROCID": "9", "SLURM_STEP_NUM_TASKS": "4"}]
 )
-def test_variables_that_contradict_themselves_are_refused_by_name(environment):
+def test_inconsistent_rank_variables_are_rejected_by_name(environment):
     with pytest.raises(UserError, match=f"{next(iter(environment))}="):
         find_ranks(environment)
 
 
-def test_only_rank_0_is_the_first():
+def test_only_rank_0_is_main():
     assert [Ranks(rank, 3, 0).is_main for rank in range(3)] == [True, False, False]
 
 
-def test_one_process_alone_gathers_and_adds_up_itself():
+def test_collectives_of_a_single_process_are_identities():
     value = torch.tensor([1.0, 2.0])
     SINGLE_PROCESS.all_reduce([value])
     assert value.tolist() == [1, 2]
@@ -74,7 +74,7 @@ def test_one_process_alone_gathers_and_adds_up_itself():
         ({}, 2, 3),
     ],
 )
-def test_a_step_with_fewer_images_than_parts_is_refused(
+def test_batch_size_smaller_than_ranks_times_accumulation_steps_is_rejected(
     tmp_path, new_config, train_data, monkeypatch, environment, batch_size, accumulate
 ):
     for name, value in environment.items():
@@ -86,10 +86,10 @@ def test_a_step_with_fewer_images_than_parts_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-# --- two processes ---
+# --- two ranks ---
 
-# 13 images in steps of 6: the last step of an epoch has 1 image, for 2 processes with 2 parts each. 9 images to
-# validate on in batches of 6: the processes have different shares of them.
+# 13 images in steps of 6: the last step of an epoch has 1 image for 2 ranks with 2 accumulation steps each.
+# 9 validation images in batches of 6: the ranks have unequal shares.
 WORKER = """
 import hashlib, json, os, sys
 from pathlib import Path
@@ -135,11 +135,11 @@ for name, port in zip(sys.argv[2::2], sys.argv[3::2]):
         if status:
             sys.exit(status)
         continue
-    os.environ.update(MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="False")  # each run meets at its own port
+    os.environ.update(MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="False")  # one port per run
     config = PipelineConfig.model_validate_json((folder / f"{name}.config").read_text())
-    if rank != "0" and not name.startswith("resume"):  # who is not the first writes nothing, so this is not made
-        there = {"output": config.train.output.with_name(f"{name}-of-another-process")}
-        config = config.model_copy(update={"train": config.train.model_copy(update=there)})
+    if rank != "0" and not name.startswith("resume"):  # other ranks write nothing, so this folder must not appear
+        changes = {"output": config.train.output.with_name(f"{name}-of-another-process")}
+        config = config.model_copy(update={"train": config.train.model_copy(update=changes)})
     resume = name.startswith("resume")
     history = gridcap.train.engine.loop.fit(config, load("train"), load("val"), resume, progress=True)
     (folder / f"{name}.{rank}.json").write_text(json.dumps({"history": history, "weights": weights}))
@@ -147,7 +147,10 @@ for name, port in zip(sys.argv[2::2], sys.argv[3::2]):
     os._exit(0)
 """
 SCST = {"objective": "scst", "scst": {"samples": 2}, "learning_rate": 0.003}
-PARTS = {"one part": {"grad_accum_steps": 1}, "two parts": {"grad_accum_steps": 2, "ema_decay": 0.9}}
+ACCUMULATION = {
+    "one accumulation step": {"grad_accum_steps": 1},
+    "two accumulation steps": {"grad_accum_steps": 2, "ema_decay": 0.9},
+}
 DROPOUT = {"scheduled_sampling": {"max_prob": 0.5, "prob_step": 0.5, "step_epochs": 1}}
 
 
@@ -156,12 +159,10 @@ def timeless(history):
 
 
 def assert_close(ours, theirs):
-    """Two runs: histories and weights alike but for the order of sums."""
-    found, expected = (
-        timeless(map(json.loads, (p / "metrics.jsonl").read_text().splitlines())) for p in (ours, theirs)
-    )
-    assert len(found) == len(expected) > 0
-    for row, other in zip(found, expected, strict=True):
+    """Assert that two runs have equal histories and weights up to the order of summation."""
+    rows, expected = (timeless(map(json.loads, (p / "metrics.jsonl").read_text().splitlines())) for p in (ours, theirs))
+    assert len(rows) == len(expected) > 0
+    for row, other in zip(rows, expected, strict=True):
         assert row == pytest.approx(other, rel=2e-4)
     assert find_checkpoint(ours, "best").name == find_checkpoint(theirs, "best").name
     for which in ("best", "last"):
@@ -170,7 +171,7 @@ def assert_close(ours, theirs):
 
 
 class Pair:
-    """A folder with data, and runs of one process and of two in it."""
+    """A folder with data, single-process runs, and two-rank runs."""
 
     def __init__(self, folder, new_data, new_config, tiny_decoders):
         self.folder, self._new_config = folder, new_config
@@ -202,7 +203,7 @@ def torchrun(*command, cwd):
         capture_output=True,
         text=True,
         check=False,
-        timeout=HANG,
+        timeout=TIMEOUT,
         cwd=cwd,
         env=environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd()), "CUDA_VISIBLE_DEVICES": ""},
     )
@@ -218,13 +219,13 @@ def free_ports(count):
 
 @pytest.fixture(scope="module")
 def two(pair):
-    """All runs of two processes, by one call of torchrun; what it printed."""
-    for name, values in PARTS.items():
+    """Execute all two-rank runs with one torchrun call, and return its result."""
+    for name, values in ACCUMULATION.items():
         pair.write(name, pair.config(name, **values))
     pair.write("scst", pair.config("scst", init_from=pair.folder / "one", **SCST))
     pair.write("dropout", pair.config("dropout", decoder=pair.decoder.model_copy(update={"dropout": 0.3}), **DROPOUT))
     config = pair.config("resume", checkpoint_steps=2)
-    with pytest.MonkeyPatch.context() as patch:  # stops in the middle of the second epoch
+    with pytest.MonkeyPatch.context() as patch:  # stop in the middle of the second epoch
         real = gridcap.train.engine.loop.train_step
 
         def stop(self, run, *args):
@@ -237,7 +238,7 @@ def two(pair):
             fit(config, *pair.data, False, progress=False)
     assert find_checkpoint(config.train.output, "last").name == "step-00000004"
     pair.write("resume", config)
-    names = [*PARTS, "scst", "dropout", "resume"]
+    names = [*ACCUMULATION, "scst", "dropout", "resume"]
     (pair.folder / "worker.py").write_text(WORKER)
     ports = free_ports(len(names))
     arguments = [value for named in zip(names, ports, strict=True) for value in named]
@@ -247,32 +248,32 @@ def two(pair):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("name", ACCUMULATION)
 @pytest.mark.usefixtures("two")
-def test_two_processes_learn_what_one_learns(pair, name):
-    assert_close(pair.folder / name, pair.folder / ("one averaged" if name == "two parts" else "one"))
+def test_two_ranks_train_the_same_weights_as_one(pair, name):
+    assert_close(pair.folder / name, pair.folder / ("one averaged" if name == "two accumulation steps" else "one"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*PARTS, "scst", "dropout", "resume"])
+@pytest.mark.parametrize("name", [*ACCUMULATION, "scst", "dropout", "resume"])
 @pytest.mark.usefixtures("two")
-def test_both_processes_have_the_same_weights_and_the_same_history_after_each_epoch(pair, name):
+def test_ranks_have_identical_weights_and_history_after_each_epoch(pair, name):
     first, second = (pair.result(name, rank) for rank in (0, 1))
     assert first["weights"] == second["weights"] != []
-    assert len(set(first["weights"])) == len(first["weights"]), "each epoch changes them"
+    assert len(set(first["weights"])) == len(first["weights"]), "each epoch changes the weights"
     assert timeless(first["history"]) == timeless(second["history"])
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("two")
-def test_two_processes_go_on_with_a_run_that_one_began(pair):
+def test_two_ranks_resume_a_single_process_run(pair):
     assert_close(pair.folder / "resume", pair.folder / "one")
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("two")
-def test_validation_of_two_processes_is_that_of_one_to_the_last_caption(pair):
-    """Of the same weights: self-critical training validates the decoder it begins with."""
+def test_validation_with_two_ranks_equals_single_process(pair):
+    """SCST first validates the decoder it starts from."""
     best = load_checkpoint(pair.folder / "one")
     history = pair.result("scst", 1)["history"]
     row = next(
@@ -287,28 +288,33 @@ def test_validation_of_two_processes_is_that_of_one_to_the_last_caption(pair):
 
 
 @pytest.mark.slow
-def test_only_the_first_process_writes_and_prints(pair, two):
+def test_only_rank_0_writes_and_prints(pair, two):
     assert not list(pair.folder.glob("*-of-another-process"))
     lines = [line for line in two.stdout.splitlines() if line.startswith("epoch ")]
-    assert len(lines) == 3 * len(PARTS) + 4 + 3 + 2, two.stdout  # scst with its epoch 0; 2 epochs are resumed
-    steps = [json.loads(line)["step"] for line in (pair.folder / "one part" / "steps.jsonl").read_text().splitlines()]
+    assert len(lines) == 3 * len(ACCUMULATION) + 4 + 3 + 2, (
+        two.stdout
+    )  # SCST has an epoch 0; the resumed run has 2 epochs left
+    steps = [
+        json.loads(line)["step"]
+        for line in (pair.folder / "one accumulation step" / "steps.jsonl").read_text().splitlines()
+    ]
     assert steps == [1, 4, 7]
 
 
 @pytest.mark.slow
-def test_an_error_in_one_process_ends_the_command(pair, two):
+def test_error_in_one_rank_ends_the_command(pair, two):
     pair.write("fail", pair.config("fail", checkpoint_steps=1))
     done = torchrun(pair.folder / "worker.py", pair.folder, "fail", cwd=pair.folder)
     assert done.returncode != 0
     assert "a process fails" in done.stderr
-    assert find_checkpoint(pair.folder / "fail", "last").name == "step-00000002", "what was done before is kept"
+    assert find_checkpoint(pair.folder / "fail", "last").name == "step-00000002", "earlier checkpoints are kept"
 
 
 COMMAND = (sys.executable, "-c", "from gridcap.train.cli import train_decoder; train_decoder()", "--epochs", "3")
 
 
 def write_pipeline(pair, name):
-    """A pipeline.yaml for the run of that name."""
+    """Write a pipeline.yaml for the run with the given name."""
     section = json.loads(pair.config(name).train.model_dump_json())
     splits = {split: {"images": "images", "annotations": f"{split}.json"} for split in ("train", "val")}
     tree = {"data": {"features_dir": ".", "splits": splits}, "train": section}
@@ -317,11 +323,16 @@ def write_pipeline(pair, name):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("slurm")
-def test_two_tasks_of_a_slurm_step_learn_what_one_process_learns(pair):
+def test_two_slurm_tasks_train_the_same_weights_as_one_process(pair):
     write_pipeline(pair, "tasks")
     environment = os.environ | {"PYTHONPATH": str(Path.cwd()), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        ["srun", "--ntasks=2", *COMMAND], capture_output=True, text=True, timeout=HANG, cwd=pair.folder, env=environment
+        ["srun", "--ntasks=2", *COMMAND],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        cwd=pair.folder,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count("done: ") == 1
@@ -329,7 +340,7 @@ def test_two_tasks_of_a_slurm_step_learn_what_one_process_learns(pair):
 
 
 @pytest.mark.slow
-def test_the_command_itself_runs_under_torchrun(pair):
+def test_command_runs_under_torchrun(pair):
     write_pipeline(pair, "command")
     done = torchrun("--no-python", *COMMAND, cwd=pair.folder)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -338,18 +349,18 @@ def test_the_command_itself_runs_under_torchrun(pair):
     assert_close(pair.folder / "command", pair.folder / "one")
 
 
-# --- one process, several parts ---
+# --- gradient accumulation ---
 
 
 @pytest.mark.parametrize("accumulate", [2, 3])
-def test_a_step_in_parts_is_a_step(pair, accumulate):
-    output = f"in {accumulate} parts"
+def test_gradient_accumulation_does_not_change_the_result(pair, accumulate):
+    output = f"accumulate {accumulate}"
     fit(pair.config(output, grad_accum_steps=accumulate), *pair.data, False, progress=False)
     assert_close(pair.folder / output, pair.folder / "one")
 
 
-def test_the_parts_of_a_step_need_less_memory(pair, monkeypatch):
-    """Each part goes through the decoder alone, and the optimizer moves once for all of them."""
+def test_gradient_accumulation_runs_small_batches_and_one_optimizer_step(pair, monkeypatch):
+    """Each batch is processed separately, followed by one optimizer step."""
     sizes, moves = [], []
     real_objective, real_step = gridcap.train.objectives.cross_entropy.CrossEntropy.__call__, torch.optim.Adam.step
     monkeypatch.setattr(

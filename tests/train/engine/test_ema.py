@@ -12,7 +12,7 @@ def decoder(request, tiny_decoders):
 
 
 def move(decoder, seed):
-    """New weights, and a copy of them."""
+    """Change the weights, and return a copy of them."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in decoder.parameters():
@@ -20,15 +20,15 @@ def move(decoder, seed):
     return {name: value.clone() for name, value in decoder.named_parameters()}
 
 
-def test_begins_with_the_weights_themselves(decoder):
+def test_ema_starts_with_the_initial_weights(decoder):
     average = WeightEMA(decoder, 0.9)
     for name, value in average.decoder.named_parameters():
         assert torch.equal(value, dict(decoder.named_parameters())[name])
 
 
 @pytest.mark.parametrize("decay", [0.3, 0.999])
-def test_is_the_moving_average_with_less_decay_early_on(decoder, decay):
-    """0.3 is reached at step 3: (1 + 3) / (10 + 3) > 0.3; 0.999 is not reached here."""
+def test_ema_equals_the_formula_with_decay_warmup(decoder, decay):
+    """The decay reaches 0.3 at step 3 ((1 + 3) / (10 + 3) > 0.3) and does not reach 0.999 here."""
     average = WeightEMA(decoder, decay)
     expected = {name: value.clone() for name, value in decoder.named_parameters()}
     for step in range(1, 8):
@@ -40,7 +40,7 @@ def test_is_the_moving_average_with_less_decay_early_on(decoder, decay):
             torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
 
 
-def test_the_trained_weights_stay_as_they_are(decoder):
+def test_update_does_not_change_the_trained_weights(decoder):
     average = WeightEMA(decoder, 0.9)
     now = move(decoder, 1)
     average.update(decoder, 1)
@@ -49,7 +49,7 @@ def test_the_trained_weights_stay_as_they_are(decoder):
         assert value.requires_grad
 
 
-def test_shares_no_memory_and_needs_no_gradient(decoder):
+def test_ema_shares_no_memory_and_requires_no_gradient(decoder):
     average = WeightEMA(decoder, 0.9)
     pairs = list(zip(decoder.parameters(), average.decoder.parameters(), strict=True))
     assert pairs
@@ -62,7 +62,7 @@ def test_shares_no_memory_and_needs_no_gradient(decoder):
     assert all(torch.equal(kept, old) for (_, kept), old in zip(pairs, before, strict=True))
 
 
-def test_an_update_in_the_midst_of_training_records_nothing(decoder):
+def test_update_is_not_recorded_by_autograd(decoder):
     average = WeightEMA(decoder, 0.9)
     grid, tokens = torch.randn(2, 4, 8), torch.ones(2, 1, 3, dtype=torch.int64)
     decoder(decoder.encode(grid), tokens)[0].sum().backward()
@@ -72,7 +72,7 @@ def test_an_update_in_the_midst_of_training_records_nothing(decoder):
         assert parameter.grad_fn is None
 
 
-def test_of_weights_that_stay_it_is_those_weights(decoder):
+def test_ema_of_constant_weights_is_constant(decoder):
     average = WeightEMA(decoder, 0.5)
     for step in range(1, 30):
         average.update(decoder, step)

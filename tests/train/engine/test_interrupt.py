@@ -1,4 +1,4 @@
-"""A signal waits until the step in hand is done; a second one does not."""
+"""The first stop signal waits until the current step is done; a second one does not."""
 
 import signal
 
@@ -16,7 +16,7 @@ class _StopError(Exception):
 
 @pytest.fixture
 def handlers():
-    """Handlers that raise, as the commands set them; the old ones come back."""
+    """Install handlers that raise, as the commands do, and restore the original ones afterwards."""
 
     def stop(number, frame):
         raise _StopError(number)
@@ -29,7 +29,7 @@ def handlers():
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
-def test_the_first_signal_is_held_and_then_acts_as_it_would_have(handlers, number):
+def test_first_signal_is_deferred_and_then_raised_again(handlers, number):
     with defer_stop_signals() as pending:
         assert pending() is None
         signal.raise_signal(number)
@@ -38,20 +38,20 @@ def test_the_first_signal_is_held_and_then_acts_as_it_would_have(handlers, numbe
     assert caught.value.args == (number,)
 
 
-def test_a_second_signal_acts_at_once(handlers):
+def test_second_signal_takes_effect_immediately(handlers):
     with defer_stop_signals():
         signal.raise_signal(signal.SIGTERM)
         with pytest.raises(_StopError):
             signal.raise_signal(signal.SIGINT)
 
 
-def test_afterwards_the_handlers_are_the_old_ones(handlers):
+def test_original_handlers_are_restored(handlers):
     with defer_stop_signals():
         assert signal.getsignal(signal.SIGTERM) is not handlers
     assert signal.getsignal(signal.SIGTERM) is signal.getsignal(signal.SIGINT) is handlers
 
 
-def test_what_is_ignored_stays_ignored(handlers):
+def test_ignored_signals_stay_ignored(handlers):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with defer_stop_signals() as pending:
         signal.raise_signal(signal.SIGINT)
@@ -59,7 +59,7 @@ def test_what_is_ignored_stays_ignored(handlers):
 
 
 @pytest.mark.parametrize("step", [6, 4], ids=["in an epoch", "in its last step"])
-def test_a_stopped_run_keeps_the_step_in_hand_and_ends_as_an_undisturbed_one(
+def test_a_stopped_run_keeps_the_step_in_hand_and_ends_as_an_uninterrupted_one(
     tmp_path, new_config, train_data, handlers, monkeypatch, step
 ):
     real = gridcap.train.engine.loop.train_step
@@ -73,7 +73,9 @@ def test_a_stopped_run_keeps_the_step_in_hand_and_ends_as_an_undisturbed_one(
         patch.setattr("gridcap.train.engine.loop.train_step", interrupted)
         with pytest.raises(_StopError):
             fit(new_config(tmp_path / "run"), train_data, None, False, progress=False)
-    assert find_checkpoint(tmp_path / "run", "last").name == f"step-{step + 1:08}", "the step in which the signal came"
+    assert find_checkpoint(tmp_path / "run", "last").name == f"step-{step + 1:08}", (
+        "the step during which the signal arrived"
+    )
     fit(new_config(tmp_path / "run"), train_data, None, True, progress=False)
     fit(new_config(tmp_path / "whole"), train_data, None, False, progress=False)
     ours, theirs = (find_checkpoint(tmp_path / name, "last") / "model.safetensors" for name in ("run", "whole"))

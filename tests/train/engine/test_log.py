@@ -28,12 +28,12 @@ def open_log(folder, history=(), done=0):
 # --- reading ---
 
 
-def test_rows_that_are_not_there_are_none(tmp_path):
+def test_missing_or_empty_log_has_no_rows(tmp_path):
     assert read_rows(tmp_path / "steps.jsonl") == []
     assert read_rows(write_steps(tmp_path)) == []
 
 
-def test_rows_are_read_as_they_were_written(tmp_path):
+def test_rows_round_trip(tmp_path):
     rows = [step(1), step(20, note="été\u2028")]
     assert read_rows(write_steps(tmp_path, *rows)) == rows
 
@@ -41,11 +41,11 @@ def test_rows_are_read_as_they_were_written(tmp_path):
 @pytest.mark.parametrize(
     "rest", ['{"step": 60, "lo', '{"step": 60', "{", '{"step": 60, "loss": 2.0', "\0\0\0\0", "\xff"]
 )
-def test_a_last_line_that_a_kill_cut_short_is_left_out(tmp_path, rest):
+def test_truncated_last_line_is_ignored(tmp_path, rest):
     assert read_rows(write_steps(tmp_path, step(20), step(40), rest=rest)) == [step(20), step(40)]
 
 
-def test_a_last_line_that_lost_only_its_end_of_line_counts(tmp_path):
+def test_last_line_without_newline_is_read(tmp_path):
     path = write_steps(tmp_path, step(20), rest=json.dumps(step(40)))
     assert read_rows(path) == [step(20), step(40)]
 
@@ -53,7 +53,7 @@ def test_a_last_line_that_lost_only_its_end_of_line_counts(tmp_path):
 # --- writing ---
 
 
-def test_a_row_a_step_and_a_row_an_epoch(tmp_path):
+def test_steps_and_epochs_are_logged_as_rows(tmp_path):
     log = open_log(tmp_path)
     log.log_step(step(1))
     log.log_step(step(20))
@@ -66,22 +66,22 @@ def test_a_row_a_step_and_a_row_an_epoch(tmp_path):
     assert lines(tmp_path / "steps.jsonl") == [step(1), step(20)]
 
 
-def test_a_row_stands_in_the_file_at_once(tmp_path):
-    """Who watches a run need not wait for its end."""
+def test_rows_are_flushed_immediately(tmp_path):
+    """Programs that follow the log see each row immediately."""
     log = open_log(tmp_path)
     log.log_step(step(1))
     assert read_rows(tmp_path / "steps.jsonl") == [step(1)]
     log.close()
 
 
-def test_a_new_run_begins_with_empty_files(tmp_path):
+def test_new_run_starts_with_empty_files(tmp_path):
     open_log(tmp_path).close()
     assert (tmp_path / "steps.jsonl").read_text() == ""
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_json_cannot_say_is_null(tmp_path, value):
+def test_nan_and_infinity_become_null(tmp_path, value):
     log = open_log(tmp_path)
     log.log_step(step(1, grad_norm=value))
     log.log_epoch([{"epoch": 1, "step": 1, "val_perplexity": value}])
@@ -93,10 +93,10 @@ def test_what_json_cannot_say_is_null(tmp_path, value):
         assert "Infinity" not in text
 
 
-# --- going on after an interruption ---
+# --- resuming ---
 
 
-def test_a_resume_drops_the_steps_after_the_checkpoint_and_goes_on(tmp_path):
+def test_resume_drops_steps_after_the_checkpoint(tmp_path):
     path = write_steps(tmp_path, step(20), step(40), step(60), step(80), rest='{"step": 100, "lo')
     log = open_log(tmp_path, done=40)
     assert lines(path) == [step(20), step(40)]
@@ -105,7 +105,7 @@ def test_a_resume_drops_the_steps_after_the_checkpoint_and_goes_on(tmp_path):
     assert lines(path) == [step(20), step(40), step(60, loss=1.0)]
 
 
-def test_a_resume_after_a_cut_line_begins_on_a_line_of_its_own(tmp_path):
+def test_resume_after_truncated_line_starts_a_new_line(tmp_path):
     path = write_steps(tmp_path, step(20), rest=json.dumps(step(40)))
     log = open_log(tmp_path, done=50)
     log.log_step(step(60))
@@ -113,7 +113,7 @@ def test_a_resume_after_a_cut_line_begins_on_a_line_of_its_own(tmp_path):
     assert lines(path) == [step(20), step(40), step(60)]
 
 
-def test_a_resume_has_the_epochs_of_the_checkpoint_and_no_others(tmp_path):
+def test_resume_keeps_only_epochs_of_the_checkpoint(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n{"epoch": 2}\n{"epo')
     open_log(tmp_path, [{"epoch": 1, "step": 10}], 10).close()
     assert lines(tmp_path / "metrics.jsonl") == [{"epoch": 1, "step": 10}]
@@ -123,13 +123,13 @@ def test_a_resume_has_the_epochs_of_the_checkpoint_and_no_others(tmp_path):
 
 
 def board(folder):
-    """Tag -> (step, value) pairs as TensorBoard shows them."""
+    """Return the (step, value) pairs that TensorBoard reads, by tag."""
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def test_tensorboard_gets_every_number_under_its_step(tmp_path):
+def test_tensorboard_contains_every_number_with_its_step(tmp_path):
     log = open_log(tmp_path)
     log.log_step(step(1, learning_rate=0.5))
     log.log_step(step(20, learning_rate=0.25, skipped=None))
@@ -142,7 +142,7 @@ def test_tensorboard_gets_every_number_under_its_step(tmp_path):
     }
 
 
-def test_tensorboard_forgets_the_steps_after_the_checkpoint(tmp_path):
+def test_tensorboard_drops_steps_after_the_checkpoint(tmp_path):
     log = open_log(tmp_path)
     for number in (20, 40, 60):
         log.log_step(step(number))

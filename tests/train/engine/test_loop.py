@@ -19,7 +19,7 @@ from gridcap.train.engine.validation import validate
 
 
 def timeless(history):
-    """The rows without what a clock measured."""
+    """Return the rows without measured times."""
     return [{k: v for k, v in row.items() if k not in ("seconds", "data_wait")} for row in history]
 
 
@@ -43,7 +43,7 @@ def train(config, data, val=None, resume=False):
 
 
 @pytest.mark.parametrize("family", ["lstm", "attention"])
-def test_the_loss_falls_and_the_captions_become_right(
+def test_training_reduces_loss_and_produces_correct_captions(
     tmp_path, family, new_config, tiny_decoders, train_data, val_data
 ):
     config = new_config(tmp_path / "run", epochs=9, batch_size=3, decoder=tiny_decoders[family], learning_rate=0.02)
@@ -59,7 +59,7 @@ def test_the_loss_falls_and_the_captions_become_right(
     assert history[-1]["val_cider"] > history[0]["val_cider"]
 
 
-def test_a_row_an_epoch_is_returned_and_logged(tmp_path, new_config, train_data, val_data):
+def test_one_row_per_epoch_is_returned_and_logged(tmp_path, new_config, train_data, val_data):
     history = train(new_config(tmp_path / "run", epochs=2), train_data, val_data)
     assert [row["epoch"] for row in history] == [1, 2]
     for row in history:
@@ -86,15 +86,13 @@ def test_a_row_an_epoch_is_returned_and_logged(tmp_path, new_config, train_data,
     assert logged(tmp_path / "run") == history
 
 
-def test_the_first_loss_is_near_that_of_guessing(tmp_path, new_config, train_data):
+def test_initial_loss_is_close_to_uniform_prediction(tmp_path, new_config, train_data):
     history = train(new_config(tmp_path / "run", epochs=1, learning_rate=1e-9, batch_size=24), train_data)
     size = len(load_checkpoint(tmp_path / "run").vocabulary)
-    assert history[0]["train_loss"] == pytest.approx(math.log(size), abs=0.5), "nats a word"
+    assert history[0]["train_loss"] == pytest.approx(math.log(size), abs=0.5), "nats per token"
 
 
-def test_the_best_checkpoint_has_the_highest_cider_and_of_equals_the_lowest_loss(
-    tmp_path, monkeypatch, new_config, train_data, val_data
-):
+def test_best_checkpoint_has_highest_cider_then_lowest_loss(tmp_path, monkeypatch, new_config, train_data, val_data):
     ciders = iter([0.1, 0.7, 0.7, 0.3])
     monkeypatch.setattr("gridcap.train.engine.validation.cider", lambda *_: next(ciders))
     history = train(new_config(tmp_path / "run", epochs=4), train_data, val_data)
@@ -103,13 +101,13 @@ def test_the_best_checkpoint_has_the_highest_cider_and_of_equals_the_lowest_loss
     assert find_checkpoint(tmp_path / "run", "last").name == "step-00000020"
 
 
-def test_without_validation_the_last_checkpoint_is_the_best(tmp_path, new_config, train_data):
+def test_last_checkpoint_is_best_without_validation(tmp_path, new_config, train_data):
     history = train(new_config(tmp_path / "run", epochs=3), train_data)
     assert all(set(row) == {"epoch", "step", "train_loss", "seconds", "data_wait"} for row in history)
     assert find_checkpoint(tmp_path / "run", "best").name == "step-00000015"
 
 
-def test_the_vocabulary_holds_no_word_of_validation_captions_only(tmp_path, new_config, train_data, new_store):
+def test_vocabulary_excludes_words_of_validation_captions(tmp_path, new_config, train_data, new_store):
     grids = train_data.store.rows(range(3))
     records = [ImageRecord(900 + i, f"{900 + i}.jpg", ("a purple square",)) for i in range(3)]
     store = new_store(tmp_path / "val.h5", grids, [900, 901, 902])
@@ -120,24 +118,22 @@ def test_the_vocabulary_holds_no_word_of_validation_captions_only(tmp_path, new_
     assert {"red", "green", "blue", "circle", "here"} <= set(words)
 
 
-def test_the_vocabulary_follows_its_settings(tmp_path, new_config, train_data):
+def test_vocabulary_settings_are_applied(tmp_path, new_config, train_data):
     train(new_config(tmp_path / "run", epochs=1, vocabulary={"max_size": 6}), train_data)
     assert len(load_checkpoint(tmp_path / "run").vocabulary) == 6
 
 
-def test_validation_changes_nothing_in_the_training(tmp_path, new_config, train_data, val_data):
+def test_validation_does_not_change_training(tmp_path, new_config, train_data, val_data):
     with_it = train(new_config(tmp_path / "a", epochs=3), train_data, val_data)
     without = train(new_config(tmp_path / "b", epochs=3), train_data)
     assert [row["train_loss"] for row in with_it] == [row["train_loss"] for row in without]
     assert same_bits(weights_of(tmp_path / "a"), weights_of(tmp_path / "b"))
 
 
-def test_validation_loss_counts_every_reference_and_does_not_depend_on_the_batch_size(
-    tmp_path, new_config, train_data, val_data
-):
+def test_validation_loss_covers_all_references_at_any_batch_size(tmp_path, new_config, train_data, val_data):
     train(new_config(tmp_path / "run", epochs=1), train_data)
     loaded = load_checkpoint(tmp_path / "run")
-    found = [
+    results = [
         validate(
             loaded.decoder,
             val_data,
@@ -147,9 +143,9 @@ def test_validation_loss_counts_every_reference_and_does_not_depend_on_the_batch
         )
         for size in (1, 4, 50)
     ]
-    for other in found[1:]:
-        assert other == pytest.approx(found[0], rel=1e-5)
-    total, words = 0.0, 0
+    for other in results[1:]:
+        assert other == pytest.approx(results[0], rel=1e-5)
+    total, num_tokens = 0.0, 0
     for image, captions in enumerate(val_data.captions):
         grid = torch.from_numpy(val_data.store[int(val_data.rows[image])]).float().reshape(1, 4, 8)
         for text in captions:
@@ -157,12 +153,12 @@ def test_validation_loss_counts_every_reference_and_does_not_depend_on_the_batch
             with torch.no_grad():
                 logits = loaded.decoder(loaded.decoder.encode(grid), tokens[None, None, :-1])[0][0, 0]
             total += torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="sum").item()
-            words += len(tokens) - 1
-    assert found[0]["val_loss"] == pytest.approx(total / words, rel=1e-5)
+            num_tokens += len(tokens) - 1
+    assert results[0]["val_loss"] == pytest.approx(total / num_tokens, rel=1e-5)
 
 
 @pytest.mark.parametrize("max_grad_norm", [5.0, 0.575])
-def test_a_step_is_adams_on_the_mean_loss_of_a_word_with_the_gradient_clipped(
+def test_step_equals_adam_on_clipped_gradient_of_mean_token_loss(
     tmp_path, max_grad_norm, new_config, tiny_decoders, train_data
 ):
     decoder_config = tiny_decoders["attention"].model_copy(update={"dropout": 0.0})
@@ -192,15 +188,13 @@ def test_a_step_is_adams_on_the_mean_loss_of_a_word_with_the_gradient_clipped(
         torch.stack(losses).mean().backward()
         norms.append(torch.nn.utils.clip_grad_norm_(decoder.parameters(), max_grad_norm).item())
         adam.step()
-    assert max_grad_norm == 5 > max(norms) or norms[3] < max_grad_norm < norms[0], f"clips nothing: {norms}"
+    assert max_grad_norm == 5 > max(norms) or norms[3] < max_grad_norm < norms[0], f"nothing is clipped: {norms}"
     ours, expected = dict(loaded.decoder.named_parameters()), dict(decoder.named_parameters())
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["lstm", "attention"])
-def test_training_in_bfloat16_works_and_keeps_float32_weights(
-    tmp_path, family, new_config, tiny_decoders, train_data, val_data
-):
+def test_bfloat16_training_keeps_float32_weights(tmp_path, family, new_config, tiny_decoders, train_data, val_data):
     config = new_config(tmp_path / "run", epochs=3, precision="bfloat16", decoder=tiny_decoders[family])
     history = train(config, train_data, val_data)
     assert history[-1]["train_loss"] < history[0]["train_loss"]
@@ -209,7 +203,7 @@ def test_training_in_bfloat16_works_and_keeps_float32_weights(
 
 
 @pytest.mark.parametrize("family", ["lstm", "attention"])
-def test_each_grid_is_projected_once_for_all_its_captions(tmp_path, family, new_config, tiny_decoders, train_data):
+def test_grid_is_projected_once_for_all_captions(tmp_path, family, new_config, tiny_decoders, train_data):
     config = new_config(tmp_path / "run", epochs=1, captions_per_image=3, decoder=tiny_decoders[family])
     projected = []
     kind = type(build_decoder(config.train.decoder, 9, (2, 2, 8)))
@@ -220,7 +214,7 @@ def test_each_grid_is_projected_once_for_all_its_captions(tmp_path, family, new_
     assert projected == [(5, 4, 8)] * 4 + [(4, 4, 8)]
 
 
-def test_an_interrupted_epoch_leaves_no_thread(tmp_path, new_config, train_data, monkeypatch):
+def test_interrupted_epoch_leaves_no_thread(tmp_path, new_config, train_data, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
@@ -235,10 +229,10 @@ def test_an_interrupted_epoch_leaves_no_thread(tmp_path, new_config, train_data,
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
-# --- the same again ---
+# --- reproducibility ---
 
 
-def test_the_same_seed_gives_the_same_weights_and_another_gives_others(tmp_path, new_config, train_data):
+def test_weights_depend_only_on_the_seed(tmp_path, new_config, train_data):
     a, b, other = (
         train(new_config(tmp_path / name, seed=seed), train_data) for name, seed in (("a", 3), ("b", 3), ("c", 4))
     )
@@ -247,7 +241,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_gives_others(tmp_path,
     assert not same_bits(weights_of(tmp_path / "a"), weights_of(tmp_path / "c"))
 
 
-def test_a_training_state_without_its_parts_is_refused_by_name(tmp_path, new_config, train_data):
+def test_incomplete_training_state_is_rejected_by_name(tmp_path, new_config, train_data):
     train(new_config(tmp_path / "run", epochs=1), train_data)
     torch.save({"another": "file"}, find_checkpoint(tmp_path / "run") / "training_state.pt")
     with pytest.raises(CheckpointError, match="step-00000005"):
@@ -262,14 +256,14 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path, new_config, train_dat
     assert same_bits(before, weights_of(tmp_path / "run"))
 
 
-def test_a_run_is_resumed_where_it_was_moved_to(tmp_path, new_config, train_data):
+def test_moved_run_can_be_resumed(tmp_path, new_config, train_data):
     train(new_config(tmp_path / "here", epochs=1), train_data)
     (tmp_path / "here").rename(tmp_path / "there")
     history = train(new_config(tmp_path / "there", epochs=2), train_data, resume=True)
     assert [row["epoch"] for row in history] == [1, 2]
 
 
-# --- refusals ---
+# --- rejected inputs ---
 
 
 @pytest.mark.parametrize(
@@ -282,7 +276,7 @@ def test_a_run_is_resumed_where_it_was_moved_to(tmp_path, new_config, train_data
         ({"vocabulary": {"min_count": 2}}, r"train\.vocabulary"),
     ],
 )
-def test_a_resume_with_other_settings_is_refused_naming_them(tmp_path, new_config, train_data, changed, named):
+def test_resume_with_other_settings_is_rejected_by_name(tmp_path, new_config, train_data, changed, named):
     train(new_config(tmp_path / "run", epochs=1), train_data)
     before = (tmp_path / "run" / "config.yaml").read_text()
     with pytest.raises(MismatchError, match=named):
@@ -290,20 +284,20 @@ def test_a_resume_with_other_settings_is_refused_naming_them(tmp_path, new_confi
     assert (tmp_path / "run" / "config.yaml").read_text() == before
 
 
-def test_a_resume_with_another_decoder_is_refused(tmp_path, new_config, train_data, tiny_decoders):
+def test_resume_with_another_decoder_is_rejected(tmp_path, new_config, train_data, tiny_decoders):
     train(new_config(tmp_path / "run", epochs=1), train_data)
     with pytest.raises(MismatchError, match=r"train\.decoder"):
         train(new_config(tmp_path / "run", decoder=tiny_decoders["lstm"]), train_data, resume=True)
 
 
-def test_a_resume_on_other_features_is_refused_showing_the_difference(tmp_path, new_config, train_data, new_data):
+def test_resume_with_other_features_is_rejected_with_the_difference(tmp_path, new_config, train_data, new_data):
     train(new_config(tmp_path / "run", epochs=1), train_data)
     other = new_data(tmp_path / "other.h5", encoder="resnet50")
     with pytest.raises(MismatchError, match=r"inception_v3.*resnet50"):
         train(new_config(tmp_path / "run"), other, resume=True)
 
 
-def test_a_second_run_into_the_same_output_is_refused_and_harms_nothing(tmp_path, new_config, train_data):
+def test_second_run_in_the_same_output_is_rejected_without_side_effects(tmp_path, new_config, train_data):
     train(new_config(tmp_path / "run", epochs=1), train_data)
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     with pytest.raises(CheckpointError, match="already contains a run") as caught:
@@ -312,13 +306,13 @@ def test_a_second_run_into_the_same_output_is_refused_and_harms_nothing(tmp_path
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
-def test_nothing_to_resume_is_refused_and_nothing_is_written(tmp_path, new_config, train_data):
+def test_resume_without_a_run_is_rejected_and_nothing_is_written(tmp_path, new_config, train_data):
     with pytest.raises(CheckpointError, match="no such folder"):
         train(new_config(tmp_path / "nowhere"), train_data, resume=True)
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_validation_features_of_another_provenance_are_refused(tmp_path, new_config, train_data, new_data):
+def test_validation_features_with_other_provenance_are_rejected(tmp_path, new_config, train_data, new_data):
     val = new_data(tmp_path / "other.h5", 6, weights={"name": "other", "sha256": "ff" * 32, "random": False})
     with pytest.raises(MismatchError, match=r"weights: .*0cc3c7bd.*ffffffff"):
         train(new_config(tmp_path / "run"), train_data, val)
@@ -331,8 +325,8 @@ def test_validation_features_may_come_from_other_library_versions(tmp_path, new_
 
 
 @pytest.fixture
-def ruined_steps(monkeypatch):
-    """Once called, every step of the optimizer after some good ones leaves weights that are no numbers."""
+def nan_steps(monkeypatch):
+    """Return a function that makes every optimizer step after the first good ones set all weights to NaN."""
 
     def call(good_steps=0):
         real, left = torch.optim.Adam.step, [good_steps]
@@ -349,12 +343,10 @@ def ruined_steps(monkeypatch):
     return call
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_good_checkpoint(
-    tmp_path, new_config, train_data, ruined_steps
-):
+def test_nan_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, new_config, train_data, nan_steps):
     train(new_config(tmp_path / "run", epochs=1), train_data)
     good = weights_of(tmp_path / "run")
-    ruined_steps()
+    nan_steps()
     with pytest.raises(TrainingError, match=r"became NaN or inf \(epoch 2") as caught:
         train(new_config(tmp_path / "run", epochs=5), train_data, resume=True)
     assert caught.value.exit_status == 1
@@ -362,48 +354,48 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_good_check
     assert [row["epoch"] for row in logged(tmp_path / "run")] == [1]
 
 
-def test_a_huge_learning_rate_stops_with_a_training_error(tmp_path, new_config, train_data):
+def test_huge_learning_rate_raises_training_error(tmp_path, new_config, train_data):
     with pytest.raises(TrainingError, match="became NaN or inf"):
         train(new_config(tmp_path / "run", learning_rate=1e30), train_data)
 
 
-def test_weights_ruined_by_the_last_step_of_an_epoch_are_not_kept(tmp_path, new_config, train_data, ruined_steps):
+def test_nan_weights_after_the_last_step_of_an_epoch_are_not_saved(tmp_path, new_config, train_data, nan_steps):
     config = new_config(tmp_path / "run", epochs=1, batch_size=24)
-    ruined_steps()
+    nan_steps()
     with pytest.raises(TrainingError, match="became NaN or inf"):
         train(config, train_data)
     assert not (tmp_path / "run" / "checkpoints.json").exists()
 
 
-def test_a_diverged_validation_loss_is_no_crash(tmp_path, new_config, train_data, val_data):
+def test_diverged_validation_loss_does_not_crash(tmp_path, new_config, train_data, val_data):
     history = train(new_config(tmp_path / "run", learning_rate=1e4, epochs=1), train_data, val_data)
-    assert history[0]["val_loss"] > 710, "exp of it is beyond any float"
+    assert history[0]["val_loss"] > 710, "exp overflows"
     assert history[0]["val_perplexity"] in (math.inf, None)
     assert len(logged(tmp_path / "run")) == 1
 
 
-def test_the_advice_after_a_diverged_run_can_be_followed(tmp_path, new_config, train_data):
+def test_hint_for_a_diverged_run_is_valid(tmp_path, new_config, train_data):
     with pytest.raises(TrainingError) as caught:
         train(new_config(tmp_path / "run", learning_rate=1e30), train_data)
-    assert "resume" not in caught.value.hint, "a resume with another learning rate is refused"
+    assert "resume" not in caught.value.hint, "resuming with another learning rate is rejected"
 
 
-def test_validation_that_begins_with_a_resume_decides_the_best(tmp_path, new_config, train_data, val_data):
+def test_validation_added_on_resume_selects_the_best(tmp_path, new_config, train_data, val_data):
     train(new_config(tmp_path / "run", epochs=3), train_data)
     history = train(new_config(tmp_path / "run", epochs=5), train_data, val_data, resume=True)
     by_cider = max(history[3:], key=lambda row: row["val_cider"])
     assert find_checkpoint(tmp_path / "run", "best").name == f"step-{by_cider['step']:08}"
 
 
-def test_validation_left_out_of_a_resume_leaves_the_best_by_cider(tmp_path, new_config, train_data, val_data):
+def test_validation_omitted_on_resume_keeps_the_best_by_cider(tmp_path, new_config, train_data, val_data):
     train(new_config(tmp_path / "run", epochs=2), train_data, val_data)
     best = find_checkpoint(tmp_path / "run", "best").name
     train(new_config(tmp_path / "run", epochs=5), train_data, resume=True)
     assert find_checkpoint(tmp_path / "run", "best").name == best
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run_within_20_steps(tmp_path, new_config, train_data, ruined_steps):
-    ruined_steps(good_steps=5)
+def test_nan_loss_stops_the_run_within_20_steps(tmp_path, new_config, train_data, nan_steps):
+    nan_steps(good_steps=5)
     config = new_config(tmp_path / "run", batch_size=1, epochs=3, checkpoint_steps=4)
     with pytest.raises(TrainingError, match=r"epoch 1, step (\d+)") as caught:
         train(config, train_data)
@@ -412,25 +404,23 @@ def test_a_loss_that_is_not_a_number_stops_the_run_within_20_steps(tmp_path, new
     assert all(value.isfinite().all() for value in weights_of(tmp_path / "run").values())
 
 
-def test_ruined_weights_are_noticed_before_a_checkpoint_of_them_is_written(
-    tmp_path, new_config, train_data, ruined_steps
-):
-    ruined_steps(good_steps=5)
+def test_nan_weights_are_detected_before_a_checkpoint_is_written(tmp_path, new_config, train_data, nan_steps):
+    nan_steps(good_steps=5)
     with pytest.raises(TrainingError, match="step 6"):
         train(new_config(tmp_path / "run", batch_size=1, checkpoint_steps=1), train_data)
     assert find_checkpoint(tmp_path / "run", "last").name == "step-00000005"
 
 
-# --- stopping early ---
+# --- early stopping ---
 
 
 def scripted(monkeypatch, ciders):
-    """Validations find these values of CIDEr, one after the other."""
+    """Make successive validations return these CIDEr values."""
     left = iter(ciders)
     monkeypatch.setattr("gridcap.train.engine.validation.cider", lambda *_: next(left))
 
 
-def test_without_a_rise_for_so_many_epochs_training_stops(tmp_path, monkeypatch, new_config, train_data, val_data):
+def test_training_stops_when_patience_runs_out(tmp_path, monkeypatch, new_config, train_data, val_data):
     scripted(monkeypatch, [0.1, 0.5, 0.4, 0.45, 0.9, 0.9])
     history = train(new_config(tmp_path / "run", epochs=6, patience=2), train_data, val_data)
     assert [row["epoch"] for row in history] == [1, 2, 3, 4]
@@ -438,45 +428,47 @@ def test_without_a_rise_for_so_many_epochs_training_stops(tmp_path, monkeypatch,
     assert find_checkpoint(tmp_path / "run", "last").name == "step-00000020"
     before = (tmp_path / "run" / "checkpoints.json").read_bytes()
     again = train(new_config(tmp_path / "run", epochs=6, patience=2), train_data, val_data, resume=True)
-    assert again == history, "a resume finds that patience is over"
+    assert again == history, "resuming finds that patience has run out"
     assert (tmp_path / "run" / "checkpoints.json").read_bytes() == before
 
 
-def test_a_rise_gives_patience_anew(tmp_path, monkeypatch, new_config, train_data, val_data):
+def test_improvement_resets_patience(tmp_path, monkeypatch, new_config, train_data, val_data):
     scripted(monkeypatch, [0.1, 0.05, 0.2, 0.15, 0.3])
     assert len(train(new_config(tmp_path / "run", epochs=5, patience=2), train_data, val_data)) == 5
 
 
-def test_a_resume_may_have_more_patience(tmp_path, monkeypatch, new_config, train_data, val_data):
+def test_patience_can_be_raised_on_resume(tmp_path, monkeypatch, new_config, train_data, val_data):
     scripted(monkeypatch, [0.5, 0.4, 0.6])
     assert len(train(new_config(tmp_path / "run", epochs=3, patience=1), train_data, val_data)) == 2
     assert len(train(new_config(tmp_path / "run", epochs=3, patience=3), train_data, val_data, resume=True)) == 3
 
 
-def test_without_validation_patience_stops_nothing(tmp_path, new_config, train_data):
+def test_patience_has_no_effect_without_validation(tmp_path, new_config, train_data):
     assert len(train(new_config(tmp_path / "run", epochs=3, patience=1), train_data)) == 3
 
 
-# --- averaged weights ---
+# --- EMA ---
 
 
-def test_the_average_is_kept_and_validated_and_the_weights_themselves_are_in_the_training_state(
+def test_ema_weights_are_saved_and_validated_and_raw_weights_are_in_the_training_state(
     tmp_path, new_config, train_data, val_data
 ):
     averaged = train(new_config(tmp_path / "ema", epochs=2, ema_decay=0.9), train_data, val_data)
     plain = train(new_config(tmp_path / "plain", epochs=2), train_data, val_data)
-    assert [r["train_loss"] for r in averaged] == [r["train_loss"] for r in plain], "the average changes no step"
+    assert [r["train_loss"] for r in averaged] == [r["train_loss"] for r in plain], (
+        "EMA does not change the training steps"
+    )
     assert [r["val_loss"] for r in averaged] != [r["val_loss"] for r in plain]
     raw = load_training_state(find_checkpoint(tmp_path / "ema", "last"))["weights"]
     assert same_bits(raw, weights_of(tmp_path / "plain"))
     assert not same_bits(raw, weights_of(tmp_path / "ema"))
     assert load_training_state(find_checkpoint(tmp_path / "plain", "last"))["weights"] is None
     loaded, settings = load_checkpoint(tmp_path / "ema", "last"), new_config(tmp_path).train
-    found = validate(loaded.decoder, val_data, loaded.vocabulary, settings, Runtime(torch.device("cpu")))
-    assert found == {name: value for name, value in averaged[-1].items() if name.startswith("val_")}
+    results = validate(loaded.decoder, val_data, loaded.vocabulary, settings, Runtime(torch.device("cpu")))
+    assert results == {name: value for name, value in averaged[-1].items() if name.startswith("val_")}
 
 
-def test_the_kept_average_is_that_of_the_weights_after_each_step(tmp_path, new_config, train_data):
+def test_saved_ema_averages_the_weights_after_each_step(tmp_path, new_config, train_data):
     steps = []
     with pytest.MonkeyPatch.context() as patch:
         real = torch.optim.Adam.step
@@ -498,17 +490,17 @@ def test_the_kept_average_is_that_of_the_weights_after_each_step(tmp_path, new_c
     torch.testing.assert_close(list(kept.decoder.parameters()), expected)
 
 
-# --- going on from another decoder ---
+# --- init_from ---
 
 
 @pytest.fixture
 def start(tmp_path, new_config, train_data):
-    """A run to begin with, of 9 words."""
+    """A run with a vocabulary of 9 tokens to start from."""
     train(new_config(tmp_path / "start", epochs=4, seed=5, vocabulary={"max_size": 9}), train_data)
     return tmp_path / "start"
 
 
-def test_a_run_begins_with_the_decoder_and_the_words_of_another_and_validates_them_first(
+def test_init_from_takes_decoder_and_vocabulary_and_validates_them_first(
     tmp_path, new_config, train_data, val_data, start
 ):
     config = new_config(tmp_path / "run", init_from=start, epochs=2)
@@ -522,7 +514,7 @@ def test_a_run_begins_with_the_decoder_and_the_words_of_another_and_validates_th
     assert [row["epoch"] for row in history] == [0, 1, 2]
     assert [row["step"] for row in history] == [0, 5, 10]
     assert not {"train_loss", "seconds"} & history[0].keys()
-    assert same_bits(seen[0], weights_of(start)), "validated before any step"
+    assert same_bits(seen[0], weights_of(start)), "validated before the first step"
     assert not same_bits(seen[1], seen[0])
     loaded = load_checkpoint(tmp_path / "run")
     assert loaded.vocabulary.tokens == load_checkpoint(start).vocabulary.tokens
@@ -534,13 +526,13 @@ def bits(decoder):
     return {name: value.clone() for name, value in decoder.state_dict().items()}
 
 
-def test_without_validation_there_is_no_epoch_0(tmp_path, new_config, train_data, start):
+def test_no_epoch_0_without_validation(tmp_path, new_config, train_data, start):
     history = train(new_config(tmp_path / "run", init_from=start, epochs=1, learning_rate=1e-12), train_data)
     assert [row["epoch"] for row in history] == [1]
     torch.testing.assert_close(weights_of(tmp_path / "run"), weights_of(start), atol=1e-9, rtol=0)
 
 
-def test_a_run_that_falls_below_its_beginning_keeps_it_as_the_best_and_says_so(
+def test_initial_decoder_stays_best_if_no_epoch_improves_on_it(
     tmp_path, monkeypatch, new_config, train_data, val_data, start, capsys
 ):
     scripted(monkeypatch, [0.8, 0.3, 0.5])
@@ -554,9 +546,7 @@ def test_a_run_that_falls_below_its_beginning_keeps_it_as_the_best_and_says_so(
     assert same_bits(weights_of(tmp_path / "run", "best"), weights_of(start))
 
 
-def test_a_run_that_rises_says_which_epoch_is_the_best(
-    tmp_path, monkeypatch, new_config, train_data, val_data, start, capsys
-):
+def test_improving_run_reports_the_best_epoch(tmp_path, monkeypatch, new_config, train_data, val_data, start, capsys):
     scripted(monkeypatch, [0.3, 0.8, 0.5])
     fit(new_config(tmp_path / "run", init_from=start, epochs=2), train_data, val_data, False)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
@@ -565,9 +555,7 @@ def test_a_run_that_rises_says_which_epoch_is_the_best(
     assert find_checkpoint(tmp_path / "run", "best").name == "step-00000005"
 
 
-def test_validation_that_begins_in_the_midst_of_a_run_from_another_decoder_makes_no_epoch_0(
-    tmp_path, new_config, train_data, val_data, start
-):
+def test_validation_added_on_mid_run_resume_adds_no_epoch_0(tmp_path, new_config, train_data, val_data, start):
     config = new_config(tmp_path / "run", init_from=start, epochs=1, checkpoint_steps=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("gridcap.train.engine.loop.check_finite", stop_at_step(3))
@@ -586,51 +574,51 @@ def stop_at_step(step):
     return check
 
 
-def test_another_decoder_than_the_one_to_begin_with_is_refused(tmp_path, new_config, train_data, tiny_decoders, start):
+def test_init_from_with_another_decoder_is_rejected(tmp_path, new_config, train_data, tiny_decoders, start):
     config = new_config(tmp_path / "run", init_from=start, decoder=tiny_decoders["lstm"])
     with pytest.raises(MismatchError, match="its decoder differs"):
         train(config, train_data)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_decoder_of_other_features_is_refused(tmp_path, new_config, new_data, start):
+def test_init_from_with_other_features_is_rejected(tmp_path, new_config, new_data, start):
     other = new_data(tmp_path / "other.h5", encoder="resnet50")
     with pytest.raises(MismatchError, match=r"inception_v3.*resnet50"):
         train(new_config(tmp_path / "run", init_from=start), other)
     assert not (tmp_path / "run").exists()
 
 
-def test_self_critical_training_needs_a_decoder_to_begin_with(tmp_path, new_config, train_data):
+def test_scst_requires_init_from(tmp_path, new_config, train_data):
     train(new_config(tmp_path / "run", epochs=1), train_data)
-    for output in ("run", "new"):  # and not: "already contains a run"
+    for output in ("run", "new"):  # takes precedence over "already contains a run"
         with pytest.raises(UserError, match="starts from a trained decoder") as caught:
             train(new_config(tmp_path / output, objective="scst"), train_data)
         assert "--init-from" in caught.value.hint
     assert not (tmp_path / "new").exists()
 
 
-def test_self_critical_training_raises_the_reward(tmp_path, new_config, train_data, val_data, start):
+def test_scst_increases_the_reward(tmp_path, new_config, train_data, val_data, start):
     config = new_config(
         tmp_path / "run", init_from=start, objective="scst", epochs=6, learning_rate=0.005, captions_per_image=3
     )
     history = train(config, train_data, val_data)
     assert history[-1]["reward"] > history[1]["reward"] + 0.3
     for row in history[1:]:
-        assert row["baseline"] == pytest.approx(row["reward"], rel=1e-4), "the mean of the others is the mean of all"
+        assert row["baseline"] == pytest.approx(row["reward"], rel=1e-4), "the mean baseline equals the mean reward"
         assert row["advantage"] >= 0
         assert "train_loss" not in row
 
 
-# --- what a run leaves for people to look at ---
+# --- logs and curves ---
 
 
-def test_a_run_leaves_curves_and_valid_logs(tmp_path, new_config, train_data, val_data):
+def test_run_writes_curves_and_valid_logs(tmp_path, new_config, train_data, val_data):
     train(new_config(tmp_path / "run", epochs=2, batch_size=1), train_data, val_data)
     picture = (tmp_path / "run" / "curves.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n")
     assert picture[-8:-4] == b"IEND"
     steps = [json.loads(line) for line in (tmp_path / "run" / "steps.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in steps] == [1, 20, 25, 40], "the first of an epoch, and every 20th"
+    assert [row["step"] for row in steps] == [1, 20, 25, 40], "the first step of an epoch and every 20th"
     assert [row["epoch"] for row in steps] == [1, 1, 2, 2]
     for row in steps:
         assert set(row) == {"step", "epoch", "loss", "learning_rate", "grad_norm"}
@@ -644,7 +632,7 @@ def events_of(output):
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def test_tensorboard_shows_what_the_logs_say(tmp_path, new_config, train_data, val_data):
+def test_tensorboard_matches_the_logs(tmp_path, new_config, train_data, val_data):
     history = train(new_config(tmp_path / "run", epochs=2), train_data, val_data)
     train(new_config(tmp_path / "run", epochs=3), train_data, val_data, resume=True)
     history = logged(tmp_path / "run")
@@ -660,13 +648,13 @@ def test_tensorboard_shows_what_the_logs_say(tmp_path, new_config, train_data, v
             assert [value for _, value in events[tag]] == pytest.approx([value for _, value in expected], rel=1e-6)
 
 
-def test_the_logs_of_a_diverged_run_are_valid_json(tmp_path, new_config, train_data, val_data):
-    def refuse(name):
-        pytest.fail(f"{name} is no JSON")
+def test_logs_of_a_diverged_run_are_valid_json(tmp_path, new_config, train_data, val_data):
+    def reject_constant(name):
+        pytest.fail(f"{name} is not valid JSON")
 
     history = train(new_config(tmp_path / "run", learning_rate=1e4, epochs=1), train_data, val_data)
     assert history[0]["val_perplexity"] in (math.inf, None)
     for name in ("metrics.jsonl", "steps.jsonl"):
         for line in (tmp_path / "run" / name).read_text().splitlines():
-            json.loads(line, parse_constant=refuse)
+            json.loads(line, parse_constant=reject_constant)
     assert logged(tmp_path / "run")[0]["val_perplexity"] is None

@@ -7,53 +7,53 @@ from gridcap.common.config import TrainConfig
 from gridcap.train.engine.optimizer import learning_rate, make_optimizer, take_step
 
 
-def rates(steps, steps_an_epoch=10, top=0.5, epochs=4, **schedule):
-    settings = TrainConfig(learning_rate=top, epochs=epochs, schedule=schedule)
-    return [learning_rate(settings, step, steps_an_epoch) for step in steps]
+def rates(steps, steps_per_epoch=10, peak=0.5, epochs=4, **schedule):
+    settings = TrainConfig(learning_rate=peak, epochs=epochs, schedule=schedule)
+    return [learning_rate(settings, step, steps_per_epoch) for step in steps]
 
 
-# --- the learning rate ---
+# --- learning rate ---
 
 
-def test_constant():
+def test_constant_learning_rate():
     assert rates([0, 1, 39, 10**6]) == [0.5] * 4
 
 
 @pytest.mark.parametrize("kind", ["constant", "step", "cosine", "noam"])
-def test_warm_up_rises_to_the_top_in_equal_steps(kind):
+def test_warmup_is_linear_up_to_the_peak(kind):
     assert rates(range(5), kind=kind, warmup_steps=5) == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
 
 
-def test_step_falls_after_every_so_many_epochs_and_not_before():
-    found = rates([0, 29, 30, 59, 60, 89, 90], kind="step", step_size=3, gamma=0.8)
-    assert found == pytest.approx([0.5, 0.5, 0.4, 0.4, 0.32, 0.32, 0.256])
+def test_step_schedule_decays_after_every_step_size_epochs():
+    values = rates([0, 29, 30, 59, 60, 89, 90], kind="step", step_size=3, gamma=0.8)
+    assert values == pytest.approx([0.5, 0.5, 0.4, 0.4, 0.32, 0.32, 0.256])
 
 
-def test_step_counts_epochs_from_the_beginning_and_not_from_the_warm_up():
+def test_step_schedule_counts_epochs_from_the_start():
     assert rates([0, 19, 20, 39, 40], kind="step", step_size=2, gamma=0.5, warmup_steps=4)[1:] == pytest.approx(
         [0.5, 0.25, 0.25, 0.125]
     )
 
 
-def test_cosine_goes_from_the_top_to_zero_at_the_end():
-    found = rates([0, 10, 20, 30, 40, 55], kind="cosine")
+def test_cosine_decays_from_peak_to_zero():
+    values = rates([0, 10, 20, 30, 40, 55], kind="cosine")
     half = 0.25 * math.sqrt(2)
-    assert found == pytest.approx([0.5, 0.25 + half / 2, 0.25, 0.25 - half / 2, 0, 0], abs=1e-12)
-    assert 0 < rates([39], kind="cosine")[0] < 0.001, "the last step that is taken still learns"
+    assert values == pytest.approx([0.5, 0.25 + half / 2, 0.25, 0.25 - half / 2, 0, 0], abs=1e-12)
+    assert 0 < rates([39], kind="cosine")[0] < 0.001, "the last step has a nonzero learning rate"
 
 
-def test_cosine_begins_where_the_warm_up_ends():
-    found = rates([7, 8, 24, 40], kind="cosine", warmup_steps=8)
-    assert found == pytest.approx([0.5, 0.5, 0.25, 0], abs=1e-12)
+def test_cosine_starts_after_warmup():
+    values = rates([7, 8, 24, 40], kind="cosine", warmup_steps=8)
+    assert values == pytest.approx([0.5, 0.5, 0.25, 0], abs=1e-12)
 
 
-def test_a_warm_up_longer_than_the_run_never_reaches_the_top():
-    found = rates([0, 39, 49, 50], kind="cosine", warmup_steps=50)
-    assert found[:3] == pytest.approx([0.01, 0.4, 0.5])
-    assert 0 <= found[3] <= 0.5
+def test_warmup_longer_than_the_run_never_reaches_the_peak():
+    values = rates([0, 39, 49, 50], kind="cosine", warmup_steps=50)
+    assert values[:3] == pytest.approx([0.01, 0.4, 0.5])
+    assert 0 <= values[3] <= 0.5
 
 
-def test_noam_is_the_formula_of_vaswani_up_to_its_scale():
+def test_noam_equals_the_formula_of_vaswani_up_to_scale():
     """Eq. 3: d ** -0.5 * min(s ** -0.5, s * warmup ** -1.5), with s from 1."""
     warmup, steps = 40, list(range(300))
     theirs = [min((s + 1) ** -0.5, (s + 1) * warmup**-1.5) for s in steps]
@@ -64,11 +64,11 @@ def test_noam_is_the_formula_of_vaswani_up_to_its_scale():
     assert ours.index(max(ours)) == warmup - 1
 
 
-# --- the optimizer ---
+# --- optimizer ---
 
 
 def after_a_step(**settings):
-    """A weight of 2 after one step with gradient 0, and one of 0 with gradient 1."""
+    """Return two weights (2 with gradient 0, and 0 with gradient 1) after one step."""
     weights = torch.nn.Parameter(torch.tensor([2.0, 0.0]))
     optimizer = make_optimizer(TrainConfig(learning_rate=0.1, **settings), [weights])
     weights.grad = torch.tensor([0.0, 1.0])
@@ -76,29 +76,29 @@ def after_a_step(**settings):
     return optimizer, weights.tolist()
 
 
-def test_adam_is_the_default_and_takes_the_learning_rate():
+def test_adam_is_the_default_optimizer():
     optimizer, weights = after_a_step()
     assert type(optimizer) is torch.optim.Adam
     assert weights == pytest.approx([2.0, -0.1])
 
 
-def test_adams_weight_decay_is_l2_and_goes_through_its_scaling():
+def test_weight_decay_of_adam_is_l2():
     optimizer, weights = after_a_step(optimizer="adam", weight_decay=0.01)
     assert type(optimizer) is torch.optim.Adam
-    assert weights == pytest.approx([1.9, -0.1]), "any gradient gives a whole step"
+    assert weights == pytest.approx([1.9, -0.1]), "Adam normalizes the gradient of the penalty too"
 
 
-def test_adamws_weight_decay_is_decoupled():
+def test_weight_decay_of_adamw_is_decoupled():
     optimizer, weights = after_a_step(optimizer="adamw", weight_decay=0.01)
     assert type(optimizer) is torch.optim.AdamW
     assert weights == pytest.approx([2 * (1 - 0.1 * 0.01), -0.1])
 
 
-def test_adamw_decays_nothing_unless_told():
+def test_adamw_has_no_weight_decay_by_default():
     assert after_a_step(optimizer="adamw")[1] == pytest.approx([2.0, -0.1])
 
 
-# --- a step ---
+# --- optimizer step ---
 
 
 @pytest.mark.parametrize("kind", ["adam", "adamw"])
@@ -112,21 +112,21 @@ def test_adamw_decays_nothing_unless_told():
         {"max_grad_norm": 0.5, "max_grad_value": 0.1},
     ],
 )
-def test_a_step_is_the_optimisers_own_on_the_mean_gradient_clipped_by_torch(kind, clips):
+def test_step_equals_torch_optimizer_on_clipped_mean_gradient(kind, clips):
     settings = TrainConfig(optimizer=kind, learning_rate=0.01, weight_decay=0.1, **clips)
     ours, theirs = ([torch.arange(1.0, 5).requires_grad_(), torch.ones(2, 3).requires_grad_()] for _ in range(2))
     optimizer = make_optimizer(settings, ours)
     plain = (torch.optim.AdamW if kind == "adamw" else torch.optim.Adam)(theirs, 0.01, weight_decay=0.1)
     for step in range(4):
         generator = torch.Generator().manual_seed(step)
-        words = torch.tensor(3 + step)
+        num_tokens = torch.tensor(3 + step)
         for mine, other in zip(ours, theirs, strict=True):
             summed = torch.randn(other.shape, generator=generator) * 10
-            mine.grad, other.grad = summed.clone(), summed / words
-        norm = take_step(optimizer, ours, words, settings)
+            mine.grad, other.grad = summed.clone(), summed / num_tokens
+        norm = take_step(optimizer, ours, num_tokens, settings)
         expected = torch.nn.utils.get_total_norm([other.grad for other in theirs])
         torch.testing.assert_close(norm, expected)
-        assert expected > 1, "or a norm of 0.5 clips nothing"
+        assert expected > 1, "otherwise, a norm of 0.5 clips nothing"
         if clips["max_grad_norm"] is not None:
             torch.nn.utils.clip_grad_norm_(theirs, clips["max_grad_norm"])
         if "max_grad_value" in clips:
@@ -136,7 +136,7 @@ def test_a_step_is_the_optimisers_own_on_the_mean_gradient_clipped_by_torch(kind
         assert not hasattr(optimizer, "grad_scale"), "a later step would divide by it"
 
 
-def test_a_step_without_a_word_is_one_without_gradient():
+def test_step_without_tokens_has_no_gradient():
     weights = [torch.ones(3, requires_grad=True)]
     weights[0].grad = torch.zeros(3)
     settings = TrainConfig(learning_rate=0.01, weight_decay=0.0)

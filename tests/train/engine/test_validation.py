@@ -38,7 +38,7 @@ def build(config, vocabulary, seed=0):
 
 @pytest.fixture
 def check(val_data, vocabulary, new_config, tmp_path):
-    """validate with tiny settings; keywords are keys of the `train` section."""
+    """Return a function that validates with tiny settings; keywords are keys of the `train` section."""
 
     def run(decoder, data=val_data, **train):
         settings = new_config(tmp_path / "run", **train).train
@@ -47,11 +47,11 @@ def check(val_data, vocabulary, new_config, tmp_path):
     return run
 
 
-# --- the row ---
+# --- result ---
 
 
 @pytest.mark.parametrize("family", ["lstm", "attention", "transformer"])
-def test_the_row_has_plain_numbers_and_the_spread_of_who_has_attention(family, families, vocabulary, check):
+def test_row_contains_plain_numbers_and_attention_entropy_if_applicable(family, families, vocabulary, check):
     decoder = build(families[family], vocabulary)
     row = check(decoder)
     assert set(row) == (KEYS | {"val_attention_entropy"} if decoder.has_attention else KEYS)
@@ -60,10 +60,10 @@ def test_the_row_has_plain_numbers_and_the_spread_of_who_has_attention(family, f
     assert decoder.has_attention == (family != "lstm")
 
 
-def test_the_loss_is_that_of_every_reference_without_smoothing_or_dropout(tiny_decoders, vocabulary, check, val_data):
+def test_loss_covers_all_references_without_smoothing_or_dropout(tiny_decoders, vocabulary, check, val_data):
     decoder = build(tiny_decoders["attention"], vocabulary)
     row = check(decoder, label_smoothing=0.3)
-    total, words = 0.0, 0
+    total, num_tokens = 0.0, 0
     for image, captions in enumerate(val_data.captions):
         grid = torch.from_numpy(val_data.store[int(val_data.rows[image])]).float().reshape(1, 4, 8)
         for text in captions:
@@ -71,12 +71,12 @@ def test_the_loss_is_that_of_every_reference_without_smoothing_or_dropout(tiny_d
             with torch.no_grad():
                 logits = decoder.eval()(decoder.encode(grid), tokens[None, None, :-1])[0][0, 0]
             total += F.cross_entropy(logits, tokens[1:], reduction="sum").item()
-            words += len(tokens) - 1
-    assert row["val_loss"] == pytest.approx(total / words, rel=1e-5)
+            num_tokens += len(tokens) - 1
+    assert row["val_loss"] == pytest.approx(total / num_tokens, rel=1e-5)
     assert row["val_perplexity"] == pytest.approx(math.exp(row["val_loss"]))
 
 
-def test_cider_and_the_commonest_are_those_of_greedy_captions(tiny_decoders, vocabulary, check, val_data):
+def test_cider_and_duplicate_share_use_greedy_captions(tiny_decoders, vocabulary, check, val_data):
     decoder = build(tiny_decoders["attention"], vocabulary, 3)
     row = check(decoder)
     grids = torch.from_numpy(val_data.store.rows(val_data.rows)).float().reshape(len(val_data), 4, 8)
@@ -87,41 +87,41 @@ def test_cider_and_the_commonest_are_those_of_greedy_captions(tiny_decoders, voc
 
 
 class Fixed(torch.nn.Module):
-    """Wraps a decoder, replacing its attention."""
+    """Wrapper that replaces the attention weights of a decoder."""
 
     has_attention = True
 
-    def __init__(self, inner, looks):
+    def __init__(self, inner, attention_weights):
         super().__init__()
-        self.inner, self.looks = inner, looks
+        self.inner, self.attention_weights = inner, attention_weights
         self.encode, self.initial_state = inner.encode, inner.initial_state
 
     def step(self, tokens, state, memory):
         logits, state, _ = self.inner.step(tokens, state, memory)
-        return logits, state, self.looks.expand(*tokens.shape, -1)
+        return logits, state, self.attention_weights.expand(*tokens.shape, -1)
 
     def forward(self, memory, tokens, positions=None):
         logits, _ = self.inner(memory, tokens, positions)
-        return logits, self.looks.expand(*tokens.shape, -1)
+        return logits, self.attention_weights.expand(*tokens.shape, -1)
 
 
 @pytest.mark.parametrize(
-    ("looks", "spread"), [([0.25] * 4, 1.0), ([0.0, 1.0, 0.0, 0.0], 0.0), ([0.5, 0.5, 0.0, 0.0], 0.5)]
+    ("attention_weights", "spread"), [([0.25] * 4, 1.0), ([0.0, 1.0, 0.0, 0.0], 0.0), ([0.5, 0.5, 0.0, 0.0], 0.5)]
 )
-def test_the_spread_of_attention_is_a_mean_over_words(looks, spread, tiny_decoders, vocabulary, check):
-    decoder = Fixed(build(tiny_decoders["lstm"], vocabulary), torch.tensor(looks))
+def test_attention_entropy_is_a_mean_over_tokens(attention_weights, spread, tiny_decoders, vocabulary, check):
+    decoder = Fixed(build(tiny_decoders["lstm"], vocabulary), torch.tensor(attention_weights))
     assert check(decoder)["val_attention_entropy"] == pytest.approx(spread, abs=1e-6)
 
 
 @pytest.mark.parametrize("family", ["lstm", "attention"])
-def test_the_batch_size_changes_nothing(family, tiny_decoders, vocabulary, check):
+def test_result_does_not_depend_on_batch_size(family, tiny_decoders, vocabulary, check):
     decoder = build(tiny_decoders[family], vocabulary)
     first, *others = [check(decoder, batch_size=size) for size in (1, 4, 50)]
     for other in others:
         assert other == pytest.approx(first, rel=1e-4)
 
 
-def test_the_decoder_is_validated_without_dropout_and_learns_nothing(tiny_decoders, vocabulary, check):
+def test_validation_disables_dropout_and_changes_no_weights(tiny_decoders, vocabulary, check):
     decoder = build(tiny_decoders["attention"].model_copy(update={"dropout": 0.9}), vocabulary)
     decoder.train()
     before = {name: value.clone() for name, value in decoder.state_dict().items()}
@@ -132,8 +132,8 @@ def test_the_decoder_is_validated_without_dropout_and_learns_nothing(tiny_decode
     assert all(parameter.grad is None for parameter in decoder.parameters())
 
 
-def test_weights_can_be_trained_on_after_it(tiny_decoders, vocabulary, check):
-    """Nothing made in inference mode may stay behind in the decoder."""
+def test_decoder_can_be_trained_after_validation(tiny_decoders, vocabulary, check):
+    """No inference tensor may remain in the decoder."""
     decoder = build(tiny_decoders["attention"], vocabulary)
     check(decoder)
     decoder.train()
@@ -141,11 +141,11 @@ def test_weights_can_be_trained_on_after_it(tiny_decoders, vocabulary, check):
     logits.sum().backward()
 
 
-# --- several processes ---
+# --- several ranks ---
 
 
 class Together(Ranks):
-    """Processes one after the other: the first ones leave what they give, the last one gets it all."""
+    """Ranks executed one after another: each stores its value, and the last one gathers all of them."""
 
     def all_gather(self, value):
         left = GIVEN[: self.rank]
@@ -157,10 +157,10 @@ GIVEN = []
 
 
 @pytest.mark.parametrize("world", [2, 3, 6])
-def test_processes_find_together_what_one_finds(
+def test_ranks_together_compute_the_single_process_result(
     world, tiny_decoders, vocabulary, check, val_data, new_config, tmp_path
 ):
-    """9 images in batches of 2: of 6 processes one has nothing to do."""
+    """9 images in batches of 2: one of 6 ranks has no images."""
     decoder = build(tiny_decoders["attention"], vocabulary)
     alone = check(decoder, batch_size=2)
     settings = new_config(tmp_path / "run", batch_size=2).train
@@ -173,8 +173,8 @@ def test_processes_find_together_what_one_finds(
     assert sum(map(len, shares)) == len(set.union(*shares)) == len(val_data)
 
 
-def test_one_caption_of_many_references_counts_them_all(tiny_decoders, vocabulary, check, val_data):
-    """K is that of the image with the most captions, whatever training takes of each."""
+def test_all_references_count_whatever_captions_per_image(tiny_decoders, vocabulary, check, val_data):
+    """Validation uses all captions of each image, regardless of captions_per_image."""
     decoder = build(tiny_decoders["lstm"], vocabulary)
     assert check(decoder, captions_per_image=1) == check(decoder, captions_per_image=5)
     fewer = replace(val_data, captions=[captions[:1] for captions in val_data.captions])

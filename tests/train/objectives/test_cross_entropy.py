@@ -11,7 +11,7 @@ from gridcap.train.decoders.base import Decoder
 from gridcap.train.decoders.build import build_decoder
 from gridcap.train.objectives.cross_entropy import CrossEntropy, forward_scheduled_sampling
 
-WORDS = 11
+VOCAB_SIZE = 11
 FAMILIES = {
     "lstm": LstmConfig(embed_size=12, hidden_size=16, dropout=0.0),
     "attention": AttentionConfig(embed_size=12, hidden_size=16, attention_size=8, dropout=0.0),
@@ -37,10 +37,10 @@ def batch():
 
 def build(family, **changes):
     torch.manual_seed(1)
-    return build_decoder(FAMILIES[family].model_copy(update=changes), WORDS, (2, 2, 8))
+    return build_decoder(FAMILIES[family].model_copy(update=changes), VOCAB_SIZE, (2, 2, 8))
 
 
-OWN_WORDS = TrainConfig(scheduled_sampling={"max_prob": 1, "prob_step": 1, "step_epochs": 1})
+SCHEDULED_SAMPLING = TrainConfig(scheduled_sampling={"max_prob": 1, "prob_step": 1, "step_epochs": 1})
 
 
 def settings(family="attention", penalty=None, **changes):
@@ -48,15 +48,15 @@ def settings(family="attention", penalty=None, **changes):
     return TrainConfig(decoder=config, **changes)
 
 
-# --- the loss ---
+# --- loss ---
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_the_loss_is_the_sum_of_torchs_over_the_words_that_are_there(family, smoothing, batch):
+def test_loss_equals_summed_torch_cross_entropy_without_padding(family, smoothing, batch):
     decoder = build(family)
     loss, terms = CrossEntropy(settings(family, label_smoothing=smoothing))(decoder, batch, 0)
-    expected, plain, words = torch.zeros(()), torch.zeros(()), 0
+    expected, plain, num_tokens = torch.zeros(()), torch.zeros(()), 0
     with torch.no_grad():
         for b in range(2):
             for k in range(3):
@@ -67,15 +67,17 @@ def test_the_loss_is_the_sum_of_torchs_over_the_words_that_are_there(family, smo
                     goal = torch.tensor(caption[1:])
                     expected += F.cross_entropy(logits[0, 0], goal, reduction="sum", label_smoothing=smoothing)
                     plain += F.cross_entropy(logits[0, 0], goal, reduction="sum")
-                    words += len(goal)
+                    num_tokens += len(goal)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
-    assert int(terms["tokens"]) == words == 14
-    assert terms["loss"].item() == pytest.approx(plain.item(), rel=1e-4), "without smoothing, to stand by validation's"
+    assert int(terms["tokens"]) == num_tokens == 14
+    assert terms["loss"].item() == pytest.approx(plain.item(), rel=1e-4), (
+        "without smoothing, comparable to the validation loss"
+    )
     assert not terms["loss"].requires_grad
     assert set(terms) == {"tokens", "loss"}
 
 
-def test_the_sums_of_two_parts_are_those_of_the_whole(batch):
+def test_sums_of_two_batches_equal_those_of_the_whole(batch):
     decoder, objective = build("attention"), CrossEntropy(settings(penalty=1.0, label_smoothing=0.1))
     whole, terms = objective(decoder, batch, 0)
     parts = [batch_of(batch.images[i], batch.grids[i], batch.tokens[i]) for i in ([0], [1])]
@@ -86,7 +88,7 @@ def test_the_sums_of_two_parts_are_those_of_the_whole(batch):
 
 
 @pytest.mark.parametrize("weight", [0.5, 2.0])
-def test_the_penalty_is_xus_times_its_weight_and_stays_out_of_the_log(weight, batch):
+def test_attention_penalty_is_weighted_and_not_logged(weight, batch):
     decoder = build("attention")
     plain, without = CrossEntropy(settings(penalty=0.0))(decoder, batch, 0)
     loss, terms = CrossEntropy(settings(penalty=weight))(decoder, batch, 0)
@@ -94,27 +96,27 @@ def test_the_penalty_is_xus_times_its_weight_and_stays_out_of_the_log(weight, ba
     penalty = 0.0
     for b in range(2):
         for k in range(3):
-            words = int((TOKENS[b, k, 1:] != PAD).sum())
-            looked = attention[b, k, :words].sum(0)
-            penalty += words * ((1 - looked) ** 2).mean().item()
+            num_tokens = int((TOKENS[b, k, 1:] != PAD).sum())
+            cell_totals = attention[b, k, :num_tokens].sum(0)
+            penalty += num_tokens * ((1 - cell_totals) ** 2).mean().item()
     assert penalty > 1
     assert loss.item() - plain.item() == pytest.approx(weight * penalty, rel=1e-4)
     assert terms["loss"].item() == pytest.approx(without["loss"].item())
 
 
 @pytest.mark.parametrize("family", ["lstm", "transformer"])
-def test_a_family_without_the_penalty_has_none(family, batch):
+def test_family_without_attention_has_no_penalty(family, batch):
     assert CrossEntropy(settings(family))(build(family), batch, 0)[0].isfinite()
 
 
-# --- the decoder's own words ---
+# --- scheduled sampling ---
 
 
-def test_with_own_words_too_the_targets_are_the_references_words(batch):
+def test_targets_are_reference_tokens_with_scheduled_sampling(batch):
     decoder = Recorder()
     with torch.no_grad():
-        decoder.weight[:] = torch.arange(WORDS) / 4
-    loss, terms = CrossEntropy(OWN_WORDS)(decoder, batch, 1)
+        decoder.weight[:] = torch.arange(VOCAB_SIZE) / 4
+    loss, terms = CrossEntropy(SCHEDULED_SAMPLING)(decoder, batch, 1)
     log_probs = decoder.weight.log_softmax(-1)
     expected = -sum(log_probs[word] for word in TOKENS[..., 1:].flatten().tolist() if word != PAD)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -131,18 +133,18 @@ def test_with_own_words_too_the_targets_are_the_references_words(batch):
         ({"max_prob": 0.0, "prob_step": 1, "step_epochs": 1}, [0, 0, 0]),
     ],
 )
-def test_the_probability_grows_in_steps_up_to_its_largest(sampling, expected):
+def test_sampling_prob_grows_in_steps_up_to_max_prob(sampling, expected):
     epochs = [0, 4, 5, 9, 10, 25, 90]
     objective = CrossEntropy(TrainConfig(scheduled_sampling=sampling))
     assert [objective.sampling_prob(epoch) for epoch in epochs[: len(expected)]] == pytest.approx(expected)
 
 
-def test_own_words_come_with_the_epoch_that_has_them(batch, monkeypatch):
+def test_scheduled_sampling_starts_in_the_configured_epoch(batch, monkeypatch):
     asked = []
 
     def record(decoder, memory, tokens, probability):
         asked.append(probability)
-        return decoder(memory, tokens)  # all places, as the real one
+        return decoder(memory, tokens)  # logits of all positions, like the original
 
     monkeypatch.setattr("gridcap.train.objectives.cross_entropy.forward_scheduled_sampling", record)
     objective = CrossEntropy(settings(scheduled_sampling={"max_prob": 0.3, "prob_step": 0.2, "step_epochs": 2}))
@@ -152,26 +154,26 @@ def test_own_words_come_with_the_epoch_that_has_them(batch, monkeypatch):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_with_probability_0_it_is_the_decoders_forward(family):
+def test_scheduled_sampling_with_probability_0_equals_forward(family):
     decoder = build(family)
     memory = decoder.encode(torch.randn(2, 4, 8))
     logits, attention = forward_scheduled_sampling(decoder, memory, TOKENS[..., :-1], 0.0)
-    plain, looks = decoder(memory, TOKENS[..., :-1])
+    plain, expected_attention = decoder(memory, TOKENS[..., :-1])
     torch.testing.assert_close(logits, plain, rtol=1e-4, atol=1e-5)
-    assert (attention is None) == (looks is None)
-    if looks is not None:
-        torch.testing.assert_close(attention, looks, rtol=1e-4, atol=1e-5)
+    assert (attention is None) == (expected_attention is None)
+    if expected_attention is not None:
+        torch.testing.assert_close(attention, expected_attention, rtol=1e-4, atol=1e-5)
 
 
 class Recorder(Decoder):
-    """Writes down what it is fed; predicts one and the same word at each step, `first`, `first + 1`, ..."""
+    """Decoder that records its input tokens; with `first`, step t predicts token `first + t`."""
 
     has_attention = False
 
     def __init__(self, first=None):
         super().__init__(zero_features=False)
         self.first, self.fed = first, []
-        self.weight = nn.Parameter(torch.zeros(WORDS))
+        self.weight = nn.Parameter(torch.zeros(VOCAB_SIZE))
 
     def _project(self, grid):
         return (grid,)
@@ -180,10 +182,10 @@ class Recorder(Decoder):
         return (torch.zeros(len(memory[0]), 1, 1),)
 
     def step(self, tokens, state, memory):
-        logits = self.weight.expand(*tokens.shape, WORDS)
+        logits = self.weight.expand(*tokens.shape, VOCAB_SIZE)
         if self.first is not None:
             word = self.first + len(self.fed)
-            logits = logits + 1000.0 * F.one_hot(torch.tensor(word), WORDS)
+            logits = logits + 1000.0 * F.one_hot(torch.tensor(word), VOCAB_SIZE)
         self.fed.append(tokens.clone())
         return logits, (state[0] + 1,), None
 
@@ -191,15 +193,15 @@ class Recorder(Decoder):
         raise AssertionError("not asked for")
 
 
-def test_with_probability_1_the_references_words_are_never_fed_after_the_first():
+def test_scheduled_sampling_with_probability_1_feeds_only_sampled_tokens():
     decoder = Recorder(first=6)
     reference = torch.tensor([[[BOS, 4, 4, 4], [BOS, 5, 4, 5]], [[BOS, 4, 5, 4], [BOS, 4, 4, 5]]])
     forward_scheduled_sampling(decoder, decoder.encode(torch.zeros(2, 4, 8)), reference, 1.0)
     assert [fed.unique().tolist() for fed in decoder.fed] == [[BOS], [6], [7], [8]]
 
 
-def test_own_words_are_drawn_from_the_prediction_in_their_place():
-    """Three words at equal chance; never PAD, BOS or UNK, however likely the decoder thinks them."""
+def test_tokens_are_sampled_from_the_prediction_for_their_position():
+    """Three equally likely tokens; never PAD, BOS, or UNK, whatever their logits."""
     torch.manual_seed(0)
     decoder = Recorder()
     with torch.no_grad():
@@ -214,14 +216,14 @@ def test_own_words_are_drawn_from_the_prediction_in_their_place():
         assert (counts - 100).abs().max() < 40
 
 
-def test_about_as_many_words_are_its_own_as_the_probability_says():
+def test_share_of_replaced_tokens_matches_the_probability():
     torch.manual_seed(0)
     decoder = Recorder(first=6)
     reference = torch.full((40, 10, 4), 5)
     forward_scheduled_sampling(decoder, decoder.encode(torch.zeros(40, 4, 8)), reference, 0.25)
     for fed in decoder.fed[1:]:
         assert (fed != 5).float().mean().item() == pytest.approx(0.25, abs=0.07)
-    assert len({(fed != 5).nonzero().shape[0] for fed in decoder.fed[1:]}) > 1, "drawn anew for each word"
+    assert len({(fed != 5).nonzero().shape[0] for fed in decoder.fed[1:]}) > 1, "sampled independently per token"
 
 
 @pytest.mark.parametrize("probability", [0.5, 1.0])
@@ -234,7 +236,7 @@ def test_padding_is_never_replaced(probability):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_flow_with_own_words(family, batch):
+def test_gradients_flow_with_scheduled_sampling(family, batch):
     decoder = build(family)
     objective = CrossEntropy(settings(family, scheduled_sampling={"max_prob": 1, "prob_step": 1, "step_epochs": 1}))
     loss, terms = objective(decoder, batch, 1)
@@ -246,8 +248,8 @@ def test_gradients_flow_with_own_words(family, batch):
     assert sum(parameter.grad.abs().sum() for parameter in decoder.parameters()) > 0
 
 
-def test_own_words_of_a_decoder_that_has_diverged_give_a_loss_that_says_so(batch):
-    """The loop looks at the loss and stops with advice; an exception out of the drawing would hide that."""
+def test_scheduled_sampling_with_a_diverged_decoder_gives_a_non_finite_loss(batch):
+    """The loop checks the loss and stops with a hint; an exception during sampling would hide it."""
     decoder = build("attention")
     with torch.no_grad():
         for parameter in decoder.parameters():

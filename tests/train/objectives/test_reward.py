@@ -17,7 +17,7 @@ words = st.lists(st.integers(4, 9), min_size=1, max_size=8)
 
 
 def batch(captions):
-    """Token lists of equal number an image -> (B, K, T), padded."""
+    """Pad token lists, the same number per image, to (B, K, T)."""
     longest = max(len(tokens) for image in captions for tokens in image)
     return np.array([[[*tokens, *[PAD] * (longest + 1 - len(tokens))] for tokens in image] for image in captions])
 
@@ -27,27 +27,27 @@ def text(tokens):
 
 
 def by_pycocoevalcap(references, candidates):
-    """CIDEr-D and BLEU-4 of each image's only candidate, all captions as they are."""
+    """Return CIDEr-D and BLEU-4 of one candidate per image, without further tokenization."""
     truth = {i: [text(caption) for caption in image] for i, image in enumerate(references)}
     ours = {i: [text(caption)] for i, caption in enumerate(candidates)}
     return Cider().compute_score(truth, ours)[1], np.array(Bleu(4).compute_score(truth, ours, verbose=0)[1][3])
 
 
 @given(st.lists(st.tuples(words, st.booleans(), st.lists(words, min_size=1, max_size=4)), min_size=2, max_size=5))
-def test_the_reward_is_ciderd_and_bleu4_of_captions_with_their_end_tokens(drawn):
-    candidates = [[*caption, *[EOS] * ended] for caption, ended, _ in drawn]
-    references = [image for *_, image in drawn]
+def test_reward_is_ciderd_and_bleu4_including_eos(examples):
+    candidates = [[*caption, *[EOS] * ended] for caption, ended, _ in examples]
+    references = [image for *_, image in examples]
     cider, bleu = by_pycocoevalcap([[[*c, EOS] for c in image] for image in references], candidates)
-    images, tokens = range(len(drawn)), batch([[c] for c in candidates])
-    found = CaptionReward(references)(images, tokens)
-    assert found.dtype == np.float32
-    assert found.shape == (len(drawn), 1)
-    assert found[:, 0] == pytest.approx(cider, abs=1e-5)
+    images, tokens = range(len(examples)), batch([[c] for c in candidates])
+    rewards = CaptionReward(references)(images, tokens)
+    assert rewards.dtype == np.float32
+    assert rewards.shape == (len(examples), 1)
+    assert rewards[:, 0] == pytest.approx(cider, abs=1e-5)
     assert CaptionReward(references, 0.5)(images, tokens)[:, 0] == pytest.approx(cider + 0.5 * bleu, abs=1e-5)
 
 
 @pytest.mark.parametrize("bleu_weight", [0, 2.0])
-def test_each_caption_is_scored_against_its_own_image(bleu_weight):
+def test_captions_are_scored_against_their_own_image(bleu_weight):
     reward = CaptionReward(REFERENCES, bleu_weight)
     right = [REFERENCES[2][1], REFERENCES[0][0], REFERENCES[2][0]]
     images, captions = [2, 0, 2], [[[*c, EOS], [4, 8, EOS]] for c in right]
@@ -61,25 +61,25 @@ def test_each_caption_is_scored_against_its_own_image(bleu_weight):
 
 
 @pytest.mark.parametrize("bleu_weight", [0, 2.0])
-def test_a_caption_without_words_gets_nothing(bleu_weight):
+def test_empty_caption_has_zero_reward(bleu_weight):
     tokens = np.array([[[EOS, PAD, PAD], [PAD, PAD, PAD], [4, EOS, PAD]]])
     empty, blank, word = CaptionReward(REFERENCES, bleu_weight)([0], tokens)[0]
     assert empty == blank == 0 < word
 
 
-def test_what_comes_after_the_end_does_not_count():
+def test_tokens_after_eos_are_ignored():
     reward = CaptionReward(REFERENCES, 1.0)
     clean, dirty = reward([0], np.array([[[4, 6, 7, EOS, PAD, PAD], [4, 6, 7, EOS, 8, EOS]]]))[0]
     assert clean == dirty > 0
 
 
-def test_a_caption_that_breaks_off_gets_less_than_one_that_ends_where_a_reference_ends():
+def test_truncated_caption_has_lower_reward_than_a_complete_one():
     ended, cut = CaptionReward(REFERENCES)([0], np.array([[[4, 6, 7, EOS], [4, 6, 7, PAD]]]))[0]
     early = CaptionReward(REFERENCES)([0], np.array([[[4, 5, 6, EOS]]])).item()
     going_on = CaptionReward(REFERENCES)([0], np.array([[[4, 5, 6, PAD]]])).item()
     assert ended > cut
     assert early < ended
-    assert abs(early - going_on) < ended - cut, "an end in the wrong place earns nothing of that kind"
+    assert abs(early - going_on) < ended - cut, "EOS in the wrong position is not rewarded"
 
 
 class TestBuild:
@@ -87,7 +87,7 @@ class TestBuild:
     def data(self, train_data):
         return train_data
 
-    def test_references_are_the_data_sets_captions_as_the_vocabulary_codes_them(self, data):
+    def test_references_are_the_encoded_captions(self, data):
         vocabulary = Vocabulary.build(text for captions in data.captions for text in captions)
         coded = [[vocabulary.encode(text, 99)[1:-1] for text in captions] for captions in data.captions]
         tokens = np.array([[[*coded[i][0], EOS, PAD] for i in range(5)]]).reshape(5, 1, -1)
@@ -95,7 +95,7 @@ class TestBuild:
         assert built == pytest.approx(CaptionReward(coded, 0.5)(range(5), tokens))
         assert (built > 1).all()
 
-    def test_words_outside_of_the_vocabulary_match_nothing_but_are_counted_as_the_words_they_are(self, data):
+    def test_out_of_vocabulary_words_never_match_but_count(self, data):
         whole = Vocabulary.build(text for captions in data.captions for text in captions)
         small = Vocabulary([word for word in whole.tokens if word not in ("green", "square")])
         at = next(i for i, captions in enumerate(data.captions) if len(captions) == 3 and "green" in captions[0])
@@ -110,7 +110,7 @@ class TestBuild:
         fewer = Vocabulary([word for word in small.tokens if word != "red"])
         assert CaptionReward.build(data, fewer, 0.0)([red], np.array([[[a, UNK, UNK, EOS]]])).item() == 0
 
-    def test_long_references_are_whole(self, new_store, tmp_path):
+    def test_long_references_are_not_truncated(self, new_store, tmp_path):
         from gridcap.common.captions.records import ImageRecord
         from gridcap.train.data.captioned import CaptionedImages
 

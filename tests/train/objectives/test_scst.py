@@ -12,7 +12,7 @@ from gridcap.train.decoders.base import Decoder
 from gridcap.train.decoders.build import build_decoder
 from gridcap.train.objectives.scst import SelfCritical
 
-WORDS = 8
+VOCAB_SIZE = 8
 DECODERS = {
     "lstm": LstmConfig(embed_size=12, hidden_size=16, dropout=0.3),
     "attention": AttentionConfig(embed_size=12, hidden_size=16, attention_size=8, dropout=0.3),
@@ -21,9 +21,9 @@ DECODERS = {
 
 
 class Table(Decoder):
-    """A logit of its own for each word after each word of each image; nothing else, so gradients are easy by hand.
+    """Bigram decoder: one logit per image, previous token, and token, which makes gradients easy to derive by hand.
 
-    The first channel of an image's grid is its number.
+    The first channel of a grid is the index of the image.
     """
 
     has_attention = False
@@ -31,8 +31,8 @@ class Table(Decoder):
     def __init__(self, images=3, seed=0):
         super().__init__(zero_features=False)
         generator = torch.Generator().manual_seed(seed)
-        self.table = nn.Parameter(torch.randn(images, WORDS, WORDS, generator=generator))
-        self.modes = []  # training or not, at each encode
+        self.table = nn.Parameter(torch.randn(images, VOCAB_SIZE, VOCAB_SIZE, generator=generator))
+        self.modes = []  # `training` at each call of encode
 
     def _project(self, grid):
         self.modes.append(self.training)
@@ -49,7 +49,7 @@ class Table(Decoder):
 
 
 class Reward:
-    """Remembers what it was called with, and gives what it is told to."""
+    """Reward that records its arguments and returns the result of `give`."""
 
     def __init__(self, give):
         self.give, self.calls, self.threads = give, [], []
@@ -67,14 +67,14 @@ def new_batch(images=(0, 1, 2), positions=None):
     return CaptionBatch(positions, grids, tokens, torch.arange(tokens[..., 1:].numel()))
 
 
-def by_chance(images, tokens):
+def random_rewards(images, tokens):
     return np.random.default_rng(7).normal(size=tokens.shape[:2])
 
 
 def log_prob_of(table, image, caption, temperature=1.0):
-    """By hand: the words that may be written, one after the other."""
+    """Return the log-probability of a caption, computed token by token over the allowed tokens."""
     table = table / temperature
-    may = [word for word in range(WORDS) if word not in (PAD, BOS, UNK)]
+    may = [word for word in range(VOCAB_SIZE) if word not in (PAD, BOS, UNK)]
     total, before = torch.zeros(()), BOS
     for word in caption:
         total = total + table[image, before, word] - table[image, before, may].logsumexp(-1)
@@ -86,17 +86,17 @@ def written(row):
     return [int(token) for token in row if token != PAD]
 
 
-# --- the gradient ---
+# --- gradient ---
 
 
 @pytest.mark.parametrize(("samples", "temperature"), [(2, 1.0), (5, 1.0), (5, 0.4)])
-def test_the_gradient_is_reward_less_the_mean_of_the_others_times_that_of_the_log_probability(samples, temperature):
+def test_gradient_is_advantage_times_gradient_of_log_probability(samples, temperature):
     torch.manual_seed(0)
-    decoder, reward = Table(), Reward(by_chance)
+    decoder, reward = Table(), Reward(random_rewards)
     loss, terms = SelfCritical(reward, samples, 4, temperature)(decoder, new_batch(), 0)
     loss.backward()
     ((_, tokens),) = reward.calls
-    rewards = by_chance(None, tokens).astype(np.float32)
+    rewards = random_rewards(None, tokens).astype(np.float32)
     table = decoder.table.detach().clone().requires_grad_()
     expected, baselines = torch.zeros(()), []
     for image in range(3):
@@ -113,14 +113,14 @@ def test_the_gradient_is_reward_less_the_mean_of_the_others_times_that_of_the_lo
     assert terms["baseline"].item() == pytest.approx(np.sum(baselines), rel=1e-4, abs=1e-5)
     assert terms["advantage"].item() == pytest.approx(np.abs(rewards.ravel() - baselines).sum(), rel=1e-4)
     assert int(terms["captions"]) == 3 * samples
-    assert int(terms["tokens"]) == (tokens != PAD).sum(), "EOS counted"
+    assert int(terms["tokens"]) == (tokens != PAD).sum(), "EOS is counted"
     assert not any(value.requires_grad for value in terms.values())
 
 
-def test_captions_are_drawn_with_the_temperature():
-    """So cold that the draw is the greedy caption, but for words whose logits all but tie."""
+def test_captions_are_sampled_with_the_temperature():
+    """At a very low temperature, sampling equals greedy decoding."""
     torch.manual_seed(0)
-    decoder, reward = Table(), Reward(by_chance)
+    decoder, reward = Table(), Reward(random_rewards)
     SelfCritical(reward, 5, 4, 0.001)(decoder, new_batch(), 0)
     ((_, tokens),) = reward.calls
     assert (tokens == tokens[:, :1]).all()
@@ -129,12 +129,12 @@ def test_captions_are_drawn_with_the_temperature():
     assert (torch.from_numpy(tokens[:, 0, 0]) == decoder.table[:, BOS].argmax(-1)).all()
 
 
-def test_only_what_was_fed_gets_a_gradient_and_what_is_never_written_none():
+def test_only_visited_states_get_a_gradient_and_masked_tokens_none():
     torch.manual_seed(1)
-    decoder, reward = Table(), Reward(by_chance)
+    decoder, reward = Table(), Reward(random_rewards)
     SelfCritical(reward, 3, 4)(decoder, new_batch(), 0)[0].backward()
     ((_, tokens),) = reward.calls
-    fed = torch.zeros(3, WORDS, dtype=torch.bool)
+    fed = torch.zeros(3, VOCAB_SIZE, dtype=torch.bool)
     for image in range(3):
         for k in range(3):
             fed[image, [BOS, *written(tokens[image, k])[:-1]]] = True
@@ -142,12 +142,12 @@ def test_only_what_was_fed_gets_a_gradient_and_what_is_never_written_none():
     assert not (rows & ~fed).any()
     assert rows[:, BOS].all()
     assert (decoder.table.grad[..., [PAD, BOS, UNK]] == 0).all()
-    assert not rows[:, EOS].any(), "nothing is learned of what would come after the end"
+    assert not rows[:, EOS].any(), "states after EOS get no gradient"
     assert not rows[:, PAD].any()
 
 
 def test_padding_contributes_nothing():
-    """One image's captions end at once, another's are long: the rest of the short rows is padding."""
+    """The captions of one image end immediately, so that most of their rows is padding."""
     decoder = Table(2)
     with torch.no_grad():
         decoder.table[0, BOS, EOS] = 100.0
@@ -162,10 +162,10 @@ def test_padding_contributes_nothing():
     assert int(terms["tokens"]) == 3 + tokens[1].size
     assert loss.isfinite()
     assert decoder.table.grad.isfinite().all()
-    assert decoder.table.grad[0].abs().max() < 1e-6, "the only word was certain"
+    assert decoder.table.grad[0].abs().max() < 1e-6, "the only token had probability 1"
 
 
-def test_equal_rewards_teach_nothing():
+def test_equal_rewards_have_no_gradient():
     decoder = Table()
     loss, terms = SelfCritical(Reward(lambda _, tokens: np.full(tokens.shape[:2], 0.7)), 4, 5)(decoder, new_batch(), 0)
     loss.backward()
@@ -174,7 +174,7 @@ def test_equal_rewards_teach_nothing():
     assert terms["reward"].item() == terms["baseline"].item() == pytest.approx(12 * 0.7, rel=1e-5)
 
 
-def test_a_better_caption_becomes_likelier():
+def test_better_caption_becomes_more_likely():
     decoder, reward = Table(1), Reward(lambda _, tokens: [[3.0, 0.0]])
     torch.manual_seed(2)
     SelfCritical(reward, 2, 3)(decoder, new_batch((0,)), 0)[0].backward()
@@ -187,42 +187,42 @@ def test_a_better_caption_becomes_likelier():
     assert after[0] - after[1] > before[0] - before[1]
 
 
-# --- what is asked for ---
+# --- calls ---
 
 
-def test_the_reward_is_asked_once_for_the_images_of_the_batch_and_their_captions():
-    reward = Reward(by_chance)
+def test_reward_is_called_once_per_batch_in_another_thread():
+    reward = Reward(random_rewards)
     SelfCritical(reward, 5, 4)(Table(), new_batch((2, 0, 1), positions=(90, 7, 31)), 0)
     ((images, tokens),) = reward.calls
-    assert images.tolist() == [90, 7, 31], "their positions in the data set"
+    assert images.tolist() == [90, 7, 31], "positions in the data set"
     assert tokens.shape[:2] == (3, 5)
-    assert tokens.shape[2] <= 5, "four words and EOS"
+    assert tokens.shape[2] <= 5, "four tokens and EOS"
     assert not np.isin(tokens, [BOS, UNK]).any()
     assert (tokens[..., 0] != PAD).all()
     assert reward.threads != [threading.main_thread()]
 
 
-def test_each_images_captions_come_from_its_own_grid():
+def test_captions_are_sampled_from_their_own_grid():
     decoder = Table(3)
     with torch.no_grad():
         decoder.table[:] = -100.0
         for image in range(3):
             decoder.table[image, BOS, 5 + image] = 100.0
             decoder.table[image, 5 + image, EOS] = 100.0
-    reward = Reward(by_chance)
+    reward = Reward(random_rewards)
     SelfCritical(reward, 2, 4)(decoder, new_batch((2, 0, 1)), 0)
     assert reward.calls[0][1].tolist() == [[[7, EOS]] * 2, [[5, EOS]] * 2, [[6, EOS]] * 2]
 
 
-def test_captions_are_drawn_without_dropout_and_learned_with_it():
+def test_captions_are_sampled_without_dropout_and_trained_with_it():
     for training in (True, False):
         decoder = Table().train(training)
-        SelfCritical(Reward(by_chance), 2, 4)(decoder, new_batch(), 0)
+        SelfCritical(Reward(random_rewards), 2, 4)(decoder, new_batch(), 0)
         assert decoder.modes == [False, True]
         assert decoder.training
 
 
-def test_an_error_of_the_reward_reaches_the_one_who_trains():
+def test_error_in_the_reward_is_raised():
     def broken(images, tokens):
         raise KeyError("image 3")
 
@@ -231,10 +231,10 @@ def test_an_error_of_the_reward_reaches_the_one_who_trains():
 
 
 @pytest.mark.parametrize("family", DECODERS)
-def test_every_family_can_be_trained(family):
+def test_every_family_trains_with_scst(family):
     torch.manual_seed(0)
-    decoder = build_decoder(DECODERS[family], WORDS, (2, 2, 8))
-    loss, _ = SelfCritical(Reward(by_chance), 3, 6)(decoder, new_batch(), 0)
+    decoder = build_decoder(DECODERS[family], VOCAB_SIZE, (2, 2, 8))
+    loss, _ = SelfCritical(Reward(random_rewards), 3, 6)(decoder, new_batch(), 0)
     loss.backward()
     assert loss.isfinite()
     assert decoder.training
@@ -243,8 +243,8 @@ def test_every_family_can_be_trained(family):
     assert sum(gradient.abs().sum() for gradient in gradients) > 0
 
 
-def test_the_reward_rises():
-    """The word 5 is worth 1 for image 0, the word 6 for image 1, and the word 7 for image 2."""
+def test_reward_increases():
+    """Token 5 is rewarded for image 0, token 6 for image 1, and token 7 for image 2."""
 
     def give(images, tokens):
         return [
@@ -267,20 +267,20 @@ def test_the_reward_rises():
 
 
 @pytest.mark.parametrize("family", DECODERS)
-def test_in_bfloat16_every_weight_gets_a_gradient(family):
-    """Older torch keeps what autocast made of the weights while captions were drawn, without a gradient."""
+def test_every_weight_gets_a_gradient_in_bfloat16(family):
+    """Older torch caches the weights cast by autocast during sampling, which have no gradient."""
     torch.manual_seed(0)
-    decoder = build_decoder(DECODERS[family].model_copy(update={"dropout": 0.0}), WORDS, (2, 2, 8))
+    decoder = build_decoder(DECODERS[family].model_copy(update={"dropout": 0.0}), VOCAB_SIZE, (2, 2, 8))
     grids = torch.randn(3, 4, 8)
     batch = CaptionBatch(np.arange(3), grids, torch.full((3, 2, 5), 5), torch.arange(24))
     with torch.autocast("cpu", torch.bfloat16):
-        loss, _ = SelfCritical(Reward(by_chance), 5, 6)(decoder, batch, 0)
+        loss, _ = SelfCritical(Reward(random_rewards), 5, 6)(decoder, batch, 0)
     loss.backward()
     without = [name for name, p in decoder.named_parameters() if p.grad is None or not p.grad.any()]
     assert without == []
 
 
-def test_no_thread_is_left():
+def test_reward_thread_is_closed():
     before = set(threading.enumerate())
-    SelfCritical(Reward(by_chance), 2, 3)(Table(), new_batch(), 0)
+    SelfCritical(Reward(random_rewards), 2, 3)(Table(), new_batch(), 0)
     assert set(threading.enumerate()) == before
