@@ -95,7 +95,7 @@ def test_unwritable_output_is_reported_before_captioning(
     (tmp_path / "file").touch()
     result = run("--checkpoint", checkpoint(), scenes(1), flag, tmp_path / "file" / name)
     assert result.exit_code == 1
-    assert "a file stands where a folder is needed" in result.stderr
+    assert "a file exists where a folder is needed" in result.stderr
 
 
 def test_captions_do_not_depend_on_batch_size_or_workers(fake: Any, scenes: Any, checkpoint: Any) -> None:

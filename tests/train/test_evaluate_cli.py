@@ -92,7 +92,7 @@ def test_dry_run_writes_nothing(project, invoke, files):
 def test_unwritable_output_is_reported_before_decoding(project, invoke, monkeypatch):
     monkeypatch.setattr("gridcap.train.evaluate.evaluate", lambda *_, **__: pytest.fail("captions were decoded"))
     command = (evaluate_decoder, "--checkpoint", "runs/done", "--features", "features/test.h5")
-    assert "a file stands where a folder is needed" in invoke(*command, "--output", "test.json/e.json", status=1)
+    assert "a file exists where a folder is needed" in invoke(*command, "--output", "test.json/e.json", status=1)
 
 
 @pytest.mark.parametrize("output", ["out", "features", "e.csv"])
