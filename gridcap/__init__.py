@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from gridcap.caption.captioner import Captioner
     from gridcap.caption.result import Caption
     from gridcap.common.store.reader import FeatureStore
+    from gridcap.extract.api import extract_features
     from gridcap.extract.encoders.grid_encoder import EncoderOptions, GridEncoder
+    from gridcap.train.api import train_decoder
 
 _MODULES = {
     "Caption": "gridcap.caption.result",
@@ -21,10 +23,21 @@ _MODULES = {
     "FeatureStore": "gridcap.common.store.reader",
     "EncoderOptions": "gridcap.extract.encoders.grid_encoder",
     "GridEncoder": "gridcap.extract.encoders.grid_encoder",
+    "extract_features": "gridcap.extract.api",
+    "train_decoder": "gridcap.train.api",
 }
 
 __version__ = metadata.version("gridcap")
-__all__ = ["Caption", "Captioner", "EncoderOptions", "FeatureStore", "GridEncoder", "__version__"]
+__all__ = [
+    "Caption",
+    "Captioner",
+    "EncoderOptions",
+    "FeatureStore",
+    "GridEncoder",
+    "__version__",
+    "extract_features",
+    "train_decoder",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from gridcap.common.command import Uses, flag, pipeline_command, reload_config, show_config
-from gridcap.common.config import PipelineConfig, TrainConfig, recipe_names
+from gridcap.common.config import PipelineConfig, recipe_names
 from gridcap.common.errors import CheckpointError, ConfigError, MismatchError, UserError
 from gridcap.common.store.reader import FeatureStore
 from gridcap.common.text import plural
+from gridcap.train.api import with_decoder_of
 
 if TYPE_CHECKING:
     from gridcap.train.data.captioned import CaptionedImages
@@ -107,7 +107,7 @@ def train_decoder(config: PipelineConfig, dry_run: bool, resume: bool, recipe: s
 def _initial_config(config: PipelineConfig, recipe: str | None) -> PipelineConfig:
     """Return the configuration of a new run; with --init-from, with the decoder of that run."""
     config = _with_default_output(config)
-    return config if config.train.init_from is None else _with_decoder_of(config, config.train.init_from, recipe)
+    return config if config.train.init_from is None else with_decoder_of(config, config.train.init_from, recipe)
 
 
 def _resumed_config(config: PipelineConfig) -> PipelineConfig:
@@ -132,19 +132,6 @@ def _with_default_output(config: PipelineConfig) -> PipelineConfig:
     run = run if run.name else run.resolve()
     suffix = "scst" if config.train.objective == "scst" else "more"
     return _with_train(config, output=run.with_name(f"{run.name}-{suffix}"))
-
-
-def _with_decoder_of(config: PipelineConfig, source: Path, recipe: str | None) -> PipelineConfig:
-    """Return the configuration with the decoder, vocabulary, and maximum length of another run."""
-    from gridcap.train.engine.checkpoint import load_checkpoint
-
-    saved = load_checkpoint(source).config.train
-    if recipe is not None and config.train.decoder not in (TrainConfig().decoder, saved.decoder):
-        raise ConfigError(
-            f"--init-from {source} and --recipe {recipe} have different decoders",
-            "omit one of the two, or use a recipe that does not set the decoder",
-        )
-    return _with_train(config, decoder=saved.decoder, vocabulary=saved.vocabulary, max_length=saved.max_length)
 
 
 def _with_train(config: PipelineConfig, **changes: Any) -> PipelineConfig:

@@ -15,7 +15,7 @@ from gridcap.common.config.decoders import (
 )
 from gridcap.common.config.extract import ExtractConfig
 from gridcap.common.config.keys import describe_key
-from gridcap.common.config.load import load_config
+from gridcap.common.config.load import build_config, load_config
 from gridcap.common.config.pipeline import PipelineConfig
 from gridcap.common.config.recipes import read_recipe, recipe_names
 from gridcap.common.config.train import ScheduleConfig, TrainConfig, VocabularyConfig
@@ -34,6 +34,7 @@ __all__ = [
     "TrainConfig",
     "TransformerConfig",
     "VocabularyConfig",
+    "build_config",
     "describe_key",
     "load_config",
     "max_invalid_count",

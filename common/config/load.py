@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from gridcap.common.config.data import DataConfig
 from gridcap.common.config.decoders import FAMILIES, AnyDecoderConfig
 from gridcap.common.config.keys import FAMILY_KEY
 from gridcap.common.config.pipeline import PipelineConfig
@@ -52,6 +53,36 @@ def load_config(
     for key, value in sorted(values, key=lambda item: _is_family_option(item[0])):  # options after their family
         _set_value(tree, key, value)
     return validate(tree, path, {key for key, _ in values})
+
+
+def build_config(section: str, settings: Mapping[str, Any], recipe: str | None = None) -> PipelineConfig:
+    """Return a configuration from Python values, without reading pipeline.yaml.
+
+    Args:
+        section: "extract" or "train", to which the settings belong; `seed` and the keys of `data` are accepted, too.
+        settings: key -> value; values of subsections are dictionaries.
+        recipe: name of a built-in recipe, or YAML file with a `train` section.
+
+    Raises:
+        ConfigError: an unknown key, an invalid value, or a contradiction.
+    """
+    tree: dict[str, Any] = {}
+    if recipe is not None:
+        apply_recipe(tree, recipe)
+    values = {_full_key(section, name): value for name, value in settings.items()}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            for name, item in value.items():
+                _set_value(tree, f"{key}.{name}", item)
+        else:
+            _set_value(tree, key, value)
+    return validate(tree, None, set(values), "settings")
+
+
+def _full_key(section: str, name: str) -> str:
+    if name == "seed":
+        return name
+    return f"data.{name}" if name in DataConfig.model_fields else f"{section}.{name}"
 
 
 def _parse_set(text: str) -> tuple[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,13 +14,16 @@ from gridcap.common.config.pipeline import PipelineConfig
 from gridcap.common.errors import ConfigError
 
 
-def validate(tree: dict[str, Any], path: Path | None, from_command_line: set[str]) -> PipelineConfig:
+def validate(
+    tree: dict[str, Any], path: Path | None, given: set[str], given_by: str = "command line"
+) -> PipelineConfig:
     """Return the typed configuration of a tree of values.
 
     Args:
         tree: section -> key -> value, as in the YAML file.
         path: the file that the values come from, for errors.
-        from_command_line: the keys that come from the command line instead, for errors.
+        given: the keys that do not come from the file, for errors.
+        given_by: where they come from.
 
     Raises:
         ConfigError: an unknown key, an invalid value, or a contradiction.
@@ -34,12 +37,10 @@ def validate(tree: dict[str, Any], path: Path | None, from_command_line: set[str
     try:
         return PipelineConfig.model_validate(tree)
     except ValidationError as error:
-        raise _config_error(error, path, tree, from_command_line) from error
+        raise _config_error(error, tree, lambda key: _source_of(key, path, given, given_by)) from error
 
 
-def _config_error(
-    error: ValidationError, path: Path | None, tree: Mapping[str, Any], from_command_line: set[str]
-) -> ConfigError:
+def _config_error(error: ValidationError, tree: Mapping[str, Any], source_of: Callable[[str], str]) -> ConfigError:
     """Convert the first problem into a message with its source and key, and a hint."""
     first = error.errors()[0]
     parts = [str(part) for part in first["loc"]]
@@ -48,7 +49,7 @@ def _config_error(
     if first["type"] == "union_tag_invalid":
         parts.append("family")
     key = ".".join(parts)
-    source = _source_of(key, path, from_command_line)
+    source = source_of(key)
     if first["type"] == "extra_forbidden":
         return _unknown_key(key, source, tree)
     message = first["msg"].removeprefix("Value error, ")
@@ -60,11 +61,11 @@ def _config_error(
     return ConfigError(f"{source}: {prefix}{message}{given}{more}", hint)
 
 
-def _source_of(key: str, path: Path | None, from_command_line: set[str]) -> str:
-    if path is None or any(f"{key}.".startswith(f"{given}.") for given in from_command_line):
-        return "command line"
-    if any(given.startswith(f"{key}.") for given in from_command_line):
-        return f"command line and {path}"
+def _source_of(key: str, path: Path | None, given: set[str], given_by: str) -> str:
+    if path is None or any(f"{key}.".startswith(f"{other}.") for other in given):
+        return given_by
+    if any(other.startswith(f"{key}.") for other in given):
+        return f"{given_by} and {path}"
     return str(path)
 
 

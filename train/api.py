@@ -1,0 +1,86 @@
+"""Training as a function, for use from Python."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from gridcap.common.config import PipelineConfig, TrainConfig, build_config
+from gridcap.common.errors import ConfigError
+
+
+def train_decoder(
+    features: str | Path,
+    annotations: str | Path,
+    output: str | Path,
+    *,
+    recipe: str | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    **settings: Any,
+) -> Path:
+    """Train a caption decoder on a feature store, like the command ``gridcap train``.
+
+    Example:
+        >>> train_decoder("features/train.h5", "captions.json", "runs/mine", recipe="top-down", epochs=10)
+        PosixPath('runs/mine')
+        >>> Captioner.load("runs/mine")("photo.jpg").text
+        'a dog on a beach'
+
+    Args:
+        features: index file of the feature store.
+        annotations: captions file of the store.
+        output: folder of the run.
+        recipe: name of a built-in recipe, or YAML file with a ``train`` section.
+        resume: continue the run in `output` from its last checkpoint; the settings must be the same.
+        progress: show a progress bar and one line per epoch.
+        settings: keys of the section ``train`` (``epochs``, ``learning_rate``, ``val_features``,
+            ``decoder={"family": "lstm"}``, ...), and ``seed`` and ``max_invalid``. pipeline.yaml is not read.
+
+    Returns:
+        The folder of the run, which ``Captioner.load`` opens.
+
+    Raises:
+        UserError: an invalid setting or path.
+        AnnotationError: a captions file cannot be used.
+        CheckpointError: there is nothing to resume, or `output` contains a run and `resume` is false.
+        MismatchError: the captions do not belong to the features, or the settings differ from those of the resumed run.
+        StoreError: a feature store cannot be read.
+        TrainingError: the loss became NaN or inf.
+    """
+    from gridcap.common.store.reader import FeatureStore
+    from gridcap.train.data.inputs import join_captions
+    from gridcap.train.engine.loop import fit
+    from gridcap.train.engine.start import check_objective
+
+    settings |= {"features": Path(features), "annotations": Path(annotations), "output": Path(output)}
+    config = build_config("train", settings, recipe)
+    if config.train.init_from is not None:
+        config = with_decoder_of(config, config.train.init_from, recipe)
+    check_objective(config.train)
+    train = join_captions(FeatureStore(features), Path(annotations), [config], "train", "annotations").data
+    val = None
+    if config.train.val_features is not None:
+        store = FeatureStore(config.train.val_features)
+        val = join_captions(store, config.train.val_annotations, [config], "val", "val_annotations").data
+    fit(config, train, val, resume, progress)
+    return config.train.output
+
+
+def with_decoder_of(config: PipelineConfig, source: Path, recipe: str | None) -> PipelineConfig:
+    """Return the configuration with the decoder, vocabulary, and maximum length of another run.
+
+    Raises:
+        CheckpointError: there is no checkpoint in `source`.
+        ConfigError: the recipe has another decoder.
+    """
+    from gridcap.train.engine.checkpoint import load_checkpoint
+
+    saved = load_checkpoint(source).config.train
+    if recipe is not None and config.train.decoder not in (TrainConfig().decoder, saved.decoder):
+        raise ConfigError(
+            f"--init-from {source} and --recipe {recipe} have different decoders",
+            "omit one of the two, or use a recipe that does not set the decoder",
+        )
+    changes = {"decoder": saved.decoder, "vocabulary": saved.vocabulary, "max_length": saved.max_length}
+    return config.model_copy(update={"train": config.train.model_copy(update=changes)})
