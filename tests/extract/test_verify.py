@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import zlib
 from pathlib import Path
@@ -12,8 +13,9 @@ import h5py
 import numpy as np
 import pytest
 
-from gridcap.common.errors import StoreError
+from gridcap.common.errors import StoreAccessError, StoreError
 from gridcap.common.store.shard_reader import ShardReader
+from gridcap.common.store.system_error import store_error_from
 from gridcap.extract import manifest as image_list
 from gridcap.extract.manifest import ImageList
 from gridcap.extract.plan import Plan, read_plan, shard_writer, write_planned_index
@@ -202,3 +204,16 @@ def test_during_an_append_the_older_index_is_kept(store: Path) -> None:
     assert problems(report) == {("index complete", ""), ("shard readable", "00003.h5")}
     assert repair_store(store, dataclasses.replace(report, problems=report.problems[:1])) == []
     assert store.exists()
+
+
+def test_item_11_shard_that_cannot_be_read_is_not_reported_as_broken(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--repair deletes broken shards, but this one may be intact."""
+
+    def fail(path: Path) -> None:
+        raise store_error_from(OSError(errno.EIO, "Input/output error"), path)
+
+    monkeypatch.setattr("gridcap.extract.verify.read_header", fail)
+    with pytest.raises(StoreAccessError, match=r"0000\d\.h5: input/output error"):
+        verify_store(store)

@@ -1,4 +1,4 @@
-"""Eight bits: within half a level of each value, nothing clipped, refused images NaN, the same for any batch."""
+"""8-bit quantization: errors of at most half a level, no clipping, NaN for invalid images, independent rows."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from hypothesis.extra import numpy as hnp
 from gridcap.common.store.quantize import as_stored, dequantize, quantize
 
 
-def back(grids: np.ndarray) -> np.ndarray:
+def round_trip(grids: np.ndarray) -> np.ndarray:
     return as_stored(grids, np.dtype(np.uint8))
 
 
 @st.composite
 def grids(draw: st.DrawFn) -> np.ndarray:
-    """Not negative, of any size that float16 holds, subnormal numbers too."""
+    """Non-negative float16 values of any size, including subnormal numbers."""
     shape = draw(st.sampled_from([(1, 1, 1, 1), (2, 2, 3, 4), (3, 5)]))
     values = st.floats(0, 65504, width=16, allow_subnormal=True)
     return draw(hnp.arrays(np.float16, shape, elements=values))
@@ -25,36 +25,36 @@ def grids(draw: st.DrawFn) -> np.ndarray:
 
 @settings(deadline=None, max_examples=200)
 @given(grid=grids())
-@example(grid=np.array([[[[0.0004003]]]], np.float16))  # its scale is a subnormal number, and was rounded down
-def test_every_value_comes_back_within_half_a_level(grid: np.ndarray) -> None:
-    got = back(grid).astype(np.float64)
+@example(grid=np.array([[[[0.0004003]]]], np.float16))  # its scale is subnormal and was rounded down
+def test_error_is_at_most_half_a_level(grid: np.ndarray) -> None:
+    got = round_trip(grid).astype(np.float64)
     assert np.isfinite(got).all()
     cells = tuple(range(1, grid.ndim - 1))
     largest = grid.astype(np.float64).max(axis=cells, keepdims=True) if cells else grid.astype(np.float64)
-    level = largest / 255 * (1 + 2**-10) + 2**-24  # float16 rounds the scale, and has no smaller numbers
+    level = largest / 255 * (1 + 2**-10) + 2**-24  # float16 rounds the scale, and 2^-24 is its smallest number
     rounding = 2**-11 * got + 2**-25
     assert (np.abs(got - grid) <= 0.501 * level + rounding).all()
 
 
-def test_zero_stays_zero_and_the_largest_value_stays_almost_exact() -> None:
+def test_zero_is_exact_and_the_largest_value_is_not_clipped() -> None:
     grid = np.zeros((1, 2, 2, 3), np.float16)
     grid[0, 0, 0] = [1.0, 300.0, 65504.0]
-    got = back(grid)
+    got = round_trip(grid)
     np.testing.assert_allclose(got[0, 0, 0].astype(np.float64), [1.0, 300.0, 65504.0], rtol=1e-3)
     assert not got[0, 1].any()
 
 
-def test_a_refused_image_is_all_nan_and_harms_no_other() -> None:
+def test_invalid_image_is_nan_and_does_not_affect_others() -> None:
     both = np.random.default_rng(0).random((2, 2, 2, 8)).astype(np.float16)
-    alone = back(both[1:])
+    alone = round_trip(both[1:])
     both[0] = np.nan
-    got = back(both)
+    got = round_trip(both)
     assert np.isnan(got[0]).all()
     np.testing.assert_array_equal(got[1], alone[0])
 
 
 @pytest.mark.parametrize("kind", [np.float16, np.float32])
-def test_every_channel_of_every_image_has_a_scale_of_its_own(kind: type) -> None:
+def test_scale_per_channel_and_image(kind: type) -> None:
     grid = np.ones((2, 4, 4, 3), kind) * np.array([0.1, 1.0, 1e3], kind)
     grid[1] *= 2
     levels, scale = quantize(grid)
@@ -63,7 +63,7 @@ def test_every_channel_of_every_image_has_a_scale_of_its_own(kind: type) -> None
     np.testing.assert_allclose(scale[1] / scale[0], 2, rtol=2e-3)
 
 
-def test_levels_times_scale_is_what_comes_back() -> None:
+def test_dequantize_multiplies_levels_by_scale() -> None:
     rng = np.random.default_rng(1)
     levels = rng.integers(0, 256, (8, 8, 64)).astype(np.uint8)
     scale = rng.random(64).astype(np.float16)
@@ -73,6 +73,6 @@ def test_levels_times_scale_is_what_comes_back() -> None:
     assert (np.abs(out - exact) <= np.spacing(exact.astype(np.float16)).astype(np.float64) / 2 + 1e-12).all()
 
 
-def test_other_types_are_left_alone() -> None:
+def test_as_stored_returns_other_types_unchanged() -> None:
     grid = np.array([[-1.5, 2.0]], np.float32)
     assert as_stored(grid, np.dtype(np.float32)) is grid
