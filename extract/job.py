@@ -180,7 +180,7 @@ def _version_changes(plan: Plan, requested: Plan) -> str:
     """List the library versions that differ: all shards of a store must be computed by the same libraries."""
     stored, here = plan.provenance["versions"], requested.provenance["versions"]
     return ", ".join(
-        f"{name} {stored.get(name, 'none')} there, {here.get(name, 'none')} here"
+        f"{name}: expected {stored.get(name, 'none')}, got {here.get(name, 'none')}"
         for name in sorted({*stored, *here})
         if stored.get(name) != here.get(name)
     )

@@ -120,9 +120,9 @@ def resolve_plan(request: PlanRequest) -> ResolvedPlan:
     if request.append and not mismatches:
         return _append(stored, request) if new else ResolvedPlan(stored, stored)
     if new or gone:
-        mismatches.append(f"images: {stored.images} there, {requested.images} here ({new} new, {gone} gone)")
+        mismatches.append(f"images: expected {stored.images}, got {requested.images} ({new} new, {gone} gone)")
     elif reordered:
-        mismatches.append("images: another order")
+        mismatches.append("images: a different order")
     only_images = bool(new or gone) and len(mismatches) == 1
     hint = "choose another --output, or delete the store to start over"
     if only_images:

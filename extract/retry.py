@@ -25,7 +25,8 @@ def retry_invalid(
     """Read the invalid images of these shards again, and rewrite a shard if an image or a reason has changed.
 
     Raises:
-        ExtractionError: a value that the dtype cannot store, or out of memory.
+        ExtractionError: a read error, or a value that the dtype cannot store.
+        OutOfMemoryError: no memory is left.
     """
     total = summary.invalid.total()
     with (

@@ -81,7 +81,8 @@ def extract_features(
     Raises:
         MismatchError: the store on disk was planned differently.
         ExtractionError: more than `data.max_invalid` images are invalid, a value that the dtype cannot store, a read
-            error, out of memory, or not enough disk space.
+            error, or not enough disk space.
+        OutOfMemoryError: no memory is left.
         WeightsError: the weights do not match the encoder.
     """
     extraction = extraction.save()

@@ -13,11 +13,11 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 
-import torch
 from tqdm import tqdm
 
+from gridcap.common.command.failures import explain_out_of_memory
 from gridcap.common.device import choose_device
-from gridcap.common.errors import ExtractionError
+from gridcap.common.errors import ExtractionError, OutOfMemoryError
 from gridcap.common.progress import progress_bar
 from gridcap.common.store.shard_writer import InvalidGridError
 from gridcap.extract.cluster.share import Share
@@ -56,7 +56,8 @@ class Worker:
         """Read, encode, and write these shards.
 
         Raises:
-            ExtractionError: too many invalid images, a value that the dtype cannot store, or out of memory.
+            ExtractionError: too many invalid images, a read error, or a value that the dtype cannot store.
+            OutOfMemoryError: no memory is left.
         """
         self._limit.check(self._summary.invalid)
         extraction = self._extraction
@@ -163,19 +164,19 @@ def explain_errors(extraction: Extraction) -> Iterator[None]:
     """Turn a value that cannot be stored, and a lack of memory, into errors for the user.
 
     Raises:
-        ExtractionError: the explanation.
+        ExtractionError: a grid has a value that the dtype cannot store.
+        OutOfMemoryError: no memory is left.
     """
     try:
         yield
     except InvalidGridError as error:
         raise ExtractionError(str(error), "store float32 instead: --dtype float32, with another --output") from error
-    except torch.cuda.OutOfMemoryError as error:
-        raise ExtractionError(
-            f"out of GPU memory with a batch size of {extraction.plan.batch_size}",
-            "free memory on the GPU; or use a smaller --batch-size, with another --output if the store has shards",
-        ) from error
-    except MemoryError as error:
-        raise ExtractionError(
-            f"out of memory with a batch size of {extraction.plan.batch_size}",
-            "free memory or raise the limit (ulimit -v, the job's memory); or use a smaller --num-workers",
+    except Exception as error:
+        if (explained := explain_out_of_memory(error)) is None:
+            raise
+        # The general hint, to lower --batch-size, does not help here: a store with shards keeps its batch size.
+        raise OutOfMemoryError(
+            f"{explained.message} (batch size {extraction.plan.batch_size})",
+            "free memory or raise its limit (ulimit -v, container, Slurm --mem), and rerun the command; or use fewer "
+            "--num-workers; or start a new --output with a smaller --batch-size",
         ) from error

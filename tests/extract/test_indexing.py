@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import gridcap.extract.indexing as indexing_module
 from gridcap.common.errors import MismatchError, StoreError
 from gridcap.common.store.reader import FeatureStore
 from gridcap.extract.cluster.share import Share
+from gridcap.extract.job import Extraction
+from gridcap.extract.plan import Plan
 from gridcap.extract.run import extract_features
 from tests.extract.store_helpers import (
     contents,
@@ -124,3 +127,92 @@ def test_a_process_started_before_an_append_does_not_write_the_index(
     monkeypatch.setattr("gridcap.extract.run.indexed_digest", lambda *_: None)
     assert not extract_features(older, show_progress=False).complete
     assert newer.output.read_bytes() == after != before
+
+
+# Other processes
+
+
+@pytest.fixture
+def complete(fake: Any, photos: Any, job: Any) -> Extraction:
+    extraction: Extraction = job(photos(6), extract__shard_size=2)
+    extract_features(extraction, show_progress=False)
+    return extraction.save()
+
+
+def test_item_13_an_index_that_another_process_removes_before_it_is_opened_is_missing(
+    complete: Extraction, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The index is removed between the check whether it exists and its opening."""
+    real = indexing_module.read_index_plan
+
+    def remove_then_open(path: Path) -> str:
+        path.unlink(missing_ok=True)
+        return real(path)
+
+    monkeypatch.setattr(indexing_module, "read_index_plan", remove_then_open)
+    assert indexing_module.indexed_digest(complete) is None
+
+
+def test_item_13_an_index_that_is_removed_and_written_again_is_read(
+    complete: Extraction, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = indexing_module.read_index_plan, []
+    content = complete.output.read_bytes()
+
+    def disappear_once(path: Path) -> str:
+        calls.append(path)
+        if len(calls) == 1:
+            path.unlink()
+            try:
+                return real(path)
+            finally:
+                path.write_bytes(content)
+        return real(path)
+
+    monkeypatch.setattr(indexing_module, "read_index_plan", disappear_once)
+    assert indexing_module.indexed_digest(complete) == complete.plan.digest()
+
+
+def test_a_corrupted_index_is_an_error(complete: Extraction) -> None:
+    content = bytearray(complete.output.read_bytes())
+    content[-1] ^= 1
+    complete.output.write_bytes(content)
+    with pytest.raises(StoreError, match=str(complete.output)):
+        indexing_module.indexed_digest(complete)
+
+
+def test_item_14_a_stale_folder_listing_does_not_leave_the_store_without_an_index(
+    fake: Any, photos: Any, job: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A listing omits the shards of another machine until this process changes the folder, as on NFS."""
+    prepared = job(photos(8), extract__shard_size=2)
+    extract_features(prepared, Share(0, 2), show_progress=False)
+    listing: dict[str, tuple[int, list[int]]] = {}
+    real_listing = Plan.existing_shards
+
+    def cached_listing(plan: Plan, folder: Path) -> list[int]:
+        changes = real_changes["count"]
+        if listing.get("cache", (-1, []))[0] != changes:
+            listing["cache"] = (changes, real_listing(plan, folder))
+        return [shard for shard in listing["cache"][1] if shard % 2 or changes > 0]
+
+    real_changes = {"count": 0}
+    real_temporary_file = indexing_module.temporary_file
+
+    def count_changes(path: Path) -> Any:
+        real_changes["count"] += 1
+        return real_temporary_file(path)
+
+    monkeypatch.setattr(Plan, "existing_shards", cached_listing)
+    monkeypatch.setattr(indexing_module, "temporary_file", count_changes)
+    summary = extract_features(prepared, Share(1, 2), show_progress=False)
+    assert real_changes["count"] > 0
+    assert summary.complete
+    assert prepared.output.exists()
+
+
+def test_a_single_process_does_not_check_for_stale_listings(
+    fake: Any, photos: Any, job: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(indexing_module, "temporary_file", lambda _: 1 / 0)
+    assert extract_features(job(photos(3)), show_progress=False).complete

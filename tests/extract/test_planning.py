@@ -100,10 +100,10 @@ def test_renamed_weights_are_the_same_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("images", "expected"),
     [
-        (make_images(12), "10 there, 12 here (2 new, 0 gone)"),
-        (make_images(7), "10 there, 7 here (0 new, 3 gone)"),
-        (make_images(10, first=1), "10 there, 10 here (1 new, 1 gone)"),
-        (make_images(10)[::-1], "another order"),
+        (make_images(12), "expected 10, got 12 (2 new, 0 gone)"),
+        (make_images(7), "expected 10, got 7 (0 new, 3 gone)"),
+        (make_images(10, first=1), "expected 10, got 10 (1 new, 1 gone)"),
+        (make_images(10)[::-1], "a different order"),
     ],
     ids=["more", "fewer", "others", "reversed"],
 )
@@ -144,7 +144,7 @@ def test_a_list_matches_the_store_that_it_was_appended_to(tmp_path: Path) -> Non
     longer = load(tmp_path, more, append=True)
     assert load(tmp_path, more, append=True) == longer
     assert load(tmp_path, more) == longer
-    with pytest.raises(MismatchError, match=r"13 there, 14 here \(1 new, 0 gone\)"):
+    with pytest.raises(MismatchError, match=r"expected 13, got 14 \(1 new, 0 gone\)"):
         load(tmp_path, [*more, (1, "new.jpg")])
 
 

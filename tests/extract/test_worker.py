@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import gridcap.extract.plan as plan_module
 import gridcap.extract.reading as reading_module
 from gridcap.common.errors import ExtractionError
 from gridcap.common.store.shard_writer import ShardWriter
+from tests.extract.cli_helpers import SMALL, fails
 from tests.extract.store_helpers import (
     assert_right,
     names_in,
@@ -246,3 +249,34 @@ def test_the_summary_counts_encoded_images(fake: Any, photos: Any, extracted: An
     _, summary = extracted(photos(7), extract__batch_size=2)
     assert summary.encoded == 7
     assert 0 < summary.waiting < summary.running <= summary.seconds
+
+
+# Memory
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "out of GPU memory"),
+        (MemoryError(), "out of memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"), "out of memory"),
+    ],
+)
+def test_item_16_running_out_of_memory_is_explained(
+    fake: Any,
+    photos: Any,
+    no_launcher: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    expected: str,
+) -> None:
+    def encode(self: Any, images: np.ndarray) -> np.ndarray:
+        raise error
+
+    monkeypatch.setattr(fake, "encode", encode)
+    message = fails(1, "--images", photos(6), *SMALL)
+    assert expected in message
+    assert "(batch size 2)" in message
+    assert "new --output with a smaller --batch-size" in message
+    assert no_temporaries(tmp_path / "features")

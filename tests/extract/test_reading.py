@@ -1,0 +1,78 @@
+"""The read stage: input/output errors name the image, and transient ones are retried."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import gridcap.extract.reading as reading_module
+from gridcap.common.errors import ExtractionError
+from gridcap.extract.reading import IO_ATTEMPTS, retry_transient_errors
+from gridcap.extract.run import extract_features
+from tests.extract.cli_helpers import SMALL, fails
+from tests.extract.store_helpers import assert_right, no_temporaries
+
+
+@pytest.fixture(autouse=True)
+def _no_delay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading_module, "IO_RETRY_DELAY", 0)
+
+
+def failing_reads(monkeypatch: pytest.MonkeyPatch, name: str, number: int, times: int) -> list[Path]:
+    """Make the first `times` reads of an image raise an OSError without a file name; return its reads."""
+    real, reads = reading_module.load_image, []
+
+    def load(path: Path, *arguments: Any) -> np.ndarray:
+        if path.name == name:
+            reads.append(path)
+            if len(reads) <= times:
+                raise OSError(number, os.strerror(number))
+        return real(path, *arguments)
+
+    monkeypatch.setattr(reading_module, "load_image", load)
+    return reads
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTUNREACH])
+def test_item_23_a_transient_read_error_is_retried(
+    fake: Any, photos: Any, extracted: Any, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    reads = failing_reads(monkeypatch, "0003.png", number, IO_ATTEMPTS - 1)
+    folder = photos(5)
+    extraction, _ = extracted(folder)
+    assert len(reads) == IO_ATTEMPTS
+    assert_right(fake, folder, extraction.output)
+
+
+def test_item_23_a_persistent_read_error_names_the_image(
+    fake: Any, photos: Any, no_launcher: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    reads = failing_reads(monkeypatch, "0003.png", errno.EIO, 100)
+    folder = photos(5)
+    error = fails(1, "--images", folder, *SMALL)
+    assert f"{folder / '0003.png'}: cannot be read: input/output error (4 attempts)" in error
+    assert "check the disk or the network share" in error
+    assert len(reads) == IO_ATTEMPTS
+    assert no_temporaries(tmp_path / "features")
+
+
+def test_item_23_an_error_that_does_not_pass_is_not_retried(
+    fake: Any, photos: Any, job: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = failing_reads(monkeypatch, "0003.png", errno.EMFILE, 100)
+    with pytest.raises(ExtractionError, match=r"0003\.png: cannot be read: too many open files$"):
+        extract_features(job(photos(5)), show_progress=False)
+    assert len(reads) == 1
+
+
+def test_the_file_name_of_the_error_takes_precedence() -> None:
+    def read() -> None:
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES), "inner.jpg")
+
+    with pytest.raises(ExtractionError, match=r"^inner\.jpg: cannot be read: permission denied$"):
+        retry_transient_errors(read, "folder")
