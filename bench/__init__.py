@@ -1,1 +1,1 @@
-"""What the numbers in the documentation come from."""
+"""Benchmarks behind the numbers in the documentation."""

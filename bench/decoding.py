@@ -1,4 +1,4 @@
-"""Captions a second from features: greedy search and beams, and the step of self-critical training."""
+"""Decoding throughput from features, and the step of self-critical sequence training (SCST)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.inputs import GRID, WORDS, make_captions
-from bench.measure import Row, fresh, rate, rounds
+from bench.measure import Row, call_in_process, rate, run_rounds
 from gridcap.common.process import tune_process
 
 BATCH, LENGTH, V = 50, 20, len(WORDS)
@@ -16,63 +16,63 @@ RECIPE = "tutorial-gru"
 
 
 def measure(work: Path, quick: bool) -> Iterator[Row]:
-    """Captions a second of greedy search and of a beam; images a second of the self-critical step."""
+    """Measure captions per second of greedy and beam search, and images per second of the SCST step."""
     count = 1 if quick else 3
-    values = rounds(
+    values = run_rounds(
         count,
         {
-            "one": lambda: fresh("bench.decoding:captions", 1, 1),
-            "greedy": lambda: fresh("bench.decoding:captions", BATCH, 1),
-            "beam one": lambda: fresh("bench.decoding:captions", 1, 5),
-            "beam": lambda: fresh("bench.decoding:captions", BATCH, 5),
+            "single greedy": lambda: call_in_process("bench.decoding:captions", 1, 1),
+            "greedy": lambda: call_in_process("bench.decoding:captions", BATCH, 1),
+            "single beam": lambda: call_in_process("bench.decoding:captions", 1, 5),
+            "beam": lambda: call_in_process("bench.decoding:captions", BATCH, 5),
         },
     )
-    sizes = (
-        f"{RECIPE}, {V} words, {LENGTH} steps, {BATCH} images a batch, in training's precision, as training validates "
-        "(evaluate-decoder computes in float32)"
+    note = (
+        f"{RECIPE}, {V} tokens, {LENGTH} time steps, batch size {BATCH}, in the precision of training, as in "
+        "validation (evaluate-decoder uses float32)"
     )
     yield Row(
         "decoding",
         "greedy search",
         "captions/s",
         values["greedy"],
-        values["one"],
-        baseline_is="the same, one image at a time",
-        wanted={"value": 500},
-        note=sizes,
+        values["single greedy"],
+        baseline_name="batch size 1",
+        targets={"minimum": 500},
+        note=note,
     )
     yield Row(
         "decoding",
-        "beam of 5",
+        "beam search, beam size 5",
         "captions/s",
         values["beam"],
-        values["beam one"],
+        values["single beam"],
         values["greedy"],
-        "the same, one image at a time",
+        "batch size 1",
         "greedy search",
-        {"value": 200, "of limit": 1 / 3},
-        sizes,
+        {"minimum": 200, "fraction of upper bound": 1 / 3},
+        note,
     )
     captions = make_captions(work / "rewards.json", 1000)
-    values = rounds(
+    values = run_rounds(
         count,
         {
-            "baseline": lambda: fresh("bench.decoding:self_critical", captions, "in turn"),
-            "ours": lambda: fresh("bench.decoding:self_critical", captions, "ours"),
-            "limit": lambda: fresh("bench.decoding:self_critical", captions, "free"),
+            "baseline": lambda: call_in_process("bench.decoding:scst", captions, "sequential"),
+            "gridcap": lambda: call_in_process("bench.decoding:scst", captions, "gridcap"),
+            "upper bound": lambda: call_in_process("bench.decoding:scst", captions, "constant-time"),
         },
     )
     yield Row(
         "decoding",
-        "self-critical step",
+        "SCST step",
         "images/s",
-        values["ours"],
+        values["gridcap"],
         values["baseline"],
-        values["limit"],
-        "sampling, scoring by pycocoevalcap and learning one after the other",
-        "the same with free rewards",
-        {"of limit": 0.9},
-        "13 images x 5 captions of 20 words",
+        values["upper bound"],
+        "sampling, rewards from pycocoevalcap, and backward pass in sequence",
+        "random rewards, which cost nothing",
+        {"fraction of upper bound": 0.9},
+        "13 images x 5 captions of 20 tokens",
     )
 
 
@@ -86,7 +86,7 @@ def _decoder(device: Any) -> Any:
     torch.manual_seed(0)
     decoder: Any = build_decoder(load_config(recipe=RECIPE).train.decoder, V, GRID).to(device).eval()
     with torch.no_grad():
-        decoder.output.bias[EOS] = -1e4  # every caption is as long
+        decoder.output.bias[EOS] = -1e4  # all captions have the maximum length
     return decoder
 
 
@@ -97,8 +97,8 @@ def _grids(count: int, device: Any) -> Any:
     return torch.relu(torch.randn(count, GRID[0] * GRID[1], GRID[2], device=device))
 
 
-def captions(batch: int, beams: int) -> float:
-    """Captions a second."""
+def captions(batch: int, beam_size: int) -> float:
+    """Return captions per second of beam search; beam size 1 is greedy search."""
     tune_process()
     import torch
 
@@ -110,14 +110,14 @@ def captions(batch: int, beams: int) -> float:
 
     def search() -> None:
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            beam_search(decoder, grids, BeamOptions(beams, LENGTH - 1))
+            beam_search(decoder, grids, BeamOptions(beam_size, LENGTH - 1))
 
     search()
     return rate(batch, search, 4.0)
 
 
-def self_critical(captions_file: str, how: str) -> float:
-    """Images a second of a self-critical step."""
+def scst(captions_file: str, reward: str) -> float:
+    """Return images per second of an SCST step with one kind of reward computation."""
     tune_process()
     import json
 
@@ -138,30 +138,30 @@ def self_critical(captions_file: str, how: str) -> float:
     device = choose_device("auto")
     decoder = _decoder(device).train()
     rewards: Any = CaptionReward(references)
-    if how == "in turn":
-        rewards = _InTurn(references)
-    elif how == "free":
+    if reward == "sequential":
+        rewards = _PycocoevalcapReward(references)
+    elif reward == "constant-time":
         rewards = lambda images, tokens: np.random.default_rng(0).random(tokens.shape[:2], np.float32)  # noqa: E731
     step = SelfCritical(rewards, 5, 19)
     optimizer = torch.optim.Adam(decoder.parameters(), 1e-5, fused=True)
     grids = _grids(13, device).half()
-    nothing = torch.zeros(0, dtype=torch.int64)
-    done, begin = 0, time.perf_counter()
+    empty = torch.zeros(0, dtype=torch.int64)
+    done, start = 0, time.perf_counter()
     while True:
-        batch = CaptionBatch(np.random.default_rng(done).integers(0, len(references), 13), grids, nothing, nothing)
+        batch = CaptionBatch(np.random.default_rng(done).integers(0, len(references), 13), grids, empty, empty)
         loss, terms = step(decoder, batch, 0)
         optimizer.zero_grad()
         torch.autograd.backward(loss / terms["tokens"])
         optimizer.step()
         done += 1
-        if done == 2:  # the first two are warm-up
-            begin = time.perf_counter()
-        if done > 2 and (took := time.perf_counter() - begin) > 4:
-            return (done - 2) * 13 / took
+        if done == 2:  # the first two are warmup
+            start = time.perf_counter()
+        if done > 2 and (seconds := time.perf_counter() - start) > 4:
+            return (done - 2) * 13 / seconds
 
 
-class _InTurn:
-    """The rewards as the usual code counts them: by pycocoevalcap, with all references of the batch each time."""
+class _PycocoevalcapReward:
+    """CIDEr rewards from pycocoevalcap, which processes all references of the batch in every call."""
 
     def __init__(self, references: list[list[list[int]]]) -> None:
         self._references = references
@@ -171,10 +171,10 @@ class _InTurn:
         from pycocoevalcap.cider.cider import Cider
 
         truth: dict[int, list[str]] = {}
-        ours: dict[int, list[str]] = {}
+        samples: dict[int, list[str]] = {}
         for b, image in enumerate(images):
             for _k, row in enumerate(tokens[b].tolist()):
                 truth[len(truth)] = [" ".join(map(str, caption)) for caption in self._references[image]]
-                ours[len(ours)] = [" ".join(map(str, row))]
-        _, each = Cider().compute_score(truth, ours)
-        return np.asarray(each, np.float32).reshape(tokens.shape[:2])
+                samples[len(samples)] = [" ".join(map(str, row))]
+        _, scores = Cider().compute_score(truth, samples)
+        return np.asarray(scores, np.float32).reshape(tokens.shape[:2])

@@ -1,4 +1,4 @@
-"""Extraction end to end: JPEG files to a store, beside the loop that everybody writes first."""
+"""Extraction throughput, from JPEG files to a feature store."""
 
 from __future__ import annotations
 
@@ -10,79 +10,83 @@ from functools import partial
 from pathlib import Path
 
 from bench.inputs import make_photos
-from bench.measure import Row, fresh, rate, rounds
+from bench.measure import Row, call_in_process, rate, run_rounds
 from gridcap.common.process import tune_process
 
-GFLOP_AN_IMAGE = 11.42  # InceptionV3 up to Mixed_7c at 299 x 299, multiplications and additions
-SHAPES = ((147, 32, 64), (35, 64, 96), (17, 192, 192), (8, 448, 384))  # side, channels in and out: 3 x 3 in it
-
-
-SETTINGS = ((64, False), (256, False), (256, True), (512, True))  # of a GPU: batch, compiled
+GFLOP_PER_IMAGE = 11.42  # InceptionV3 up to Mixed_7c at 299 x 299; multiplications and additions
+# 3 x 3 convolutions of InceptionV3: side of the input in pixels, input channels, output channels
+CONVOLUTIONS = ((147, 32, 64), (35, 64, 96), (17, 192, 192), (8, 448, 384))
+GPU_SETTINGS = ((64, False), (256, False), (256, True), (512, True))  # batch size, compiled
+BASELINE = "torchvision without changes, float32, Pillow, one image at a time, one .npy file per image"
+UPPER_BOUND = f"all arithmetic at the rate of the fastest 3 x 3 convolution, {GFLOP_PER_IMAGE} GFLOP per image"
+END_TO_END = "JPEG files to feature store"
 
 
 def measure(work: Path, quick: bool) -> Iterator[Row]:
-    """Images a second, on the GPU if there is one."""
-    on_gpu = fresh("bench.device:has_gpu")
+    """Measure images per second, on the GPU if there is one."""
+    on_gpu = call_in_process("bench.device:has_gpu")
     photos = make_photos(work / "photos", (8192 if quick else 16384) if on_gpu else 64 if quick else 256)
     sizes = [path.stat().st_size / 1000 for path in photos.iterdir()]
-    note = f"{len(sizes)} files of 640 x 480, {sum(sizes) / len(sizes):.0f} kB each; without the start"
-    count = 1 if quick else 3
-    sides: dict[str, Callable[[], float]] = {
-        "baseline": partial(fresh, "bench.extraction:naive", photos, 16 if quick else 48),
-        "ours": partial(fresh, "bench.extraction:ours", photos, work / "store"),
-        "limit": partial(fresh, "bench.extraction:limit"),
+    note = f"{len(sizes)} files of 640 x 480, {sum(sizes) / len(sizes):.0f} kB each; without startup"
+    variants: dict[str, Callable[[], float]] = {
+        "baseline": partial(call_in_process, "bench.extraction:baseline", photos, 16 if quick else 48),
+        "gridcap": partial(call_in_process, "bench.extraction:gridcap", photos, work / "store"),
+        "upper bound": partial(call_in_process, "bench.extraction:upper_bound"),
     }
-    baseline_is = "torchvision as it is, float32, Pillow, one image at a time, a .npy file each"
-    convolutions = f"3 x 3 convolutions alone, / {GFLOP_AN_IMAGE} GFLOP an image"
-    if not on_gpu:
-        values = rounds(count, sides)
-        yield Row(
-            "extraction",
-            "JPEG files to a store",
-            "images/s",
-            values["ours"],
-            values["baseline"],
-            values["limit"],
-            baseline_is,
-            convolutions,
-            {"of baseline": 4.5, "of limit": 0.75},
-            note,
-        )
+    if on_gpu:
+        yield from _measure_gpu(photos, variants, quick, note)
         return
-    alone = {
-        setting: fresh("bench.extraction:forward", *setting) for setting in (SETTINGS[1::2] if quick else SETTINGS)
-    }
-    best = max(alone, key=alone.__getitem__)
-    settings = ", ".join(f"{b}{' compiled' * c}: {value:.0f}" for (b, c), value in alone.items())
-    values = rounds(count, {**sides, "forward": partial(fresh, "bench.extraction:forward", *best)})
+    values = run_rounds(1 if quick else 3, variants)
     yield Row(
         "extraction",
-        "the forward pass alone",
+        END_TO_END,
+        "images/s",
+        values["gridcap"],
+        values["baseline"],
+        values["upper bound"],
+        BASELINE,
+        UPPER_BOUND,
+        {"speedup": 4.5, "fraction of upper bound": 0.75},
+        note,
+    )
+
+
+def _measure_gpu(photos: Path, variants: dict[str, Callable[[], float]], quick: bool, note: str) -> Iterator[Row]:
+    rates = {
+        setting: call_in_process("bench.extraction:forward", *setting)
+        for setting in (GPU_SETTINGS[1::2] if quick else GPU_SETTINGS)
+    }
+    best = max(rates, key=rates.__getitem__)
+    forward = partial(call_in_process, "bench.extraction:forward", *best)
+    values = run_rounds(1 if quick else 3, {**variants, "forward": forward})
+    settings = ", ".join(f"{size}{' compiled' * compiled}: {value:.0f}" for (size, compiled), value in rates.items())
+    yield Row(
+        "extraction",
+        "encoder forward pass",
         "images/s",
         values["forward"],
-        limit=values["limit"],
-        limit_is=convolutions,
-        wanted={"value": 12000},
-        note=f"batch {settings}",
+        upper_bound=values["upper bound"],
+        upper_bound_name=UPPER_BOUND,
+        targets={"minimum": 12000},
+        note=f"batch size {settings}",
     )
-    stages = {name: fresh(f"bench.extraction:{name}", photos) for name in ("decoding", "copying", "writing")}
-    said = "; ".join(f"{name} alone {value:.0f} images/s" for name, value in stages.items())
+    stages = {name: call_in_process(f"bench.extraction:{name}", photos) for name in ("decoding", "copying", "writing")}
     yield Row(
         "extraction",
-        "JPEG files to a store",
+        END_TO_END,
         "images/s",
-        values["ours"],
+        values["gridcap"],
         values["baseline"],
         values["forward"],
-        baseline_is,
-        "the forward pass alone",
-        {"of limit": 0.6},
-        f"{note}; {said}",
+        BASELINE,
+        "encoder forward pass",
+        {"fraction of upper bound": 0.6},
+        "; ".join([note, *(f"{name} alone {value:.0f} images/s" for name, value in stages.items())]),
     )
 
 
-def ours(photos: str, store: str) -> float:
-    """From the first image to the last, as extract-features works, without its start."""
+def gridcap(photos: str, store: str) -> float:
+    """Return images per second of extract-features, without startup."""
     tune_process()
     from bench.device import has_gpu
     from gridcap.common.captions.folder import FolderImages
@@ -90,8 +94,8 @@ def ours(photos: str, store: str) -> float:
     from gridcap.extract.job import ExtractionRequest, prepare
     from gridcap.extract.run import extract_features
 
-    best = {"extract.jpeg_decoder": "nvjpeg", "extract.compile": "on"} if has_gpu() else {}
-    config = load_config(None, {"extract.weights": "random", **best})
+    fastest = {"extract.jpeg_decoder": "nvjpeg", "extract.compile": "on"} if has_gpu() else {}
+    config = load_config(None, {"extract.weights": "random", **fastest})
     folder = Path(store)
     images = Path(photos)
     request = ExtractionRequest(config, "bench", FolderImages(images), images, folder / "bench.h5")
@@ -100,8 +104,8 @@ def ours(photos: str, store: str) -> float:
     return summary.encoded / summary.running
 
 
-def naive(photos: str, count: int) -> float:
-    """What a first script does."""
+def baseline(photos: str, count: int) -> float:
+    """Return images per second of a simple loop with torchvision."""
     import numpy as np
     import torch
     from PIL import Image
@@ -113,23 +117,23 @@ def naive(photos: str, count: int) -> float:
     model = models.inception_v3(weights=None, init_weights=False).eval().to(device)
     grids: list[torch.Tensor] = []
     model.Mixed_7c.register_forward_hook(lambda *parts: grids.append(parts[2]))
-    prepared = transforms.Compose(
+    preprocess = transforms.Compose(
         [transforms.Resize((299, 299)), transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)]
     )
-    out = Path(photos).parent / "naive"
+    out = Path(photos).parent / "baseline"
     out.mkdir(exist_ok=True)
-    begin = 0.0
+    start = 0.0
     for i, path in enumerate(sorted(Path(photos).iterdir())[: count + 2]):
-        if i == 2:  # the first two are warm-up
-            begin = time.perf_counter()
+        if i == 2:  # the first two are warmup
+            start = time.perf_counter()
         with torch.no_grad():
-            model(prepared(Image.open(path).convert("RGB"))[None].to(device))
+            model(preprocess(Image.open(path).convert("RGB"))[None].to(device))
         np.save(out / path.stem, grids.pop()[0].permute(1, 2, 0).cpu().numpy())
-    return count / (time.perf_counter() - begin)
+    return count / (time.perf_counter() - start)
 
 
-def limit() -> float:
-    """Images a second if all of an image's arithmetic went as quickly as the best of its 3 x 3 convolutions."""
+def upper_bound() -> float:
+    """Return images per second if all arithmetic ran at the rate of the fastest 3 x 3 convolution."""
     tune_process()
     import torch
 
@@ -137,20 +141,20 @@ def limit() -> float:
     from gridcap.common.device import choose_device, choose_precision
 
     device = choose_device("auto")
-    kind, best = choose_precision("auto", device), 0.0
-    for side, channels, filters in SHAPES:
-        images = torch.randn(32, channels, side, side, device=device, dtype=kind)
-        layer = torch.nn.Conv2d(channels, filters, 3, padding=1, device=device, dtype=kind)
+    dtype, best = choose_precision("auto", device), 0.0
+    for side, channels, filters in CONVOLUTIONS:
+        images = torch.randn(32, channels, side, side, device=device, dtype=dtype)
+        layer = torch.nn.Conv2d(channels, filters, 3, padding=1, device=device, dtype=dtype)
         images = images.to(memory_format=torch.channels_last)
         layer = layer.to(memory_format=torch.channels_last)
         operations = 2 * 32 * side * side * channels * filters * 9
         with torch.inference_mode():
             best = max(best, device_rate(operations, partial(layer, images), device, 1.0))
-    return best / (GFLOP_AN_IMAGE * 1e9)
+    return best / (GFLOP_PER_IMAGE * 1e9)
 
 
 def forward(batch: int, compiled: bool) -> float:
-    """Images a second that the encoder makes of images that lie on the GPU already."""
+    """Return images per second of the encoder for images that are already on the GPU."""
     import torch
 
     from bench.device import device_rate
@@ -163,7 +167,7 @@ def forward(batch: int, compiled: bool) -> float:
 
 
 def decoding(photos: str) -> float:
-    """Images a second that nvJPEG decodes."""
+    """Return images per second of nvJPEG."""
     import torch
 
     from gridcap.extract.images.nvjpeg import load_images_gpu
@@ -174,24 +178,24 @@ def decoding(photos: str) -> float:
 
 
 def copying(photos: str) -> float:
-    """Images a second that could be copied to the GPU, and their grids back."""
+    """Return images per second when copying images to the GPU and grids back."""
     import torch
 
     images = torch.empty(256, 299, 299, 3, dtype=torch.uint8, pin_memory=True)
     grids = torch.empty(256, 8, 8, 2048, dtype=torch.float16, pin_memory=True)
-    far = grids.cuda()
+    gpu_grids = grids.cuda()
 
-    def both() -> None:
+    def copy() -> None:
         images.cuda(non_blocking=True)
-        grids.copy_(far, non_blocking=True)
+        grids.copy_(gpu_grids, non_blocking=True)
         torch.cuda.synchronize()
 
-    both()
-    return rate(256, both)
+    copy()
+    return rate(256, copy)
 
 
 def writing(photos: str) -> float:
-    """Images a second that go into shards, checked and brought to the disk, by as many threads as the worker has."""
+    """Return images per second of the shard writers, including checksums and fsync, with the default thread count."""
     from bench.inputs import make_grids
     from gridcap.common.store.shard_format import GridLayout, ShardSpec
     from gridcap.common.store.shard_writer import ShardWriter
@@ -204,13 +208,13 @@ def writing(photos: str) -> float:
         images = [(i, f"{i}.jpg") for i in range(rows)]
         spec = ShardSpec(images, GridLayout(grids.shape[1:], grids.dtype), {}, index=number, plan="bench")
         with ShardWriter(folder / f"{number}.h5", spec) as writer:
-            for start in range(0, rows, 64):
-                writer.write(start, grids, {})
+            for row in range(0, rows, 64):
+                writer.write(row, grids, {})
             writer.finish()
 
-    begin = time.perf_counter()
+    start = time.perf_counter()
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(write, range(2 * threads)))
-    took = time.perf_counter() - begin
+    seconds = time.perf_counter() - start
     shutil.rmtree(folder)
-    return 2 * threads * rows / took
+    return 2 * threads * rows / seconds

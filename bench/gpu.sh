@@ -1,8 +1,8 @@
 #!/bin/sh
-# Everything that wants an NVIDIA GPU, in one call of under nine minutes: the tests that need one, then the
-# measurements. Results and logs are files in the folder given as $1 (default: gpu-results).
-# Wants a Python with torch, torchvision and the packages of pyproject.toml: PYTHON=... (default: .venv/bin/python).
-# A part that fails or takes too long has left a log and the rows it had measured, and the rest goes on.
+# Run the tests and the benchmarks that need an NVIDIA GPU, in less than nine minutes.
+# Results and logs are written to the folder $1 (default: gpu-results).
+# Requires a Python with torch, torchvision, and the dependencies in pyproject.toml: PYTHON=... (default: .venv/bin/python).
+# A part that fails or times out leaves its log and the rows measured so far; the other parts still run.
 out=${1:-gpu-results}
 python=${PYTHON:-.venv/bin/python}
 mkdir -p "$out"
@@ -21,12 +21,12 @@ part() { # name, seconds, command ...
 
 nvidia-smi >"$out/nvidia-smi.txt" 2>&1
 $python -c 'import sys, torch, torchvision
-found = torch.cuda.is_available()
-name = torch.cuda.get_device_name() if found else "sees no GPU"
+available = torch.cuda.is_available()
+name = torch.cuda.get_device_name() if available else "no GPU"
 print("torch", torch.__version__, "torchvision", torchvision.__version__, name)
-sys.exit(not found)' || exit 1
+sys.exit(not available)' || exit 1
 part extraction 240 $python -m bench --quick --only extraction --output "$out/results.json"
-part tests 110 $python -m pytest -q tests/extract/test_encoder.py tests/extract/test_nvjpeg.py tests/train/test_gpu.py -k "gpu or cuda or nvjpeg"
+part tests 110 $python -m pytest -q tests/extract/encoders tests/extract/images tests/train/test_gpu.py -k "gpu or cuda or nvjpeg"
 part training 100 $python -m bench --quick --only training --output "$out/results.json"
 part decoding 70 $python -m bench --quick --only decoding --output "$out/results.json"
 echo "results: $out/results.json"

@@ -1,4 +1,4 @@
-"""What the benchmarks work on: photos, stores and captions of the real sizes, of nothing in particular."""
+"""Synthetic photos, feature stores, and captions of realistic sizes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 from gridcap.common.store.shard_format import GridLayout, ShardSpec
 from gridcap.common.store.shard_writer import ShardWriter
 
-DIFFERENT = 50  # photos; the rest are links to them
+UNIQUE_PHOTOS = 50  # the other photos are hard links to these
 GRID = (8, 8, 2048)
 WORDS = [f"word{i}" for i in range(5000)]
 _PROVENANCE = {
@@ -26,31 +26,31 @@ _PROVENANCE = {
 
 
 def make_photos(folder: Path, count: int) -> Path:
-    """`count` JPEG files of 640 x 480 and about 150 kB each, as COCO's are: smooth shapes with some grain."""
+    """Write `count` JPEG files of 640 x 480 pixels and about 150 kB each, as in COCO: smooth shapes with noise."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for i in range(count):
         path = folder / f"{i:06}.jpg"
-        if i < DIFFERENT:
-            shapes = Image.fromarray(rng.integers(0, 256, (48, 64, 3), np.uint8)).resize(
+        if i < UNIQUE_PHOTOS:
+            smooth = Image.fromarray(rng.integers(0, 256, (48, 64, 3), np.uint8)).resize(
                 (640, 480), Image.Resampling.BICUBIC
             )
-            grain = rng.normal(0, 9, (480, 640, 1))
-            pixels = (np.asarray(shapes) + grain).clip(0, 255).astype(np.uint8)
+            noise = rng.normal(0, 9, (480, 640, 1))
+            pixels = (np.asarray(smooth) + noise).clip(0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(path, quality=92)
         else:
-            path.hardlink_to(folder / f"{i % DIFFERENT:06}.jpg")
+            path.hardlink_to(folder / f"{i % UNIQUE_PHOTOS:06}.jpg")
     return folder
 
 
 def make_grids(rows: int, seed: int = 0) -> np.ndarray:
-    """(rows, 8, 8, 2048) float16, half of it zero, as a ReLU leaves it."""
+    """Return float16 (rows, 8, 8, 2048) with half of the values zero, as after a ReLU."""
     values = np.random.default_rng(seed).standard_normal((rows, *GRID), np.float32)
     return np.maximum(values, 0).astype(np.float16)
 
 
 def make_store(path: Path, rows: int, dtype: str = "float16", split: str = "train") -> Path:
-    """A store in one file."""
+    """Write a store that consists of a single shard."""
     names = [f"{i:06}.jpg" for i in range(rows)]
     provenance = {**_PROVENANCE, "grid_shape": list(GRID), "dtype": dtype}
     layout = GridLayout(GRID, np.dtype(dtype))
@@ -63,14 +63,14 @@ def make_store(path: Path, rows: int, dtype: str = "float16", split: str = "trai
 
 
 def make_captions(path: Path, images: int, words: int = 11, per_image: int = 5) -> Path:
-    """A COCO captions file for such a store, of words from a vocabulary of 5000."""
+    """Write a COCO captions file for such a store, with a vocabulary of 5,000 words."""
     rng = np.random.default_rng(1)
-    drawn = (len(WORDS) * rng.random((images * per_image, words)) ** 3).astype(int)
+    sampled = (len(WORDS) * rng.random((images * per_image, words)) ** 3).astype(int)
     tree = {
         "images": [{"id": i, "file_name": f"{i:06}.jpg"} for i in range(images)],
         "annotations": [
             {"id": i, "image_id": i // per_image, "caption": " ".join(WORDS[word] for word in row)}
-            for i, row in enumerate(drawn.tolist())
+            for i, row in enumerate(sampled.tolist())
         ],
     }
     path.write_text(json.dumps(tree), encoding="utf-8")

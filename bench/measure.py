@@ -1,7 +1,7 @@
-"""What a measurement is: ours beside a baseline and a limit, taken in turns in the same run.
+"""Measurements: Gridcap, a baseline, and an upper bound, alternating within the same run.
 
-These machines are shared and noisy, so nothing is compared with a number from another day: a round runs all sides
-one after the other, a ratio is taken within each round, and the median of the rounds counts.
+Benchmark machines are shared and noisy, so results are never compared across runs: every round runs all variants one
+after the other, ratios are computed within a round, and the median over the rounds is reported.
 """
 
 from __future__ import annotations
@@ -26,97 +26,95 @@ LIBRARIES = ("torch", "torchvision", "numpy", "h5py", "pillow")
 
 @dataclass
 class Row:
-    """One line of the table.
+    """One line of the results table.
 
     Attributes:
-        part: which of the benchmarks it belongs to.
+        part: benchmark that the row belongs to.
         name: what was measured.
-        unit: of the values: "images/s", "captions/s" (more is better), "s", "MiB" (less is better), "share".
-        ours, baseline, limit: a value a round; the last two may be empty.
-        baseline_is, limit_is: what they are, in a few words.
-        wanted: the bars: "value", "of baseline", "of limit", "at most" -> number.
-        note: what else a reader must know.
+        unit: unit of the values: "images/s" or "captions/s" (higher is better), "s", "MiB", or "fraction".
+        values, baseline, upper_bound: one value per round; the last two may be empty.
+        baseline_name, upper_bound_name: short descriptions.
+        targets: "minimum", "maximum", "speedup", or "fraction of upper bound" -> number.
+        note: further conditions of the measurement.
     """
 
     part: str
     name: str
     unit: str
-    ours: list[float]
+    values: list[float]
     baseline: list[float] = field(default_factory=list)
-    limit: list[float] = field(default_factory=list)
-    baseline_is: str = ""
-    limit_is: str = ""
-    wanted: dict[str, float] = field(default_factory=dict)
+    upper_bound: list[float] = field(default_factory=list)
+    baseline_name: str = ""
+    upper_bound_name: str = ""
+    targets: dict[str, float] = field(default_factory=dict)
     note: str = ""
 
-    def found(self) -> dict[str, float]:
-        """What stands beside `wanted`, under the same names."""
-        values = {"value": statistics.median(self.ours), "at most": statistics.median(self.ours)}
-        for name, other in (("of baseline", self.baseline), ("of limit", self.limit)):
+    def results(self) -> dict[str, float]:
+        """Return the measured medians under the keys of `targets`."""
+        median = statistics.median(self.values)
+        results = {"minimum": median, "maximum": median}
+        for name, other in (("speedup", self.baseline), ("fraction of upper bound", self.upper_bound)):
             if other:
-                values[name] = statistics.median(a / b for a, b in zip(self.ours, other, strict=True))
-        return values
+                results[name] = statistics.median(a / b for a, b in zip(self.values, other, strict=True))
+        return results
 
     def missed(self) -> list[str]:
-        """The bars that were not reached."""
-        found = self.found()
+        """Return the names of the missed targets."""
+        results = self.results()
         return [
-            name for name, bar in self.wanted.items() if (found[name] > bar if name == "at most" else found[name] < bar)
+            name
+            for name, target in self.targets.items()
+            if (results[name] > target if name == "maximum" else results[name] < target)
         ]
 
 
-def rounds(count: int, sides: Mapping[str, Callable[[], float]]) -> dict[str, list[float]]:
-    """Call every side `count` times, in turns."""
-    values: dict[str, list[float]] = {name: [] for name in sides}
+def run_rounds(count: int, variants: Mapping[str, Callable[[], float]]) -> dict[str, list[float]]:
+    """Call every variant `count` times, alternating between them, and return the values by variant."""
+    values: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(count):
-        for name, side in sides.items():
-            values[name].append(side())
+        for name, variant in variants.items():
+            values[name].append(variant())
     return values
 
 
-def rate(items: int, work: Callable[[], object], least_seconds: float = 1.0) -> float:
-    """Items a second: `work`, which does `items` of them, repeated for as long as it takes to be sure."""
-    done, begin = 0, time.perf_counter()
+def rate(items: int, work: Callable[[], object], min_seconds: float = 1.0) -> float:
+    """Return items per second of `work`, which processes `items` per call and is repeated for `min_seconds`."""
+    done, start = 0, time.perf_counter()
     while True:
         work()
         done += items
-        if (took := time.perf_counter() - begin) >= least_seconds:
-            return done / took
+        if (seconds := time.perf_counter() - start) >= min_seconds:
+            return done / seconds
 
 
-def fresh(function: str, *arguments: Any, threads: int | None = None) -> Any:
-    """Call "module:function" with JSON arguments in a process of its own, and give what it returns.
+def call_in_process(function: str, *arguments: Any) -> Any:
+    """Call "module:function" with JSON arguments in a new process and return its JSON result.
 
-    Args:
-        threads: that torch may use there; None leaves it to torch.
+    Raises:
+        RuntimeError: the process failed; the message ends with its stderr.
     """
     module, _, name = function.partition(":")
     code = f"import json, sys; from {module} import {name}; print(json.dumps({name}(*json.loads(sys.argv[1]))))"
-    environment = os.environ if threads is None else {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(
-        [sys.executable, "-c", code, json.dumps(arguments, default=str)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, "-c", code, json.dumps(arguments, default=str)], capture_output=True, text=True, check=False
     )
     if done.returncode:
-        raise RuntimeError(f"{function}{arguments}: ended with {done.returncode}\n{done.stderr[-2000:]}")
+        raise RuntimeError(f"{function}{arguments}: exit status {done.returncode}\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def machine() -> dict[str, Any]:
-    """Where this is measured, and with what."""
+def describe_machine() -> dict[str, Any]:
+    """Return the hardware and the library versions of this machine."""
     import torch
 
     with open("/proc/meminfo") as file:
         memory = int(file.readline().split()[1]) / 2**20
     flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")).split()
     return {
-        "processor": processor(),
+        "processor": processor_name(),
         "cores": os.cpu_count(),
         "memory (GiB)": round(memory),
-        "arithmetic": sorted(flag for flag in flags if flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16")),
+        "instruction sets": sorted(flag for flag in flags if flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16")),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
         "system": platform.platform(),
@@ -125,25 +123,25 @@ def machine() -> dict[str, Any]:
     }
 
 
-def processor() -> str:
-    """The processor's name, as Linux gives it."""
+def processor_name() -> str:
+    """Return the name of the processor as reported by Linux."""
     names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return names[0].partition(":")[2].strip() if names else platform.processor()
 
 
-def as_tree(where: Mapping[str, Any], rows: list[Row]) -> dict[str, Any]:
-    """What a results file holds."""
-    return {"machine": dict(where), "rows": [asdict(row) for row in rows]}
+def to_json(machine: Mapping[str, Any], rows: list[Row]) -> dict[str, Any]:
+    """Return the content of a results file."""
+    return {"machine": dict(machine), "rows": [asdict(row) for row in rows]}
 
 
-def read_rows(path: Path) -> tuple[dict[str, Any], list[Row]]:
-    """The machine and the rows of a results file.
+def read_results(path: Path) -> tuple[dict[str, Any], list[Row]]:
+    """Return the machine and the rows of a results file.
 
     Raises:
-        click.ClickException: it is no such file.
+        click.ClickException: the file is not a results file.
     """
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
         return tree["machine"], [Row(**row) for row in tree["rows"]]
     except (ValueError, KeyError, TypeError) as error:
-        raise click.ClickException(f"{path} is no results file of bench: name another, or remove it") from error
+        raise click.ClickException(f"{path} is not a results file of bench: pass another file, or delete it") from error

@@ -1,4 +1,4 @@
-"""Tables and picture of a results file: `python -m bench.plot FILE` puts them into docs/speed.md and README.md."""
+"""`python -m bench.plot FILE`: write the tables and the chart of a results file to docs/speed.md and README.md."""
 
 from __future__ import annotations
 
@@ -9,126 +9,140 @@ from typing import Any
 
 import click
 
-from bench.measure import Row, read_rows
+from bench.measure import Row, read_results
 
 PAGE = Path("docs/speed.md")
 README = Path("README.md")
 MARKS = ("<!-- bench: begin -->", "<!-- bench: end -->")
-_BARS = {
-    "value": "at least {}",
-    "at most": "at most {}",
-    "of baseline": "{} x the baseline",
-    "of limit": "{} of the limit",
+TARGETS = {
+    "minimum": "at least {}",
+    "maximum": "at most {}",
+    "speedup": "speedup {}",
+    "fraction of upper bound": "{} of the upper bound",
 }
 
 
-def number(value: float) -> str:
-    """Three digits that count."""
+def format_number(value: float) -> str:
+    """Format a number with three significant digits."""
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def cell(values: Sequence[float]) -> str:
-    """The median, and half of what lies between the lowest and the highest round."""
+def format_cell(values: Sequence[float]) -> str:
+    """Format the median of the rounds, and half of their range if there are several."""
     if not values:
         return ""
     spread = (max(values) - min(values)) / 2
-    return number(statistics.median(values)) + (f" ± {number(spread)}" if len(values) > 1 else "")
+    return format_number(statistics.median(values)) + (f" ± {format_number(spread)}" if len(values) > 1 else "")
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Markdown: a line a row, with the ratios to baseline and limit, and what was wanted."""
-    lines = ["| what | ours | baseline | ratio | limit | share | wanted |", "|---|---|---|---|---|---|---|"]
+def make_table(rows: Sequence[Row]) -> str:
+    """Return all rows as a Markdown table with ratios and targets."""
+    lines = [
+        "| measurement | Gridcap | baseline | speedup | upper bound | fraction of it | target |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
-        found, missed = row.found(), row.missed()
-        bars = [
-            _BARS[name].format(number(bar)) + (": **missed**" if name in missed else "")
-            for name, bar in row.wanted.items()
+        results, missed = row.results(), row.missed()
+        targets = [
+            TARGETS[name].format(format_number(target)) + (": **missed**" if name in missed else "")
+            for name, target in row.targets.items()
         ]
         cells = (
             row.name,
-            f"{cell(row.ours)} {row.unit}",
-            cell(row.baseline),
-            number(found["of baseline"]) if row.baseline else "",
-            cell(row.limit),
-            number(found["of limit"]) if row.limit else "",
-            "; ".join(bars),
+            f"{format_cell(row.values)} {row.unit}",
+            format_cell(row.baseline),
+            format_number(results["speedup"]) if row.baseline else "",
+            format_cell(row.upper_bound),
+            format_number(results["fraction of upper bound"]) if row.upper_bound else "",
+            "; ".join(targets),
         )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def short_table(rows: Sequence[Row]) -> str:
-    """Markdown: what has a baseline to be compared with by its rate, a line each."""
-    lines = ["| what | ours, a second | beside the usual way | share of the limit |", "|---|---|---|---|"]
+def make_short_table(rows: Sequence[Row]) -> str:
+    """Return the throughput rows that have a baseline as a Markdown table."""
+    lines = [
+        "| measurement | throughput | speedup over the baseline | fraction of the upper bound |",
+        "|---|---|---|---|",
+    ]
     for row in rows:
         if row.baseline and row.unit != "s":
-            found = row.found()
+            results = row.results()
             cells = (
                 row.name,
-                f"{number(statistics.median(row.ours))} {row.unit.removesuffix('/s')}",
-                f"{number(found['of baseline'])} × {row.baseline_is}",
-                f"{number(found['of limit'])} of {row.limit_is}" if row.limit else "",
+                f"{format_number(statistics.median(row.values))} {row.unit}",
+                f"{format_number(results['speedup'])} × ({row.baseline_name})",
+                f"{format_number(results['fraction of upper bound'])} ({row.upper_bound_name})"
+                if row.upper_bound
+                else "",
             )
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def explanations(rows: Sequence[Row]) -> str:
-    """What baseline and limit of each row are, and its note."""
+def make_notes(rows: Sequence[Row]) -> str:
+    """Return the baseline, the upper bound, and the note of each row as a Markdown list."""
     lines = []
     for row in rows:
         parts = [
-            f"baseline: {row.baseline_is}" if row.baseline_is else "",
-            f"limit: {row.limit_is}" if row.limit_is else "",
+            f"baseline: {row.baseline_name}" if row.baseline_name else "",
+            f"upper bound: {row.upper_bound_name}" if row.upper_bound_name else "",
+            row.note,
         ]
-        if said := "; ".join(part for part in (*parts, row.note) if part):
-            lines.append(f"* {row.name}: {said}.")
+        if text := "; ".join(part for part in parts if part):
+            lines.append(f"* {row.name}: {text}.")
     return "\n".join(lines) + "\n"
 
 
-def machine_line(where: dict[str, Any]) -> str:
-    """The machine in a sentence."""
-    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+def describe(machine: dict[str, Any]) -> str:
+    """Return a sentence about the machine and the library versions."""
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     return (
-        f"Measured on {where['gpu'] or 'the CPU'} ({where['processor']}, {where['cores']} cores, "
-        f"{', '.join(where['arithmetic'])}, {where['memory (GiB)']} GiB), {where['threads']} threads, "
-        f"Python {where['python']}, {versions}."
+        f"Measured on {machine['gpu'] or 'the CPU'} ({machine['processor']}, {machine['cores']} cores, "
+        f"{', '.join(machine['instruction sets'])}, {machine['memory (GiB)']} GiB), {machine['threads']} threads, "
+        f"Python {machine['python']}, {versions}."
     )
 
 
-def draw(rows: Sequence[Row], path: Path) -> None:
-    """Bars: how many times the baseline, and which share of the limit."""
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Write a bar chart of the speedups and of the fractions of the upper bound."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = [("of baseline", "times the baseline"), ("of limit", "share of the limit")]
-    rates = [row for row in rows if row.unit != "s"]  # of which more is better
-    chosen = [[row for row in rates if name in row.found()] for name, _ in panels]
-    height = 1.2 + 0.32 * max(map(len, chosen), default=1)
+    panels = [("speedup", "speedup over the baseline"), ("fraction of upper bound", "fraction of the upper bound")]
+    throughputs = [row for row in rows if row.unit != "s"]  # higher is better
+    selected = [[row for row in throughputs if name in row.results()] for name, _ in panels]
+    height = 1.2 + 0.32 * max(map(len, selected), default=1)
     figure, axes = pyplot.subplots(1, 2, figsize=(12, height), layout="constrained")
-    for axis, (name, title), some in zip(axes, panels, chosen, strict=True):
-        values = [row.found()[name] for row in some]
-        axis.barh(range(len(some)), values, color="#3b6ea5")
-        for place, (row, value) in enumerate(zip(some, values, strict=True)):
-            inside = {"va": "center", "fontsize": 8, "color": "white"}  # at the bar's end the mark would cross it
-            axis.annotate(number(value), (0, place), (4, 0), textcoords="offset points", **inside)
-            if name in row.wanted:
-                axis.plot([row.wanted[name]] * 2, [place - 0.4, place + 0.4], color="#c0392b", linewidth=2)
-        axis.set_yticks(range(len(some)), [row.name for row in some], fontsize=8)
-        axis.invert_yaxis()
-        axis.margins(x=0.15)
-        axis.set_title(f"{title} (red: what was wanted)", fontsize=10)
+    for axis, (name, title), chosen in zip(axes, panels, selected, strict=True):
+        _draw_bars(axis, name, chosen)
+        axis.set_title(f"{title} (red: target)", fontsize=10)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
+def _draw_bars(axis: Any, name: str, rows: Sequence[Row]) -> None:
+    values = [row.results()[name] for row in rows]
+    axis.barh(range(len(rows)), values, color="#3b6ea5")
+    for position, (row, value) in enumerate(zip(rows, values, strict=True)):
+        # Numbers are inside the bars: at their ends they would cross the target marks.
+        style = {"va": "center", "fontsize": 8, "color": "white"}
+        axis.annotate(format_number(value), (0, position), (4, 0), textcoords="offset points", **style)
+        if name in row.targets:
+            axis.plot([row.targets[name]] * 2, [position - 0.4, position + 0.4], color="#c0392b", linewidth=2)
+    axis.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
+    axis.invert_yaxis()
+    axis.margins(x=0.15)
+
+
 def between_marks(page: str, text: str) -> str:
-    """A page with its measured part replaced.
+    """Return a page with the text between the marks replaced.
 
     Raises:
-        ValueError: the page has no such marks.
+        ValueError: the page does not contain the marks.
     """
     before, begin, rest = page.partition(MARKS[0])
     _, end, after = rest.partition(MARKS[1])
@@ -142,21 +156,21 @@ def between_marks(page: str, text: str) -> str:
 @click.option("--page", type=click.Path(path_type=Path, exists=True), default=PAGE, show_default=True)
 @click.option("--readme", type=click.Path(path_type=Path, exists=True), default=README, show_default=True)
 def main(results: Path, page: Path, readme: Path) -> None:
-    """Put the table and the picture of a results file into the page, and what is compared into the README."""
-    where, rows = read_rows(results)
-    picture = page.with_suffix(".png")
-    machine = machine_line(where)
-    whole = f"{machine}\n\n{table(rows)}\n{explanations(rows)}\n![ratios]({picture.name})\n"
+    """Write the full table and the chart of a results file to PAGE, and a short table to README."""
+    machine, rows = read_results(results)
+    chart = page.with_suffix(".png")
+    sentence = describe(machine)
+    full = f"{sentence}\n\n{make_table(rows)}\n{make_notes(rows)}\n![ratios]({chart.name})\n"
     texts = {}
-    for path, text in ((page, whole), (readme, f"{machine}\n\n{short_table(rows)}")):
+    for path, text in ((page, full), (readme, f"{sentence}\n\n{make_short_table(rows)}")):
         try:
             texts[path] = between_marks(path.read_text(encoding="utf-8"), text)
         except ValueError as error:
             raise click.ClickException(f"{path}: {error}") from error
-    draw(rows, picture)
+    plot(rows, chart)
     for path, text in texts.items():
         path.write_text(text, encoding="utf-8")
-    click.echo(f"done: {page}, {picture}, {readme}")
+    click.echo(f"done: {page}, {chart}, {readme}")
 
 
 if __name__ == "__main__":

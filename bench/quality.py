@@ -1,12 +1,12 @@
-"""What every recipe reaches on a small data set of real photos, and what each ingredient is worth.
+"""Quality of all recipes on a small dataset of real photos, and ablations.
 
     python -m bench.quality --features features/ --annotations captions/ --output results/
 
-Needs stores train.h5, val.h5, test.h5 and captions_train.json, captions_val.json, captions_test.json of a data set
-that is small: some thousand photos. Every recipe is trained with several seeds, with cross-entropy and then
-self-critically; the checkpoint is chosen on val, and test is looked at once, at the end. The recipes' sizes are
-those for COCO; SMALL makes them fit a few thousand images and a CPU, alike for all. Scores are kept in a file: the
-same command goes on where it was stopped.
+Requires the stores train.h5, val.h5, test.h5 and the captions files captions_train.json, captions_val.json,
+captions_test.json of a dataset with a few thousand photos. Every recipe is trained with several seeds, first with
+cross-entropy and then with SCST. The checkpoint is selected on val, and test is evaluated once at the end. The recipes
+have the sizes for COCO; SMALL adapts all of them in the same way to a few thousand images and a CPU. Scores are stored
+in a file; rerun the command to resume.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any
 import click
 import yaml
 
-from bench.measure import processor
+from bench.measure import processor_name
 from gridcap.common.files import write_json
 
 RECIPES = (
@@ -59,7 +59,7 @@ SMALL = {
 }
 RECURRENT = {"train.decoder.hidden_size": 256}
 ATTENTION = {**RECURRENT, "train.decoder.attention_size": 96}
-OWN: dict[str, dict[str, Any]] = {  # what the small size of each recipe's decoder is
+SMALL_DECODERS: dict[str, dict[str, Any]] = {  # decoder sizes per recipe
     "lstm-init": RECURRENT,
     "show-and-tell": RECURRENT,
     "lstm-inject": RECURRENT,
@@ -68,8 +68,12 @@ OWN: dict[str, dict[str, Any]] = {  # what the small size of each recipe's decod
     "att2in": {
         **ATTENTION,
         "train.decoder.output_layer": "deep",
-    },  # words straight from the context: learns much sooner
-    "top-down": {**ATTENTION, "train.decoder.output_layer": "deep", "train.epochs": 16},  # two LSTMs learn more slowly
+    },  # logits computed from the context vector too: converges much faster
+    "top-down": {
+        **ATTENTION,
+        "train.decoder.output_layer": "deep",
+        "train.epochs": 16,
+    },  # two LSTMs converge more slowly
     "transformer": {
         "train.decoder.layers": 2,
         "train.decoder.feedforward_size": 512,
@@ -85,7 +89,9 @@ LONGER = {
     "train.decoder.hidden_size": 512,
     "train.decoder.dropout": 0.5,
 }
-LARGER: dict[str, dict[str, Any]] = {  # one without attention, two with: five times the steps, four times the size
+LARGER: dict[
+    str, dict[str, Any]
+] = {  # one recipe without attention, two with: five times the steps, four times the size
     "lstm-inject": LONGER,
     "att2in": {**LONGER, "train.decoder.attention_size": 256},
     "top-down": {**LONGER, "train.decoder.attention_size": 256, "train.epochs": 16},
@@ -99,19 +105,19 @@ SCST = {
     "train.max_grad_norm": 5.0,
     "train.scst.temperature": 0.5,
 }
-SHORTER = tuple(recipe for recipe in RECIPES if "train.epochs" in OWN[recipe])  # also with the epochs of the others
-BASE = "att2in"  # the one that ingredients are taken from or added to
-INGREDIENTS: dict[str, dict[str, Any]] = {
-    "words from the state alone": {"train.decoder.output_layer": "hidden"},
+SHORTER = tuple(
+    recipe for recipe in RECIPES if "train.epochs" in SMALL_DECODERS[recipe]
+)  # also trained with the number of epochs of the others
+BASE = "att2in"  # recipe for the ablations
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "hidden output layer": {"train.decoder.output_layer": "hidden"},
     "without label smoothing": {"train.label_smoothing": 0.0},
-    "without weight averaging": {"train.ema_decay": 0.0},
-    "with scheduled sampling to 0.25": {
-        "train.scheduled_sampling": "{max_prob: 0.25, prob_step: 0.05, step_epochs: 1}"
-    },
-    "one caption an image and pass": {"train.captions_per_image": 1},
+    "without EMA": {"train.ema_decay": 0.0},
+    "with scheduled sampling up to 0.25": {"train.scheduled_sampling": "{max_prob: 0.25, prob_step: 0.05, step_epochs: 1}"},
+    "one caption per image and epoch": {"train.captions_per_image": 1},
 }
-INGREDIENT_SEEDS = 2
-# For comparison: the recipe as it stands, that is Rennie et al.'s settings, with our decoder and with the known one.
+ABLATION_SEEDS = 2
+# For comparison: the settings of Rennie et al. (the recipe without SMALL), with our decoder and the reference decoder.
 PUBLISHED = (
     "--recipe",
     BASE,
@@ -122,131 +128,150 @@ PUBLISHED = (
     "--set",
     "train.max_length=16",
 )
-SEARCHES = {  # how the test images are captioned
+DECODINGS = {  # options of evaluate-decoder for the test images
     "1": ("--beam-size", "1"),
     "3": ("--beam-size", "3"),
-    "consensus": ("--beam-size", "15", "--mbr"),
+    "mbr": ("--beam-size", "15", "--mbr"),
 }
 RESULTS = Path("bench/results/quality.json")
 
 
 @dataclass(frozen=True)
-class Trained:
-    """One run and how it is made.
+class Folders:
+    """Input and output paths.
 
     Attributes:
-        row: its name in the table.
-        seed: of the run.
-        arguments: of train-decoder, beside data, output and seed.
-        source: the run it goes on from, for self-critical training.
-        known: with the decoder of `bench.known` in place of ours.
+        features: folder of the feature stores.
+        annotations: folder of the captions files.
+        output: folder of the runs.
+        results: JSON file of the scores. Runs stored there with the same arguments are not trained again.
+    """
+
+    features: Path
+    annotations: Path
+    output: Path
+    results: Path
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run.
+
+    Attributes:
+        row: name of its row in the table.
+        seed: random seed.
+        arguments: arguments of train-decoder except data, output, and seed.
+        source: run whose decoder SCST starts from.
+        reference: whether to use the decoder of `bench.reference` instead of ours.
     """
 
     row: str
     seed: int
     arguments: tuple[str, ...]
-    source: Trained | None = None
-    known: bool = False
+    source: Run | None = None
+    reference: bool = False
 
     @property
     def name(self) -> str:
-        """The name of its folder."""
+        """Name of the output folder."""
         return f"{self.row.replace(' ', '-')}-{self.seed}"
 
 
-def plan(recipes: Sequence[str], seeds: int, ingredients: bool) -> list[Trained]:
-    """Every run: all with cross-entropy, then what goes on from them, then the ingredients."""
+def plan_runs(recipes: Sequence[str], seeds: int, ablations: bool) -> list[Run]:
+    """Return all runs: cross-entropy, then SCST starting from them, then the ablations."""
     small = [
-        Trained(recipe, seed, ("--recipe", recipe, *_sets(SMALL | OWN[recipe])))
+        Run(recipe, seed, ("--recipe", recipe, *_set_flags(SMALL | SMALL_DECODERS[recipe])))
         for seed in range(seeds)
         for recipe in recipes
     ]
     larger = [
-        Trained(f"{recipe}, larger", seed, ("--recipe", recipe, *_sets(SMALL | OWN[recipe] | LARGER[recipe])))
+        Run(
+            f"{recipe}, larger",
+            seed,
+            ("--recipe", recipe, *_set_flags(SMALL | SMALL_DECODERS[recipe] | LARGER[recipe])),
+        )
         for seed in range(seeds)
         for recipe in recipes
         if recipe in LARGER
     ]
     runs = small + larger
-    runs += [Trained(f"{run.row} + SCST", run.seed, ("--scst", *_sets(SCST)), run) for run in (*small, *larger)]
+    runs += [Run(f"{run.row} + SCST", run.seed, ("--scst", *_set_flags(SCST)), run) for run in (*small, *larger)]
     epochs = SMALL["train.epochs"]
     runs += [
-        Trained(
+        Run(
             f"{recipe}, {epochs} epochs",
             seed,
-            ("--recipe", recipe, *_sets(SMALL | OWN[recipe] | {"train.epochs": epochs})),
+            ("--recipe", recipe, *_set_flags(SMALL | SMALL_DECODERS[recipe] | {"train.epochs": epochs})),
         )
         for seed in range(seeds)
         for recipe in recipes
         if recipe in SHORTER
     ]
     if BASE in recipes:
-        runs.append(Trained(f"{BASE}, as published", 0, PUBLISHED))
-        runs += [Trained(f"{BASE}, as known", seed, PUBLISHED, known=True) for seed in range(seeds)]
-    for seed in range(min(seeds, INGREDIENT_SEEDS) if ingredients else 0):
-        for text, change in INGREDIENTS.items():
-            settings = SMALL | OWN[BASE] | change
-            runs.append(Trained(f"{BASE}, {text}", seed, ("--recipe", BASE, *_sets(settings))))
+        runs.append(Run(f"{BASE}, as published", 0, PUBLISHED))
+        runs += [Run(f"{BASE}, reference implementation", seed, PUBLISHED, reference=True) for seed in range(seeds)]
+    for seed in range(min(seeds, ABLATION_SEEDS) if ablations else 0):
+        for text, change in ABLATIONS.items():
+            settings = SMALL | SMALL_DECODERS[BASE] | change
+            runs.append(Run(f"{BASE}, {text}", seed, ("--recipe", BASE, *_set_flags(settings))))
     return runs
 
 
-def _sets(values: dict[str, Any]) -> tuple[str, ...]:
+def _set_flags(values: dict[str, Any]) -> tuple[str, ...]:
     return tuple(part for key, value in values.items() for part in ("--set", f"{key}={value}"))
 
 
 class Quality:
-    """Trains and evaluates runs, each in processes of its own, and keeps their scores in a file.
+    """Train and evaluate runs in separate processes and store their scores in a file.
 
     Args:
-        features, annotations: folders of the stores and the captions files.
-        output: folder of the runs.
-        results: JSON file with the scores; runs that stand in it with the same arguments are not trained again.
-        threads: of each process.
+        folders: input and output paths.
+        threads: number of threads per process.
     """
 
-    def __init__(self, features: Path, annotations: Path, output: Path, results: Path, threads: int) -> None:
-        self._features, self._annotations, self._output, self._results = features, annotations, output, results
+    def __init__(self, folders: Folders, threads: int) -> None:
+        self._folders = folders
         self._environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        self._ended: dict[str, threading.Event] = {}
+        self._finished: dict[str, threading.Event] = {}
         self._lock = threading.Lock()
         self.scores: dict[str, dict[str, Any]] = {}
-        if results.exists():
-            self.scores = json.loads(results.read_text(encoding="utf-8"))["runs"]
+        if folders.results.exists():
+            self.scores = json.loads(folders.results.read_text(encoding="utf-8"))["runs"]
 
-    def found(self, run: Trained) -> dict[str, dict[str, float]]:
-        """The scores of it that are there, by the name of the search; of other arguments none."""
-        kept = self.scores.get(run.name, {})
-        return kept["beam"] if kept.get("arguments") == [*run.arguments] else {}
+    def scores_of(self, run: Run) -> dict[str, dict[str, float]]:
+        """Return the stored scores of a run by decoding; empty if they are for other arguments."""
+        stored = self.scores.get(run.name, {})
+        return stored["metrics"] if stored.get("arguments") == [*run.arguments] else {}
 
-    def is_done(self, run: Trained) -> bool:
-        """Whether its scores are there; those of a new search are wanted only of what is still in its folder."""
-        found = set(self.found(run))
-        return found >= set(SEARCHES) or (bool(found) and not self._is_trained(run))
+    def is_done(self, run: Run) -> bool:
+        """Return whether all scores are stored; a missing decoding counts only if the decoder still exists."""
+        stored = set(self.scores_of(run))
+        return stored >= set(DECODINGS) or (bool(stored) and not self._is_trained(run))
 
-    def run(self, runs: Sequence[Trained], jobs: int) -> None:
-        """Do all that is not done yet, `jobs` at a time; a run that others go on from must be in its folder."""
+    def run(self, runs: Sequence[Run], jobs: int) -> None:
+        """Run everything that is not done yet, `jobs` runs at a time, and retrain missing sources of SCST runs."""
         needed = {run.source for run in runs if run.source is not None and not self.is_done(run)}
         todo = [run for run in runs if not self.is_done(run) or (run in needed and not self._is_trained(run))]
-        self._ended = {run.name: threading.Event() for run in todo}
+        self._finished = {run.name: threading.Event() for run in todo}
         with ThreadPoolExecutor(jobs) as pool:
-            for done in [pool.submit(self._one, run) for run in todo]:
+            for done in [pool.submit(self._train_and_evaluate, run) for run in todo]:
                 done.result()
 
-    def _is_trained(self, run: Trained) -> bool:
-        folder = self._output / run.name
+    def _is_trained(self, run: Run) -> bool:
+        folder = self._folders.output / run.name
         if not (folder / "metrics.jsonl").exists():
             return False
         epochs = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["train"]["epochs"]
         rows = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         return bool(rows) and json.loads(rows[-1])["epoch"] == epochs
 
-    def _one(self, run: Trained) -> None:
+    def _train_and_evaluate(self, run: Run) -> None:
         try:
-            if run.source is not None and run.source.name in self._ended:  # else it was there before
-                self._ended[run.source.name].wait()
-            folder = self._output / run.name
+            if run.source is not None and run.source.name in self._finished:  # otherwise it was trained before
+                self._finished[run.source.name].wait()
+            folder = self._folders.output / run.name
             if not self._is_trained(run):
-                source = () if run.source is None else ("--init-from", str(self._output / run.source.name))
+                source = () if run.source is None else ("--init-from", str(self._folders.output / run.source.name))
                 resume = ("--resume",) if (folder / "config.yaml").exists() else ()
                 self._command(
                     "train_decoder",
@@ -262,25 +287,25 @@ class Quality:
                     *source,
                     *resume,
                 )
-            scores = {name: self._evaluate(run, name) for name in SEARCHES}
+            scores = {name: self._evaluate(run, name) for name in DECODINGS}
             with self._lock:
-                machine = {"platform": platform.platform(), "processor": processor(), "cores": os.cpu_count()}
+                machine = {"platform": platform.platform(), "processor": processor_name(), "cores": os.cpu_count()}
                 self.scores[run.name] = {
                     "row": run.row,
                     "seed": run.seed,
                     "arguments": [*run.arguments],
                     "machine": machine,
-                    "beam": scores,
+                    "metrics": scores,
                 }
-                self._results.parent.mkdir(parents=True, exist_ok=True)
-                write_json(self._results, {"runs": self.scores})
-            click.echo(f"{run.name}: " + ", ".join(f"{name}: CIDEr {scores[name]['CIDEr']:.3f}" for name in SEARCHES))
+                self._folders.results.parent.mkdir(parents=True, exist_ok=True)
+                write_json(self._folders.results, {"runs": self.scores})
+            click.echo(f"{run.name}: " + ", ".join(f"{name}: CIDEr {scores[name]['CIDEr']:.3f}" for name in DECODINGS))
         finally:
-            self._ended[run.name].set()
+            self._finished[run.name].set()
 
-    def _evaluate(self, run: Trained, search: str) -> dict[str, float]:
-        folder = self._output / run.name
-        result = folder / f"test-{search}.json"
+    def _evaluate(self, run: Run, decoding: str) -> dict[str, float]:
+        folder = self._folders.output / run.name
+        result = folder / f"test-{decoding}.json"
         if not result.exists():
             self._command(
                 "evaluate_decoder",
@@ -289,93 +314,89 @@ class Quality:
                 "--checkpoint",
                 str(folder),
                 *self._data("test", ""),
-                *SEARCHES[search],
+                *DECODINGS[decoding],
                 "--output",
                 str(result),
             )
-        found: dict[str, float] = json.loads(result.read_text(encoding="utf-8"))["metrics"]
-        return found
+        metrics: dict[str, float] = json.loads(result.read_text(encoding="utf-8"))["metrics"]
+        return metrics
 
     def _data(self, split: str, prefix: str) -> tuple[str, ...]:
         return (
             f"--{prefix}features",
-            str(self._features / f"{split}.h5"),
+            str(self._folders.features / f"{split}.h5"),
             f"--{prefix}annotations",
-            str(self._annotations / f"captions_{split}.json"),
+            str(self._folders.annotations / f"captions_{split}.json"),
         )
 
-    def _command(self, function: str, module: str, run: Trained, *arguments: str) -> None:
+    def _command(self, function: str, module: str, run: Run, *arguments: str) -> None:
         code = f"from {module} import {function}; {function}()"
-        if run.known:
-            code = f"from bench.known import stand_in; stand_in(); {code}"
-        log = self._output / "logs" / f"{run.name}.{function}.txt"
+        if run.reference:
+            code = f"from bench.reference import patch_attention_decoder; patch_attention_decoder(); {code}"
+        log = self._folders.output / "logs" / f"{run.name}.{function}.txt"
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as file:
             done = subprocess.run(
                 [sys.executable, "-c", code, *arguments], env=self._environment, stdout=file, stderr=file, check=False
             )
         if done.returncode:
-            raise click.ClickException(f"{' '.join(arguments)}: ended with {done.returncode}, see {log}")
+            raise click.ClickException(f"{' '.join(arguments)}: exit status {done.returncode}, see {log}")
 
 
-def table(quality: Quality, runs: Sequence[Trained]) -> str:
-    """Mean and standard deviation over the seeds, as Markdown; CIDEr, BLEU, METEOR and ROUGE times 100.
+def make_table(quality: Quality, runs: Sequence[Run]) -> str:
+    """Return mean and standard deviation over the seeds as a Markdown table; perplexity is unscaled, others are x100.
 
-    A number in parentheses says of how many seeds a score is, where not all have it.
+    A number in parentheses is the number of seeds with that score if some lack it.
     """
     lines = [
-        "| recipe | seeds | CIDEr, greedy | CIDEr, beam 3 | CIDEr, consensus of 15 | BLEU-4, beam 3 | METEOR | ROUGE-L "
+        "| recipe | seeds | CIDEr, greedy | CIDEr, beam 3 | CIDEr, MBR of 15 | BLEU-4, beam 3 | METEOR | ROUGE-L "
         "| perplexity |"
     ]
     lines.append("|---|---|---|---|---|---|---|---|---|")
     for name in dict.fromkeys(run.row for run in runs):
-        found = [scores for run in runs if run.row == name and (scores := quality.found(run))]
-        if not found:
+        stored = [scores for run in runs if run.row == name and (scores := quality.scores_of(run))]
+        if not stored:
             continue
         cells = []
-        for search, metric, scale in (
+        for decoding, metric, scale in (
             ("1", "CIDEr", 100),
             ("3", "CIDEr", 100),
-            ("consensus", "CIDEr", 100),
+            ("mbr", "CIDEr", 100),
             ("3", "BLEU-4", 100),
             ("3", "METEOR", 100),
             ("3", "ROUGE-L", 100),
             ("3", "perplexity", 1),
         ):
-            values = [scores[search][metric] * scale for scores in found if metric in scores.get(search, {})]
+            values = [scores[decoding][metric] * scale for scores in stored if metric in scores.get(decoding, {})]
             spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            fewer = f" ({len(values)})" if len(values) < len(found) else ""
+            fewer = f" ({len(values)})" if len(values) < len(stored) else ""
             cells.append(f"{statistics.mean(values):.1f}{spread}{fewer}" if values else "")
-        lines.append(f"| {name} | {len(found)} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name} | {len(stored)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 @click.command()
-@click.option("--features", type=click.Path(path_type=Path, exists=True), required=True, help="Folder of the stores.")
-@click.option("--annotations", type=click.Path(path_type=Path, exists=True), required=True, help="Folder of captions.")
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder of the runs.")
-@click.option("--results", type=click.Path(path_type=Path), default=RESULTS, show_default=True, help="Scores, JSON.")
-@click.option("--recipe", "recipes", multiple=True, type=click.Choice(RECIPES), help="Only these  [default: all]")
-@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Runs of each recipe.")
-@click.option("--jobs", type=click.IntRange(1), default=os.cpu_count() or 1, help="Runs at a time, a core each.")
-@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads of each run.")
-@click.option("--ingredients/--no-ingredients", default=True, show_default=True, help="The ablations too.")
-def main(
-    features: Path,
-    annotations: Path,
-    output: Path,
-    results: Path,
-    recipes: tuple[str, ...],
-    seeds: int,
-    jobs: int,
-    threads: int,
-    ingredients: bool,
-) -> None:
-    """Train and evaluate every recipe; print the table that stands in docs/recipes.md."""
-    runs = plan(recipes or RECIPES, seeds, ingredients)
-    quality = Quality(features, annotations, output, results, threads)
+@click.option(
+    "--features", type=click.Path(path_type=Path, exists=True), required=True, help="Folder of the feature stores."
+)
+@click.option(
+    "--annotations", type=click.Path(path_type=Path, exists=True), required=True, help="Folder of the captions files."
+)
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="Output folder of the runs.")
+@click.option(
+    "--results", type=click.Path(path_type=Path), default=RESULTS, show_default=True, help="JSON file of the scores."
+)
+@click.option("--recipe", "recipes", multiple=True, type=click.Choice(RECIPES), help="Recipe to run  [default: all]")
+@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Number of seeds per recipe.")
+@click.option("--jobs", type=click.IntRange(1), default=os.cpu_count() or 1, help="Number of concurrent runs.")
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads per run.")
+@click.option("--ablations/--no-ablations", default=True, show_default=True, help="Run the ablations.")
+def main(recipes: tuple[str, ...], seeds: int, jobs: int, threads: int, ablations: bool, **paths: Path) -> None:
+    """Train and evaluate every recipe; print the table in docs/recipes.md."""
+    runs = plan_runs(recipes or RECIPES, seeds, ablations)
+    quality = Quality(Folders(**paths), threads)
     quality.run(runs, jobs)
-    click.echo(table(quality, runs))
+    click.echo(make_table(quality, runs))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Reading a store from a warm cache: rows in random order into one buffer, and what other forms of it cost."""
+"""Reading throughput from the page cache: random rows into one buffer, for several storage formats."""
 
 from __future__ import annotations
 
@@ -12,83 +12,86 @@ import h5py
 import numpy as np
 
 from bench.inputs import GRID, make_store
-from bench.measure import Row, rate, rounds
+from bench.measure import Row, rate, run_rounds
 from gridcap.common.store.reader import FeatureStore
+from gridcap.common.text import plural
 
-BATCH = 64  # rows into the buffer at a time
+BATCH = 64  # rows per read
 
 
 def measure(work: Path, quick: bool) -> Iterator[Row]:
-    """Rows a second, with one and two threads; bytes and rows a second of other forms."""
+    """Measure rows per second with one and two threads, and for other storage formats."""
     rows, count = (512, 1) if quick else (2048, 3)
     path = make_store(work / "plain.h5", rows)
     orders = [np.random.default_rng(i).permutation(rows)[:BATCH] for i in range(16)]
     for threads in (1, 2):
-        values = rounds(
+        values = run_rounds(
             count,
             {
                 "baseline": lambda: _by_h5py(path, orders),
-                "ours": partial(_by_store, path, orders, threads),
-                "limit": partial(_by_preadv, path, orders, threads),
+                "gridcap": partial(_by_store, path, orders, threads),
+                "upper bound": partial(_by_preadv, path, orders, threads),
             },
         )
         yield Row(
             "reading",
-            f"rows in random order, {threads} thread{'s' * (threads > 1)}",
+            f"random rows, {plural(threads, 'thread')}",
             "rows/s",
-            values["ours"],
+            values["gridcap"],
             values["baseline"],
-            values["limit"],
+            values["upper bound"],
             "h5py's dataset[i]",
             "os.preadv into one buffer",
-            {"of baseline": 5.0, "of limit": 0.8},
+            {"speedup": 5.0, "fraction of upper bound": 0.8},
         )
-    yield from _forms(work, path, rows, orders, count)
+    yield from _measure_formats(work, path, rows, orders, count)
 
 
-def _forms(work: Path, plain: Path, rows: int, orders: list[np.ndarray], count: int) -> Iterator[Row]:
-    """The same rows as other files, all read by our own reader."""
-    forms: dict[str, Path] = {
-        "float16, plain": plain,
+def _measure_formats(work: Path, plain: Path, rows: int, orders: list[np.ndarray], count: int) -> Iterator[Row]:
+    """Measure the same rows in other storage formats, all read through FeatureStore."""
+    formats: dict[str, Path] = {
+        "float16, uncompressed": plain,
         "uint8 with scales": make_store(work / "uint8.h5", rows, "uint8"),
     }
     for name, options in (
         ("float16, gzip 4", dict[str, object](compression="gzip", compression_opts=4)),
         ("float16, lzf", dict[str, object](compression="lzf")),
     ):
-        forms[name] = _rewritten(plain, work / f"{options['compression']}.h5", options)
-    for name, path in forms.items():
-        values = rounds(count, {"ours": partial(_by_store, path, orders, 2)})
+        formats[name] = _recompress(plain, work / f"{options['compression']}.h5", options)
+    for name, path in formats.items():
+        values = run_rounds(count, {"gridcap": partial(_by_store, path, orders, 2)})
         size = path.stat().st_size / rows / 1024
-        yield Row("reading", f"as {name}", "rows/s", values["ours"], note=f"{size:.0f} KiB a row, 2 threads")
+        yield Row(
+            "reading", f"stored as {name}", "rows/s", values["gridcap"], note=f"{size:.0f} KiB per row, 2 threads"
+        )
 
 
-def _rewritten(source: Path, target: Path, options: dict[str, object]) -> Path:
-    """A store as another program leaves it: a chunk a row, compressed."""
-    with h5py.File(source) as old, h5py.File(target, "w") as new:
-        for name, value in old.attrs.items():
-            new.attrs[name] = value
-        for name in old:
+def _recompress(source: Path, target: Path, options: dict[str, object]) -> Path:
+    """Rewrite a store as other programs do: compressed, with one chunk per row."""
+    with h5py.File(source) as original, h5py.File(target, "w") as copy:
+        for name, value in original.attrs.items():
+            copy.attrs[name] = value
+        for name in original:
             if name == "features":
-                new.create_dataset(name, data=old[name][:], chunks=(1, *GRID), **options)
+                copy.create_dataset(name, data=original[name][:], chunks=(1, *GRID), **options)
             else:
-                old.copy(name, new)
+                original.copy(name, copy)
     return target
 
 
-def _each(orders: list[np.ndarray], read: Callable[[np.ndarray], object]) -> float:
-    def all_of_them() -> None:
+def _row_rate(orders: list[np.ndarray], read: Callable[[np.ndarray], object]) -> float:
+    def read_all() -> None:
         for order in orders:
             read(order)
 
-    all_of_them()  # into the cache
-    return rate(len(orders) * BATCH, all_of_them)
+    read_all()  # fills the page cache
+    return rate(len(orders) * BATCH, read_all)
 
 
 def _by_store(path: Path, orders: list[np.ndarray], threads: int) -> float:
     with FeatureStore(path, threads) as store:
         buffer = np.empty((BATCH, *GRID), store.dtype)
-        return _each(orders, lambda order: store.rows(order, out=buffer))
+        return _row_rate(orders, lambda order: store.rows(order, out=buffer))
 
 
 def _by_h5py(path: Path, orders: list[np.ndarray]) -> float:
@@ -99,7 +102,7 @@ def _by_h5py(path: Path, orders: list[np.ndarray]) -> float:
             for place, row in enumerate(order):
                 buffer[place] = features[row]
 
-        return _each(orders, read)
+        return _row_rate(orders, read)
 
 
 def _by_preadv(path: Path, orders: list[np.ndarray], threads: int) -> float:
@@ -116,8 +119,8 @@ def _by_preadv(path: Path, orders: list[np.ndarray], threads: int) -> float:
     shares = [range(i, BATCH, threads) for i in range(threads)]
     try:
         if threads == 1:
-            return _each(orders, lambda order: some(order, shares[0]))
+            return _row_rate(orders, lambda order: some(order, shares[0]))
         with ThreadPoolExecutor(threads) as pool:
-            return _each(orders, lambda order: list(pool.map(some, [order] * threads, shares)))
+            return _row_rate(orders, lambda order: list(pool.map(some, [order] * threads, shares)))
     finally:
         os.close(descriptor)

@@ -1,9 +1,9 @@
-"""How planning, splitting, resuming and indexing grow: a store with its plan, its index and no features.
+"""Cost of planning, resuming, and indexing very large stores, simulated without features.
 
     python -m bench.scale --images 100000000 --folder /tmp/scale
 
-Every step runs in a process of its own and says its seconds and its largest memory. The shards are headers alone:
-that is all that these steps read of a shard, so they take the same time over real ones on the same disk.
+Every step runs in its own process and reports its duration and peak memory. The simulated shards consist of headers
+only. The measured steps read nothing else of a shard, so they take the same time for complete shards on the same disk.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from gridcap.extract.manifest import ImageList
 from gridcap.extract.plan import FILE, Plan, read_plan, store_folder, write_planned_index
 from gridcap.extract.planning import PlanRequest, load_or_create_plan
 
-WORKERS = 64
+PROCESSES = 64
 PROVENANCE = {
     "encoder": "inception_v3",
     "layer": "Mixed_7c",
@@ -45,7 +45,7 @@ PROVENANCE = {
 
 @dataclass(frozen=True)
 class Names:
-    """As many images as wanted, made as they are asked for."""
+    """A list of `count` images, generated during iteration."""
 
     count: int
 
@@ -55,26 +55,27 @@ class Names:
 
 
 def make_plan(output: Path, images: int, shard_size: int) -> str:
-    """The first worker: lists the images and writes the plan."""
+    """First process: list the images and write the plan."""
     folder = store_folder(output)
     plan = Plan("scale", shard_size, 32, PROVENANCE, (ImageList.from_images(Names(images), shard_size, folder),))
     publish_text(folder / FILE, plan.to_json())
-    return f"{plan.shards} shards; list {(folder / plan.lists[0].file).stat().st_size / 1e9:.2f} GB, plan.json " + (
-        f"{(folder / FILE).stat().st_size / 1e6:.1f} MB"
+    return (
+        f"{plan.shards} shards; image manifest {(folder / plan.lists[0].file).stat().st_size / 1e9:.2f} GB, plan.json "
+        + (f"{(folder / FILE).stat().st_size / 1e6:.1f} MB")
     )
 
 
 def start_worker(output: Path, images: int, shard_size: int) -> str:
-    """Any other worker: lists the images, compares them with the plan, and finds its share."""
-    wanted = Plan("scale", shard_size, 32, PROVENANCE, (ImageList.from_images(Names(images), shard_size),))
-    plan = load_or_create_plan(PlanRequest(wanted, Names(images), store_folder(output)))
-    mine = Share(7, WORKERS).of(plan.shards)
+    """Further processes: list the images, compare them with the plan, and select their shards."""
+    requested = Plan("scale", shard_size, 32, PROVENANCE, (ImageList.from_images(Names(images), shard_size),))
+    plan = load_or_create_plan(PlanRequest(requested, Names(images), store_folder(output)))
+    mine = Share(7, PROCESSES).of(plan.shards)
     first = plan.images_of(mine[0], store_folder(output))
-    return f"{len(mine)} shards of {WORKERS} workers; the first begins with {first[0][1]}"
+    return f"{len(mine)} shards for 1 of {PROCESSES} processes; the first image is {first[0][1]}"
 
 
 def fake_shards(output: Path, images: int, shard_size: int) -> str:
-    """No part of the product: header-only files in the place of the shards."""
+    """Setup, not part of Gridcap: write header-only files instead of shards."""
     folder, plan = store_folder(output), read_plan(store_folder(output))
     for shard in range(plan.shards):
         path = folder / plan.shard_name(shard)
@@ -85,34 +86,34 @@ def fake_shards(output: Path, images: int, shard_size: int) -> str:
 
 
 def resume(output: Path, images: int, shard_size: int) -> str:
-    """A rerun: what is there, what is missing. (Every tenth shard is taken away, and put back.)"""
+    """Rerun: find the missing shards, here every tenth."""
     folder, plan = store_folder(output), read_plan(store_folder(output))
-    gone = [folder / plan.shard_name(shard) for shard in range(0, plan.shards, 10)]
-    for path in gone:
-        path.rename(path.with_suffix(".gone"))
-    begin = time.perf_counter()
-    there = plan.existing_shards(folder)
-    took = time.perf_counter() - begin
-    for path in gone:
-        path.with_suffix(".gone").rename(path)
-    assert len(there) == plan.shards - len(gone)
-    return f"{len(gone)} shards are missing, found in {took:.2f} s"
+    missing = [folder / plan.shard_name(shard) for shard in range(0, plan.shards, 10)]
+    for path in missing:
+        path.rename(path.with_suffix(".missing"))
+    start = time.perf_counter()
+    existing = plan.existing_shards(folder)
+    seconds = time.perf_counter() - start
+    for path in missing:
+        path.with_suffix(".missing").rename(path)
+    assert len(existing) == plan.shards - len(missing)
+    return f"{len(missing)} missing shards, found in {seconds:.2f} s"
 
 
 def index(output: Path, images: int, shard_size: int) -> str:
-    """The last worker: reads all headers and writes the index."""
+    """Last process: read all headers and write the index."""
     write_planned_index(output, read_plan(store_folder(output)))
     return f"{output.stat().st_size / 1e9:.2f} GB"
 
 
 def open_store(output: Path, images: int, shard_size: int) -> str:
-    """A reader: opens the store, which looks at every shard's header, and finds an image by its id."""
+    """Reader: open the store, which reads all shard headers, and find an image by its id."""
     with FeatureStore(output) as store:
         last_id, last = store.image_id[-1], len(store) - 1
         opened = time.perf_counter()
         assert store.row_of_image(int(last_id)) == last
-        found = time.perf_counter() - opened
-        return f"{len(store)} rows; ids sorted for look-ups in {found:.1f} s; the last is {store.file_name[last]}"
+        seconds = time.perf_counter() - opened
+        return f"{len(store)} rows; ids sorted for lookup in {seconds:.1f} s; the last image is {store.file_name[last]}"
 
 
 STEPS: dict[str, Callable[[Path, int, int], str]] = {
@@ -121,19 +122,21 @@ STEPS: dict[str, Callable[[Path, int, int], str]] = {
 
 
 @click.command()
-@click.option("--images", type=click.IntRange(min=1), default=100_000_000, show_default=True, help="Planned rows.")
-@click.option("--shard-size", type=click.IntRange(min=1), default=1024, show_default=True, help="Images in a shard.")
-@click.option("--folder", type=click.Path(path_type=Path), required=True, help="An empty folder for what is written.")
-@click.option("--step", type=click.Choice(list(STEPS)), help="Only this step, in this process.")
+@click.option(
+    "--images", type=click.IntRange(min=1), default=100_000_000, show_default=True, help="Number of images in the plan."
+)
+@click.option("--shard-size", type=click.IntRange(min=1), default=1024, show_default=True, help="Images per shard.")
+@click.option("--folder", type=click.Path(path_type=Path), required=True, help="Empty output folder.")
+@click.option("--step", type=click.Choice(list(STEPS)), help="Run only this step, in this process.")
 def main(images: int, shard_size: int, folder: Path, step: str | None) -> None:
     """Simulate a store of many images without features, step by step."""
     output = folder / "scale.h5"
     if step is not None:
-        begin = time.perf_counter()
-        said = STEPS[step](output, images, shard_size)
-        seconds = time.perf_counter() - begin
+        start = time.perf_counter()
+        message = STEPS[step](output, images, shard_size)
+        seconds = time.perf_counter() - start
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        click.echo(json.dumps({"seconds": seconds, "MiB": memory, "said": said}))
+        click.echo(json.dumps({"seconds": seconds, "MiB": memory, "message": message}))
         return
     if folder.exists() and any(folder.iterdir()):
         raise click.UsageError(f"{folder} is not empty")
@@ -142,8 +145,8 @@ def main(images: int, shard_size: int, folder: Path, step: str | None) -> None:
         command = [sys.executable, "-m", "bench.scale", "--step", name, "--folder", str(folder)]
         command += ["--images", str(images), "--shard-size", str(shard_size)]
         run = subprocess.run(command, check=True, capture_output=True, text=True)
-        got = json.loads(run.stdout)
-        click.echo(f"{name:<14}{got['seconds']:>10.1f}{got['MiB']:>8.0f}  {got['said']}")
+        result = json.loads(run.stdout)
+        click.echo(f"{name:<14}{result['seconds']:>10.1f}{result['MiB']:>8.0f}  {result['message']}")
 
 
 if __name__ == "__main__":

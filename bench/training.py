@@ -1,4 +1,4 @@
-"""The step of training at the sizes of COCO, and what the trainer waits for."""
+"""Throughput of a training step at COCO sizes, and the time the trainer waits for data."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.device import device_rate, matrix_rate
+from bench.device import device_rate, matmul_rate
 from bench.inputs import GRID, WORDS, make_captions, make_store
-from bench.measure import Row, fresh, rounds
+from bench.measure import Row, call_in_process, run_rounds
 from gridcap.common.process import tune_process
 
 B, K, T, V, H = 13, 5, 20, len(WORDS), 512
-STEPS = {"tutorial-gru": 390.0, "att2in": 330.0, "lstm-init": 700.0}  # captions a second wanted of each
+STEP_TARGETS = {"tutorial-gru": 390.0, "att2in": 330.0, "lstm-init": 700.0}  # captions/s
 RECIPES = (
     "show-and-tell",
     "lstm-init",
@@ -27,42 +27,42 @@ RECIPES = (
 
 
 def measure(work: Path, quick: bool) -> Iterator[Row]:
-    """Captions a second of a step, and the share of an epoch that the trainer waits for batches."""
-    for recipe, wanted in STEPS.items():
-        values = rounds(
+    """Measure captions per second of a training step, and the fraction of an epoch spent waiting for batches."""
+    for recipe, target in STEP_TARGETS.items():
+        values = run_rounds(
             1 if quick else 3,
             {
-                "baseline": partial(fresh, "bench.training:naive", recipe),
-                "ours": partial(fresh, "bench.training:ours", recipe),
-                "limit": partial(fresh, "bench.training:limit", recipe),
+                "baseline": partial(call_in_process, "bench.training:baseline", recipe),
+                "gridcap": partial(call_in_process, "bench.training:gridcap", recipe),
+                "upper bound": partial(call_in_process, "bench.training:upper_bound", recipe),
             },
         )
         yield Row(
             "training",
-            f"a step of {recipe}",
+            f"training step, {recipe}",
             "captions/s",
-            values["ours"],
+            values["gridcap"],
             values["baseline"],
-            values["limit"],
-            "float32, word by word, the grid projected anew at each",
-            "the step's operations at the rate of a large matrix product",
-            {"value": wanted, "of limit": 0.5},
-            f"{B} images x {K} captions of {T} words, {V} words, hidden {H}, 8 x 8 x 2048",
+            values["upper bound"],
+            "float32, one cell call per token, the grid projected in every time step",
+            "all operations at the rate of a large matrix product",
+            {"minimum": target, "fraction of upper bound": 0.5},
+            f"{B} images x {K} captions of {T} tokens, vocabulary {V}, hidden size {H}, grid 8 x 8 x 2048",
         )
     images = B * (8 if quick else 32)
     store, captions = make_store(work / "train.h5", images), make_captions(work / "captions.json", images)
     for recipe in RECIPES[-1:] if quick else RECIPES:
-        shares = [
-            fresh("bench.training:waiting", recipe, store, captions, work / f"run-{recipe}-{turn}")
-            for turn in range(1 if quick else 3)
+        fractions = [
+            call_in_process("bench.training:data_wait", recipe, store, captions, work / f"run-{recipe}-{attempt}")
+            for attempt in range(1 if quick else 3)
         ]
         yield Row(
             "training",
-            f"{recipe} waits for batches",
-            "share",
-            shares,
-            wanted={"at most": 0.02},
-            note=f"of the time of an epoch of {images // B} steps, the first included",
+            f"data wait, {recipe}",
+            "fraction",
+            fractions,
+            targets={"maximum": 0.02},
+            note=f"fraction of the time of an epoch of {images // B} steps, including the first",
         )
 
 
@@ -84,12 +84,12 @@ def _tensors(device: Any) -> tuple[Any, Any]:
     return grids.to(device), tokens.to(device)
 
 
-def _captions_a_second(step: Callable[[], object], device: Any) -> float:
+def _captions_per_second(step: Callable[[], object], device: Any) -> float:
     return device_rate(B * K, step, device, 4.0)
 
 
-def _step_of_ours(recipe: str) -> tuple[Callable[[], object], Any]:
-    """A step as `train.loop` takes it, without reading and logging."""
+def _gridcap_step(recipe: str) -> tuple[Callable[[], object], Any]:
+    """Return a training step, without data loading and logging, and its device."""
     import numpy as np
     import torch
 
@@ -117,50 +117,50 @@ def _step_of_ours(recipe: str) -> tuple[Callable[[], object], Any]:
     return step, device
 
 
-def ours(recipe: str) -> float:
-    """Captions a second."""
+def gridcap(recipe: str) -> float:
+    """Return captions per second of a Gridcap training step."""
     tune_process()
-    return _captions_a_second(*_step_of_ours(recipe))
+    return _captions_per_second(*_gridcap_step(recipe))
 
 
-def naive(recipe: str) -> float:
-    """Captions a second of the same sizes, as tutorials train them."""
+def baseline(recipe: str) -> float:
+    """Return captions per second of the baseline decoder with the same sizes."""
     import torch
 
-    from bench.naive import NaiveAttention, NaiveInit, naive_step
+    from bench.baseline import BaselineAttention, BaselineLSTM, baseline_step
     from gridcap.common.device import choose_device
 
     decoder, device = _settings(recipe).decoder, choose_device("auto")
     if recipe == "lstm-init":
-        model: Any = NaiveInit(decoder.embed_size, H, decoder.image_bottleneck, V, GRID[2])
+        model: Any = BaselineLSTM(decoder.embed_size, H, decoder.image_bottleneck, V, GRID[2])
     else:
         cell = "gru" if decoder.cell == "gru" else "lstm"
-        model = NaiveAttention(cell, decoder.embed_size, H, decoder.attention_size, V, GRID[2])
+        model = BaselineAttention(cell, decoder.embed_size, H, decoder.attention_size, V, GRID[2])
     model.to(device)
     optimizer = torch.optim.Adam(model.parameters())
     grids, tokens = _tensors(device)
-    return _captions_a_second(lambda: naive_step(model, optimizer, grids.float(), tokens), device)
+    return _captions_per_second(lambda: baseline_step(model, optimizer, grids.float(), tokens), device)
 
 
-def limit(recipe: str) -> float:
-    """Captions a second if all operations of a step went at the rate of a large matrix product."""
+def upper_bound(recipe: str) -> float:
+    """Return captions per second if all operations of a step ran at the rate of a large matrix product."""
     tune_process()
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    step, device = _step_of_ours(recipe)
-    # torch.nn.LSTM as one operation of oneDNN or cuDNN is not counted, its matrix products are.
+    step, device = _gridcap_step(recipe)
+    # FLOPs of torch.nn.LSTM are only counted without its fused oneDNN and cuDNN implementations.
     with (
         torch.backends.mkldnn.flags(enabled=False),
         torch.backends.cudnn.flags(enabled=False),
         FlopCounterMode(display=False) as counter,
     ):
         step()
-    return matrix_rate(device) / float(counter.get_total_flops()) * B * K
+    return matmul_rate(device) / float(counter.get_total_flops()) * B * K
 
 
-def waiting(recipe: str, store: str, captions: str, run: str) -> float:
-    """The share of an epoch of the real trainer in which it waits for a batch."""
+def data_wait(recipe: str, store: str, captions: str, run: str) -> float:
+    """Return the fraction of an epoch that train-decoder spends waiting for batches."""
     import json
     import subprocess
     import sys

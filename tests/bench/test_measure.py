@@ -3,67 +3,67 @@ import json
 import click
 import pytest
 
-from bench.measure import Row, as_tree, fresh, machine, rate, read_rows, rounds
+from bench.measure import Row, call_in_process, describe_machine, rate, read_results, run_rounds, to_json
 
 
-def test_sides_are_measured_in_turns():
+def test_variants_alternate():
     calls = []
 
-    def side(name):
+    def variant(name):
         return lambda: calls.append(name) or len(calls)
 
-    values = rounds(3, {"baseline": side("baseline"), "ours": side("ours")})
-    assert calls == ["baseline", "ours"] * 3
-    assert values == {"baseline": [1, 3, 5], "ours": [2, 4, 6]}
+    values = run_rounds(3, {"baseline": variant("baseline"), "gridcap": variant("gridcap")})
+    assert calls == ["baseline", "gridcap"] * 3
+    assert values == {"baseline": [1, 3, 5], "gridcap": [2, 4, 6]}
 
 
-def test_a_ratio_is_taken_within_each_round():
-    """A machine that was slow in the second round was slow for both."""
+def test_ratios_are_computed_within_each_round():
+    """A machine that is slow in the second round is slow for both variants."""
     row = Row("part", "x", "images/s", [40.0, 10.0, 44.0], [10.0, 2.0, 11.0], [80.0, 20.0, 80.0])
-    assert row.found() == {"value": 40, "at most": 40, "of baseline": 4, "of limit": 0.5}
+    assert row.results() == {"minimum": 40, "maximum": 40, "speedup": 4, "fraction of upper bound": 0.5}
 
 
 @pytest.mark.parametrize(
-    ("wanted", "missed"),
+    ("targets", "missed"),
     [
         ({}, []),
-        ({"value": 40}, []),
-        ({"value": 41}, ["value"]),
-        ({"of baseline": 4.0, "of limit": 0.6}, ["of limit"]),
-        ({"at most": 40}, []),
-        ({"at most": 39}, ["at most"]),
+        ({"minimum": 40}, []),
+        ({"minimum": 41}, ["minimum"]),
+        ({"speedup": 4.0, "fraction of upper bound": 0.6}, ["fraction of upper bound"]),
+        ({"maximum": 40}, []),
+        ({"maximum": 39}, ["maximum"]),
     ],
 )
-def test_a_bar_that_is_missed_is_named(wanted, missed):
-    row = Row("part", "x", "images/s", [40.0], [10.0], [80.0], wanted=wanted)
+def test_missed_targets_are_named(targets, missed):
+    row = Row("part", "x", "images/s", [40.0], [10.0], [80.0], targets=targets)
     assert row.missed() == missed
 
 
-def test_rate_counts_items_a_second(monkeypatch):
+def test_rate_is_items_per_second(monkeypatch):
     now = iter([0.0, 0.5, 1.0, 1.5, 2.0])
     monkeypatch.setattr("bench.measure.time.perf_counter", lambda: next(now))
     calls = []
-    assert rate(8, lambda: calls.append(1), least_seconds=2.0) == 8 * 4 / 2
+    assert rate(8, lambda: calls.append(1), min_seconds=2.0) == 8 * 4 / 2
     assert len(calls) == 4
 
 
-def test_a_fresh_process_returns_what_the_function_does_and_tells_what_went_wrong():
-    assert fresh("math:gcd", 12, 18) == 6
+def test_call_in_process_returns_the_result_or_raises_with_stderr():
+    assert call_in_process("math:gcd", 12, 18) == 6
     with pytest.raises(RuntimeError, match="math domain error"):
-        fresh("math:sqrt", -1)
+        call_in_process("math:sqrt", -1)
 
 
-def test_a_results_file_gives_back_what_was_written(tmp_path):
-    rows = [Row("part", "x", "s", [1.5, 2.5], baseline=[3.0, 4.0], wanted={"at most": 2.0}, note="n")]
-    where = machine()
-    (tmp_path / "x.json").write_text(json.dumps(as_tree(where, rows)))
-    assert read_rows(tmp_path / "x.json") == (where, rows)
-    assert where["cores"] >= 1
-    assert where["versions"]["torch"]
+def test_results_file_round_trip(tmp_path):
+    rows = [Row("part", "x", "s", [1.5, 2.5], baseline=[3.0, 4.0], targets={"maximum": 2.0}, note="n")]
+    machine = describe_machine()
+    (tmp_path / "x.json").write_text(json.dumps(to_json(machine, rows)))
+    assert read_results(tmp_path / "x.json") == (machine, rows)
+    assert machine["cores"] >= 1
+    assert machine["versions"]["torch"]
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"machine": {}, "rows": [{"speed": 1}]}', "\0"])
-def test_a_file_that_is_no_results_file_is_named(tmp_path, text):
+def test_other_files_are_rejected(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
-    with pytest.raises(click.ClickException, match=r"x\.json is no results file"):
-        read_rows(tmp_path / "x.json")
+    with pytest.raises(click.ClickException, match=r"x\.json is not a results file"):
+        read_results(tmp_path / "x.json")

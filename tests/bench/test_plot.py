@@ -4,14 +4,14 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from bench.measure import Row, as_tree
-from bench.plot import MARKS, between_marks, cell, main, short_table, table
+from bench.measure import Row, to_json
+from bench.plot import MARKS, between_marks, format_cell, main, make_short_table, make_table
 
-WHERE = {
+MACHINE = {
     "processor": "A Processor",
     "cores": 2,
     "memory (GiB)": 24,
-    "arithmetic": ["avx2"],
+    "instruction sets": ["avx2"],
     "gpu": None,
     "threads": 2,
     "system": "Linux",
@@ -28,35 +28,35 @@ ROWS = [
         [2000.0] * 3,
         "h5py",
         "preadv",
-        {"of baseline": 5, "of limit": 0.8},
+        {"speedup": 5, "fraction of upper bound": 0.8},
     ),
-    Row("starting", "help", "s", [0.5], note="start to end"),
+    Row("starting", "help", "s", [0.5], note="whole process"),
 ]
 
 
-def test_a_line_a_row_with_ratios_and_what_was_missed():
-    _, _, first, second = table(ROWS).splitlines()
+def test_table_has_one_line_per_row_with_ratios_and_missed_targets():
+    _, _, first, second = make_table(ROWS).splitlines()
     assert first == (
-        "| rows | 1100 ± 100 rows/s | 100 ± 5 | 10 | 2000 ± 0 | 0.55 | 5 x the baseline; 0.8 of the limit: **missed** |"
+        "| rows | 1100 ± 100 rows/s | 100 ± 5 | 10 | 2000 ± 0 | 0.55 | speedup 5; 0.8 of the upper bound: **missed** |"
     )
     assert second == "| help | 0.5 s |  |  |  |  |  |"
 
 
-def test_the_short_table_has_what_is_compared_by_its_rate_and_no_more():
-    _, _, line = short_table(ROWS).splitlines()
-    assert line == "| rows | 1100 rows | 10 × h5py | 0.55 of preadv |"
+def test_short_table_has_only_throughputs_with_a_baseline():
+    _, _, line = make_short_table(ROWS).splitlines()
+    assert line == "| rows | 1100 rows/s | 10 × (h5py) | 0.55 (preadv) |"
 
 
 @pytest.mark.parametrize(
     ("values", "text"),
     [([], ""), ([0.01234], "0.0123"), ([1.0, 3.0], "2 ± 1"), ([99_999.4], "99999")],
 )
-def test_a_cell(values, text):
-    assert cell(values) == text
+def test_cell_format(values, text):
+    assert format_cell(values) == text
 
 
-def test_only_what_stands_between_the_marks_is_replaced():
-    page = f"# Speed\n\nwords\n\n{MARKS[0]}\nold\n{MARKS[1]}\n\nmore words\n"
+def test_only_the_text_between_the_marks_is_replaced():
+    page = f"# Speed\n\ntext\n\n{MARKS[0]}\nold\n{MARKS[1]}\n\nmore text\n"
     once = between_marks(page, "new")
     assert once == page.replace("old", "new")
     assert between_marks(once, "new") == once
@@ -64,8 +64,8 @@ def test_only_what_stands_between_the_marks_is_replaced():
         between_marks("# Speed\n", "new")
 
 
-def test_the_page_gets_table_machine_and_picture(tmp_path):
-    (tmp_path / "r.json").write_text(json.dumps(as_tree(WHERE, ROWS)))
+def test_page_gets_machine_table_and_chart(tmp_path):
+    (tmp_path / "r.json").write_text(json.dumps(to_json(MACHINE, ROWS)))
     page = tmp_path / "speed.md"
     page.write_text(f"{MARKS[0]}\n{MARKS[1]}\n")
     readme = tmp_path / "README.md"
@@ -75,18 +75,18 @@ def test_the_page_gets_table_machine_and_picture(tmp_path):
     text = page.read_text()
     assert "A Processor, 2 cores" in text
     assert "| rows | 1100" in text
-    assert "* rows: baseline: h5py; limit: preadv." in text
-    assert "* help: start to end." in text
+    assert "* rows: baseline: h5py; upper bound: preadv." in text
+    assert "* help: whole process." in text
     assert "![ratios](speed.png)" in text
     assert readme.read_text().startswith("# Gridcap\n" + MARKS[0])
     assert "old" not in readme.read_text()
-    assert "| rows | 1100 rows |" in readme.read_text()
-    with Image.open(tmp_path / "speed.png") as picture:
-        assert picture.width > 800
+    assert "| rows | 1100 rows/s |" in readme.read_text()
+    with Image.open(tmp_path / "speed.png") as chart:
+        assert chart.width > 800
 
 
-def test_without_marks_in_one_page_none_is_changed(tmp_path):
-    (tmp_path / "r.json").write_text(json.dumps(as_tree(WHERE, ROWS)))
+def test_missing_marks_leave_both_pages_unchanged(tmp_path):
+    (tmp_path / "r.json").write_text(json.dumps(to_json(MACHINE, ROWS)))
     page, readme = tmp_path / "speed.md", tmp_path / "README.md"
     page.write_text(f"{MARKS[0]}\n{MARKS[1]}\n")
     readme.write_text("# Gridcap\n")

@@ -1,8 +1,8 @@
-"""Att2in2 as it is known, to compare with: what the field's repository of self-critical training has.
+"""The Att2in2 decoder of the widely used self-critical training code, for comparison.
 
-Luo 2020, "A Better Variant of Self-Critical Sequence Training" (arXiv:2003.09971), names that code. Trained with
-`recipes/att2in.yaml`, whose settings are the known ones, it differs from our `att2in` in what we add: the grid is not
-normalized, cells have no position, the first state is zero, words pass a ReLU, and UNK is written where it is likely.
+The code is the one cited by Luo 2020, "A Better Variant of Self-Critical Sequence Training" (arXiv:2003.09971). Unlike
+Gridcap's `att2in`, its grid is not normalized, cells have no positional embedding, the initial state is zero, token
+embeddings pass a ReLU, and UNK can be generated. It is trained with `recipes/att2in.yaml`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gridcap.train.decoders.base import Memory, State
 
 
 class Att2in2(AttentionDecoder):
-    """Arguments, memory and state as those of `AttentionDecoder`."""
+    """Reference Att2in2 decoder; same arguments, memory, and state as `AttentionDecoder`."""
 
     def __init__(self, config: AttentionConfig, vocabulary_size: int, cells: int, channels: int) -> None:
         super().__init__(config, vocabulary_size, cells, channels)
@@ -35,7 +35,7 @@ class Att2in2(AttentionDecoder):
         return (start,) * self.cell.states
 
 
-def stand_in() -> None:
-    """Have every attention decoder that this process builds from now on be this one."""
+def patch_attention_decoder() -> None:
+    """Make `build_decoder` return `Att2in2` for the attention family in this process."""
     gridcap.train.decoders.build.AttentionDecoder = Att2in2  # type: ignore[attr-defined]
     gridcap.train.decoding.base.FORBIDDEN_TOKENS = (PAD, BOS)  # type: ignore[assignment]

@@ -1,11 +1,11 @@
-"""The known Att2in2: what it lacks beside ours, and that it stands in for it."""
+"""The reference Att2in2 decoder: its differences from ours, and the patch that installs it."""
 
 import pytest
 import torch
 
 import gridcap.train.decoders.build
 import gridcap.train.decoding.base
-from bench import known
+from bench import reference
 from gridcap.common.config import AttentionConfig
 from gridcap.train.data.vocabulary import BOS, UNK
 from gridcap.train.decoders.build import build_decoder
@@ -19,13 +19,13 @@ CONFIG = AttentionConfig(
 def decoder(monkeypatch):
     monkeypatch.setattr(gridcap.train.decoders.build, "AttentionDecoder", gridcap.train.decoders.build.AttentionDecoder)
     monkeypatch.setattr(gridcap.train.decoding.base, "FORBIDDEN_TOKENS", gridcap.train.decoding.base.FORBIDDEN_TOKENS)
-    known.stand_in()
+    reference.patch_attention_decoder()
     torch.manual_seed(0)
     return build_decoder(CONFIG, 9, (2, 2, 3)).eval()
 
 
 def test_it_stands_in_without_what_ours_adds(decoder):
-    assert type(decoder) is known.Att2in2
+    assert type(decoder) is reference.Att2in2
     assert not [name for name, _ in decoder.named_parameters() if name.split(".")[0] in ("norm", "position", "initial")]
     memory = decoder.encode(torch.randn(2, 4, 3))
     assert all(not part.any() for part in decoder.initial_state(memory))
