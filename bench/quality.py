@@ -113,7 +113,9 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "hidden output layer": {"train.decoder.output_layer": "hidden"},
     "without label smoothing": {"train.label_smoothing": 0.0},
     "without EMA": {"train.ema_decay": 0.0},
-    "with scheduled sampling up to 0.25": {"train.scheduled_sampling": "{max_prob: 0.25, prob_step: 0.05, step_epochs: 1}"},
+    "with scheduled sampling up to 0.25": {
+        "train.scheduled_sampling": "{max_prob: 0.25, prob_step: 0.05, step_epochs: 1}"
+    },
     "one caption per image and epoch": {"train.captions_per_image": 1},
 }
 ABLATION_SEEDS = 2
