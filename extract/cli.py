@@ -167,15 +167,15 @@ def _extract(selection: SplitSelection, options: ExtractOptions, share: Share, d
 
 def _submit(selection: SplitSelection, options: ExtractOptions, dry_run: bool) -> None:
     """Submit the work as an array of Slurm jobs."""
-    from gridcap.extract.cluster import launch
+    from gridcap.extract.cluster import submit
     from gridcap.extract.cluster.slurm import SlurmRequest
     from gridcap.extract.job import ExtractionRequest, prepare
     from gridcap.extract.messages import print_result
 
     source, gpus = load_images(selection), options.gpus_per_task
-    config = launch.jobs_config(selection.config, gpus)
+    config = submit.jobs_config(selection.config, gpus)
     request = ExtractionRequest(
-        launch.planning_config(config),
+        submit.planning_config(config),
         selection.name,
         source.records,
         selection.split.images,
@@ -184,7 +184,7 @@ def _submit(selection: SplitSelection, options: ExtractOptions, dry_run: bool) -
         replace_empty=True,
         dry_run=dry_run,
         threads=options.cpus_per_task or 1,
-        adapt_plan=lambda plan: launch.jobs_plan(config, plan, gpus),
+        adapt_plan=lambda plan: submit.jobs_plan(config, plan, gpus),
     )
     extraction = replace(prepare(request), config=config)
     if not options.is_quiet(os.environ):
@@ -204,8 +204,8 @@ def _submit(selection: SplitSelection, options: ExtractOptions, dry_run: bool) -
         print_result(extraction, summary)
         _exit(summary, options)
 
-    submission = launch.Submission(slurm, command, options.wait, report)
-    launch.submit_jobs(extraction, submission, dry_run)
+    submission = submit.Submission(slurm, command, options.wait, report)
+    submit.submit_jobs(extraction, submission, dry_run)
 
 
 def _print_plan(selection: SplitSelection, source: SplitImages, extraction: Extraction) -> None:

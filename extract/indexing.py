@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
 
 from gridcap.common.errors import MismatchError, StoreError
 from gridcap.common.files import temporary_file
@@ -51,6 +53,14 @@ def indexed_digest(extraction: Extraction) -> str | None:
     return digest
 
 
+def refresh_listings(folders: Iterable[Path]) -> None:
+    """Make this client of a network file system discard its cached listings of existing folders."""
+    for folder in folders:
+        if folder.is_dir():
+            with temporary_file(folder / "listing") as temporary:
+                temporary.touch()
+
+
 def all_shards_exist(extraction: Extraction, is_shared: bool) -> bool:
     """Return whether all shards exist.
 
@@ -67,9 +77,7 @@ def all_shards_exist(extraction: Extraction, is_shared: bool) -> bool:
         if len(plan.existing_shards(folder)) == plan.shards:
             return True
         if is_shared:
-            for subfolder in plan.folders:
-                with temporary_file(folder / subfolder / "listing") as temporary:
-                    temporary.touch()
+            refresh_listings(folder / subfolder for subfolder in plan.folders)
             if attempt > 0:
                 time.sleep(LISTING_INTERVAL)
     return len(plan.existing_shards(folder)) == plan.shards

@@ -1,10 +1,10 @@
-"""Verify a feature store: every byte against its checksums, every row against sense, and repair what is broken."""
+"""Verification of a feature store: all checksums, consistency with the plan, and a sanity check of every row."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,33 +16,42 @@ from gridcap.common.store.header import HEADER_BYTES, format_of
 from gridcap.common.store.index_reader import read_index
 from gridcap.common.store.shard_format import read_header
 from gridcap.common.store.shard_reader import ShardReader
+from gridcap.common.text import plural
 from gridcap.extract.plan import FILE, Plan, read_plan, store_folder
 
-CAPTIONS_CHECK = "image ids of the captions file"
 INDEX_CHECK = "index complete"
-# All checks, in the order of the table.
-CHECKS = (
+READABLE_CHECK = "shard readable"
+PLAN_CHECK = "belongs to the plan"
+ROWS_CHECK = "rows and image ids"
+PROVENANCE_CHECK = "provenance"
+FILE_CHECK = "whole-file SHA-256"
+CHECKSUM_CHECK = "row CRC-32"
+FINITE_CHECK = "no NaN or infinity"
+NONZERO_CHECK = "no row all zero"
+CAPTIONS_CHECK = "image ids of the captions file"
+CHECKS = (  # in the order of the table
     INDEX_CHECK,
-    "shard readable",
-    "belongs to the plan",
-    "rows and image ids",
-    "provenance",
-    "whole-file SHA-256",
-    "row CRC-32",
-    "no NaN or infinity",
-    "no row all zero",
+    READABLE_CHECK,
+    PLAN_CHECK,
+    ROWS_CHECK,
+    PROVENANCE_CHECK,
+    FILE_CHECK,
+    CHECKSUM_CHECK,
+    FINITE_CHECK,
+    NONZERO_CHECK,
     CAPTIONS_CHECK,
 )
+MAX_EXAMPLES = 5
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong.
+    """A problem of a store.
 
     Attributes:
         check: one of CHECKS.
-        shard: the shard's file name, or "" for the store as a whole.
-        detail: what exactly.
+        shard: file name of the shard, or "" for the store as a whole.
+        detail: description.
     """
 
     check: str
@@ -52,12 +61,12 @@ class Problem:
 
 @dataclass
 class Report:
-    """What a verification found.
+    """Result of a verification.
 
     Attributes:
-        checked: check -> how many shards, rows or ids went through it.
-        problems: what is wrong.
-        rows, valid: over all readable shards.
+        checked: check -> number of shards, rows, or ids checked.
+        problems: the problems.
+        rows, valid: number of rows and of valid rows in all readable shards.
     """
 
     checked: Counter[str] = field(default_factory=Counter)
@@ -65,39 +74,40 @@ class Report:
     rows: int = 0
     valid: int = 0
 
-    def note(self, check: str, count: int, shard: str, detail: str | None) -> None:
-        """Count a check; `detail` is what was wrong, or None."""
+    def note(self, check: str, count: int, shard: str, problem: str | None) -> None:
+        """Count a check; `problem` describes what is wrong, or is None."""
         self.checked[check] += count
-        if detail is not None:
-            self.problems.append(Problem(check, shard, detail))
+        if problem is not None:
+            self.problems.append(Problem(check, shard, problem))
 
     @property
     def broken_shards(self) -> list[str]:
-        """The shards that must be made again."""
+        """The shards that must be recreated."""
         return sorted({problem.shard for problem in self.problems if problem.shard})
 
 
 def verify_store(
     path: Path, captions_ids: Collection[int] | None = None, on_shard: Callable[[int], object] | None = None
 ) -> Report:
-    """Check a store from end to end; everything is read twice, once for the file hashes and once by rows.
+    """Verify a store. All files are read twice, for the checksums of files and of rows.
 
-    The plan says what must be there, the index what was there when the store became complete. A store whose index
-    is missing is incomplete, and what there is of it is checked.
+    The shards of the plan must exist, and the index must agree with them. A store without an index is incomplete; its
+    existing shards are verified.
 
     Args:
         path: the index file.
-        captions_ids: image ids that the store should have, from a captions file.
+        captions_ids: expected image ids, from a captions file.
         on_shard: called after each shard with its number of rows.
 
     Raises:
-        StoreError: neither an index nor a plan is there, or one of them is unreadable.
+        StoreError: the plan is missing or corrupted, or `path` is not an index.
+        StoreAccessError: the system could not read a file.
     """
     folder, plan = store_folder(path), plan_of(path)
     report = Report()
-    index = _read_index(path, plan, report) if path.exists() else None
+    index = _verify_index(path, plan, report) if path.exists() else None
     if not path.exists():
-        report.note(INDEX_CHECK, 1, "", f"{path}: the index is missing: the store is not complete")
+        report.note(INDEX_CHECK, 1, "", f"{path}: the index does not exist, so the store is incomplete")
     for shard in range(plan.shards):
         _verify_shard(folder, plan, shard, index, report)
         if on_shard is not None:
@@ -109,120 +119,132 @@ def verify_store(
 
 
 def plan_of(path: Path) -> Plan:
-    """The plan of a store.
+    """Return the plan of a store.
 
     Raises:
-        StoreError: there is none, or it is unreadable.
+        StoreError: the plan is missing or corrupted.
     """
     folder = store_folder(path)
     if not (folder / FILE).exists():
         raise StoreError(
-            f"{path}: has no plan ({folder / FILE}), so it is no store of extract-features or import-features",
-            "give the index file that one of them wrote, beside the folder of its shards",
+            f"{path}: {folder / FILE} does not exist, so this is not a store written by gridcap extract or import",
+            "pass the index file of a store, next to the folder of its shards",
         )
     return read_plan(folder)
 
 
 @dataclass(frozen=True)
 class _Index:
-    """What the index says of its shards and rows."""
+    """What the index records about shards and rows."""
 
-    hashes: dict[str, str]
+    sha256: dict[str, str]
     valid: np.ndarray
-    rejects: dict[int, str]
+    invalid_reasons: dict[int, str]
 
 
-def _read_index(path: Path, plan: Plan, report: Report) -> _Index | None:
-    """What the index says, after comparing it with its own hash and with the plan; None if it is not sound."""
-    folder = store_folder(path)
+def _verify_index(path: Path, plan: Plan, report: Report) -> _Index | None:
+    """Verify the index and its agreement with the plan; return None if it is corrupted or belongs to another plan."""
     try:
         index = read_index(path)
     except StoreAccessError:
         raise
     except StoreError as error:
-        if format_of(path) is None:  # not an index of gridcap: not for --repair to delete
+        if format_of(path) is None:  # not an index of gridcap, so --repair must not delete it
             raise
-        report.note("whole-file SHA-256", 1, "", error.message)
+        report.note(FILE_CHECK, 1, "", error.message)
         return None
-    report.note("whole-file SHA-256", 1, "", None)
+    report.note(FILE_CHECK, 1, "", None)
     if index.plan not in plan.digests:
-        report.note("belongs to the plan", 1, "", f"{path}: the index belongs to another plan")
+        report.note(PLAN_CHECK, 1, "", f"{path}: the index belongs to another plan")
         return None
-    report.note("belongs to the plan", 1, "", None)
-    appended = "images were appended since, and are not all there yet" if index.plan != plan.digest() else None
-    report.note(INDEX_CHECK, 1, "", f"{path}: {appended}" if appended else None)
-    ids, names = index.image_id, index.file_name
+    report.note(PLAN_CHECK, 1, "", None)
+    incomplete = f"{path}: images have been appended, but not all of them are complete"
+    report.note(INDEX_CHECK, 1, "", incomplete if index.plan != plan.digest() else None)
+    folder = store_folder(path)
+    same_images = _has_planned_images(plan, folder, index.image_id, index.file_name)
+    report.note(ROWS_CHECK, 1, "", None if same_images else f"{path}: the images differ from those of the plan")
+    names = [os.path.relpath(path.parent / name, folder) for name in index.shard_names]
+    outside = next((name for name in names if name.startswith("..")), None)
+    renamed = f"{path}: its shards are in {(folder / outside).parent}; a store cannot be renamed" if outside else None
+    report.note(ROWS_CHECK, 0, "", renamed)
+    return _Index(dict(zip(names, index.shard_sha256, strict=True)), index.valid, index.invalid_reasons)
+
+
+def _has_planned_images(plan: Plan, folder: Path, ids: np.ndarray, names: Sequence[str]) -> bool:
+    """Return whether the index lists the images of the plan, up to the end of a shard."""
     shards = [shard for shard in range(plan.shards) if plan.rows_of(shard).stop <= len(ids)]
-    agree = bool(shards) and plan.rows_of(shards[-1]).stop == len(ids)
-    for shard in shards if agree else ():
-        rows = plan.rows_of(shard)
-        listed_images = zip(ids[rows.start : rows.stop].tolist(), names[rows.start : rows.stop], strict=True)
-        agree = agree and list(listed_images) == plan.images_of(shard, folder)
-    report.note("rows and image ids", 1, "", None if agree else f"{path}: other images than the plan's")
-    listed = [os.path.relpath(path.parent / name, folder) for name in index.shard_names]
-    renamed = next((name for name in listed if name.startswith("..")), None)
-    why = f"{path}: its shards are in {path.parent / renamed}: a store keeps its name" if renamed else None
-    report.note("rows and image ids", 0, "", why)
-    hashes = dict(zip(listed, index.shard_sha256, strict=True))
-    return _Index(hashes, index.valid, index.invalid_reasons)
+    if not shards or plan.rows_of(shards[-1]).stop != len(ids):
+        return False
+    for shard in shards:
+        rows = slice(plan.rows_of(shard).start, plan.rows_of(shard).stop)
+        if list(zip(ids[rows].tolist(), names[rows], strict=True)) != plan.images_of(shard, folder):
+            return False
+    return True
 
 
 def _verify_shard(folder: Path, plan: Plan, shard: int, index: _Index | None, report: Report) -> None:
-    name, expected = plan.shard_name(shard), plan.images_of(shard, folder)
+    name, images = plan.shard_name(shard), plan.images_of(shard, folder)
     try:
         info = read_header(folder / name)
         reader = ShardReader(folder / name)
-        same_rows = list(zip(reader.image_id.tolist(), reader.file_name, strict=True)) == expected
+        same_rows = list(zip(reader.image_id.tolist(), reader.file_name, strict=True)) == images
         same_source = reader.provenance == plan.provenance
-        rejects, valid = reader.invalid_reasons, reader.valid
-        report.note("shard readable", 1, name, None)
-    except StoreAccessError:  # the shard may be intact: not for --repair to delete
+    except StoreAccessError:  # the shard may be intact, so --repair must not delete it
         raise
     except (StoreError, ValueError) as error:
-        report.note("shard readable", 1, name, str(error))
+        report.note(READABLE_CHECK, 1, name, str(error))
         return
     with reader:
+        report.note(READABLE_CHECK, 1, name, None)
         same_plan = (reader.plan, reader.index) == (plan.digest_of(shard), shard)
-        report.note("belongs to the plan", 1, name, None if same_plan else "made by another plan")
-        report.note("rows and image ids", 1, name, None if same_rows else "other images than the plan's")
-        report.note("provenance", 1, name, None if same_source else "another provenance than the plan's")
-        wrong = None
+        report.note(PLAN_CHECK, 1, name, None if same_plan else "written by another plan")
+        report.note(ROWS_CHECK, 1, name, None if same_rows else "the images differ from those of the plan")
+        report.note(PROVENANCE_CHECK, 1, name, None if same_source else "the provenance differs from that of the plan")
+        problem = None
         if info is None:
-            wrong = "has no header: it was rewritten by another program"
+            problem = "no header: rewritten by another program"
         elif sha256_of(folder / name, HEADER_BYTES) != info.sha256:
-            wrong = "differs from the shard's header"
-        report.note("whole-file SHA-256", 1, name, wrong)
-        if index is not None and info is not None and wrong is None and same_plan and name in index.hashes:
-            rows = plan.rows_of(shard)
-            listed = {row - rows.start: why for row, why in index.rejects.items() if row in rows}
-            same = index.hashes[name] == info.sha256 and listed == rejects
-            same = same and bool((index.valid[rows.start : rows.stop] == valid).all())
-            report.note("belongs to the plan", 0, "", None if same else f"{name}: the index says other things of it")
+            problem = "differs from the checksum in the header"
+        report.note(FILE_CHECK, 1, name, problem)
+        if index is not None and info is not None and problem is None and same_plan and name in index.sha256:
+            same = index.sha256[name] == info.sha256 and _agrees(index, reader, plan.rows_of(shard))
+            report.note(PLAN_CHECK, 0, "", None if same else f"{name}: differs from what the index records")
         _verify_rows(reader, name, report)
 
 
+def _agrees(index: _Index, reader: ShardReader, rows: range) -> bool:
+    """Return whether the index and a shard record the same invalid images."""
+    reasons = {row - rows.start: reason for row, reason in index.invalid_reasons.items() if row in rows}
+    return reasons == reader.invalid_reasons and bool((index.valid[rows.start : rows.stop] == reader.valid).all())
+
+
 def _verify_rows(reader: ShardReader, name: str, report: Report) -> None:
-    bad: dict[str, list[int]] = {"row CRC-32": [], "no NaN or infinity": [], "no row all zero": []}
-    out = np.empty(reader.shape[1:], reader.dtype)
+    """Verify the checksum and the values of every row."""
+    failed: dict[str, list[int]] = {CHECKSUM_CHECK: [], FINITE_CHECK: [], NONZERO_CHECK: []}
+    grid = np.empty(reader.shape[1:], reader.dtype)
     for view in reader.views:
         checksums = reader.checksums[view]
         for row in range(len(reader)):
             if reader.row_crc32(row, view) != checksums[row]:
-                bad["row CRC-32"].append(row)
+                failed[CHECKSUM_CHECK].append(row)
                 continue
-            reader.read_row(row, out, view)
-            if reader.valid[row] and not np.isfinite(out).all():
-                bad["no NaN or infinity"].append(row)
-            elif reader.valid[row] and not out.any():
-                bad["no row all zero"].append(row)
+            reader.read_row(row, grid, view)
+            if reader.valid[row] and not np.isfinite(grid).all():
+                failed[FINITE_CHECK].append(row)
+            elif reader.valid[row] and not grid.any():
+                failed[NONZERO_CHECK].append(row)
     report.rows += len(reader)
     report.valid += int(reader.valid.sum())
-    for check, rows in bad.items():
-        detail = f"rows {rows[:5]}{' ...' if len(rows) > 5 else ''}" if rows else None
-        report.note(check, len(reader) * len(reader.views), name, detail)
+    for check, rows in failed.items():
+        problem = f"rows {rows[:MAX_EXAMPLES]}{' ...' if len(rows) > MAX_EXAMPLES else ''}" if rows else None
+        report.note(check, len(reader) * len(reader.views), name, problem)
 
 
-def _compare_ids(stored: set[int], wanted: set[int], report: Report) -> None:
-    gone, new = len(stored - wanted), len(wanted - stored)
-    detail = f"{new} images of the captions file are not in the store, {gone} of the store not in the captions file"
-    report.note(CAPTIONS_CHECK, len(wanted), "", detail if gone or new else None)
+def _compare_ids(stored: set[int], expected: set[int], report: Report) -> None:
+    """Compare the image ids of the store with those of the captions file."""
+    missing, extra = len(expected - stored), len(stored - expected)
+    problem = (
+        f"{plural(missing, 'image')} of the captions file missing in the store, "
+        f"{plural(extra, 'image')} of the store missing in the captions file"
+    )
+    report.note(CAPTIONS_CHECK, len(expected), "", problem if missing or extra else None)

@@ -1,49 +1,41 @@
-"""The other ways to run an extraction: by several processes on this machine, or by jobs on a Slurm cluster."""
+"""Extraction with several processes on this machine (`--devices`)."""
 
 from __future__ import annotations
 
 import signal
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
-import click
 import torch
-import torchvision
 
 from gridcap.common.config import PipelineConfig
-from gridcap.common.device import choose_batch_size
 from gridcap.common.errors import EXIT_INVALID, GridcapError, UserError
 from gridcap.common.progress import progress_bar
 from gridcap.common.text import plural
-from gridcap.extract.cluster import slurm
 from gridcap.extract.cluster.processes import LocalProcesses
 from gridcap.extract.cluster.share import Share
 from gridcap.extract.job import Extraction
-from gridcap.extract.plan import Plan
 from gridcap.extract.run import extract_features
 from gridcap.extract.summary import Summary
 
 
 def count_processes(config: PipelineConfig, devices: str) -> int:
-    """How many processes `--devices` means on this machine.
+    """Return the number of processes that `--devices` stands for on this machine.
 
     Raises:
-        UserError: several, and one device for all.
+        UserError: several processes would share one device.
     """
     device = config.extract.device
     gpus = torch.cuda.device_count() if device != "cpu" else 0
     count = max(1, gpus) if devices == "auto" else int(devices)
     if count > 1 and ":" in device:
-        raise UserError(f"--devices {devices} --device {device}: one device for all", "leave --device away")
+        raise UserError(f"--devices {devices} --device {device}: several processes on one device", "omit --device")
     return count
 
 
 def threads_of(processes: int) -> int:
-    """The threads of each of several processes on this machine's cores."""
+    """Return the number of threads per process if several processes divide the cores of this machine."""
     return max(1, torch.get_num_threads() // processes)
 
 
@@ -121,95 +113,3 @@ def _wait_with_progress(processes: LocalProcesses, extraction: Extraction, own: 
     except BaseException:
         processes.stop(signal.SIGTERM)
         raise
-
-
-def jobs_config(config: PipelineConfig, gpus: int | None) -> PipelineConfig:
-    """The configuration that a cluster's jobs run with: what "auto" would leave to each node is settled here."""
-    precision = config.extract.precision
-    if precision == "auto":
-        precision = "bfloat16" if gpus else "float32"
-        older = "; GPUs from before 2020 want --precision float16" if gpus else ""
-        click.echo(f"note: the jobs compute in {precision}{older}", err=True)
-    return config.model_copy(update={"extract": config.extract.model_copy(update={"precision": precision})})
-
-
-def planning_config(config: PipelineConfig) -> PipelineConfig:
-    """The configuration to plan with here: the machine that submits may have no GPU, and needs none to plan."""
-    precision = "float32" if config.extract.precision == "float16" else config.extract.precision
-    stand_in = {"device": "cpu", "jpeg_decoder": "pillow", "precision": precision}
-    return config.model_copy(update={"extract": config.extract.model_copy(update=stand_in)})
-
-
-def jobs_plan(config: PipelineConfig, plan: Plan, gpus: int | None) -> Plan:
-    """A plan that was made with `planning_config`, as the jobs would make it."""
-    extract, provenance = config.extract, plan.provenance
-    batch_size = choose_batch_size(extract.batch_size, bool(gpus))
-    changed: dict[str, Any] = {"precision": extract.precision}
-    if gpus:
-        changed |= {"threads": None, "compile": extract.compile == "on"}
-    if extract.jpeg_decoder == "nvjpeg":
-        changed["preprocessing"] = {**provenance["preprocessing"], "decoder": "nvjpeg"}
-        versions = {k: v for k, v in provenance["versions"].items() if k != "pillow"}
-        changed["versions"] = {**versions, "nvjpeg": torchvision.__version__}
-    return replace(plan, batch_size=batch_size, provenance={**provenance, **changed})
-
-
-@dataclass(frozen=True)
-class Submission:
-    """Jobs to submit.
-
-    Attributes:
-        request: resources to request from Slurm.
-        command: command of one job.
-        wait: wait until the store is complete.
-        report: called with the summary of a complete store.
-    """
-
-    request: slurm.SlurmRequest
-    command: Sequence[str]
-    wait: bool
-    report: Callable[[Summary], None]
-
-
-def submit_jobs(extraction: Extraction, submission: Submission, dry_run: bool) -> None:
-    """Submit an extraction to Slurm.
-
-    Args:
-        extraction: the extraction.
-        submission: the jobs.
-        dry_run: print the job script and do nothing else.
-
-    Raises:
-        UserError: Slurm is not installed.
-        GridcapError: Slurm rejects the job, or the jobs ended before the store was complete.
-    """
-    request = submission.request
-    script = slurm.job_script(submission.command, request, extraction.folder, Path.cwd())
-    path = slurm.slurm_folder(extraction.folder) / "job.sh"
-    if dry_run:
-        click.echo(f"dry run: nothing was written or submitted; {path} would be:\n{script}")
-        return
-    extraction = extraction.save()
-    plan = extraction.plan
-    existing = len(plan.existing_shards(extraction.folder))
-    if existing == plan.shards:
-        submission.report(extract_features(extraction, show_progress=False))
-        return
-    job_id = slurm.submit(script, extraction.folder)
-    click.echo(
-        f"submitted: job {job_id}, tasks 0-{request.workers - 1} of {path}\n"
-        f"  watch:   squeue --jobs={job_id}; tail -f {path.parent}/{job_id}_*.log\n"
-        f"  cancel:  scancel {job_id}\n"
-        f"  the last job to finish writes {extraction.output}, which completes the store"
-    )
-    if not submission.wait:
-        return
-    start = time.perf_counter()
-    try:
-        slurm.follow(job_id, extraction.output, extraction.folder, plan)
-    except KeyboardInterrupt as error:
-        click.echo(f"\nno longer waiting; the jobs continue (scancel {job_id} cancels them)", err=True)
-        sys.exit(128 + getattr(error, "number", signal.SIGINT))
-    summary = extract_features(extraction, show_progress=False)
-    seconds = time.perf_counter() - start
-    submission.report(replace(summary, existing=existing, written=plan.shards - existing, seconds=seconds))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from gridcap.common.errors import UserError
 
 OVERRIDE_HINT = "pass --rank and --world-size"
+SLURM_ARRAY = "Slurm array"
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,10 @@ class Share:
         return Share(self.rank + self.world_size * rank, self.world_size * world_size, source)
 
     def __str__(self) -> str:
-        source = f" ({self.source})" if self.source else ""
-        return f"rank {self.rank} of {self.world_size}{source}"
+        source = self.source
+        if source.startswith(SLURM_ARRAY) and self.world_size > 1:
+            source += "; for an array over splits, give each task its own store with --rank 0 --world-size 1"
+        return f"rank {self.rank} of {self.world_size}" + (f" ({source})" if source else "")
 
 
 WHOLE = Share()
@@ -130,7 +133,7 @@ def _slurm_array(environ: Mapping[str, str]) -> Share | None:
             f"(expected steps of {step} from {first})",
             f"submit with --array=0-{count - 1}, or {OVERRIDE_HINT}",
         )
-    return Share(index, count, "Slurm array")
+    return Share(index, count, SLURM_ARRAY)
 
 
 def _slurm_step(environ: Mapping[str, str]) -> Share | None:

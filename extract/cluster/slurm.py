@@ -18,6 +18,7 @@ from gridcap.common.errors import EXIT_FAILURE, GridcapError, UserError
 from gridcap.common.files import write_text
 from gridcap.common.progress import progress_bar
 from gridcap.common.text import plural
+from gridcap.extract.indexing import refresh_listings
 from gridcap.extract.plan import Plan
 
 GRACE = 60
@@ -188,7 +189,10 @@ def submit(script: str, store: Path) -> str:
 
 
 def follow(job_id: str, output: Path, store: Path, plan: Plan) -> None:
-    """Wait until the store is complete, with a progress bar over its shards.
+    """Wait until all shards of the store exist, with a progress bar over its shards.
+
+    Normally the last task writes the index. If all tasks have ended without an index, because each of them saw a stale
+    listing of the shards, the caller must write it.
 
     Args:
         job_id: id of the job array.
@@ -197,7 +201,7 @@ def follow(job_id: str, output: Path, store: Path, plan: Plan) -> None:
         plan: plan of the store.
 
     Raises:
-        GridcapError: all tasks have ended but the store is incomplete; the message lists how the tasks ended.
+        GridcapError: all tasks have ended but shards are missing; the message lists how the tasks ended.
     """
     tasks: dict[int, _Task] = {}
     polls = 0
@@ -217,10 +221,13 @@ def follow(job_id: str, output: Path, store: Path, plan: Plan) -> None:
                 bar.set_postfix_str(_summary(tasks))
                 if ended_before:
                     break
-                # Count once more: a network file system may list the last files some seconds late.
                 ended_before = all(task.ended for task in tasks.values())
+                if ended_before:  # count once more, without stale listings of a network file system
+                    refresh_listings(store / folder for folder in plan.folders)
             polls += 1
             time.sleep(POLL_INTERVAL)
+    if existing == plan.shards:
+        return
     ends = "; ".join(f"task {i} {task.end}" for i, task in sorted(tasks.items())) or "Slurm no longer lists its tasks"
     raise GridcapError(
         f"job {job_id} has ended, but {plan.shards - existing} of {plural(plan.shards, 'shard')} are missing: {ends}",

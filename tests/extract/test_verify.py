@@ -111,13 +111,13 @@ def test_shards_are_checked_without_an_index(store: Path) -> None:
     store.unlink()
     report = verify_store(store)
     assert report.rows == 7
-    assert any("not complete" in problem.detail for problem in report.problems)
+    assert any("incomplete" in problem.detail for problem in report.problems)
 
 
 def test_image_ids_are_compared_with_the_captions_file(store: Path) -> None:
     report = verify_store(store, range(101, 109))
     assert [problem.detail for problem in report.problems] == [
-        "2 images of the captions file are not in the store, 1 of the store not in the captions file"
+        "2 images of the captions file missing in the store, 1 image of the store missing in the captions file"
     ]
     assert repair_store(store, report) == [], "other captions are not corruption"
     assert store.exists()

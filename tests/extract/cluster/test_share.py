@@ -121,11 +121,18 @@ def test_machines_with_different_gpu_counts_partition_the_shards(parts: list[int
 
 
 def test_str_names_the_source() -> None:
-    assert str(find_share(array(2, 8), None, None)) == "rank 2 of 8 (Slurm array)"
-    assert str(find_share(array(0, 2) | step(1, 2), None, None)) == "rank 2 of 4 (Slurm array, srun)"
+    assert str(find_share(array(2, 8), None, None)).startswith("rank 2 of 8 (Slurm array; ")
+    assert str(find_share(array(0, 2) | step(1, 2), None, None)).startswith("rank 2 of 4 (Slurm array, srun; ")
     assert str(find_share({}, 0, 2)) == "rank 0 of 2 (flags)"
     assert "Kubernetes" in str(find_share({"JOB_COMPLETION_INDEX": "0"}, None, 2))
     assert "torchrun" in str(find_share(torchrun(0, 2), None, None))
+
+
+def test_item_25_an_array_says_how_it_was_interpreted_and_how_to_override_that() -> None:
+    text = str(find_share(array(1, 3), None, None))
+    assert "Slurm array" in text
+    assert "--rank 0 --world-size 1" in text
+    assert find_share(array(1, 3), 0, 1) == Share(0, 1)
 
 
 @pytest.mark.parametrize(

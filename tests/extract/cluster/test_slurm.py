@@ -127,7 +127,7 @@ def test_rank_variables_of_the_submitting_shell_are_ignored(
     monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "2")
     status, output = run_script(job_script(worker(body), SlurmRequest(2), store, tmp_path), tmp_path, task=1)
     assert status == 0, output
-    assert "rank 1 of 2 (Slurm array)" in output
+    assert "rank 1 of 2 (Slurm array" in output
 
 
 def test_a_working_directory_missing_on_the_node_is_a_failure(tmp_path: Path, store: Path) -> None:
@@ -275,6 +275,30 @@ def test_follow_returns_when_the_store_is_complete(
     (tmp_path / "s.h5").touch()  # an index of an earlier run: not sufficient for a complete store
     fake_command("squeue", squeue(RUNNING, SILENT, f"{RUNNING}; touch {shards}"))
     follow("7", tmp_path / "s.h5", tmp_path / "s", plan)
+
+
+def test_item_14_follow_discards_stale_listings_before_it_reports_missing_shards(
+    tmp_path: Path,
+    plan: Plan,
+    fake_command: Callable[[str, str], None],
+    fast_polling: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The listing omits two shards until a file is created in the folder, and no task has written the index."""
+    store = tmp_path / "s"
+    store.mkdir()
+    for number in range(4):
+        (store / plan.shard_name(number)).touch()
+    created = store.stat().st_mtime_ns
+    list_shards = Plan.existing_shards
+
+    def stale_listing(self: Plan, folder: Path) -> list[int]:
+        return list_shards(self, folder)[: 2 if store.stat().st_mtime_ns == created else 4]
+
+    monkeypatch.setattr(Plan, "existing_shards", stale_listing)
+    fake_command("squeue", squeue("echo '0|COMPLETED|None|0|'"))
+    follow("7", tmp_path / "s.h5", store, plan)
+    assert len(list(store.iterdir())) == 4, "no temporary file remains"
 
 
 @pytest.mark.parametrize(
