@@ -114,7 +114,7 @@ def _find_images(arguments: tuple[Path, ...], follow_links: bool) -> list[Path]:
             images = list_images(argument, follow_links=follow_links)
             paths += [argument / record.file_name for record in images.records]
             for line in images.problems.lines():
-                click.echo(f"note: {argument}: {escape_line(line)}", err=True)
+                click.echo(f"note: {escape_line(str(argument))}: {line}", err=True)
         elif argument.is_file():
             paths.append(argument)
         else:

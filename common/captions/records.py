@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import TypeGuard
 
 from gridcap.common.errors import AnnotationError
+from gridcap.common.text import escape_line
 
 MAX_EXAMPLES = 3
 NO_ID = "image without a 64-bit integer id"
@@ -54,7 +55,7 @@ class Problems:
         self.counts[kind] = self.counts.get(kind, 0) + 1
         examples = self.examples.setdefault(kind, [])
         if len(examples) < MAX_EXAMPLES:
-            examples.append(shorten(example))
+            examples.append(escape_line(shorten(example)))
 
     def clear(self) -> None:
         """Reset all counts."""
@@ -69,7 +70,7 @@ class Problems:
             for kind, count in self.counts.items()
         ]
         if self.skipped:
-            kinds = ", ".join(f"{count} {kind}" for kind, count in self.skipped.most_common(8))
+            kinds = ", ".join(f"{count} {escape_line(kind)}" for kind, count in self.skipped.most_common(8))
             lines.append(f"skipped, not a supported image file: {kinds}")
         return lines
 

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from gridcap.common.captions.match import find_same_name, match_rows
 from gridcap.common.captions.records import ImageRecord
 from gridcap.common.errors import MismatchError
 from gridcap.common.store.reader import FeatureStore
@@ -34,7 +35,7 @@ class CaptionedImages:
 
     @classmethod
     def join(cls, store: FeatureStore, records: Sequence[ImageRecord], source: Path) -> CaptionedImages:
-        """Match captions with grids by image id.
+        """Match captions with grids by image id, or by file name if one side has no ids of its own.
 
         Args:
             store: feature store.
@@ -47,11 +48,11 @@ class CaptionedImages:
         """
         left_out: Counter[str] = Counter()
         pairs: list[tuple[int, tuple[str, ...]]] = []
-        for record in records:
-            try:
-                row = store.row_of_image(record.image_id)
-            except KeyError:
-                left_out["not in the feature store"] += 1
+        matches = match_rows(store, records)
+        for position, (record, row) in enumerate(zip(records, matches.rows, strict=True)):
+            if row is None:
+                ambiguous = position in matches.ambiguous
+                left_out["with an ambiguous file name" if ambiguous else "not in the feature store"] += 1
                 continue
             if PurePosixPath(record.file_name).name != PurePosixPath(store.file_name[row]).name:
                 raise MismatchError(
@@ -66,10 +67,7 @@ class CaptionedImages:
             else:
                 pairs.append((row, record.captions))
         if not pairs:
-            raise MismatchError(
-                f"{store.path} and {source} have no usable image in common ({dict(left_out)})",
-                "use the captions file that these features were extracted for",
-            )
+            raise _nothing_in_common(store, records, source, left_out)
         pairs.sort(key=lambda pair: pair[0])
         return cls(store, np.array([row for row, _ in pairs]), [captions for _, captions in pairs], dict(left_out))
 
@@ -86,3 +84,20 @@ class CaptionedImages:
     def images(self) -> set[tuple[int, str]]:
         """Return the pairs (image id, base name), which identify images across stores better than ids alone."""
         return {(int(self.store.image_id[row]), PurePosixPath(self.store.file_name[row]).name) for row in self.rows}
+
+
+def _nothing_in_common(
+    store: FeatureStore, records: Sequence[ImageRecord], source: Path, left_out: Counter[str]
+) -> MismatchError:
+    same_name = find_same_name(store, records)
+    if same_name is not None and set(left_out) == {"not in the feature store"}:
+        record, row = same_name
+        return MismatchError(
+            f"{store.path} and {source} have file names in common, but their image ids differ: {record.file_name} is "
+            f"{store.image_id[row]} in the store and {record.image_id} in the captions",
+            f"use the captions file that these features were extracted for, or extract again with --annotations {source}",
+        )
+    return MismatchError(
+        f"{store.path} and {source} have no usable image in common ({dict(left_out)})",
+        "use the captions file that these features were extracted for",
+    )
