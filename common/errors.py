@@ -89,6 +89,7 @@ class OutOfMemoryError(GridcapError):
 
 
 _CHECK_PERMISSIONS = "check the permissions, or choose another path"
+_CHECK_NETWORK = "check the network connection, then rerun the command"
 _OS_HINTS = {
     errno.ENOSPC: "free some space (or choose another --output), then rerun the command",
     errno.EDQUOT: "your disk quota is used up: free some space, then rerun the command",
@@ -103,6 +104,12 @@ _OS_HINTS = {
     errno.ENFILE: "too many open files on this machine: close other programs, then rerun the command",
     errno.EIO: "the disk or network file system reported an error: check it (dmesg), then rerun the command",
     errno.ESTALE: "the network file system lost track of the file: check that it still exists, then rerun the command",
+    errno.EHOSTUNREACH: _CHECK_NETWORK,
+    errno.ENETUNREACH: _CHECK_NETWORK,
+    errno.ENETDOWN: _CHECK_NETWORK,
+    errno.ECONNRESET: _CHECK_NETWORK,
+    errno.ECONNREFUSED: _CHECK_NETWORK,
+    errno.ETIMEDOUT: _CHECK_NETWORK,
     errno.ENOMEM: "close other programs, or raise the memory limit (ulimit -v, container), then rerun the command",
 }
 
@@ -127,6 +134,8 @@ def from_os_error(error: OSError) -> GridcapError:
             "create the symlink's target, or choose another path",
         )
     hint = _OS_HINTS.get(error.errno or 0, "rerun with --debug to see where it happened")
+    if type(error).__module__ == "ssl":  # its error numbers are those of OpenSSL: 1 is not EPERM
+        hint = _CHECK_NETWORK
     return GridcapError(f"{prefix}{error.strerror or error}", hint)
 
 

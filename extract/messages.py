@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from gridcap.common.text import plural
+from gridcap.common.text import escape_line, plural
 from gridcap.extract.job import Extraction
 from gridcap.extract.options import SplitImages
 from gridcap.extract.run import survey
@@ -121,6 +121,6 @@ def _print_invalid(summary: Summary) -> None:
         return
     click.echo(f"invalid images: {summary.invalid.total():,} (their rows are kept and marked invalid)")
     for reason, count in summary.invalid.most_common():
-        names = summary.examples.get(reason, [])
+        names = [escape_line(name) for name in summary.examples.get(reason, [])]
         more = ", ..." if names and count > len(names) else ""
-        click.echo(f"  {count:6d}  {reason}" + (f"  ({', '.join(names)}{more})" if names else ""))
+        click.echo(f"  {count:6d}  {escape_line(reason)}" + (f"  ({', '.join(names)}{more})" if names else ""))

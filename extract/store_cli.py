@@ -167,7 +167,7 @@ def _print_report(features: Path, report: Report) -> None:
         if report.checked[check]:
             click.echo(f"  {check:<30}{report.checked[check]:10d}{problems[check]:10d}")
     for problem in report.problems:
-        click.echo(f"problem: {problem.shard or features}: {problem.check}: {problem.detail}", err=True)
+        click.echo(f"problem: {problem.shard or features}: {problem.check}: {escape_line(problem.detail)}", err=True)
     if not report.problems:
         click.echo(f"no problems: {features}: {plural(report.rows, 'row')}, {report.valid:,} valid")
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import inspect
 import pickle
 import pkgutil
+import ssl
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 
@@ -25,6 +27,7 @@ from gridcap.common.errors import (
     TrainingError,
     UserError,
     WeightsError,
+    from_os_error,
 )
 
 
@@ -85,3 +88,19 @@ def test_item_13_usage_errors_exit_with_2(error_class: type[GridcapError]) -> No
 def test_item_13_other_errors_exit_with_1(error_class: type[GridcapError]) -> None:
     """A retry can succeed after a race or a failed download. Kubernetes does not retry after status 2."""
     assert error_class.exit_status == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ssl.SSLError(1, "[SSL: WRONG_VERSION_NUMBER] wrong version number"),
+        ssl.SSLEOFError(8, "EOF occurred in violation of protocol"),
+        OSError(errno.EHOSTUNREACH, "No route to host"),
+        OSError(errno.ENETUNREACH, "Network is unreachable"),
+    ],
+)
+def test_item_23_network_errors_do_not_suggest_permissions(error: OSError) -> None:
+    """The number of an SSLError is that of OpenSSL: 1 does not mean that an operation is not permitted."""
+    explained = from_os_error(error)
+    assert "network" in explained.hint
+    assert "permission" not in explained.hint

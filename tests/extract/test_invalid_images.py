@@ -53,6 +53,19 @@ def test_a_link_out_of_the_image_folder_is_invalid_unless_links_are_followed(
     assert all("follow_links=true allows it" in reason for reason in summary.invalid)
 
 
+def test_item_17_images_in_a_linked_folder_are_extracted(fake: Any, photos: Any, job: Any, tmp_path: Path) -> None:
+    folder = photos(5)
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "0003.png").rename(tmp_path / "elsewhere" / "0003.png")
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    records = list_images(folder, follow_links=True).records
+    prepared = job(folder, records=records, **{"data.follow_links": True})
+    extract_features(prepared, show_progress=False)
+    with FeatureStore(prepared.output) as store:
+        assert list(store.file_name)[-1] == "linked/0003.png"
+        assert store.valid.all()
+
+
 def test_a_shard_may_contain_invalid_images_only(fake: Any, photos: Any, extracted: Any) -> None:
     folder = photos(8, bad={4: "x", 5: "x", 6: "x", 7: "x"})
     job, _ = extracted(folder, extract__shard_size=4, data__max_invalid="50%")

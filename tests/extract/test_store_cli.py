@@ -56,3 +56,11 @@ def test_errors_have_a_message_and_a_hint(tmp_path: Path, arguments: tuple[str, 
     assert result.exit_code == status
     assert named in result.output
     assert "what to do:" in result.output
+
+
+def test_item_26_names_with_tabs_and_line_breaks_stay_on_one_line(photos: Any, extracted: Any) -> None:
+    folder = photos(3, bad={1: "text"})
+    (folder / "0001.png").rename(folder / "0001\ttab\nline.png")
+    job, _ = extracted(folder, data__max_invalid="50%")
+    result = run(job.output, "--invalid")
+    assert result.output.splitlines() == [r"0001\ttab\nline.png" + "\tnot an image"]

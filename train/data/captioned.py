@@ -95,7 +95,7 @@ def _nothing_in_common(
         return MismatchError(
             f"{store.path} and {source} have file names in common, but their image ids differ: {record.file_name} is "
             f"{store.image_id[row]} in the store and {record.image_id} in the captions",
-            f"use the captions file that these features were extracted for, or extract again with --annotations {source}",
+            f"use the captions that these features were extracted for, or extract again with --annotations {source}",
         )
     return MismatchError(
         f"{store.path} and {source} have no usable image in common ({dict(left_out)})",

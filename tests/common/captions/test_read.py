@@ -100,3 +100,13 @@ def test_problems_show_their_first_three_examples() -> None:
     assert many == "5 x empty caption (annotation 0, annotation 1, annotation 2, ...)"
     assert one.startswith("1 x duplicate image id (xxx")
     assert len(one) < 200
+
+
+def test_item_26_problems_with_line_breaks_stay_on_one_line() -> None:
+    problems = Problems()
+    problems.add("duplicate image id", "7 a\tb\nc.jpg")
+    problems.skipped[".he\nic"] += 1
+    assert problems.lines() == [
+        r"1 x duplicate image id (7 a\tb\nc.jpg)",
+        r"skipped, not a supported image file: 1 .he\nic",
+    ]
