@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import resource
+import sys
 
 MAX_OPEN_FILES = 8192  # more than any command needs, and accepted by every system
+_INITIAL_LIMIT = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def initial_open_file_limit() -> int:
+    """Return the soft limit that this process was started with, which other programs have too."""
+    return sys.maxsize if _INITIAL_LIMIT == resource.RLIM_INFINITY else _INITIAL_LIMIT
 
 
 def open_file_limit() -> int:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import resource
 from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 
+from gridcap.common.open_files import initial_open_file_limit
 from gridcap.common.store.quantize import as_stored
 from gridcap.common.store.reader import FeatureStore
 from gridcap.common.text import plural
@@ -125,11 +125,11 @@ def _describe_values(store: FeatureStore, summary: StoreSummary) -> list[str]:
 
 
 def file_limit_warning(store: FeatureStore) -> str | None:
-    """Warn if the index's virtual dataset needs more open files than this process may have.
+    """Warn if the index's virtual dataset needs more open files than other programs may have.
 
     HDF5 then returns the fill value, NaN, for the rows of the files that it cannot open, without an error.
     """
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    limit = initial_open_file_limit()  # FeatureStore has raised that of this process
     shards = len(store.shard_paths)
     if shards < limit:
         return None

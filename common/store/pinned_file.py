@@ -18,12 +18,24 @@ class PinnedFile:
     must be the same file each time (inode, size, and modification time).
 
     Args:
-        path: an existing file.
+        path: the file.
+
+    Attributes:
+        size: size in bytes.
+
+    Raises:
+        StoreError: the file does not exist.
+        StoreAccessError: the system could not access the file.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._identity = self._identity_of(path.stat())
+        try:
+            status = path.stat()
+        except OSError as error:  # for example, another worker has just removed it
+            raise store_error_from(error, path) from error
+        self.size = status.st_size
+        self._identity = self._identity_of(status)
         self._descriptor: int | None = None
 
     @staticmethod

@@ -138,7 +138,7 @@ def view_of_dataset(name: str) -> str | None:
 
 
 def datasets_of(layout: GridLayout) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
-    """Return the shape and the stored type of one row of each dataset that holds grids, without its view's suffix."""
+    """Return the shape and the stored type of one row of each dataset with grids, named without a view."""
     stored = layout.stored_dtype.newbyteorder("<")
     datasets: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {"features": (layout.grid_shape, stored)}
     if stored == np.uint8:

@@ -69,8 +69,8 @@ class ShardReader:
             check_format(file, path, (SHARD_FORMAT,))
             with corruption_as_store_error(path, "shard", RECREATE_SHARD):
                 end = self._locate_rows(file)
-        if path.stat().st_size < end:
-            raise StoreError(f"{path}: truncated: {path.stat().st_size} bytes", RECREATE_SHARD)
+        if self._file.size < end:
+            raise StoreError(f"{path}: truncated: {self._file.size} bytes instead of {end}", RECREATE_SHARD)
 
     def _locate_rows(self, file: h5py.File) -> int:
         """Read the shapes and attributes, check that they agree, and return the end of the last row in bytes."""

@@ -10,8 +10,9 @@ import pytest
 CODE = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), int(sys.argv[2])))
-from gridcap.common.open_files import raise_open_file_limit, open_file_limit
+from gridcap.common.open_files import initial_open_file_limit, open_file_limit, raise_open_file_limit
 print(raise_open_file_limit(), open_file_limit(), *resource.getrlimit(resource.RLIMIT_NOFILE))
+assert initial_open_file_limit() == int(sys.argv[1])
 """
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from gridcap.common.store.reader import FeatureStore
-from gridcap.extract.describe import sample_rows, summarize_store
+from gridcap.extract.describe import file_limit_warning, sample_rows, summarize_store
 from gridcap.extract.plot import plot_grids
 
 
@@ -75,3 +75,17 @@ def test_a_plot_has_one_row_per_image(
     three, all_images = Image.open(tmp_path / "out.png"), Image.open(tmp_path / "all.png")
     assert all_images.height > 2 * three.height
     assert len(three.convert("RGB").getcolors(1 << 24)) > 20
+
+
+def test_item_06_warning_if_other_programs_cannot_open_all_shards(
+    fake: Any, photos: Any, extracted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opening the store raises the limit of this process, so the limit it was started with counts."""
+    job, _ = extracted(photos(3), extract__shard_size=1)
+    with FeatureStore(job.output) as store:
+        assert file_limit_warning(store) is None
+        monkeypatch.setattr("gridcap.extract.describe.initial_open_file_limit", lambda: 3)
+        warning = file_limit_warning(store)
+    assert warning is not None
+    assert "spans 3 files" in warning
+    assert "ulimit -n" in warning
