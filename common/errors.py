@@ -84,6 +84,10 @@ class TrainingError(GridcapError):
     """Training stopped because the loss became NaN or inf."""
 
 
+class FolderInUseError(GridcapError):
+    """Another process writes to the same folder."""
+
+
 class OutOfMemoryError(GridcapError):
     """The system or the GPU has no memory left, or a memory limit was reached."""
 

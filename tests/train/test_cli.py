@@ -1,6 +1,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -448,3 +450,30 @@ def test_ctrl_c_prints_how_to_resume_and_resuming_works(project, monkeypatch, in
 def test_batch_size_smaller_than_accumulation_steps_is_a_usage_error(project, invoke):
     assert "--batch-size 2" in invoke(train_decoder, "--batch-size", 2, "--grad-accum-steps", 3, status=2)
     assert not (project / "runs" / "a").exists()
+
+
+HOLD_LEASE = """
+import sys
+from pathlib import Path
+from gridcap.common.lease import exclusive_folder
+with exclusive_folder(Path("runs/a"), print):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_item_01_second_trainer_in_the_same_output_is_rejected(project, invoke):
+    first = subprocess.Popen(
+        [sys.executable, "-c", HOLD_LEASE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert first.stdout.readline() == "held\n"
+        output = invoke(train_decoder, status=1)
+        assert f"runs/a: in use by process {first.pid}" in output
+        assert not (project / "runs" / "a" / "config.yaml").exists()
+    finally:
+        first.kill()
+        first.communicate()
+    output = invoke(train_decoder, "--epochs", 1)
+    assert f"taking over from process {first.pid}" in output
+    assert "done: runs/a" in output

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Iterator
 from itertools import islice
 
 import torch
 
 from gridcap.common.config import PipelineConfig
-from gridcap.common.errors import TrainingError, UserError
+from gridcap.common.errors import GridcapError, TrainingError, UserError
 from gridcap.common.files import remove_leftovers, write_text
+from gridcap.common.lease import Lease, exclusive_folder
 from gridcap.common.progress import progress_bar
 from gridcap.common.text import plural
 from gridcap.train.data.captioned import CaptionedImages
@@ -56,6 +58,7 @@ def fit(
         results of `validate`, seconds, and data_wait (share of the time spent waiting for data).
 
     Raises:
+        FolderInUseError: another process trains into the same folder.
         CheckpointError: there is nothing to resume, or the folder contains a run and `resume` is false.
         MismatchError: the configuration, features, or captions differ from those of the resumed run.
         TrainingError: the loss became NaN or inf.
@@ -64,10 +67,28 @@ def fit(
     ranks = find_ranks()
     runtime = choose_runtime(config.train, ranks, progress)
     with process_group(ranks, runtime.device), deterministic(runtime.device):
-        return _run(TrainingJob(config, train, val, runtime), resume)
+        job = TrainingJob(config, train, val, runtime)
+        with _exclusive_output(job) as lease:
+            return _run(job, resume, lease)
 
 
-def _run(job: TrainingJob, resume: bool) -> list[Row]:
+@contextlib.contextmanager
+def _exclusive_output(job: TrainingJob) -> Iterator[Lease | None]:
+    """Hold the lease of the output folder on rank 0, so that two runs never write to the same folder."""
+    ranks = job.runtime.ranks
+    with contextlib.ExitStack() as stack:
+        lease, error = None, None
+        if ranks.is_main:
+            try:
+                lease = stack.enter_context(exclusive_folder(job.output, job.runtime.print))
+            except GridcapError as raised:
+                error = raised
+        if error := ranks.all_gather(error)[0]:
+            raise error
+        yield lease
+
+
+def _run(job: TrainingJob, resume: bool, lease: Lease | None) -> list[Row]:
     if resume and (job.output / "config.yaml").exists() and not (job.output / POINTERS).exists():
         resume = False  # stopped before its first checkpoint
         job.runtime.print(f"{job.output} has no checkpoint yet: starting again")
@@ -77,7 +98,7 @@ def _run(job: TrainingJob, resume: bool) -> list[Row]:
         for folder in (job.output, job.output / "checkpoints"):
             remove_leftovers(folder)
         write_text(job.output / "config.yaml", job.config.to_yaml())
-    trainer = Trainer(job, run)
+    trainer = Trainer(job, run, lease)
     trainer.print_summary(resume)
     try:
         return trainer.train()
@@ -100,11 +121,12 @@ class Trainer:
     Args:
         job: inputs of the run.
         run: state to start from.
+        lease: lease of the output folder; None on ranks other than 0.
     """
 
-    def __init__(self, job: TrainingJob, run: RunState) -> None:
+    def __init__(self, job: TrainingJob, run: RunState, lease: Lease | None) -> None:
         settings = job.settings
-        self.job, self.run = job, run
+        self.job, self.run, self.lease = job, run, lease
         options = StreamOptions(
             settings.batch_size,
             settings.captions_per_image,
@@ -217,8 +239,9 @@ class Trainer:
 
     def _save(self) -> None:
         job, run = self.job, self.run
-        if not job.runtime.ranks.is_main:
+        if self.lease is None:
             return
+        self.lease.check()
         best = best_row(run.history) if run.history else {}
         best_step = best["step"] if "val_cider" in best else run.step
         contents = CheckpointContents(
