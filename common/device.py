@@ -1,4 +1,4 @@
-"""Which device and which arithmetic "auto" means here. Loads torch only when called."""
+"""Choice of device, precision, and compilation: what "auto" means on this machine. Loads torch only when called."""
 
 from __future__ import annotations
 
@@ -12,52 +12,62 @@ import sysconfig
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gridcap.common.errors import UserError
+from gridcap.common.errors import UserError, explain_out_of_memory, first_line
+from gridcap.common.process import apply_threads
 
 if TYPE_CHECKING:
     import torch
 
 
-# Device type -> images from which compiling pays. On a CPU (AVX-512 without bfloat16, InceptionV3, float32, batches
-# of 32) compiling took 27 to 58 s and saved 7 to 9 % of some 55 ms an image, which is even after 5 000 to 16 000
-# images; and workers that share a job each compile. On a GPU "auto" is "off": an H100 makes 6 800 images a second as
-# it is, and files are neither read nor grids written as quickly.
-_WORTH_COMPILING = {"cpu": 20_000}
+# Device type -> number of images from which compilation pays off. On a CPU (AVX-512 without bfloat16, InceptionV3,
+# float32, batches of 32), compiling took 27 to 58 s and saved 7% to 9% of about 55 ms per image. This breaks even after
+# 5,000 to 16,000 images, and each process that shares a job compiles. On a GPU, "auto" means "off": an H100 encodes
+# 6,800 images/s without compilation, faster than images can be read or grids written.
+_MIN_IMAGES_TO_COMPILE = {"cpu": 20_000}
+
+
+SUPPORTED_DEVICES = ("cpu", "cuda")  # what the training step and the feature reader are written for
+_DEVICE_HINT = "use auto, cpu, or cuda"
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; "auto" is the first GPU if there is one, else the CPU.
+    """Return the device of a name; "auto" is the first CUDA GPU if there is one, else the CPU.
+
+    In a command, the first call also sets the number of CPU threads (see `gridcap.common.process`).
 
     Raises:
-        UserError: no such device on this machine.
+        UserError: the device does not exist on this machine, or its type is not supported.
     """
     import torch
 
+    apply_threads()
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: {first_line(error)}", _DEVICE_HINT) from error
+    if device.type not in SUPPORTED_DEVICES:
+        raise UserError(f"--device {name}: {device.type} devices are not supported", _DEVICE_HINT)
+    try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}", "use auto, cpu, or cuda") from error
+        if (out_of_memory := explain_out_of_memory(error)) is not None:
+            raise out_of_memory from error
+        raise UserError(f"--device {name}: {first_line(error)}", _DEVICE_HINT) from error
     return device
 
 
-def cores() -> int:
-    """The processor's cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def choose_batch_size(setting: int | None, on_gpu: bool) -> int:
-    """How many images are encoded together: nvJPEG's decoders and a GPU want many, a CPU's cache has room for few."""
+    """Return the number of images per batch: large for a GPU and nvJPEG, small for the cache of a CPU."""
     return setting or (256 if on_gpu else 32)
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """The arithmetic of that name; "auto" is bfloat16 where the hardware computes in it, else float32.
+    """Return the dtype of a precision; "auto" is bfloat16 if the hardware supports it natively, else float32.
 
     Raises:
-        UserError: float16 on a CPU, which would be slower and less exact than float32.
+        UserError: float16 on a CPU, which would be slower and less accurate than float32.
     """
     import torch
 
@@ -65,37 +75,37 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
         fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_has_bfloat16()
         return torch.bfloat16 if fast else torch.float32
     if name == "float16" and device.type != "cuda":
-        raise UserError("--precision float16: needs a GPU", "use auto, float32 or bfloat16")
+        raise UserError("--precision float16: requires a GPU", "use auto, float32, or bfloat16")
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 
 
 def choose_compile(setting: str, images: int, device: torch.device) -> bool:
-    """Whether an encoder is to be compiled. "auto": if the job is long enough to pay for it, and it can be done.
+    """Return whether to compile the encoder; "auto": if the job is large enough and compilation is possible.
 
-    Compiled code may round differently, so this asks about the whole plan and not about what is left of it: every
-    rerun and every worker must decide alike.
+    Compiled code may round differently, so the decision depends on the size of the whole plan, not on the remaining
+    part: every rerun and every process must make the same choice.
 
     Args:
-        setting: auto, on or off.
-        images: in the whole plan.
-        device: to encode on.
+        setting: auto, on, or off.
+        images: number of images in the whole plan.
+        device: device of the encoder.
 
     Raises:
-        UserError: "on", and a compiler that torch.compile needs is not here.
+        UserError: the setting is "on" and a compiler that torch.compile needs is missing.
     """
-    if setting == "off" or (setting == "auto" and images < _WORTH_COMPILING.get(device.type, math.inf)):
+    if setting == "off" or (setting == "auto" and images < _MIN_IMAGES_TO_COMPILE.get(device.type, math.inf)):
         return False
     missing = _missing_for_compile(device)
     if missing and setting == "on":
         raise UserError(
-            f"--compile on: torch.compile needs {missing}, and it is not here", "install it, or use --compile auto"
+            f"--compile on: torch.compile requires {missing}, which is missing", "install it, or use --compile auto"
         )
     return not missing
 
 
 def _missing_for_compile(device: torch.device) -> str | None:
-    """The first thing torch.compile would ask for in vain: inductor writes C++ for a CPU, triton a launcher in C."""
+    """Return the first missing requirement of torch.compile: Inductor compiles C++ on a CPU, Triton a C launcher."""
     if device.type == "cuda":
         if importlib.util.find_spec("triton") is None:
             return "triton"
@@ -110,8 +120,10 @@ def _missing_for_compile(device: torch.device) -> str | None:
 
 
 def has_onednn(precision: torch.dtype, *operators: str) -> bool:
-    """Whether torch computes by oneDNN on this CPU in `precision`, and has these operators, which it keeps for its
-    compiler; for bfloat16 they want a CPU that computes in it."""
+    """Return whether oneDNN supports a precision on this CPU, and whether torch has these oneDNN operators.
+
+    The operators are internal to torch's compiler. In bfloat16, they need a CPU with native support.
+    """
     import torch
 
     return bool(
@@ -124,7 +136,7 @@ def has_onednn(precision: torch.dtype, *operators: str) -> bool:
 
 @functools.cache
 def _cpu_has_bfloat16() -> bool:
-    """Whether this CPU multiplies in bfloat16 itself; emulated, it is slower than float32."""
+    """Return whether this CPU multiplies in bfloat16 natively; emulation is slower than float32."""
     try:
         flags = Path("/proc/cpuinfo").read_text().split()
     except OSError:

@@ -145,3 +145,30 @@ def from_os_error(error: OSError) -> GridcapError:
 
 def _is_dangling_symlink(path: Path) -> bool:
     return path.is_symlink() and not path.exists()
+
+
+_GPU_HINT = "lower --batch-size, or use a GPU with more free memory (nvidia-smi shows other processes)"
+_MEMORY_HINT = "lower --batch-size, close other programs, or raise the memory limit (ulimit -v, container, Slurm --mem)"
+# Messages of exceptions that are raised when memory or threads run out but are not a MemoryError.
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "can't start new thread",
+    "failed to map segment",
+    "std::bad_alloc",
+    "unable to allocate",
+)
+
+
+def explain_out_of_memory(error: BaseException) -> OutOfMemoryError | None:
+    """Return an OutOfMemoryError if an exception means that memory ran out, on the CPU or the GPU."""
+    # By name: torch is not loaded here. torch.cuda.OutOfMemoryError and torch.OutOfMemoryError are the same class.
+    if type(error).__name__ == "OutOfMemoryError":
+        return OutOfMemoryError(f"out of GPU memory: {first_line(error)}", _GPU_HINT)
+    text = str(error).lower()
+    if "cuda" in text and "out of memory" in text:
+        return OutOfMemoryError(f"out of GPU memory: {first_line(error)}", _GPU_HINT)
+    exhausted = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    if exhausted or (isinstance(error, (RuntimeError, ImportError)) and any(part in text for part in _OUT_OF_MEMORY)):
+        return OutOfMemoryError(f"out of memory: {first_line(error)}", _MEMORY_HINT)
+    return None

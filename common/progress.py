@@ -10,10 +10,10 @@ from tqdm import tqdm
 
 
 def progress_bar(iterable: Iterable[Any] | None = None, **options: Any) -> tqdm[Any]:
-    """tqdm's bar on stderr, with its arguments.
+    """Return a tqdm progress bar on stderr. Takes the arguments of tqdm.
 
-    Where stderr is no terminal but a log, of a cluster's job say, it is drawn every 30 seconds and not ten times a
-    second: each drawing stays in the file.
+    If stderr is not a terminal, such as the log of a cluster job, the bar is updated every 30 seconds instead of ten
+    times per second, because every update adds a line to the log.
     """
     if not sys.stderr.isatty():
         options |= {"mininterval": 30.0, "maxinterval": 30.0}

@@ -16,9 +16,10 @@ import numpy as np
 from torch import Tensor
 
 from gridcap.common.config import PipelineConfig
-from gridcap.common.device import choose_device, cores
+from gridcap.common.device import choose_device
 from gridcap.common.errors import ExtractionError, os_reason
 from gridcap.common.image import InvalidImageError, image_path, load_image
+from gridcap.common.resources import available_cores
 from gridcap.common.text import plural
 from gridcap.extract.images.nvjpeg import load_images_gpu
 from gridcap.extract.job import Extraction
@@ -69,7 +70,7 @@ def worker_count(config: PipelineConfig, on_gpu: bool) -> int:
     if config.extract.num_workers is not None:
         return config.extract.num_workers
     if on_gpu and config.extract.jpeg_decoder == "pillow":
-        return max(DEFAULT_CPU_WORKERS, cores())
+        return max(DEFAULT_CPU_WORKERS, available_cores())
     return DEFAULT_CPU_WORKERS
 
 

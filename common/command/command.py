@@ -125,7 +125,7 @@ def pipeline_command(
     def decorate(function: Callable[..., Any]) -> PipelineCommand:
         def run(config_path: Path | None = None, sets: tuple[str, ...] = (), **values: Any) -> Any:
             del values["debug"]  # PipelineCommand reads it from the context
-            tune_process()
+            tune_process(values.pop("threads"))
             settings = _take_settings(values, sets, own_keys)
             check_settings_are_used(settings, uses.keys)
             recipe = None if own_recipe is None else own_recipe(values)
@@ -164,6 +164,11 @@ def _shared_options(name: str, uses: Uses) -> list[Callable[[Any], Any]]:
     options = [
         click.version_option(None, "--version", package_name="gridcap", prog_name=name),
         click.option("--debug", is_flag=True, help="show the traceback of an error"),
+        click.option(
+            "--threads",
+            type=click.IntRange(min=1),
+            help="CPU threads (default: one per available core that is not busy)",
+        ),
         click.option("--dry-run", is_flag=True, help="show the full configuration and the plan, then exit"),
     ]
     if uses is not NO_SETTINGS:

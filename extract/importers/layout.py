@@ -17,8 +17,11 @@ class LayoutError(ValueError):
     """An array does not have a plausible or supported layout."""
 
     def __init__(self, message: str, hint: str) -> None:
-        super().__init__(message)
+        super().__init__(message, hint)  # both are in `args`, so that the exception can be pickled
         self.hint = hint
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 def as_grid(array: np.ndarray, layout: Layout | None = None) -> np.ndarray:
