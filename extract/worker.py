@@ -15,9 +15,8 @@ from concurrent.futures import Future
 
 from tqdm import tqdm
 
-from gridcap.common.command.failures import explain_out_of_memory
 from gridcap.common.device import choose_device
-from gridcap.common.errors import ExtractionError, OutOfMemoryError
+from gridcap.common.errors import ExtractionError, OutOfMemoryError, explain_out_of_memory
 from gridcap.common.progress import progress_bar
 from gridcap.common.store.shard_writer import InvalidGridError
 from gridcap.extract.cluster.share import Share
