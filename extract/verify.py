@@ -105,9 +105,7 @@ def verify_store(
     """
     folder, plan = store_folder(path), plan_of(path)
     report = Report()
-    index = _verify_index(path, plan, report) if path.exists() else None
-    if not path.exists():
-        report.note(INDEX_CHECK, 1, "", f"{path}: the index does not exist, so the store is incomplete")
+    index = _verify_index(path, plan, report)
     for shard in range(plan.shards):
         _verify_shard(folder, plan, shard, index, report)
         if on_shard is not None:
@@ -143,12 +141,15 @@ class _Index:
 
 
 def _verify_index(path: Path, plan: Plan, report: Report) -> _Index | None:
-    """Verify the index and its agreement with the plan; return None if it is corrupted or belongs to another plan."""
+    """Verify the index against the plan; return None if it is missing, corrupted, or belongs to another plan."""
     try:
         index = read_index(path)
-    except StoreAccessError:
-        raise
-    except StoreError as error:
+    except (StoreError, FileNotFoundError) as error:
+        if not path.exists():  # not written yet, or just deleted by a worker that adds shards
+            report.note(INDEX_CHECK, 1, "", f"{path}: the index does not exist, so the store is incomplete")
+            return None
+        if isinstance(error, StoreAccessError | FileNotFoundError):
+            raise
         if format_of(path) is None:  # not an index of gridcap, so --repair must not delete it
             raise
         report.note(FILE_CHECK, 1, "", error.message)

@@ -17,7 +17,7 @@ from gridcap.common.store.system_error import store_error_from
 
 # Raised by h5py, NumPy, and json for corrupted bytes, depending on which bytes are corrupted.
 _CORRUPTION_ERRORS = (KeyError, ValueError, OSError, RuntimeError, OverflowError)
-_RECREATE = "delete this file and create it again; verify-features --repair does so for a store of extract-features"
+_RECREATE = "delete this file and create it again; gridcap verify --repair does so for a store of extract-features"
 _COPY = "pass a file that contains its own data (h5copy creates one)"
 
 

@@ -34,7 +34,7 @@ from gridcap.common.store.shard_format import (
     view_of_dataset,
 )
 
-_REPAIR = "verify-features --repair removes corrupted shards, and extract-features writes only those again"
+_REPAIR = "gridcap verify --repair removes corrupted shards, and extract-features writes only those again"
 
 
 class ShardReader:

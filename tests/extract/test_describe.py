@@ -52,6 +52,20 @@ def test_a_store_of_invalid_images_only_can_be_summarized(fake: Any, photos: Any
     assert summary.rounding is None
 
 
+def test_item_06_inspect_warns_if_the_virtual_dataset_spans_more_files_than_the_limit(
+    fake: Any, photos: Any, extracted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, _ = extracted(photos(6), extract__shard_size=1)
+    with FeatureStore(job.output) as store:
+        assert file_limit_warning(store) is None
+        monkeypatch.setattr("resource.getrlimit", lambda _: (6, 4096))
+        warning = file_limit_warning(store)
+    assert warning is not None
+    assert "6 files" in warning
+    assert "NaN" in warning
+    assert "ulimit -n" in warning
+
+
 def test_sampling_is_deterministic(fake: Any, photos: Any, extracted: Any) -> None:
     job, _ = extracted(photos(30, bad={4: "x"}))
     with FeatureStore(job.output) as store:

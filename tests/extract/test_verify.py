@@ -7,12 +7,14 @@ import errno
 import json
 import zlib
 from pathlib import Path
+from typing import Any
 
 import click.testing
 import h5py
 import numpy as np
 import pytest
 
+import gridcap.extract.verify as verify_module
 from gridcap.common.errors import StoreAccessError, StoreError
 from gridcap.common.store.shard_reader import ShardReader
 from gridcap.common.store.system_error import store_error_from
@@ -29,10 +31,14 @@ PROVENANCE = {"encoder": "fake", "grid_shape": list(GRID), "dtype": "float16", "
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
+    return write_store(tmp_path, PROVENANCE)
+
+
+def write_store(tmp_path: Path, provenance: dict[str, Any]) -> Path:
     """Write seven images in three shards; image 3 is invalid."""
     images = [(100 + i, f"{i}.jpg") for i in range(7)]
     folder = tmp_path / "s"
-    plan = Plan("s", 3, 3, PROVENANCE, (ImageList.from_images(images, 3, folder),))
+    plan = Plan("s", 3, 3, provenance, (ImageList.from_images(images, 3, folder),))
     (folder / "plan.json").write_text(plan.to_json())
     rng = np.random.default_rng(0)
     for shard in range(plan.shards):
@@ -112,6 +118,33 @@ def test_shards_are_checked_without_an_index(store: Path) -> None:
     report = verify_store(store)
     assert report.rows == 7
     assert any("incomplete" in problem.detail for problem in report.problems)
+
+
+def test_item_13_an_index_deleted_during_verification_means_incomplete(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_index = verify_module.read_index
+
+    def delete_and_read(path: Path) -> Any:
+        path.unlink()
+        return read_index(path)
+
+    monkeypatch.setattr(verify_module, "read_index", delete_and_read)
+    report = verify_store(store)
+    assert [problem.check for problem in report.problems] == [verify_module.INDEX_CHECK]
+    assert "incomplete" in report.problems[0].detail
+
+
+@pytest.mark.parametrize(("encoder", "command"), [("imported", "gridcap import"), ("fake", "gridcap extract")])
+@pytest.mark.parametrize("flags", [(), ("--repair",)])
+def test_item_23_repair_names_the_command_that_wrote_the_store(
+    tmp_path: Path, encoder: str, command: str, flags: tuple[str, ...]
+) -> None:
+    path = write_store(tmp_path, {**PROVENANCE, "encoder": encoder})
+    shard(path, 2).write_bytes(b"garbage")
+    result = click.testing.CliRunner().invoke(verify_features, [str(path), *flags])
+    assert result.exit_code == 1
+    assert {name for name in ("gridcap import", "gridcap extract") if name in result.output} == {command}
 
 
 def test_image_ids_are_compared_with_the_captions_file(store: Path) -> None:

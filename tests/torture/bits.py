@@ -45,7 +45,7 @@ def _store(folder: Path, rng: np.random.Generator) -> str:
     try:
         try:
             report = verify_store(store / "s.h5")
-            found = "found by verify-features" if report.problems else ""
+            found = "found by gridcap verify" if report.problems else ""
         except GridcapError:
             report, found = None, "refused on loading"
         try:

@@ -16,6 +16,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
+from gridcap.cli import main as gridcap
 from gridcap.common.errors import EXIT_INVALID, StoreError
 from gridcap.common.store.reader import FeatureStore
 from gridcap.train.engine.checkpoint import find_checkpoint
@@ -91,9 +92,10 @@ def _run(folder: Path, rng: np.random.Generator) -> str:
 
 
 def _command(name: str, *arguments: object) -> tuple[int, str]:
-    """Exit status and output of a command; a traceback is a failure."""
-    (command,) = metadata.entry_points(group="console_scripts", name=name)
-    result = CliRunner().invoke(command.load(), [str(argument) for argument in arguments])
+    """Run an entry point, or a subcommand of gridcap; return its exit status and output. A traceback is a failure."""
+    entry_points = metadata.entry_points(group="console_scripts", name=name)
+    command, prefix = (next(iter(entry_points)).load(), []) if entry_points else (gridcap, [name])
+    result = CliRunner().invoke(command, [*prefix, *(str(argument) for argument in arguments)])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.exit_code, result.output
@@ -122,9 +124,9 @@ def _pickle_for_a_file(work: Path, rng: np.random.Generator) -> str:
     training = ["--features", work / "train.h5", "--annotations", work / "captions.json", "--set", "train.device=cpu"]
     asked: dict[str, list[tuple[str, list[Any]]]] = {
         "weights": [("extract-features", [*extraction, "--encoder", "resnet50", "--weights", given])],
-        "features to import": [("import-features", [given, "--output", work / "out.h5"])],
-        "a store": [(command, [given]) for command in ("verify-features", "inspect-features")],
-        "captions": [("verify-features", [work / "train.h5", "--annotations", given])],
+        "features to import": [("import", [given, "--output", work / "out.h5"])],
+        "a store": [(command, [given]) for command in ("verify", "inspect")],
+        "captions": [("verify", [work / "train.h5", "--annotations", given])],
         "a configuration": [("extract-features", [*extraction, "--config", given])],
         "a checkpoint": [
             ("evaluate-decoder", ["--checkpoint", run, *training[:4]]),
@@ -159,7 +161,7 @@ def _way_out_of_a_file(work: Path, rng: np.random.Generator) -> str:
     if where == "an index":
         sign_index(path)
     if where == "features to import":
-        status, output = _command("import-features", path, "--output", work / "out.h5")
+        status, output = _command("import", path, "--output", work / "out.h5")
     else:  # a shard by itself: within a store its header's size would refuse it already
         try:
             with FeatureStore(path) as store:
