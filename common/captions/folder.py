@@ -11,8 +11,8 @@ from gridcap.common.captions.records import CaptionSet, ImageRecord, Problems, i
 from gridcap.common.errors import AnnotationError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-LINKED_FOLDER = "linked folder (data.follow_links=true includes it)"
-LOOP = "linked folder that contains itself"
+NOT_FOLLOWED = "set data.follow_links=true to include them"
+LOOP = "they lead back to a parent folder"
 
 
 class FolderImages:
@@ -84,11 +84,11 @@ class FolderImages:
         if not entry.is_symlink():
             return True
         if not self._follow_links:
-            self.problems.skipped[LINKED_FOLDER] += 1
+            self.problems.skipped_folders[NOT_FOLLOWED] += 1
             return False
         status = entry.stat()
         if (status.st_dev, status.st_ino) in parents:
-            self.problems.skipped[LOOP] += 1
+            self.problems.skipped_folders[LOOP] += 1
             return False
         return True
 

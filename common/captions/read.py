@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from gridcap.common.captions.coco import read_coco
@@ -69,7 +70,7 @@ def _encoding_error(path: Path, encoding: str) -> AnnotationError:
     name = {"CP1252": "probably CP1252 (Windows) or Latin-1"}.get(encoding, encoding)
     return AnnotationError(
         f"{path}: not UTF-8 text; the encoding is {name}",
-        f"convert the file: iconv -f {encoding} -t UTF-8 {path.name} > utf8_{path.name}",
+        f"convert the file: iconv -f {encoding} -t UTF-8 {quote(path.name)} > {quote('utf8_' + path.name)}",
     )
 
 

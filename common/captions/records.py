@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import TypeGuard
 
 from gridcap.common.errors import AnnotationError
-from gridcap.common.text import escape_line
+from gridcap.common.text import escape_line, plural
 
 MAX_EXAMPLES = 3
 NO_ID = "image without a 64-bit integer id"
@@ -38,12 +38,14 @@ class Problems:
     Attributes:
         counts: kind -> number of invalid items; these count towards `max_invalid`.
         examples: kind -> the first examples.
-        skipped: kind -> number of directory entries that are not images (".heic" -> 3); never fatal.
+        skipped: file extension -> number of files that are not images (".heic" -> 3); never fatal.
+        skipped_folders: reason -> number of linked folders; never fatal.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
     skipped: Counter[str] = field(default_factory=Counter)
+    skipped_folders: Counter[str] = field(default_factory=Counter)
 
     @property
     def total(self) -> int:
@@ -62,6 +64,7 @@ class Problems:
         self.counts.clear()
         self.examples.clear()
         self.skipped.clear()
+        self.skipped_folders.clear()
 
     def lines(self) -> list[str]:
         """Return one line per kind, such as "3 x empty caption (annotation 17, annotation 90, ...)"."""
@@ -72,6 +75,8 @@ class Problems:
         if self.skipped:
             kinds = ", ".join(f"{count} {escape_line(kind)}" for kind, count in self.skipped.most_common(8))
             lines.append(f"skipped, not a supported image file: {kinds}")
+        for reason, count in self.skipped_folders.items():
+            lines.append(f"skipped: {plural(count, 'linked folder')} ({reason})")
         return lines
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gridcap.common.captions.folder import LINKED_FOLDER, LOOP, FolderImages, list_images
+from gridcap.common.captions.folder import LOOP, NOT_FOLLOWED, FolderImages, list_images
 from gridcap.common.captions.records import CaptionSet, id_from_name
 from gridcap.common.errors import AnnotationError
 
@@ -94,15 +94,16 @@ def linked(tmp_path: Path) -> Path:
 def test_item_17_linked_folders_are_reported_when_not_followed(linked: Path) -> None:
     listed = list_images(linked)
     assert names_in(listed) == ["a.jpg", "gone.png", "self.jpg", "sub/d.jpg"]
-    assert listed.problems.skipped == {LINKED_FOLDER: 2, "broken": 1}
-    assert "2 linked folder" in listed.problems.lines()[0]
-    assert "follow_links=true" in listed.problems.lines()[0]
+    assert listed.problems.skipped == {"broken": 1}
+    assert listed.problems.skipped_folders == {NOT_FOLLOWED: 2}
+    assert listed.problems.lines()[1] == "skipped: 2 linked folders (set data.follow_links=true to include them)"
 
 
 def test_item_17_linked_folders_are_followed_when_asked_and_loops_are_not(linked: Path) -> None:
     listed = list_images(linked, follow_links=True)
     assert names_in(listed) == ["a.jpg", "gone.png", "more/b.jpg", "more/deep/c.jpg", "self.jpg", "sub/d.jpg"]
-    assert listed.problems.skipped == {LOOP: 2, "broken": 1}
+    assert listed.problems.skipped == {"broken": 1}
+    assert listed.problems.skipped_folders == {LOOP: 2}
 
 
 def test_item_17_two_links_to_one_folder_are_not_a_loop(tmp_path: Path) -> None:

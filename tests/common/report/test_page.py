@@ -134,3 +134,18 @@ def test_random_weights_are_marked():
     weights = {"name": "random:0", "random": True}
     assert "RANDOM" in describe_encoder({"encoder": "inception_v3", "weights": weights})
     assert "RANDOM" not in describe_encoder({"encoder": "inception_v3", "weights": {**weights, "random": False}})
+
+
+def test_item_01_two_writers_of_one_report_do_not_mix(tmp_path):
+    """The last one wins; each report is complete."""
+
+    def images(name, inner):
+        yield ReportImage(name, picture(), "a", ["a"])
+        if inner:
+            write_report(tmp_path / "r.html", "inner", {}, {}, images("inner.jpg", False))
+            assert [entry["name"] for entry in read_images(tmp_path / "r.html")] == ["inner.jpg", "inner.jpg"]
+        yield ReportImage(name, picture(), "b", ["b"])
+
+    write_report(tmp_path / "r.html", "outer", {}, {}, images("outer.jpg", True))
+    assert [entry["name"] for entry in read_images(tmp_path / "r.html")] == ["outer.jpg", "outer.jpg"]
+    assert [path.name for path in tmp_path.iterdir()] == ["r.html"]
