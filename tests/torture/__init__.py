@@ -1,1 +1,1 @@
-"""What Gridcap survives: kills, flipped bits, broken images and captions. Run by `make torture`."""
+"""Fault injection: kills, full disks, corrupted and malicious files, mismatched inputs."""

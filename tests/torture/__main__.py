@@ -1,4 +1,4 @@
-"""`make torture`: seeded, resumable; a table of faults, cases and failures."""
+"""`make torture`: run fault injection, seeded and resumable, and print a table of faults, cases, and failures."""
 
 from __future__ import annotations
 
@@ -15,29 +15,35 @@ import click
 
 from gridcap.common.files import write_json
 from gridcap.common.progress import progress_bar
-from tests.torture.worker import PARTS, find
+from tests.torture.worker import PARTS, load_part
 
-_AT_ONCE = 500  # cases in one process
-_SILENCE = 120  # seconds without a word after which a case counts as hanging
+CASES_PER_PROCESS = 500
+TIMEOUT = 120  # seconds without output after which a case counts as hanging
 
 
 @click.command()
-@click.option("--only", "names", multiple=True, type=click.Choice(list(PARTS)), help="Just these  [default: all]")
-@click.option("--quick", is_flag=True, help="A tenth of the cases, or less.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of all random numbers.")
-@click.option("--output", type=click.Path(path_type=Path), default=Path("torture_output"), show_default=True)
+@click.option("--only", "names", multiple=True, type=click.Choice(list(PARTS)), help="Fault to inject  [default: all]")
+@click.option("--quick", is_flag=True, help="Run at most a tenth of the cases.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Random seed.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("torture_output"),
+    show_default=True,
+    help="Output folder.",
+)
 def main(names: tuple[str, ...], quick: bool, seed: int, output: Path) -> None:
-    """Torture what is kept and what is read; stopped, the same command goes on where it was."""
+    """Inject faults into everything that is stored or read. Rerun the command to resume."""
     output.mkdir(parents=True, exist_ok=True)
     failed = False
     lines = ["| fault | cases | failures | outcomes | seconds |", "|---|---|---|---|---|"]
     for name in names or PARTS:
-        if missing := find(name).missing():
-            click.echo(f"left out: {name}: this machine lacks {missing}", err=True)
+        if missing := load_part(name).missing():
+            click.echo(f"skipped: {name} requires {missing}", err=True)
             continue
-        state = run_part(name, find(name).quick if quick else find(name).cases, seed, output)
+        state = run_part(name, load_part(name).quick if quick else load_part(name).cases, seed, output)
         outcomes = "; ".join(f"{count} {text}" for text, count in sorted(state["outcomes"].items()))
-        row = (find(name).fault, state["done"], len(state["failures"]), outcomes, f"{state['seconds']:.0f}")
+        row = (load_part(name).fault, state["done"], len(state["failures"]), outcomes, f"{state['seconds']:.0f}")
         lines.append(f"| {' | '.join(map(str, row))} |")
         for failure in state["failures"]:
             click.echo(f"FAILED: {name}, case {failure['case']} of seed {seed}: {failure['failure']}", err=True)
@@ -48,48 +54,48 @@ def main(names: tuple[str, ...], quick: bool, seed: int, output: Path) -> None:
 
 
 def run_part(name: str, cases: int, seed: int, output: Path) -> dict[str, Any]:
-    """All cases of a part that are not done yet; what is known of all of them."""
-    kept = output / f"{name}-{seed}.json"
+    """Run the remaining cases of a part and return the state of all its cases."""
+    state_file = output / f"{name}-{seed}.json"
     state: dict[str, Any] = {"done": 0, "failures": [], "outcomes": {}, "seconds": 0.0}
-    if kept.exists():
-        state = json.loads(kept.read_text(encoding="utf-8"))
+    if state_file.exists():
+        state = json.loads(state_file.read_text(encoding="utf-8"))
     outcomes = Counter(state["outcomes"])
     with progress_bar(total=cases, initial=min(cases, state["done"]), desc=name, unit="case") as bar:
         while state["done"] < cases:
-            begin, first = time.monotonic(), state["done"]
-            for result in _results(name, output / name, seed, first, min(cases, first + _AT_ONCE)):
+            start, first = time.monotonic(), state["done"]
+            for result in _results(name, output / name, seed, first, min(cases, first + CASES_PER_PROCESS)):
                 state["done"] = result["case"] + 1
                 if "failure" in result:
                     state["failures"].append(result)
                 else:
                     outcomes[result["outcome"]] += 1
                 bar.update()
-            state["seconds"] += time.monotonic() - begin
+            state["seconds"] += time.monotonic() - start
             state["outcomes"] = dict(outcomes)
-            write_json(kept, state)
+            write_json(state_file, state)
     return state
 
 
 def _results(name: str, folder: Path, seed: int, first: int, last: int) -> list[dict[str, Any]]:
-    """What a process says of these cases; if it dies or hangs, the case that it was at is a failure."""
+    """Run cases in a process and return their results; if it dies or hangs, the current case fails."""
     command = [sys.executable, "-m", "tests.torture.worker", name, str(folder), str(seed), str(first), str(last)]
     results: list[dict[str, Any]] = []
     with (folder.parent / f"{name}.log").open("ab") as log:
         process = subprocess.Popen(command, bufsize=0, stdout=subprocess.PIPE, stderr=log)
         assert process.stdout is not None
-        while line := _line(process.stdout, _SILENCE):
+        while line := _read_line(process.stdout, TIMEOUT):
             results.append(json.loads(line))
         if hangs := line is None:
             process.kill()
         status = process.wait()
     if len(results) < last - first:
-        what = f"no word for {_SILENCE} s" if hangs else f"the process ended with {status}"
-        results.append({"case": first + len(results), "failure": f"{what}: see {folder.parent / f'{name}.log'}"})
+        reason = f"no output for {TIMEOUT} s" if hangs else f"the process exited with status {status}"
+        results.append({"case": first + len(results), "failure": f"{reason}: see {folder.parent / f'{name}.log'}"})
     return results
 
 
-def _line(stream: Any, seconds: float) -> bytes | None:
-    """The next line, nothing at the end of the stream, None if none comes in time."""
+def _read_line(stream: Any, seconds: float) -> bytes | None:
+    """Return the next line, b"" at the end of the stream, or None after a timeout."""
     ready, _, _ = select.select([stream], [], [], seconds)
     return bytes(stream.readline()) if ready else None
 

@@ -1,4 +1,4 @@
-"""Broken captions files and configurations: an error that names the file, or a counted skip."""
+"""Malformed captions files and configurations: an error that names the file, or counted invalid entries."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from gridcap.common.captions.read import read_captions
 from gridcap.common.config import load_config
 from gridcap.common.errors import GridcapError
 from tests.torture.case import Part, require
-from tests.torture.images import mutated
+from tests.torture.images import mutate_bytes
 
-_IDS = range(-(2**63), 2**63)
+INT64 = range(-(2**63), 2**63)
 
 
 def _junk(rng: np.random.Generator) -> Any:
-    """Something that does not belong there."""
+    """Return an unexpected value."""
     nested: Any = []
     for _ in range(int(rng.choice([3, 300, 5000]))):
         nested = [nested]
-    pwriters = "".join(chr(int(rng.integers(0x20, 0xD7FF) + 0x10000 * rng.integers(17))) for _ in range(40))
+    unusual_text = "".join(chr(int(rng.integers(0x20, 0xD7FF) + 0x10000 * rng.integers(17))) for _ in range(40))
     choices: list[Any] = [
         None,
         True,
@@ -40,7 +40,7 @@ def _junk(rng: np.random.Generator) -> Any:
         "\x00",
         "../a.jpg",
         "/etc/passwd",
-        pwriters,
+        unusual_text,
         "\ud800",
         "word " * 10_000,
         "x" * 100_000,
@@ -71,8 +71,8 @@ def _config() -> dict[str, Any]:
     return {"seed": 1, "data": {"splits": {"train": {"images": "a", "annotations": "b"}}}, "train": {"epochs": 2}}
 
 
-def change(tree: Any, rng: np.random.Generator) -> Any:
-    """Replace, remove, double or add something, at a random place of a tree of lists and dicts, which is changed."""
+def mutate_tree(tree: Any, rng: np.random.Generator) -> Any:
+    """Replace, remove, duplicate, or add an item at a random place of nested lists and dicts, in place."""
     node = tree
     parents: list[tuple[Any, Any]] = []
     while isinstance(node, list | dict) and node and (not parents or rng.random() < 0.8):
@@ -94,9 +94,9 @@ def change(tree: Any, rng: np.random.Generator) -> Any:
     return tree
 
 
-def _written(tree: Any, rng: np.random.Generator) -> Any:
+def _mutate_repeatedly(tree: Any, rng: np.random.Generator) -> Any:
     for _ in range(int(rng.integers(1, 4))):
-        tree = change(tree, rng)
+        tree = mutate_tree(tree, rng)
     return tree
 
 
@@ -107,27 +107,27 @@ def _run(folder: Path, rng: np.random.Generator) -> str:
         text = "image,caption\n" + "".join(f'{i}.jpg,"a ""thing"", {i}"\n' for i in range(20))
         content = text.encode()
     else:
-        tree = _written({"coco": _coco, "karpathy": _karpathy, "yaml": _config}[kind](), rng)
+        tree = _mutate_repeatedly({"coco": _coco, "karpathy": _karpathy, "yaml": _config}[kind](), rng)
         try:
             content = (json.dumps(tree) if kind != "yaml" else yaml.safe_dump(tree)).encode("utf-8", "surrogatepass")
-        except (RecursionError, ValueError, yaml.YAMLError):  # nested too deep for the writer, not for the case
+        except (RecursionError, ValueError, yaml.YAMLError):  # too deeply nested for the writer
             content = b"[" * 100_000
     if kind == "csv" or rng.random() < 0.3:
-        content = mutated(content, b'{"images": [], "annotations": []}' * 3, rng)
+        content = mutate_bytes(content, b'{"images": [], "annotations": []}' * 3, rng)
     path.write_bytes(content)
     try:
         if kind == "yaml":
             load_config(path)
             return "read"
-        found = read_captions(path, "train")
-        for record in found.records:
-            require(record.image_id in _IDS, f"an id of {record.image_id}")
-            require(all(isinstance(text, str) and text for text in record.captions), "a caption that is no text")
+        captions = read_captions(path, "train")
+        for record in captions.records:
+            require(record.image_id in INT64, f"invalid id {record.image_id}")
+            require(all(isinstance(text, str) and text for text in record.captions), "a caption that is not a string")
             record.file_name.encode()
-        return "read, with skips that are counted" if found.problems.counts else "read"
+        return "read, invalid entries counted" if captions.problems.counts else "read"
     except GridcapError as error:
-        require(path.name in error.message, f"an error that does not name the file: {error.message}")
-        return "an error that names the file"
+        require(path.name in error.message, f"the error does not name the file: {error.message}")
+        return "error that names the file"
 
 
-PART = Part("a broken captions file (COCO, Karpathy, CSV) or pipeline.yaml", 5000, 150, lambda folder: None, _run)
+PART = Part("malformed captions file (COCO, Karpathy, CSV) or pipeline.yaml", 5000, 150, lambda folder: None, _run)

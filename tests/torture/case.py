@@ -1,4 +1,4 @@
-"""What the parts of the torture share: a numbered case, what is judged, and how a folder is compared."""
+"""Building blocks of fault injection: parts, checks, and comparison of folders."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 
 class FailedError(Exception):
-    """Something was not survived; the message says what and how."""
+    """A fault was not handled correctly; the message states which and how."""
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,12 @@ class Part:
     """One kind of fault.
 
     Attributes:
-        fault: in a few words, for the table.
-        cases, quick: how many there are, and how many in a quick run.
-        prepare: makes in a folder what the cases need, once.
-        run: one case of a prepared folder, by its random numbers; gives the outcome in a few words.
-            Raises FailedError if the fault was not survived; any other exception is a failure too.
-        missing: says what this machine lacks for it; nothing if it can be run.
+        fault: short description for the table.
+        cases, quick: number of cases in a full and in a quick run.
+        prepare: writes the files that all cases need to a folder; called once.
+        run: runs one case in the prepared folder with its random numbers and returns a short outcome. Raises
+            FailedError if the fault was not handled; any other exception is a failure too.
+        missing: returns what this machine lacks to run the part, or an empty string.
     """
 
     fault: str
@@ -36,27 +36,27 @@ class Part:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
+    """Return the content of every file below a folder by relative path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def fresh_copy(folder: Path) -> Path:
-    """`base` below a folder, copied to `work` beside it, where a case may change it."""
+    """Copy the subfolder `base` to `work`, where a case may modify it, and return that path."""
     work = folder / "work"
     shutil.rmtree(work, ignore_errors=True)
     shutil.copytree(folder / "base", work)
     return work
 
 
-def require(condition: bool, what: str) -> None:
-    """Raise FailedError unless it holds."""
+def require(condition: bool, message: str) -> None:
+    """Raise FailedError if the condition is false."""
     if not condition:
-        raise FailedError(what)
+        raise FailedError(message)
 
 
-def damaged(content: bytes, rng: np.random.Generator, cut: bool) -> bytes:
-    """The content with one bit flipped, or without its end."""
-    if not content or cut:
+def corrupt(content: bytes, rng: np.random.Generator, truncate: bool) -> bytes:
+    """Return the content with one bit flipped, or truncated."""
+    if not content or truncate:
         return content[: int(rng.integers(len(content)))] if content else content
     changed = bytearray(content)
     changed[int(rng.integers(len(changed)))] ^= 1 << int(rng.integers(8))

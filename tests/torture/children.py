@@ -1,6 +1,6 @@
-"""Jobs in forked processes, which may be killed: at a moment, or at a step of theirs on the disk.
+"""Jobs in forked processes that are killed after a delay or at a file system operation.
 
-Forked, since a process of its own spends its first seconds on loading torch, and a kill there shows nothing.
+The processes are forked, because a new process spends its first seconds importing torch, where a kill tests nothing.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from gridcap.common.errors import GridcapError
 from gridcap.common.files import write_json
 from tests.torture.case import FailedError
 
-WELL, WITH_AN_ERROR, BADLY = 0, 70, 71
-BY_ITSELF = -1.0  # in place of a moment: the job is one of `dying_at`
-_EVENTS = {"os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}  # as Python audits them
-_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-_WORKS_AGAIN = (errno.ENOSPC, errno.EDQUOT)  # what the commands turn into an error with a next step
+SUCCESS, USER_ERROR, CRASH = 0, 70, 71  # exit statuses
+SELF_KILLED = -1.0  # instead of a delay: the job kills itself, see `killed_at`
+FILE_EVENTS = {"os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}  # names of audit events
+WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)  # reported by the commands as errors with a hint
 
 
 def start(job: Callable[[], object]) -> int:
-    """Fork a process for a job; its id. It ends WELL, WITH_AN_ERROR made for users, or BADLY."""
+    """Run a job in a forked process and return its id. It exits with SUCCESS, USER_ERROR, or CRASH."""
     if child := os.fork():
         return child
-    status = BADLY
+    status = CRASH
     try:
         job()
-        status = WELL
+        status = SUCCESS
     except GridcapError as error:
         print(f"{error.message}\n  what to do: {error.hint}", file=sys.stderr, flush=True)
-        status = WITH_AN_ERROR
+        status = USER_ERROR
     except OSError as error:
-        status = WITH_AN_ERROR if error.errno in _WORKS_AGAIN else BADLY
+        status = USER_ERROR if error.errno in FULL_DISK else CRASH
         traceback.print_exc()
     except BaseException:
         traceback.print_exc()
@@ -48,82 +48,81 @@ def start(job: Callable[[], object]) -> int:
         os._exit(status)
 
 
-def end(child: int) -> int:
-    """Wait for a process; its exit status, or minus the signal that ended it."""
+def wait(child: int) -> int:
+    """Wait for a process and return its exit status, or the negative number of the signal that killed it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 @dataclass(frozen=True)
 class Extent:
-    """How far a job goes when nothing disturbs it.
+    """Extent of an undisturbed job.
 
     Attributes:
-        seconds: that it takes.
-        events: of those that `dying_at` counts.
+        seconds: duration.
+        events: number of events that `killed_at` counts.
     """
 
     seconds: float
     events: int
 
 
-def measure(job: Callable[[], object], note: Path) -> None:
-    """Run a job in a process that nothing disturbs, and keep its Extent in a file. Raises FailedError as `run`."""
+def measure(job: Callable[[], object], extent_file: Path) -> None:
+    """Run a job undisturbed in a process and write its Extent to a file. Raises FailedError like `run`."""
 
     def measured() -> None:
-        seen: list[None] = []
-        _watch(lambda: seen.append(None))
-        begin = time.monotonic()
+        events: list[None] = []
+        _watch(lambda: events.append(None))
+        start = time.monotonic()
         job()
-        write_json(note, {"seconds": time.monotonic() - begin, "events": len(seen)})
+        write_json(extent_file, {"seconds": time.monotonic() - start, "events": len(events)})
 
     run([measured], [None])
 
 
-def extent_of(note: Path) -> Extent:
-    """What `measure` kept."""
-    return Extent(**json.loads(note.read_text(encoding="utf-8")))
+def read_extent(extent_file: Path) -> Extent:
+    """Read the result of `measure`."""
+    return Extent(**json.loads(extent_file.read_text(encoding="utf-8")))
 
 
 def _watch(on_event: Callable[[], object]) -> None:
-    """Call it before this process names, removes, links, makes or opens for writing anything, for as long as it is."""
+    """Call `on_event` before every rename, removal, link, mkdir, truncation, and opening for writing from now on."""
 
     def hook(name: str, arguments: tuple[Any, ...]) -> None:
-        if name in _EVENTS or (name == "open" and isinstance(arguments[2], int) and arguments[2] & _WRITING):
+        if name in FILE_EVENTS or (name == "open" and isinstance(arguments[2], int) and arguments[2] & WRITE_FLAGS):
             on_event()
 
     sys.addaudithook(hook)
 
 
-def dying_at(job: Callable[[], object], event: int) -> Callable[[], object]:
-    """A job that is killed with SIGKILL when it is about to name, remove, link, make or open for writing something
-    for the `event`-th time, from 0 on. If it never does, it ends well."""
-    left = [event]
+def killed_at(job: Callable[[], object], event: int) -> Callable[[], object]:
+    """Return a job that kills itself with SIGKILL right before its `event`-th file system operation, counted from 0."""
+    remaining = [event]
 
     def count() -> None:
-        left[0] -= 1
-        if left[0] < 0:
+        remaining[0] -= 1
+        if remaining[0] < 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def dying() -> None:
+    def killed() -> None:
         _watch(count)
         job()
 
-    return dying
+    return killed
 
 
-def run(jobs: Sequence[Callable[[], object]], kills: Sequence[float | None]) -> None:
-    """Run each job in a process, and kill it after so many seconds unless it is None or BY_ITSELF.
+def run(jobs: Sequence[Callable[[], object]], delays: Sequence[float | None]) -> None:
+    """Run each job in a process and kill it after its delay in seconds; None and SELF_KILLED do not kill it.
 
     Raises:
-        FailedError: a job did not end well and was not killed.
+        FailedError: a job failed without being killed.
     """
-    begin = time.monotonic()
-    children = {start(job): moment for job, moment in zip(jobs, kills, strict=True)}
-    for child, moment in sorted(children.items(), key=lambda item: (item[1] is None, item[1])):
-        if moment not in (None, BY_ITSELF):
-            time.sleep(max(0.0, begin + moment - time.monotonic()))
+    start_time = time.monotonic()
+    children = {start(job): delay for job, delay in zip(jobs, delays, strict=True)}
+    for child, delay in sorted(children.items(), key=lambda item: (item[1] is None, item[1])):
+        if delay not in (None, SELF_KILLED):
+            time.sleep(max(0.0, start_time + delay - time.monotonic()))
             os.kill(child, signal.SIGKILL)
-    for child, moment in children.items():
-        status = end(child)
-        if status != WELL and not (moment is not None and status == -signal.SIGKILL):
-            raise FailedError(f"a process ended with {status}")
+    for child, delay in children.items():
+        status = wait(child)
+        if status != SUCCESS and not (delay is not None and status == -signal.SIGKILL):
+            raise FailedError(f"a process exited with status {status}")

@@ -1,4 +1,4 @@
-"""Checkpoints and HDF5 files as somebody makes them who means harm."""
+"""Malicious checkpoints and HDF5 files."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _GRID = (2, 2, 3)
 
 
 def sign_checkpoint(checkpoint: Path) -> None:
-    """Write a checkpoint's checksums anew, as somebody does who means harm."""
+    """Recompute the checksums of a modified checkpoint, as an attacker would."""
     files = [path for path in checkpoint.iterdir() if path.name != "sha256.json"]
     (checkpoint / "sha256.json").write_text(json.dumps({path.name: sha256_of(path) for path in files}))
 
 
 def sign_index(path: Path) -> None:
-    """Write an index's hash anew, likewise."""
+    """Recompute the checksum of a modified index, as an attacker would."""
     values = {"size": path.stat().st_size, "sha256": sha256_of(path, HEADER_BYTES)}
     with path.open("r+b") as file:
         file.write(pack_header(INDEX_FORMAT, values))
@@ -45,5 +45,5 @@ def _external_storage(file: h5py.File, name: str, other: Path) -> None:
     file.create_dataset(name, (4, *_GRID), "<f2", external=[(str(other), 0, h5py.h5f.UNLIMITED)])
 
 
-# Each has a dataset's numbers, four rows of 2 x 2 x 3, read from somewhere else.
+# Each makes a dataset, four rows of 2 x 2 x 3, refer to data outside the file.
 WAYS_OUT = (_external_link, _soft_link, _virtual, _external_storage)

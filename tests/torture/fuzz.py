@@ -1,7 +1,6 @@
-"""Coverage-guided fuzzing (libFuzzer, through atheris) of what reads other people's files: captions and features.
+"""Coverage-guided fuzzing (libFuzzer via atheris) of readers: captions, configurations, features.
 
-A case is a process of its own, `python -m torture.fuzz TARGET FOLDER SEED`, that goes on with the inputs that the
-cases before it found to reach new code.
+Every case is a process, `python -m tests.torture.fuzz TARGET FOLDER SEED`, and reuses the corpus of the previous cases.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ import numpy as np
 
 from tests.torture.case import FailedError, Part, require
 
-_RUNS = 5000  # inputs a case
-_IN_MESSAGE = 600  # characters of a failure that are shown
+RUNS = 5000  # inputs per case
+MAX_MESSAGE = 600  # characters
 
 
 def _seeds() -> dict[str, tuple[str, bytes]]:
-    """Target -> the name of the file that is read, and something sound to begin with."""
+    """Return the file name and a valid initial input of each target."""
     coco = {
         "images": [{"id": i, "file_name": f"{i}.jpg"} for i in range(2)],
         "annotations": [{"id": i, "image_id": i % 2, "caption": f"a {i}"} for i in range(3)],
@@ -65,7 +64,7 @@ def _prepare(folder: Path) -> None:
     for target, (_, content) in _seeds().items():
         corpus = folder / target / "corpus"
         corpus.mkdir(parents=True)
-        (corpus / "sound").write_bytes(content)
+        (corpus / "valid").write_bytes(content)
 
 
 def _run(folder: Path, rng: np.random.Generator) -> str:
@@ -81,24 +80,24 @@ def _run(folder: Path, rng: np.random.Generator) -> str:
     ]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
-        said = f"{done.stdout}{done.stderr}"
-        begin = said.find("Uncaught Python exception")
-        shown = said[begin:][:_IN_MESSAGE] if begin >= 0 else said[-_IN_MESSAGE:]
+        output = f"{done.stdout}{done.stderr}"
+        start = output.find("Uncaught Python exception")
+        shown = output[start:][:MAX_MESSAGE] if start >= 0 else output[-MAX_MESSAGE:]
         raise FailedError(f"{target}: exit status {done.returncode}: {shown}")
     runs = re.search(r"Done (\d+) runs", done.stderr)
-    require(runs is not None and int(runs[1]) >= _RUNS, f"{target}: it did not run: {done.stderr[-_IN_MESSAGE:]}")
-    return f"{_RUNS} inputs for {target}"
+    require(runs is not None and int(runs[1]) >= RUNS, f"{target}: did not run: {done.stderr[-MAX_MESSAGE:]}")
+    return f"{RUNS} inputs for {target}"
 
 
 def _missing() -> str:
-    return "" if importlib.util.find_spec("atheris") else "atheris (pip install atheris; it is made for x86-64 Linux)"
+    return "" if importlib.util.find_spec("atheris") else "atheris (pip install atheris; x86-64 Linux only)"
 
 
 def main(target: str, folder: Path, seed: str) -> None:
-    """Fuzz one target; ends the process."""
+    """Fuzz one target and exit the process."""
     import atheris
 
-    with atheris.instrument_imports(include=["common", "extract", "json", "csv"]):
+    with atheris.instrument_imports(include=["gridcap.common", "gridcap.extract", "json", "csv"]):
         from gridcap.common.captions.read import read_captions
         from gridcap.common.config import load_config
         from gridcap.common.errors import GridcapError
@@ -111,7 +110,7 @@ def main(target: str, folder: Path, seed: str) -> None:
         pairs = match_keys(source, None)
         request = ImportRequest(source, pairs, "", path.with_suffix(".h5"), "", "float32")
         for record, key in pairs:
-            require(0 <= record.image_id < 2**63, f"an id of {record.image_id}")
+            require(0 <= record.image_id < 2**63, f"invalid id {record.image_id}")
             read_grid(request, key, None)
 
     readers: dict[str, Callable[[Path], Any]] = {
@@ -130,14 +129,14 @@ def main(target: str, folder: Path, seed: str) -> None:
         with contextlib.suppress(GridcapError):
             read(path)
 
-    options = [f"-runs={_RUNS}", f"-seed={seed}", "-max_len=4096", "-timeout=10", "-rss_limit_mb=3072"]
-    os.chdir(folder)  # where libFuzzer leaves an input that crashes
+    options = [f"-runs={RUNS}", f"-seed={seed}", "-max_len=4096", "-timeout=10", "-rss_limit_mb=3072"]
+    os.chdir(folder)  # libFuzzer writes crashing inputs here
     atheris.Setup([sys.argv[0], *options, str(folder / "corpus")], one)
     atheris.Fuzz()
 
 
 PART = Part(
-    f"captions, configurations and features to import, fuzzed: {_RUNS} inputs a case", 40, 7, _prepare, _run, _missing
+    f"fuzzed captions, configurations, and imported features: {RUNS} inputs per case", 40, 7, _prepare, _run, _missing
 )
 
 if __name__ == "__main__":

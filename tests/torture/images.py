@@ -1,4 +1,4 @@
-"""Broken images of every format: each ends as a good row or as a reject with a reason."""
+"""Corrupted images of every format: each is decoded, or marked invalid with a reason."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from gridcap.common.image import InvalidImageError, load_image
 from gridcap.common.scenes import all_scenes, render
 from tests.torture.case import Part, require
 
-_SECONDS = 10
-_MOST_MIB = 3 << 10
-_SIDE = 299
-_KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {  # name -> mode, suffix, options of Pillow
+MAX_SECONDS = 10
+MAX_MIB = 3 << 10
+SIDE = 299
+_KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {  # name -> mode, suffix, options of Image.save
     "baseline": ("RGB", "jpg", {"quality": 80}),
     "progressive": ("RGB", "jpg", {"progressive": True}),
     "gray": ("L", "jpg", {}),
@@ -59,24 +59,24 @@ def _run(folder: Path, rng: np.random.Generator) -> str:
     file = files[int(rng.integers(len(files)))]
     other = files[int(rng.integers(len(files)))].read_bytes()
     path = folder / f"case{file.suffix}"
-    path.write_bytes(mutated(file.read_bytes(), other, rng))
+    path.write_bytes(mutate_bytes(file.read_bytes(), other, rng))
     resize_mode = ("stretch", "crop", "letterbox")[int(rng.integers(3))]
-    begin, before = time.monotonic(), _forget_peak()
+    start, before = time.monotonic(), _reset_peak_memory()
     try:
-        grid = load_image(path, _SIDE, resize_mode)
-        require(grid.shape == (_SIDE, _SIDE, 3) and grid.dtype == np.uint8, f"{file.name} became {grid.shape}")
-        outcome = "a row"
+        grid = load_image(path, SIDE, resize_mode)
+        require(grid.shape == (SIDE, SIDE, 3) and grid.dtype == np.uint8, f"{file.name} became {grid.shape}")
+        outcome = "decoded"
     except InvalidImageError as error:
-        require(bool(str(error)) and "\n" not in str(error), f"{file.name}: rejected without a reason in a line")
-        outcome = "a reject with its reason"
-    took, most = time.monotonic() - begin, _mib("VmHWM") - before
-    require(took < _SECONDS, f"{file.name} took {took:.0f} s")
-    require(most < _MOST_MIB, f"{file.name} took {most} MiB")
+        require(bool(str(error)) and "\n" not in str(error), f"{file.name}: invalid without a one-line reason")
+        outcome = "invalid with a reason"
+    seconds, peak = time.monotonic() - start, _mib("VmHWM") - before
+    require(seconds < MAX_SECONDS, f"{file.name} took {seconds:.0f} s")
+    require(peak < MAX_MIB, f"{file.name} needed {peak} MiB")
     return outcome
 
 
-def _forget_peak() -> int:
-    """Have Linux count this process's peak anew, and tell its memory now in MiB: what ran in it before has no say."""
+def _reset_peak_memory() -> int:
+    """Reset the peak memory of this process and return its current memory in MiB."""
     Path("/proc/self/clear_refs").write_text("5")
     return _mib("VmRSS")
 
@@ -86,35 +86,35 @@ def _mib(name: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) >> 10
 
 
-def mutated(content: bytes, other: bytes, rng: np.random.Generator) -> bytes:
-    """One to eight changes: bits, bytes, numbers, pieces removed, doubled, exchanged, or taken from another file."""
+def mutate_bytes(content: bytes, other: bytes, rng: np.random.Generator) -> bytes:
+    """Apply one to eight mutations: flipped bits, changed numbers, and removed, duplicated, or replaced pieces."""
     changed = bytearray(content)
     for _ in range(int(rng.choice([1, 1, 1, 2, 3, 8]))):
         if len(changed) < 16:
             break
-        # Headers are where lengths and sizes stand: half of the changes go there.
-        place = int(rng.integers(min(len(changed), 128) if rng.random() < 0.5 else len(changed)))
+        # Half of the mutations are in the header, which contains sizes and lengths.
+        position = int(rng.integers(min(len(changed), 128) if rng.random() < 0.5 else len(changed)))
         length = int(rng.integers(1, 65))
         kind = int(rng.integers(8))
         if kind == 0:
-            changed[place] ^= 1 << int(rng.integers(8))
+            changed[position] ^= 1 << int(rng.integers(8))
         elif kind == 1:
-            changed[place] = int(rng.choice([0, 1, 0x7F, 0x80, 0xFF]))
+            changed[position] = int(rng.choice([0, 1, 0x7F, 0x80, 0xFF]))
         elif kind == 2:
             number = int(rng.choice([0, 1, 0x7FFF, 0xFFFF, 0x10000, 0x7FFFFFFF, 0xFFFFFFFF]))
-            changed[place : place + 4] = struct.pack(">I" if rng.random() < 0.5 else "<I", number)
+            changed[position : position + 4] = struct.pack(">I" if rng.random() < 0.5 else "<I", number)
         elif kind == 3:
-            del changed[place : place + length]
+            del changed[position : position + length]
         elif kind == 4:
-            changed[place:place] = changed[place : place + length]
+            changed[position:position] = changed[position : position + length]
         elif kind == 5:
-            changed[place : place + length] = rng.bytes(length)
+            changed[position : position + length] = rng.bytes(length)
         elif kind == 6:
             start = int(rng.integers(len(other)))
-            changed[place : place + length] = other[start : start + length]
+            changed[position : position + length] = other[start : start + length]
         else:
-            del changed[max(16, place) :]
+            del changed[max(16, position) :]
     return io.BytesIO(bytes(changed)).getvalue()
 
 
-PART = Part("a broken JPEG, PNG, WebP, TIFF, GIF or BMP", 20_000, 300, _prepare, _run)
+PART = Part("corrupted JPEG, PNG, WebP, TIFF, GIF, or BMP", 20_000, 300, _prepare, _run)

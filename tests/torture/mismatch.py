@@ -1,4 +1,4 @@
-"""Things that do not belong together: refused, with the difference shown."""
+"""Mismatched features, vocabularies, and formats: rejected with an error that states the difference."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from tests.torture import runs
 from tests.torture.case import Part, fresh_copy, require
 from tests.torture.forge import sign_checkpoint, sign_index
 
-# A key of the provenance, and what it is elsewhere.
-_ELSEWHERE: list[tuple[tuple[str, ...], Any]] = [
+# Keys of the provenance with values that do not match.
+OTHER_VALUES: list[tuple[tuple[str, ...], Any]] = [
     (("encoder",), "resnet50"),
     (("layer",), "Mixed_6e"),
     (("weights", "sha256"), "0123456789" * 6 + "0123"),
@@ -43,78 +43,81 @@ def _prepare(folder: Path) -> None:
     captions = json.loads((base / "captions.json").read_text())
     for caption in captions["annotations"]:
         caption["caption"] += " here"
-    (base / "captions.json").rename(base / "kept.json")
+    (base / "captions.json").rename(base / "original.json")
     (base / "captions.json").write_text(json.dumps(captions))
-    runs.train(base, base / "wordy", resume=False)
-    (base / "kept.json").rename(base / "captions.json")
+    runs.train(base, base / "other-vocabulary", resume=False)
+    (base / "original.json").rename(base / "captions.json")
 
 
 def _run(folder: Path, rng: np.random.Generator) -> str:
     work = fresh_copy(folder)
-    kinds = (_other_features, _other_features, _other_words, _newer_version)
+    kinds = (_mismatched_features, _mismatched_features, _mismatched_vocabulary, _newer_version)
     return kinds[int(rng.integers(len(kinds)))](work, rng)
 
 
-def _refusal(attempt: Callable[[], object], what: str) -> str:
+def _error_of(attempt: Callable[[], object], description: str) -> str:
+    """Return the message and the hint of the error that the attempt must raise."""
     try:
         attempt()
     except GridcapError as error:
         return f"{error.message}\n{error.hint}"
-    require(False, f"{what}: it was taken")
+    require(False, f"{description}: accepted")
     return ""
 
 
-def _other_features(work: Path, rng: np.random.Generator) -> str:
-    """A checkpoint, and a store that says something else of how its grids were made."""
-    keys, value = _ELSEWHERE[int(rng.integers(len(_ELSEWHERE)))]
+def _mismatched_features(work: Path, rng: np.random.Generator) -> str:
+    """Combine a checkpoint with a store of different provenance."""
+    keys, value = OTHER_VALUES[int(rng.integers(len(OTHER_VALUES)))]
     with h5py.File(work / "train.h5", "r+") as file:
         provenance = json.loads(file.attrs["provenance"])
         owner = provenance
         for key in keys[:-1]:
             owner = owner[key]
-        before, owner[keys[-1]] = owner[keys[-1]], value
+        original, owner[keys[-1]] = owner[keys[-1]], value
         file.attrs["provenance"] = json.dumps(provenance)
     sign_index(work / "train.h5")
     attempts: list[tuple[str, Callable[[], object]]] = [
-        ("resumed with", lambda: runs.train(work, work / "calm", resume=True)),
+        ("resumed with", lambda: runs.train(work, work / "baseline", resume=True)),
         ("evaluated on", lambda: _evaluate(work)),
-        ("trained on from a checkpoint of", lambda: _go_on(work)),
+        ("initialized from a checkpoint trained on", lambda: _train_from(work)),
     ]
-    how, attempt = attempts[0 if keys == ("views",) else int(rng.integers(len(attempts)))]  # evaluation takes one view
-    said = _refusal(attempt, f"{how} features of another {keys[-1]}")
+    how, attempt = attempts[0 if keys == ("views",) else int(rng.integers(len(attempts)))]  # evaluation uses one view
+    error = _error_of(attempt, f"{how} features with another {keys[-1]}")
     if keys[-1] == "sha256":
-        before, value = before[:8], value[:8]
-    for shown in (before, value):
+        original, value = original[:8], value[:8]
+    for shown in (original, value):
         text = shown if keys[-1] == "sha256" else json.dumps(shown)
-        require(text in said and keys[0] in said, f"{keys}: the refusal does not show {text}: {said}")
-    return f"{how} other features: refused, and the difference shown"
+        require(text in error and keys[0] in error, f"{keys}: the error does not state {text}: {error}")
+    return f"{how} other features: rejected, difference stated"
 
 
 def _evaluate(work: Path) -> None:
-    checkpoint = load_checkpoint(work / "calm", "last")
+    checkpoint = load_checkpoint(work / "baseline", "last")
     with FeatureStore(work / "train.h5") as store:
         data = join_captions(store, work / "captions.json", [checkpoint.config], "train", "--annotations").data
         evaluate(checkpoint, data, checkpoint.config.caption, EvaluationOptions("cpu", progress=False))
 
 
-def _go_on(work: Path) -> None:
-    runs.train(work, work / "new", resume=False, init_from=work / "calm")
+def _train_from(work: Path) -> None:
+    runs.train(work, work / "new", resume=False, init_from=work / "baseline")
 
 
-def _other_words(work: Path, rng: np.random.Generator) -> str:
-    """Another run's vocabulary: of a decoder beside this one, or in the place of its own."""
-    calm, wordy = (find_checkpoint(work / name, "last") for name in ("calm", "wordy"))
+def _mismatched_vocabulary(work: Path, rng: np.random.Generator) -> str:
+    """Combine decoders with different vocabularies, or replace the vocabulary of a checkpoint."""
+    baseline, other = (find_checkpoint(work / name, "last") for name in ("baseline", "other-vocabulary"))
     if rng.random() < 0.5:
-        pair = [calm, wordy] if rng.random() < 0.5 else [wordy, calm]
-        said = _refusal(lambda: load_ensemble(pair), "two decoders of different words")
-        require("another vocabulary" in said and "words there" in said, said)
-        return "decoders of different words: refused, and the difference shown"
-    shutil.copy(wordy / "vocabulary.json", calm / "vocabulary.json")
+        pair = [baseline, other] if rng.random() < 0.5 else [other, baseline]
+        error = _error_of(lambda: load_ensemble(pair), "two decoders with different vocabularies")
+        require("another vocabulary" in error and "words there" in error, error)
+        return "decoders with different vocabularies: rejected, difference stated"
+    shutil.copy(other / "vocabulary.json", baseline / "vocabulary.json")
     if signed := rng.random() < 0.5:
-        sign_checkpoint(calm)
-    said = _refusal(lambda: load_checkpoint(work / "calm", "last"), f"another run's vocabulary, signed: {signed}")
-    require("vocabulary" in said and (not signed or "size mismatch" in said), said)
-    return "another run's vocabulary in a checkpoint: refused"
+        sign_checkpoint(baseline)
+    error = _error_of(
+        lambda: load_checkpoint(work / "baseline", "last"), f"vocabulary of another run, signed: {signed}"
+    )
+    require("vocabulary" in error and (not signed or "size mismatch" in error), error)
+    return "vocabulary of another run in a checkpoint: rejected"
 
 
 def _newer_version(work: Path, rng: np.random.Generator) -> str:
@@ -124,10 +127,10 @@ def _newer_version(work: Path, rng: np.random.Generator) -> str:
         "index": lambda: FeatureStore(work / "train.h5"),
         "shard": lambda: FeatureStore(work / "train.h5"),
         "plan": lambda: read_plan(work / "train"),
-        "checkpoint": lambda: load_checkpoint(work / "calm", "last"),
+        "checkpoint": lambda: load_checkpoint(work / "baseline", "last"),
     }
     newer = int(rng.integers(4, 100))
-    checkpoint = find_checkpoint(work / "calm", "last")
+    checkpoint = find_checkpoint(work / "baseline", "last")
     if kind in ("plan", "checkpoint"):
         path = work / "train" / "plan.json" if kind == "plan" else checkpoint / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "version": newer}))
@@ -138,9 +141,9 @@ def _newer_version(work: Path, rng: np.random.Generator) -> str:
             header = json.loads(file.read(HEADER_BYTES))
             file.seek(0)
             file.write(json.dumps({**header, "version": newer}).encode().ljust(HEADER_BYTES))
-    said = _refusal(attempts[kind], f"a newer {kind}")
-    require(f"version {newer}" in said, f"the refusal does not say the version {newer}: {said}")
-    return "a newer format: refused, and its version shown"
+    error = _error_of(attempts[kind], f"a newer {kind}")
+    require(f"version {newer}" in error, f"the error does not state version {newer}: {error}")
+    return "newer format: rejected, version stated"
 
 
-PART = Part("features, words or formats that do not belong to a checkpoint", 200, 20, _prepare, _run)
+PART = Part("mismatched features, vocabulary, or format version", 200, 20, _prepare, _run)

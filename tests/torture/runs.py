@@ -1,4 +1,4 @@
-"""A tiny decoder's run, by the real training."""
+"""Training runs of a tiny decoder."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from gridcap.train.engine.loop import fit
 from tests.torture.case import require
 from tests.torture.stores import extract_all, write_photos
 
-_WORDS = ("red", "green", "blue", "gray", "small", "large", "ring", "cross")
+WORDS = ("red", "green", "blue", "gray", "small", "large", "ring", "cross")
 
 
 def prepare(folder: Path) -> None:
-    """A store and its captions."""
+    """Write a store and its captions file."""
     photos = write_photos(folder / "photos")
     extract_all(photos, folder / "train.h5")
     records = list(FolderImages(photos))
     captions = [
-        {"id": 3 * n + k, "image_id": r.image_id, "caption": f"a {_WORDS[n % 8]} {_WORDS[(n + k) % 8]} thing"}
+        {"id": 3 * n + k, "image_id": r.image_id, "caption": f"a {WORDS[n % 8]} {WORDS[(n + k) % 8]} thing"}
         for n, r in enumerate(records)
         for k in range(3)
     ]
@@ -33,21 +33,21 @@ def prepare(folder: Path) -> None:
 
 
 def prepare_trained(folder: Path) -> None:
-    """The same, and a run trained on it, `calm`."""
+    """Write a store, its captions file, and a run trained on them, `baseline`."""
     prepare(folder)
-    train(folder, folder / "calm", resume=False)
+    train(folder, folder / "baseline", resume=False)
 
 
-def require_same_weights(run: Path, calm: Path) -> None:
+def require_same_weights(run: Path, baseline: Path) -> None:
     """Raise FailedError unless two runs ended at the same step with the same bytes."""
-    ours, theirs = find_checkpoint(run, "last"), find_checkpoint(calm, "last")
-    require(ours.name == theirs.name, f"{ours.name} in place of {theirs.name}")
-    same = (ours / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
-    require(same, "other weights")
+    actual, expected = find_checkpoint(run, "last"), find_checkpoint(baseline, "last")
+    require(actual.name == expected.name, f"{actual.name} instead of {expected.name}")
+    same = (actual / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
+    require(same, "the weights differ")
 
 
 def train(folder: Path, output: Path, resume: bool, init_from: Path | None = None) -> list[dict[str, Any]]:
-    """Train, or go on with, the run in `output`; `init_from` gives another's decoder."""
+    """Start or resume the run in `output`; `init_from` is a run whose decoder is used for initialization."""
     decoder = {"family": "attention", "embed_size": 8, "hidden_size": 12, "attention_size": 6, "dropout": 0.2}
     config = load_config(
         None,

@@ -1,4 +1,4 @@
-"""Long work: many rows through the trainer's stream, many images through extraction; memory and open files stay."""
+"""Soak test: many rows through the caption stream and many images through extraction without leaks."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from gridcap.train.data.vocabulary import Vocabulary
 from tests.torture.case import Part, require
 from tests.torture.stores import extract_all, write_photos
 
-_ROWS, _ROWS_A_CASE = 1000, 20_000
-_IMAGES_A_CASE = 2000
-_GRID = (8, 8, 256)
-_WARM = 2  # cases until every buffer has met its largest batch
-_MORE = 1.05  # times what was taken when warm
-_seen: list[tuple[int, int]] = []  # MiB and open files after each case of this process
+ROWS, ROWS_PER_CASE = 1000, 20_000
+IMAGES_PER_CASE = 2000
+GRID = (8, 8, 256)
+WARMUP = 2  # cases until all buffers have reached their final size
+MAX_GROWTH = 1.05  # relative to the memory after the warmup
+_usage: list[tuple[int, int]] = []  # MiB and open files after each case in this process
 
 
 def _prepare(folder: Path) -> None:
-    names, provenance = [f"{i}.jpg" for i in range(_ROWS)], {"dtype": "float16", "grid_shape": list(_GRID)}
+    names, provenance = [f"{i}.jpg" for i in range(ROWS)], {"dtype": "float16", "grid_shape": list(GRID)}
     spec = ShardSpec(list(enumerate(names)), GridLayout.from_provenance(provenance), provenance, plan="soak")
     with ShardWriter(folder / "train.h5", spec) as writer:
-        writer.write(0, np.random.default_rng(0).random((_ROWS, *_GRID)).astype("f2"), {})
+        writer.write(0, np.random.default_rng(0).random((ROWS, *GRID)).astype("f2"), {})
         writer.finish()
     images = [{"id": i, "file_name": name} for i, name in enumerate(names)]
-    captions = [{"id": n, "image_id": n // 5, "caption": "a thing " * (1 + n % 12)} for n in range(5 * _ROWS)]
+    captions = [{"id": n, "image_id": n // 5, "caption": "a thing " * (1 + n % 12)} for n in range(5 * ROWS)]
     (folder / "captions.json").write_text(json.dumps({"images": images, "annotations": captions}))
     photos = sorted(write_photos(folder / "photos").iterdir())
     (folder / "many").mkdir()
-    for n in range(_IMAGES_A_CASE):
+    for n in range(IMAGES_PER_CASE):
         os.link(photos[n % len(photos)], folder / "many" / f"{n:05}.png")
 
 
@@ -48,19 +48,19 @@ def _run(folder: Path, rng: np.random.Generator) -> str:
         data = CaptionedImages.join(store, records, folder / "captions.json")
         vocabulary = Vocabulary.build([text for captions in data.captions for text in captions])
         stream = CaptionStream(data, vocabulary, StreamOptions(32, 5, 30, seed=int(rng.integers(1000))))
-        rows = sum(len(batch.images) for epoch in range(_ROWS_A_CASE // _ROWS) for batch in stream.epoch(epoch))
-    require(rows == _ROWS_A_CASE, f"{rows} rows came through")
-    made = extract_all(folder / "many", folder / "store" / "s.h5")
-    require(made.complete, "the store is not complete")
+        rows = sum(len(batch.images) for epoch in range(ROWS_PER_CASE // ROWS) for batch in stream.epoch(epoch))
+    require(rows == ROWS_PER_CASE, f"{rows} rows instead of {ROWS_PER_CASE}")
+    summary = extract_all(folder / "many", folder / "store" / "s.h5")
+    require(summary.complete, "the store is incomplete")
     shutil.rmtree(folder / "store")
     memory = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
-    _seen.append((memory, len([*Path("/proc/self/fd").iterdir()])))
-    if len(_seen) <= _WARM:
-        return "warming up"
-    (warm, files), (now, open_now) = _seen[_WARM - 1], _seen[-1]
-    require(now <= _MORE * warm, f"{now} MiB, and {warm} after {_WARM} cases")
-    require(open_now <= files, f"{open_now} open files, and {files} after {_WARM} cases")
-    return f"{_ROWS_A_CASE} rows and {_IMAGES_A_CASE} images more, memory and open files as before"
+    _usage.append((memory, len([*Path("/proc/self/fd").iterdir()])))
+    if len(_usage) <= WARMUP:
+        return "warmup"
+    (memory_before, files_before), (memory_now, files_now) = _usage[WARMUP - 1], _usage[-1]
+    require(memory_now <= MAX_GROWTH * memory_before, f"{memory_now} MiB; {memory_before} MiB after {WARMUP} cases")
+    require(files_now <= files_before, f"{files_now} open files; {files_before} after {WARMUP} cases")
+    return f"{ROWS_PER_CASE} more rows and {IMAGES_PER_CASE} more images, memory and open files unchanged"
 
 
-PART = Part("long work", 10, 4, _prepare, _run)
+PART = Part("long run: leaks of memory and open files", 10, 4, _prepare, _run)

@@ -1,4 +1,4 @@
-"""A small store made by the real extraction, with an encoder that only averages: what is tortured is all around it."""
+"""Small stores written by the real extraction with a fake encoder that averages pixels."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHARD = 4
 
 
 class MeanEncoder:
-    """The mean colors of an image's quarters."""
+    """Fake encoder that returns the mean colors of the quarters of an image."""
 
     side = 16
     grid_shape = GRID
@@ -35,7 +35,7 @@ class MeanEncoder:
         self._dtype = options.dtype
 
     def submit(self, images: np.ndarray) -> PendingGrids:
-        """Grids of uint8 (B, 16, 16, 3)."""
+        """Return the grids of uint8 (B, 16, 16, 3)."""
         grids = images.reshape(-1, 2, 8, 2, 8, 3).mean((2, 4)).astype(self._dtype)
         return PendingGrids(lambda: grids)
 
@@ -45,29 +45,29 @@ def _describe(*arguments: Any) -> dict[str, Any]:
 
 
 def use_mean_encoder() -> None:
-    """Put MeanEncoder in the place of the CNN, in this process."""
-    setattr(gridcap.extract.encoding, "GridEncoder", MeanEncoder)  # noqa: B010 (mypy would not have it otherwise)
+    """Replace the CNN with MeanEncoder in this process."""
+    setattr(gridcap.extract.encoding, "GridEncoder", MeanEncoder)  # noqa: B010 (mypy rejects the assignment)
     setattr(gridcap.extract.job, "describe_features", _describe)  # noqa: B010
 
 
 def use_real_encoder() -> None:
-    """Put the CNN back in its place."""
+    """Restore the CNN."""
     setattr(gridcap.extract.encoding, "GridEncoder", GridEncoder)  # noqa: B010
     setattr(gridcap.extract.job, "describe_features", describe_features)  # noqa: B010
 
 
 def write_photos(folder: Path) -> Path:
-    """PHOTOS pictures, one of them text."""
+    """Write PHOTOS images, one of which is a text file."""
     folder.mkdir(parents=True)
     for i in range(PHOTOS):
         noise = np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)
         Image.fromarray(noise).save(folder / f"{i:03}.png")
-    (folder / "007.png").write_text("no picture")
+    (folder / "007.png").write_text("not an image")
     return folder
 
 
 def make_job(photos: Path, output: Path) -> Extraction:
-    """What the extraction of these photos needs."""
+    """Prepare the extraction of these photos."""
     flags = {
         "extract.weights": "random",
         "extract.shard_size": SHARD,
@@ -79,6 +79,6 @@ def make_job(photos: Path, output: Path) -> Extraction:
 
 
 def extract_all(photos: Path, output: Path, share: Share = WHOLE) -> Summary:
-    """Make the store, or a worker's share of it, or what is missing of it."""
+    """Extract the missing shards of the store, or a share of them."""
     use_mean_encoder()
     return extract_features(make_job(photos, output), share, show_progress=False)

@@ -1,4 +1,4 @@
-"""A small share of `make torture`, and that it would say so if something were not survived."""
+"""A subset of `make torture`, and its reporting of failures."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import pytest
 from click.testing import CliRunner
 
 from tests.torture.__main__ import main, run_part
-from tests.torture.captions import change
-from tests.torture.case import damaged
-from tests.torture.images import mutated
-from tests.torture.worker import PARTS, find
+from tests.torture.captions import mutate_tree
+from tests.torture.case import corrupt
+from tests.torture.images import mutate_bytes
+from tests.torture.worker import PARTS, load_part
 
 CASES = {
     "kill-extraction": 5,
     "kill-training": 2,
-    "disk": 3,
-    "bits": 15,
+    "full-disk": 3,
+    "corruption": 15,
     "images": 100,
     "captions": 40,
     "soak": 3,
-    "hostile": 15,
+    "malicious": 15,
     "mismatch": 20,
     "fuzz": 1,
 }
@@ -31,34 +31,34 @@ CASES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PARTS)
-def test_everything_is_survived(name: str, tmp_path: Path) -> None:
-    if missing := find(name).missing():
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"needs {missing}")
+def test_all_faults_are_handled(name: str, tmp_path: Path) -> None:
+    if missing := load_part(name).missing():
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"requires {missing}")
     state = run_part(name, CASES[name], 1, tmp_path)
     assert state["failures"] == []
     assert state["done"] == sum(state["outcomes"].values()) == CASES[name]
 
 
 @pytest.mark.slow
-def test_what_is_done_is_not_done_again_and_the_table_counts_it(tmp_path: Path) -> None:
+def test_finished_cases_are_not_repeated(tmp_path: Path) -> None:
     first = run_part("images", 20, 0, tmp_path)
     assert run_part("images", 20, 0, tmp_path) == first
-    whole = CliRunner().invoke(main, ["--only", "images", "--quick", "--output", str(tmp_path)])
-    assert whole.exit_code == 0, whole.output
-    assert f"| {find('images').fault} | {find('images').quick} | 0 |" in whole.output
-    together = run_part("images", 20, 0, tmp_path)
-    assert sum(together["outcomes"].values()) == find("images").quick
+    result = CliRunner().invoke(main, ["--only", "images", "--quick", "--output", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert f"| {load_part('images').fault} | {load_part('images').quick} | 0 |" in result.output
+    total = run_part("images", 20, 0, tmp_path)
+    assert sum(total["outcomes"].values()) == load_part("images").quick
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_is_a_failure_of_the_case_it_was_at(tmp_path: Path) -> None:
-    (tmp_path / "captions").write_text("a file where the part wants a folder")
+def test_crash_is_a_failure_of_the_current_case(tmp_path: Path) -> None:
+    (tmp_path / "captions").write_text("a file where a folder is expected")
     state = run_part("captions", 2, 0, tmp_path)
     assert [failure["case"] for failure in state["failures"]] == [0, 1]
-    assert "the process ended with 1" in state["failures"][0]["failure"]
+    assert "the process exited with status 1" in state["failures"][0]["failure"]
 
 
-def test_a_failure_is_said_and_is_the_exit_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failure_is_reported_and_sets_the_exit_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = {"done": 1, "failures": [{"case": 0, "failure": "lost"}], "outcomes": {}, "seconds": 0.0}
     monkeypatch.setattr("tests.torture.__main__.run_part", lambda *_: state)
     result = CliRunner().invoke(main, ["--only", "captions", "--output", str(tmp_path)])
@@ -66,19 +66,19 @@ def test_a_failure_is_said_and_is_the_exit_status(tmp_path: Path, monkeypatch: p
     assert "FAILED: captions, case 0 of seed 0: lost" in result.output
 
 
-def test_damage_is_one_bit_or_a_missing_end() -> None:
+def test_corrupt_flips_one_bit_or_truncates() -> None:
     rng, content = np.random.default_rng(0), bytes(range(200))
     for _ in range(50):
-        flipped = damaged(content, rng, cut=False)
+        flipped = corrupt(content, rng, truncate=False)
         assert sum((a ^ b).bit_count() for a, b in zip(content, flipped, strict=True)) == 1
-        cut = damaged(content, rng, cut=True)
-        assert len(cut) < len(content)
-        assert content.startswith(cut)
+        truncated = corrupt(content, rng, truncate=True)
+        assert len(truncated) < len(content)
+        assert content.startswith(truncated)
 
 
-def test_a_case_is_the_same_whenever_it_is_run() -> None:
+def test_cases_are_deterministic() -> None:
     content = bytes(range(256)) * 4
-    first, again = (mutated(content, content[::-1], np.random.default_rng([0, 3, 17])) for _ in range(2))
+    first, again = (mutate_bytes(content, content[::-1], np.random.default_rng([0, 3, 17])) for _ in range(2))
     assert first == again
-    trees = [change({"images": [{"id": n} for n in range(5)]}, np.random.default_rng(5)) for _ in range(2)]
+    trees = [mutate_tree({"images": [{"id": n} for n in range(5)]}, np.random.default_rng(5)) for _ in range(2)]
     assert repr(trees[0]) == repr(trees[1])

@@ -1,4 +1,4 @@
-"""Run some cases of one part, and print a line for each: what comes of it, in a process that may die of it."""
+"""Run cases of one part in this process, which may crash, and print one JSON line per case."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ import numpy as np
 
 from tests.torture.case import FailedError, Part
 
-PARTS = {  # name -> where its Part stands
+PARTS = {  # name -> its Part
     "kill-extraction": "tests.torture.kill:EXTRACTION",
     "kill-training": "tests.torture.kill:TRAINING",
-    "disk": "tests.torture.disk:PART",
-    "bits": "tests.torture.bits:PART",
+    "full-disk": "tests.torture.full_disk:PART",
+    "corruption": "tests.torture.corruption:PART",
     "images": "tests.torture.images:PART",
     "captions": "tests.torture.captions:PART",
     "soak": "tests.torture.soak:PART",
-    "hostile": "tests.torture.hostile:PART",
+    "malicious": "tests.torture.malicious:PART",
     "mismatch": "tests.torture.mismatch:PART",
     "fuzz": "tests.torture.fuzz:PART",
 }
-_PREPARED = "prepared"
+PREPARED = "prepared"
 
 
-def find(name: str) -> Part:
-    """A part by its name."""
+def load_part(name: str) -> Part:
+    """Import a part by name."""
     module, _, attribute = PARTS[name].partition(":")
     part: Part = getattr(importlib.import_module(module), attribute)
     return part
 
 
 def main(name: str, folder: Path, seed: int, first: int, last: int) -> None:
-    """Cases `first` to `last - 1`: each has random numbers of its own, so it can be run again alone."""
+    """Run the cases `first` to `last - 1`. Each has its own random numbers, so it can be rerun separately."""
     import torch
 
-    torch.set_num_threads(1)  # and children that are forked find no threads to wait for
-    part, marker = find(name), folder.parent / f"{folder.name}.{_PREPARED}"
+    torch.set_num_threads(1)  # a forked process must not wait for threads that it does not have
+    part, marker = load_part(name), folder.parent / f"{folder.name}.{PREPARED}"
     if not marker.exists():
         folder.mkdir(parents=True, exist_ok=True)
         part.prepare(folder)

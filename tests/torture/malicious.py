@@ -1,4 +1,4 @@
-"""Files made to do harm, in every place that takes a file: refused, nothing run, nothing from outside read."""
+"""Malicious files in every place that takes a file: rejected, no code executed, no file outside the folder read."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,11 @@ from tests.torture.case import Part, fresh_copy, require
 from tests.torture.forge import WAYS_OUT, sign_checkpoint, sign_index
 from tests.torture.stores import GRID, use_mean_encoder, use_real_encoder
 
-_REFUSED = (1, 2)  # a failure, wrong use
+REJECTED = (1, 2)  # exit statuses: failure, usage error
 
 
 class Payload:
-    """Unpickled, it makes a folder."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -69,14 +68,14 @@ _LAYOUTS: list[Callable[[Path, Any], object]] = [
 ]
 
 
-# What may be handed in, and under which names.
+# Inputs that a user may pass, with their file suffixes.
 _PLACES: dict[str, tuple[str, ...]] = {
-    "weights": (".pth", ".pt", ".safetensors"),
-    "features to import": (".pkl", ".p", ".npz", ".npy", ".h5", ".pt"),
-    "a store": (".h5",),
-    "captions": (".json", ".csv"),
-    "a configuration": (".yaml",),
-    "a checkpoint": (),
+    "encoder weights": (".pth", ".pt", ".safetensors"),
+    "imported features": (".pkl", ".p", ".npz", ".npy", ".h5", ".pt"),
+    "feature store": (".h5",),
+    "captions file": (".json", ".csv"),
+    "configuration": (".yaml",),
+    "checkpoint": (),
 }
 
 
@@ -87,99 +86,97 @@ def _prepare(folder: Path) -> None:
 def _run(folder: Path, rng: np.random.Generator) -> str:
     use_mean_encoder()
     work = fresh_copy(folder)
-    kinds = (_pickle_for_a_file, _way_out_of_a_file, _way_out_of_a_folder)
+    kinds = (_pickle, _external_data, _path_traversal)
     return kinds[int(rng.integers(len(kinds)))](work, rng)
 
 
 def _command(name: str, *arguments: object) -> tuple[int, str]:
-    """Run an entry point, or a subcommand of gridcap; return its exit status and output. A traceback is a failure."""
-    entry_points = metadata.entry_points(group="console_scripts", name=name)
-    command, prefix = (next(iter(entry_points)).load(), []) if entry_points else (gridcap, [name])
-    result = CliRunner().invoke(command, [*prefix, *(str(argument) for argument in arguments)])
+    """Run a gridcap subcommand and return its exit status and output; exceptions are raised."""
+    result = CliRunner().invoke(gridcap, [name, *(str(argument) for argument in arguments)])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.exit_code, result.output
 
 
-def _pickle_for_a_file(work: Path, rng: np.random.Generator) -> str:
-    """Code that runs on unpickling, in one of the places where a user may hand in a file."""
-    marker, checkpoint, run = work / "it ran", find_checkpoint(work / "calm", "last"), work / "calm"
+def _pickle(work: Path, rng: np.random.Generator) -> str:
+    """Pass a pickle that runs code in place of one of the inputs."""
+    marker, checkpoint, run = work / "executed", find_checkpoint(work / "baseline", "last"), work / "baseline"
     place = list(_PLACES)[int(rng.integers(len(_PLACES)))]
-    if place == "a checkpoint":
+    if place == "checkpoint":
         files = sorted(checkpoint.iterdir())
         file = given = files[int(rng.integers(len(files)))]
     else:
         suffix = _PLACES[place][int(rng.integers(len(_PLACES[place])))]
-        file = given = work / f"evil{suffix}"
+        file = given = work / f"malicious{suffix}"
     if file.suffix == ".npy":
-        given = work / "evil"
+        given = work / "malicious"
         given.mkdir()
         file = given / "a.npy"
     payload = Payload(marker)
     value = payload if rng.random() < 0.5 else {"conv1.weight": payload}
     _LAYOUTS[int(rng.integers(len(_LAYOUTS)))](file, value)
-    if place == "a checkpoint" and file.name != "sha256.json":
+    if place == "checkpoint" and file.name != "sha256.json":
         sign_checkpoint(checkpoint)
     extraction = ["--images", work / "photos", "--output", work / "out.h5"]
     training = ["--features", work / "train.h5", "--annotations", work / "captions.json", "--set", "train.device=cpu"]
-    asked: dict[str, list[tuple[str, list[Any]]]] = {
-        "weights": [("extract-features", [*extraction, "--encoder", "resnet50", "--weights", given])],
-        "features to import": [("import", [given, "--output", work / "out.h5"])],
-        "a store": [(command, [given]) for command in ("verify", "inspect")],
-        "captions": [("verify", [work / "train.h5", "--annotations", given])],
-        "a configuration": [("extract-features", [*extraction, "--config", given])],
-        "a checkpoint": [
-            ("evaluate-decoder", ["--checkpoint", run, *training[:4]]),
-            ("train-decoder", [*training, "--output", run, "--resume", "--set", "train.epochs=4"]),
-            ("train-decoder", [*training, "--output", work / "new", "--init-from", run]),
+    commands: dict[str, list[tuple[str, list[Any]]]] = {
+        "encoder weights": [("extract", [*extraction, "--encoder", "resnet50", "--weights", given])],
+        "imported features": [("import", [given, "--output", work / "out.h5"])],
+        "feature store": [(command, [given]) for command in ("verify", "inspect")],
+        "captions file": [("verify", [work / "train.h5", "--annotations", given])],
+        "configuration": [("extract", [*extraction, "--config", given])],
+        "checkpoint": [
+            ("evaluate", ["--checkpoint", run, *training[:4]]),
+            ("train", [*training, "--output", run, "--resume", "--set", "train.epochs=4"]),
+            ("train", [*training, "--output", work / "new", "--init-from", run]),
         ],
     }
-    if place == "weights":
-        use_real_encoder()  # the other one needs none
-    command, arguments = asked[place][int(rng.integers(len(asked[place])))]
+    if place == "encoder weights":
+        use_real_encoder()  # the fake encoder has no weights
+    command, arguments = commands[place][int(rng.integers(len(commands[place])))]
     status, output = _command(command, *arguments)
-    require(not marker.exists(), f"{file.name} in place of {place} ran")
-    untouched = place == "a checkpoint" and file.name == "training_state.pt" and "--resume" not in arguments
-    named = any(name in output for name in (given.name, file.name, checkpoint.name, "calm"))
-    require((status in _REFUSED and named) or untouched, f"{file.name} in place of {place}: {status}: {output[-300:]}")
-    return f"a pickle that runs code, in place of {place}: refused"
+    require(not marker.exists(), f"{file.name} in place of the {place} was executed")
+    unused = place == "checkpoint" and file.name == "training_state.pt" and "--resume" not in arguments
+    named = any(name in output for name in (given.name, file.name, checkpoint.name, "baseline"))
+    require((status in REJECTED and named) or unused, f"{file.name} in place of the {place}: {status}: {output[-300:]}")
+    return f"pickle in place of the {place}: rejected"
 
 
-def _way_out_of_a_file(work: Path, rng: np.random.Generator) -> str:
-    """HDF5 that has the numbers of another file read, in an index, a shard, or features to import."""
+def _external_data(work: Path, rng: np.random.Generator) -> str:
+    """Make an HDF5 file refer to the data of another file: an index, a shard, or imported features."""
     with h5py.File(work / "secret.h5", "w") as file:
         file["secret"] = np.ones((4, *GRID), "<f2")
-    where = ("an index", "a shard", "features to import")[int(rng.integers(3))]
-    names = {"an index": ("image_id", "valid"), "a shard": ("features", "crc32", "image_id")}.get(where, ("features",))
+    where = ("index", "shard", "imported features")[int(rng.integers(3))]
+    names = {"index": ("image_id", "valid"), "shard": ("features", "crc32", "image_id")}.get(where, ("features",))
     name = names[int(rng.integers(len(names)))]
-    path = {"an index": work / "train.h5", "a shard": work / "train" / "00001.h5"}.get(where, work / "mine.h5")
+    path = {"index": work / "train.h5", "shard": work / "train" / "00001.h5"}.get(where, work / "mine.h5")
     way = WAYS_OUT[int(rng.integers(len(WAYS_OUT)))]
     with h5py.File(path, "a") as file:
         if name in file:
             del file[name]
         way(file, name, work / "secret.h5")
-    if where == "an index":
+    if where == "index":
         sign_index(path)
-    if where == "features to import":
+    if where == "imported features":
         status, output = _command("import", path, "--output", work / "out.h5")
-    else:  # a shard by itself: within a store its header's size would refuse it already
+    else:  # opened alone: in a store, the size in its header would already reject the shard
         try:
             with FeatureStore(path) as store:
                 store.rows(range(len(store)), allow_invalid=True)
             status, output = 0, "read"
         except StoreError as error:
             status, output = 1, error.message
-    right = "is stored in other files" in output or "is a link to another file" in output
-    require(status in _REFUSED and right, f"{where}: {name}, {way.__name__}: {output[-300:]}")
-    return f"numbers that lie in another file, in {where}: refused"
+    expected = "is stored in other files" in output or "is a link to another file" in output
+    require(status in REJECTED and expected, f"{where}: {name}, {way.__name__}: {output[-300:]}")
+    return f"external data in {where}: rejected"
 
 
-def _way_out_of_a_folder(work: Path, rng: np.random.Generator) -> str:
-    """An image name, or a link under a good one, that leads out of the image folder; a shard name that does."""
+def _path_traversal(work: Path, rng: np.random.Generator) -> str:
+    """Use an image name, a link, or a shard name that points outside its folder."""
     secret = work / "secret.png"
     Image.new("RGB", (16, 16), (200, 30, 90)).save(secret)
-    kind = ("a name", "a link", "a shard's name")[int(rng.integers(3))]
-    if kind == "a shard's name":
+    kind = ("image name", "link", "shard name")[int(rng.integers(3))]
+    if kind == "shard name":
         names = ("../secret.h5", "train/../../secret.h5", "/etc/passwd")
         shard = names[int(rng.integers(len(names)))].encode()
         with h5py.File(work / "train.h5", "r+") as file:
@@ -188,18 +185,18 @@ def _way_out_of_a_folder(work: Path, rng: np.random.Generator) -> str:
             file["shard_name"] = np.array([shard] * count, h5py.string_dtype("utf-8", len(shard)))
         sign_index(work / "train.h5")
         status, output = _command(
-            "evaluate-decoder",
+            "evaluate",
             "--checkpoint",
-            work / "calm",
+            work / "baseline",
             "--features",
             work / "train.h5",
             "--annotations",
             work / "captions.json",
         )
-        require(status in _REFUSED and "outside" in output, f"{shard!r}: {output[-300:]}")
-        return "a shard's name that leaves the folder: refused"
+        require(status in REJECTED and "outside" in output, f"{shard!r}: {output[-300:]}")
+        return "shard name outside the folder: rejected"
     name = "000.png"
-    if kind == "a link":
+    if kind == "link":
         (work / "photos" / name).unlink()
         target = (secret, Path("..") / secret.name, Path("/dev/zero"))[int(rng.integers(3))]
         (work / "photos" / name).symlink_to(target)
@@ -210,7 +207,7 @@ def _way_out_of_a_folder(work: Path, rng: np.random.Generator) -> str:
     tree["images"][0]["file_name"] = name
     (work / "captions.json").write_text(json.dumps(tree))
     status, output = _command(
-        "extract-features",
+        "extract",
         "--images",
         work / "photos",
         "--annotations",
@@ -222,15 +219,15 @@ def _way_out_of_a_folder(work: Path, rng: np.random.Generator) -> str:
         "--device",
         "cpu",
     )
-    if kind == "a name":
-        require(status in _REFUSED, f"{name!r}: {output[-300:]}")
-        return "an image name that leaves the folder: refused"
+    if kind == "image name":
+        require(status in REJECTED, f"{name!r}: {output[-300:]}")
+        return "image name outside the folder: rejected"
     require(status == EXIT_INVALID, f"{name!r}: exit status {status}: {output[-300:]}")
     with FeatureStore(work / "out.h5") as store:
         require("leads out of the image folder" in store.invalid_reasons.get(0, ""), f"reasons {store.invalid_reasons}")
-    return "a link that leaves the folder: rejected with its reason"
+    return "link outside the folder: invalid image with its reason"
 
 
 PART = Part(
-    "a file made to do harm: a pickle that runs code, HDF5, names and links that lead out", 400, 40, _prepare, _run
+    "malicious file: pickle that runs code; HDF5 data, names, and links outside the folder", 400, 40, _prepare, _run
 )

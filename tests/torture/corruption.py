@@ -1,4 +1,4 @@
-"""Flipped bits and cut files, in everything that is kept: nothing changes a number unseen."""
+"""Flipped bits and truncated files in stores and checkpoints: no changed value goes unnoticed."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from gridcap.extract.repair import repair_store
 from gridcap.extract.verify import verify_store
 from gridcap.train.engine.checkpoint import find_checkpoint, load_checkpoint, load_training_state
 from tests.torture import runs
-from tests.torture.case import Part, contents, damaged, require
+from tests.torture.case import Part, contents, corrupt, require
 from tests.torture.stores import extract_all, write_photos
 
-_CUT = 1 / 6  # of the cases are cut files
-_REPAIRED = 1 / 10  # of the damaged stores are repaired and made whole
+TRUNCATED_FRACTION = 1 / 6
+REPAIRED_FRACTION = 1 / 10
 
 
 def _prepare(folder: Path) -> None:
     extract_all(write_photos(folder / "photos"), folder / "store" / "s.h5")
-    shutil.copytree(folder / "store", folder / "whole")
+    shutil.copytree(folder / "store", folder / "intact")
     runs.prepare_trained(folder / "run")
 
 
@@ -36,71 +36,71 @@ def _run(folder: Path, rng: np.random.Generator) -> str:
 
 
 def _store(folder: Path, rng: np.random.Generator) -> str:
-    """Damage one file of the store; then verify it, read it, and now and then repair it."""
+    """Corrupt one file of the store; then verify it, read it, and sometimes repair it."""
     store = folder / "store"
     files = [path for path in sorted(store.rglob("*")) if path.is_file() and path.name != "config.yaml"]
     file = files[int(rng.integers(len(files)))]
-    numbers = _whole_numbers(folder / "whole" / "s.h5")
-    file.write_bytes(damaged(file.read_bytes(), rng, bool(rng.random() < _CUT)))
+    expected = _intact_values(folder / "intact" / "s.h5")
+    file.write_bytes(corrupt(file.read_bytes(), rng, bool(rng.random() < TRUNCATED_FRACTION)))
     try:
         try:
             report = verify_store(store / "s.h5")
-            found = "found by gridcap verify" if report.problems else ""
+            detected = "found by gridcap verify" if report.problems else ""
         except GridcapError:
-            report, found = None, "refused on loading"
+            report, detected = None, "rejected on loading"
         try:
-            same = _numbers(store / "s.h5") == numbers
+            same = _values(store / "s.h5") == expected
         except GridcapError:
-            same, found = True, found or "refused on loading"
-        require(bool(found) or same, f"{file.name}: a number changed, and nobody saw it")
-        if report is not None and report.problems and rng.random() < _REPAIRED and file.suffix == ".h5":
+            same, detected = True, detected or "rejected on loading"
+        require(bool(detected) or same, f"{file.name}: a value changed without being detected")
+        if report is not None and report.problems and rng.random() < REPAIRED_FRACTION and file.suffix == ".h5":
             repair_store(store / "s.h5", report)
             extract_all(folder / "photos", store / "s.h5")
-            require(contents(store) == contents(folder / "whole"), f"{file.name}: repaired, and not as it was")
+            require(contents(store) == contents(folder / "intact"), f"{file.name}: repaired to different bytes")
             return "found, repaired to the same bytes"
-        return found or "changes no number"
+        return detected or "no value changed"
     finally:
         shutil.rmtree(store)
-        shutil.copytree(folder / "whole", store)
+        shutil.copytree(folder / "intact", store)
 
 
-def _numbers(index: Path) -> list[Any]:
+def _values(index: Path) -> list[Any]:
     with FeatureStore(index) as store:
         rows = store.rows(range(len(store)), verify=True, allow_invalid=True)
         return [rows.tobytes(), store.image_id.tolist(), list(store.file_name), store.valid.tolist()]
 
 
-_whole_numbers = functools.cache(_numbers)  # of what no case touches
+_intact_values = functools.cache(_values)  # no case modifies the intact store
 
 
 def _checkpoint(folder: Path, rng: np.random.Generator) -> str:
-    run = folder / "run" / "calm"
-    whole = find_checkpoint(run, "last")
-    files = [run / "checkpoints.json", *sorted(whole.iterdir())]
+    run = folder / "run" / "baseline"
+    checkpoint = find_checkpoint(run, "last")
+    files = [run / "checkpoints.json", *sorted(checkpoint.iterdir())]
     file = files[int(rng.integers(len(files)))]
-    before, state = file.read_bytes(), _whole_state(run)
-    file.write_bytes(damaged(before, rng, bool(rng.random() < _CUT)))
+    original, state = file.read_bytes(), _intact_state(run)
+    file.write_bytes(corrupt(original, rng, bool(rng.random() < TRUNCATED_FRACTION)))
     try:
-        require(_same(_state(run), state), f"{file.name}: something changed, and it was loaded all the same")
-        return "changes no number"
+        require(_same(_state(run), state), f"{file.name}: a change was not detected on loading")
+        return "no value changed"
     except GridcapError:
-        return "refused on loading"
+        return "rejected on loading"
     finally:
-        file.write_bytes(before)
+        file.write_bytes(original)
 
 
 def _state(run: Path) -> dict[str, Any]:
     loaded = load_checkpoint(run, "last")
     return {
         "weights": dict(loaded.decoder.state_dict()),
-        "words": loaded.vocabulary.tokens,
+        "tokens": loaded.vocabulary.tokens,
         "config": loaded.config.model_dump(mode="json"),
         "provenance": loaded.provenance,
         "training": load_training_state(loaded.path),
     }
 
 
-_whole_state = functools.cache(_state)  # first asked for before anything is damaged
+_intact_state = functools.cache(_state)  # first called before any file is corrupted
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -113,4 +113,4 @@ def _same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-PART = Part("a flipped bit, a cut file: shards, index, plan, image list, checkpoint", 1200, 60, _prepare, _run)
+PART = Part("flipped bit or truncated file: shard, index, plan, image manifest, checkpoint", 1200, 60, _prepare, _run)

@@ -1,4 +1,4 @@
-"""A disk that gets full at a random moment: a clear error, nothing lost that was there, and a rerun finishes."""
+"""A disk that fills up at a random time: a clear error, no loss of existing files, and a rerun that finishes."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from tests.torture import children, runs
 from tests.torture.case import Part, contents, require
 from tests.torture.stores import extract_all, write_photos
 
-_PAGE = 4096
-_MOST_LEFT = 24  # pages that are left free at most
-_DISK = 64 << 20
+PAGE_BYTES = 4096
+MAX_FREE_PAGES = 24
+DISK_BYTES = 64 << 20
 
 
 def _prepare(folder: Path) -> None:
     photos = write_photos(folder / "photos")
-    children.measure(lambda: extract_all(photos, folder / "calm" / "s.h5"), folder / "extraction.json")
+    children.measure(lambda: extract_all(photos, folder / "baseline" / "s.h5"), folder / "extraction.json")
     run = folder / "run"
     children.run([lambda: runs.prepare(run)], [None])
-    children.measure(lambda: runs.train(run, run / "calm", resume=False), folder / "training.json")
+    children.measure(lambda: runs.train(run, run / "baseline", resume=False), folder / "training.json")
 
 
 @contextlib.contextmanager
@@ -49,15 +49,15 @@ def _missing() -> str:
         with tempfile.TemporaryDirectory() as folder, _small_disk(Path(folder), 1 << 20):
             return ""
     except (OSError, subprocess.CalledProcessError):
-        return "the right to mount a small disk (root has it)"
+        return "permission to mount a tmpfs (root)"
 
 
-def _fill(disk: Path, left: int) -> Path:
-    """Take all room but so many pages; the file that takes it."""
+def _fill(disk: Path, free_pages: int) -> Path:
+    """Fill the disk except for a number of pages and return the file that occupies it."""
     filler = disk / "filler"
     with filler.open("wb") as file:
-        for _ in range(100):  # meanwhile somebody else writes
-            free = shutil.disk_usage(disk).free - left * _PAGE
+        for _ in range(100):  # the job writes at the same time
+            free = shutil.disk_usage(disk).free - free_pages * PAGE_BYTES
             with contextlib.suppress(OSError):
                 if free > 0:
                     os.posix_fallocate(file.fileno(), 0, free)
@@ -67,48 +67,53 @@ def _fill(disk: Path, left: int) -> Path:
 
 def _run(folder: Path, rng: np.random.Generator) -> str:
     kind = "extraction" if rng.random() < 0.6 else "training"
-    seconds, left = children.extent_of(folder / f"{kind}.json").seconds, int(rng.integers(_MOST_LEFT))
-    with _small_disk(folder / "disk", _DISK) as disk:
+    seconds, free_pages = children.read_extent(folder / f"{kind}.json").seconds, int(rng.integers(MAX_FREE_PAGES))
+    with _small_disk(folder / "disk", DISK_BYTES) as disk:
         job, check = _jobs(folder, disk, kind)
         child = children.start(job)
         time.sleep(float(rng.uniform(0, seconds)))
-        filler = _fill(disk, left)
-        status = children.end(child)
-        require(status in (children.WELL, children.WITH_AN_ERROR), f"{kind} ended with {status}")
+        filler = _fill(disk, free_pages)
+        status = children.wait(child)
+        require(status in (children.SUCCESS, children.USER_ERROR), f"{kind} exited with status {status}")
         check()
         filler.unlink()
         children.run([job], [None])
         _compare(folder, disk, kind)
         shutil.rmtree(disk / "work")
-    return f"{kind}: " + ("it was done already" if status == children.WELL else "an error, and finished with more room")
+    return f"{kind}: " + (
+        "finished before the disk was full" if status == children.SUCCESS else "error, finished after a rerun"
+    )
 
 
 def _jobs(folder: Path, disk: Path, kind: str) -> tuple[Callable[[], object], Callable[[], None]]:
-    """What writes on the disk, and what must hold of what it left there."""
+    """Return the job that writes to the disk, and a check of the files that it left there."""
     work = disk / "work"
     if kind == "extraction":
         output = work / "s.h5"
 
-        def sound() -> None:
+        def check_store() -> None:
             for path in (work / "s").glob("[0-9]*.h5"):
                 with ShardReader(path) as shard:
-                    require(not shard.corrupted_rows(), f"{path.name} is damaged")
-            require(not output.exists() or not verify_store(output).problems, "an index of what is not whole")
+                    require(not shard.corrupted_rows(), f"{path.name} is corrupted")
+            require(
+                not output.exists() or not verify_store(output).problems,
+                "the index exists, but the store is incomplete",
+            )
 
-        return lambda: extract_all(folder / "photos", output), sound
+        return lambda: extract_all(folder / "photos", output), check_store
 
-    def loads() -> None:
+    def check_checkpoint() -> None:
         if (work / "checkpoints.json").exists():
             load_checkpoint(work, "last")
 
-    return lambda: runs.train(folder / "run", work, resume=(work / "config.yaml").exists()), loads
+    return lambda: runs.train(folder / "run", work, resume=(work / "config.yaml").exists()), check_checkpoint
 
 
 def _compare(folder: Path, disk: Path, kind: str) -> None:
     if kind == "extraction":
-        require(contents(disk / "work") == contents(folder / "calm"), "other bytes")
+        require(contents(disk / "work") == contents(folder / "baseline"), "the bytes differ")
     else:
-        runs.require_same_weights(disk / "work", folder / "run" / "calm")
+        runs.require_same_weights(disk / "work", folder / "run" / "baseline")
 
 
-PART = Part("a disk that gets full, in extraction and training", 100, 10, _prepare, _run, _missing)
+PART = Part("full disk during extraction and training", 100, 10, _prepare, _run, _missing)
