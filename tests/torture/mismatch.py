@@ -108,7 +108,7 @@ def _mismatched_vocabulary(work: Path, rng: np.random.Generator) -> str:
     if rng.random() < 0.5:
         pair = [baseline, other] if rng.random() < 0.5 else [other, baseline]
         error = _error_of(lambda: load_ensemble(pair), "two decoders with different vocabularies")
-        require("another vocabulary" in error and "words there" in error, error)
+        require("different vocabularies" in error and "tokens vs." in error, error)
         return "decoders with different vocabularies: rejected, difference stated"
     shutil.copy(other / "vocabulary.json", baseline / "vocabulary.json")
     if signed := rng.random() < 0.5:
