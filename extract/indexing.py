@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from gridcap.common.errors import MismatchError, StoreError
+from gridcap.common.errors import MismatchError, StoreAccessError, StoreError
 from gridcap.common.files import temporary_file
 from gridcap.common.store.index_reader import read_index_plan
 from gridcap.common.store.reader import FeatureStore
@@ -103,8 +103,9 @@ def write_index(extraction: Extraction, summary: Summary, is_shared_retry: bool)
                 written = True
             summarize_store(extraction, summary)
             return
-        except StoreError:
-            if attempt == INDEX_ATTEMPTS - 1 and not is_shared_retry:
+        except StoreError as error:
+            is_last = attempt == INDEX_ATTEMPTS - 1
+            if is_last and (not is_shared_retry or isinstance(error, StoreAccessError)):
                 raise
             _pause(attempt)
     summary.complete = False

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 
-from gridcap.common.errors import ExtractionError, StoreError
+from gridcap.common.errors import ExtractionError, StoreAccessError, StoreError
 from gridcap.common.files import TEMPORARY_SUFFIX, remove_leftovers, write_text
 from gridcap.common.store.shard_format import read_header, stored_bytes
 from gridcap.common.store.shard_reader import ShardReader
@@ -95,8 +95,12 @@ def extract_features(
     digest = indexed_digest(extraction)
     if len(state.existing) == plan.shards and digest == plan.digest() and not retry:
         summary.existing = len(share.of(plan.shards))
-        with contextlib.suppress(StoreError):  # an index that does not match its shards is written again
+        try:
             return summarize_store(extraction, summary)
+        except StoreAccessError:
+            raise
+        except StoreError:
+            pass  # an index that does not match its shards is written again
     if share.rank == 0 or not (folder / "config.yaml").exists():
         write_text(folder / "config.yaml", extraction.config.to_yaml("data", "extract"))
     if digest == plan.digest() and (state.missing or not retry):

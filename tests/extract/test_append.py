@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from gridcap.extract.cluster.share import Share
 from gridcap.extract.job import Extraction, ExtractionRequest, prepare
 from gridcap.extract.run import extract_features
 from tests.extract.cli_helpers import SMALL, fails, files, run
-from tests.extract.store_helpers import write_image
+from tests.extract.store_helpers import assert_right, write_image
 
 
 def test_item_05_append_succeeds_if_images_were_also_removed(
@@ -74,6 +75,23 @@ def test_item_05_a_list_of_other_images_is_rejected_before_anything_is_written(
         job(other, append=True, extract__shard_size=2)
     assert "--max-invalid" in caught.value.hint
     assert {path: path.read_bytes() for path in first.folder.iterdir()} == before
+
+
+def test_item_13_processes_that_append_the_same_images_at_once_complete_the_store(
+    fake: Any, photos: Any, job: Any
+) -> None:
+    folder = photos(4)
+    extract_features(job(folder, extract__shard_size=2), show_progress=False)
+    for i in range(4, 12):
+        write_image(folder / f"{i:04}.png", i)
+    prepared = [job(folder, append=True, extract__shard_size=2) for _ in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        runs = [
+            pool.submit(extract_features, extraction, Share(rank, 3), show_progress=False)
+            for rank, extraction in enumerate(prepared)
+        ]
+        assert any(run.result().complete for run in runs)
+    assert_right(fake, folder, prepared[0].output)
 
 
 class ImageFolderChanges(RuleBasedStateMachine):

@@ -331,6 +331,15 @@ def test_a_missing_weights_file_is_an_error_that_names_it(fake: Any, photos: Any
     assert "no.pth" in fails(1, "--images", photos(2), "--weights", "no.pth")
 
 
+@pytest.mark.parametrize("device", ["mps", "xpu", "meta"])
+def test_item_28_a_device_type_that_is_not_supported_is_a_usage_error(
+    fake: Any, photos: Any, tmp_path: Path, device: str
+) -> None:
+    error = fails(2, "--images", photos(2), *RANDOM, "--device", device)
+    assert f"--device {device}: {device} devices are not supported" in error
+    assert not (tmp_path / "features").exists()
+
+
 def test_an_unknown_encoder_is_a_usage_error(fake: Any, photos: Any) -> None:
     assert "vgg16" in fails(2, "--images", photos(2), "--encoder", "vgg16")
 

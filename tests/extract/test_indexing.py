@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import gridcap.extract.indexing as indexing_module
-from gridcap.common.errors import MismatchError, StoreError
+from gridcap.common.errors import MismatchError, StoreAccessError, StoreError
 from gridcap.common.store.reader import FeatureStore
 from gridcap.extract.cluster.share import Share
 from gridcap.extract.job import Extraction
@@ -216,3 +216,17 @@ def test_a_single_process_does_not_check_for_stale_listings(
 ) -> None:
     monkeypatch.setattr(indexing_module, "temporary_file", lambda _: 1 / 0)
     assert extract_features(job(photos(3)), show_progress=False).complete
+
+
+def test_an_index_that_the_system_cannot_read_is_an_error_and_not_rewritten(
+    complete: Extraction, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = complete.output.read_bytes()
+
+    def fail(path: Path) -> None:
+        raise StoreAccessError(f"{path}: input/output error", "check the disk")
+
+    monkeypatch.setattr(indexing_module, "FeatureStore", fail)
+    with pytest.raises(StoreAccessError, match="input/output error"):
+        extract_features(complete, show_progress=False)
+    assert complete.output.read_bytes() == before
