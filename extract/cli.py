@@ -168,7 +168,7 @@ def _extract(selection: SplitSelection, options: ExtractOptions, share: Share, d
 def _submit(selection: SplitSelection, options: ExtractOptions, dry_run: bool) -> None:
     """Submit the work as an array of Slurm jobs."""
     from gridcap.extract.cluster import submit
-    from gridcap.extract.cluster.slurm import SlurmRequest
+    from gridcap.extract.cluster.job_script import SlurmRequest
     from gridcap.extract.job import ExtractionRequest, prepare
     from gridcap.extract.messages import print_result
 

@@ -16,6 +16,7 @@ import torchvision
 from gridcap.common.config import PipelineConfig
 from gridcap.common.device import choose_batch_size
 from gridcap.extract.cluster import slurm
+from gridcap.extract.cluster.job_script import SlurmRequest, job_script, slurm_folder
 from gridcap.extract.job import Extraction
 from gridcap.extract.plan import Plan
 from gridcap.extract.run import extract_features
@@ -64,7 +65,7 @@ class Submission:
         report: called with the summary of a complete store.
     """
 
-    request: slurm.SlurmRequest
+    request: SlurmRequest
     command: Sequence[str]
     wait: bool
     report: Callable[[Summary], None]
@@ -83,8 +84,8 @@ def submit_jobs(extraction: Extraction, submission: Submission, dry_run: bool) -
         GridcapError: Slurm rejects the job, or the jobs ended before the store was complete.
     """
     request = submission.request
-    script = slurm.job_script(submission.command, request, extraction.folder, Path.cwd())
-    path = slurm.slurm_folder(extraction.folder) / "job.sh"
+    script = job_script(submission.command, request, extraction.folder, Path.cwd())
+    path = slurm_folder(extraction.folder) / "job.sh"
     if dry_run:
         click.echo(f"dry run: nothing was written or submitted; {path} would be:\n{script}")
         return
@@ -96,7 +97,7 @@ def submit_jobs(extraction: Extraction, submission: Submission, dry_run: bool) -
         return
     job_id = slurm.submit(script, extraction.folder)
     click.echo(
-        f"submitted: job {job_id}, tasks 0-{request.workers - 1} of {path}\n"
+        f"submitted: job {job_id}, tasks 0-{request.num_jobs - 1} of {path}\n"
         f"  watch:   squeue --jobs={job_id}; tail -f {path.parent}/{job_id}_*.log\n"
         f"  cancel:  scancel {job_id}\n"
         f"  the last job to finish writes {extraction.output}, which completes the store"
