@@ -21,6 +21,7 @@ from gridcap.common.store.header import FORMAT_VERSION, HEADER_BYTES
 from gridcap.common.store.quantize import MAX_VALUE, quantize
 from gridcap.common.store.shard_format import (
     ALIGNMENT,
+    ORIGINAL,
     RECREATE_SHARD,
     SHARD_FORMAT,
     ShardInfo,
@@ -153,20 +154,19 @@ class ShardWriter:
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from error
 
-    def write(self, start: int, grids: np.ndarray, invalid_reasons: Mapping[int, str], view: str | None = None) -> None:
+    def write(self, start: int, grids: np.ndarray, invalid_reasons: Mapping[int, str], view: str = ORIGINAL) -> None:
         """Write consecutive rows of one view.
 
         Args:
             start: first row.
             grids: (b, *grid_shape) floats of any width. The rows of invalid images are set to NaN in place.
             invalid_reasons: row -> reason, for the invalid images among these rows; the same for all views.
-            view: name of the view; None for the original.
+            view: name of the view.
 
         Raises:
             InvalidGridError: the grid of a valid image contains NaN or infinity in the stored type (for example after
                 a float16 overflow) or, for uint8, a negative value.
         """
-        view = view or self._spec.layout.views[0]
         rows = range(start, start + len(grids))
         for row, reason in invalid_reasons.items():
             grids[row - start] = np.nan
