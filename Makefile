@@ -1,6 +1,7 @@
 # make demo · make test · make bench · make torture · make lint · make install
-# make bench QUICK=1   the same measurements, once each and smaller: two or three minutes.
-# WEIGHTS=imagenet make demo   uses torchvision's ImageNet weights (downloaded once) instead of random ones.
+# make bench QUICK=1          smaller measurements, once each: two or three minutes
+# make torture QUICK=1        at most a tenth of the cases
+# make demo WEIGHTS=imagenet  torchvision's ImageNet weights (downloaded once) instead of random ones
 
 PYTHON ?= python3
 WEIGHTS ?= random
@@ -13,10 +14,10 @@ install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-		{ echo "gridcap needs Python 3.10 or newer: make PYTHON=/path/to/python3.10"; exit 1; }
+		{ echo "gridcap requires Python 3.10 or newer: make PYTHON=/path/to/python3.10"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
-		{ echo "this Python cannot make virtual environments: install it first (Debian, Ubuntu: python3-venv)"; exit 1; }
-	@echo "installing into $(VENV): torch alone is several GB, this takes some minutes the first time"
+		{ echo "this Python cannot create virtual environments (Debian, Ubuntu: install python3-venv)"; exit 1; }
+	@echo "installing into $(VENV): torch alone has several GB, so the first time takes some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) pip install --disable-pip-version-check --quiet --progress-bar on \
 		--constraint constraints.txt --editable '.[dev]'
@@ -25,16 +26,16 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install
 	@$(RUN) demo --weights $(WEIGHTS)
 
-# Two processes, a file of tests at a time in each, in their order: many tests wait for programs that they start, and
-# the demo, which is the longest, does not come last. Threads that wait give way: where they spin, and more of them
-# than cores do, a step of training takes five times as long.
+# Two processes, because many tests wait for the programs that they start. Each process takes whole files in their
+# order, so that the longest one (the demo) does not come last. One OpenMP thread per process: with more threads than
+# cores, spinning threads make a training step five times as slow.
 test: install
-	OMP_WAIT_POLICY=passive $(RUN) pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(RUN) pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 bench: install
 	@$(RUN) bench $(if $(QUICK),--quick)
 
-# Stopped, the same command goes on where it was. QUICK=1: a tenth of the cases, or less.
+# Rerun the command to resume.
 torture: install
 	@$(RUN) tests.torture $(if $(QUICK),--quick)
 
