@@ -1,7 +1,7 @@
 """Test sessions for all supported versions of Python and for the oldest supported dependencies.
 
-``nox`` runs every session whose interpreter is installed and names those that it skips. ``nox -s tests-3.13 -- -k store``
-passes arguments to pytest.
+``nox`` runs every session whose interpreter is installed, and names those that it skips. Arguments after ``--`` are
+passed to pytest: ``nox -s tests-3.13 -- tests/common``.
 """
 
 from __future__ import annotations
