@@ -50,7 +50,7 @@ def test_report_shows_caption_scores_references_and_attention_of_every_image(pro
     page = (project / "out" / "r.html").read_text(encoding="utf-8")
     for text in ("done on test", "7 images", "beam 2", "attention, embed size 12", "inception_v3"):
         assert text in page
-    assert "training curves" in page
+    assert "Training curves" in page
 
 
 def test_images_are_not_required_without_report(project, invoke):
