@@ -303,3 +303,18 @@ def test_item_01_two_imports_into_one_store_do_not_mix(tmp_path: Path) -> None:
     with FeatureStore(tmp_path / "s.h5") as store:
         assert np.array_equal(store.rows(range(4)), np.ones((4, 2, 2, 4)))
     assert not verify_store(tmp_path / "s.h5").problems
+
+
+def test_item_03_the_command_rejects_channel_first_features_and_takes_a_layout(tmp_path: Path) -> None:
+    grids = np.random.default_rng(0).random((2, 3, 3, 20)).astype("f4")
+    np.savez(tmp_path / "chw.npz", features=grids.transpose(0, 3, 1, 2), file_name=["a.jpg", "b.jpg"])
+    arguments = [str(tmp_path / "chw.npz"), "--output", str(tmp_path / "s.h5"), "--dtype", "float32"]
+    run = click.testing.CliRunner().invoke
+    misread = run(command, arguments)
+    assert misread.exit_code == 1
+    assert "a.jpg: has the shape (20, 3, 3)" in misread.output
+    assert "--layout chw" in misread.output
+    assert not (tmp_path / "s.h5").exists()
+    assert run(command, [*arguments, "--layout", "chw"]).exit_code == 0
+    with FeatureStore(tmp_path / "s.h5") as store:
+        assert np.array_equal(store[:], grids)
