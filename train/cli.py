@@ -25,6 +25,7 @@ train-decoder --recipe top-down --features feats.h5 --annotations train.json --o
 train-decoder --features feats.h5 --annotations train.json --val-features val.h5 --val-annotations val.json
 train-decoder --init-from runs/mine --scst                 (fine-tune with SCST; writes runs/mine-scst)
 train-decoder --output runs/mine --resume                  (continue an interrupted run)
+train-decoder --output runs/mine --resume auto             (start or continue, for jobs that may be requeued)
 torchrun --nproc-per-node 4 --no-python train-decoder ...  (four GPUs; --batch-size is the total)
 Recipes: {", ".join(name for name in recipe_names() if name != "scst")}
 """
@@ -83,9 +84,14 @@ USES = Uses(("train", "data", "seed"), "train.max_grad_norm=1")
 @flag("--device", "train.device")
 @flag("--seed", "seed")
 @click.option(
-    "--resume", is_flag=True, help="Resume from the last checkpoint in --output, with the settings of the run."
+    "--resume",
+    is_flag=False,
+    flag_value="yes",
+    type=click.Choice(["yes", "no", "auto"]),
+    help="Resume from the last checkpoint in --output, with the settings of the run. auto: resume if there is a run in "
+    "--output, else start one  [default: no; auto in a requeued Slurm job]",
 )
-def train_decoder(config: PipelineConfig, dry_run: bool, resume: bool, recipe: str | None, scst: bool) -> None:
+def train_decoder(config: PipelineConfig, dry_run: bool, resume: str | None, recipe: str | None, scst: bool) -> None:
     """Train a decoder on a feature store.
 
     Each epoch ends with validation (loss, perplexity, and CIDEr), if there is a validation store, and with a
@@ -100,8 +106,21 @@ def train_decoder(config: PipelineConfig, dry_run: bool, resume: bool, recipe: s
             devnull = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(devnull))
             stack.enter_context(contextlib.redirect_stderr(devnull))
-        config = _resumed_config(config) if resume else _initial_config(config, recipe)
-        _train(config, dry_run, resume)
+        resumed = _should_resume(config, resume)
+        config = _resumed_config(config) if resumed else _initial_config(config, recipe)
+        _train(config, dry_run, resumed)
+
+
+def _should_resume(config: PipelineConfig, choice: str | None) -> bool:
+    """Return whether to resume the run in --output."""
+    if choice is None:
+        requeued = "SLURM_JOB_ID" in os.environ and os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+        choice = "auto" if requeued else "no"
+    if choice == "auto":
+        output = _with_default_output(config).train.output
+        choice = "yes" if (output / "config.yaml").is_file() else "no"
+        click.echo(f"--resume auto: {'resuming the run' if choice == 'yes' else 'starting a new run'} in {output}")
+    return choice == "yes"
 
 
 def _initial_config(config: PipelineConfig, recipe: str | None) -> PipelineConfig:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import stat
 import threading
 from collections.abc import Iterator
 
 from gridcap.common.errors import EXIT_INTERRUPTED
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # schedulers send them as a warning before they kill a process
+# Schedulers send SIGTERM or SIGUSR2 as a warning before they kill a process; a terminal that closes sends SIGHUP.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 
 
 class StopSignalError(KeyboardInterrupt):
@@ -25,11 +28,23 @@ def exit_status_of(error: KeyboardInterrupt) -> int:
     return 128 + error.number if isinstance(error, StopSignalError) else EXIT_INTERRUPTED
 
 
+def detach_terminal() -> None:
+    """Redirect output to a closed terminal to /dev/null, so that writing to it does not fail during the cleanup."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+                os.dup2(devnull, descriptor)
+    os.close(devnull)
+
+
 @contextlib.contextmanager
 def stop_signals_as_interrupts() -> Iterator[None]:
     """Raise StopSignalError in the body when a stop signal arrives. Does nothing outside the main thread."""
 
     def stop(number: int, frame: object) -> None:
+        if number == signal.SIGHUP:
+            detach_terminal()
         for other in STOP_SIGNALS:  # a second signal must not interrupt the cleanup
             signal.signal(other, signal.SIG_IGN)
         raise StopSignalError(number)
@@ -37,7 +52,8 @@ def stop_signals_as_interrupts() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
+    handled = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
+    previous = {number: signal.signal(number, stop) for number in handled}
     try:
         yield
     finally:

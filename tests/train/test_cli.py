@@ -477,3 +477,20 @@ def test_item_01_second_trainer_in_the_same_output_is_rejected(project, invoke):
     output = invoke(train_decoder, "--epochs", 1)
     assert f"taking over from process {first.pid}" in output
     assert "done: runs/a" in output
+
+
+def test_item_25_resume_auto_starts_or_resumes(project, invoke):
+    output = invoke(train_decoder, "--resume", "auto", "--epochs", 1)
+    assert "--resume auto: starting a new run in runs/a" in output
+    output = invoke(train_decoder, "--resume", "auto", "--epochs", 2)
+    assert "--resume auto: resuming the run in runs/a" in output
+    assert [row["epoch"] for row in logged(project / "runs/a")] == [1, 2]
+
+
+def test_item_25_requeued_slurm_job_resumes_by_default(project, monkeypatch, invoke):
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    assert "already contains a run" in invoke(train_decoder, "--output", "runs/done", status=1), "not requeued"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    output = invoke(train_decoder, "--output", "runs/done", "--epochs", 3)
+    assert "--resume auto: resuming the run in runs/done" in output
+    assert "already contains a run" in invoke(train_decoder, "--output", "runs/done", "--resume", "no", status=1)

@@ -53,6 +53,20 @@ class Ranks:
             for tensor, total in zip(same, torch.split(flat, [t.numel() for t in same]), strict=True):
                 tensor.copy_(total.reshape(tensor.shape))
 
+    def broadcast(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors by those of rank 0."""
+        if self.world_size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
+    def any(self, value: bool) -> bool:
+        """Return whether the value is true on any rank. This does not wait for GPUs."""
+        if self.world_size == 1:
+            return value
+        flag = torch.tensor(int(value))
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
+
     def all_gather(self, value: Any) -> list[Any]:
         """Return the value of every rank, in rank order."""
         if self.world_size == 1:
@@ -110,7 +124,7 @@ def process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
     port = os.environ.get("MASTER_PORT") or str(_FIRST_PORT + (job * 101 + step) % _NUM_PORTS)
     try:
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             init_method="env://" if from_environment else f"tcp://{address}:{port}",
             rank=ranks.rank,
             world_size=ranks.world_size,

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+from gridcap.common.command.signals import detach_terminal
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 
 
 @contextlib.contextmanager
@@ -26,6 +28,8 @@ def defer_stop_signals() -> Iterator[Callable[[], Callable[[], None] | None]]:
     def defer(number: int, frame: FrameType | None) -> None:
         restore()
         received.append(number)
+        if number == signal.SIGHUP:
+            detach_terminal()
 
     def restore() -> None:
         for number, handler in original.items():

@@ -36,8 +36,12 @@ class RunLog:
 
     def log_step(self, row: Row) -> None:
         """Append the row of a step."""
-        with self._steps.open("a", encoding="utf-8") as file:
-            file.write(_to_json_lines([row]))
+        try:
+            with self._steps.open("a", encoding="utf-8") as file:
+                file.write(_to_json_lines([row]))
+        except OSError as error:
+            error.filename = error.filename or str(self._steps)  # the error for a full disk does not name the file
+            raise
         self._add_scalars("step", row, row["step"])
 
     def log_epoch(self, history: list[Row]) -> None:

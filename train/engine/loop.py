@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 
 import torch
@@ -17,7 +17,7 @@ from gridcap.common.progress import progress_bar
 from gridcap.common.text import plural
 from gridcap.train.data.captioned import CaptionedImages
 from gridcap.train.data.stream import CaptionStream, StreamOptions
-from gridcap.train.engine.checkpoint import POINTERS, CheckpointContents, save_checkpoint
+from gridcap.train.engine.checkpoint import POINTERS, CheckpointContents, find_checkpoint, save_checkpoint
 from gridcap.train.engine.curves import plot_curves
 from gridcap.train.engine.determinism import deterministic
 from gridcap.train.engine.distributed import find_ranks, process_group
@@ -30,6 +30,7 @@ from gridcap.train.engine.log import STEPS_PER_ROW, Row, RunLog, read_rows
 from gridcap.train.engine.start import resume_run, start_run
 from gridcap.train.engine.state import RunState
 from gridcap.train.engine.step import StepResult, train_step
+from gridcap.train.engine.step_time import StepTimeMonitor
 from gridcap.train.engine.validation import validate
 from gridcap.train.objectives.base import Objective
 from gridcap.train.objectives.build import build_objective
@@ -68,6 +69,8 @@ def fit(
     runtime = choose_runtime(config.train, ranks, progress)
     with process_group(ranks, runtime.device), deterministic(runtime.device):
         job = TrainingJob(config, train, val, runtime)
+        if resume and not job.output.exists():
+            find_checkpoint(job.output, "last")  # raises the error, before the folder is created
         with _exclusive_output(job) as lease:
             return _run(job, resume, lease)
 
@@ -94,6 +97,8 @@ def _run(job: TrainingJob, resume: bool, lease: Lease | None) -> list[Row]:
         job.runtime.print(f"{job.output} has no checkpoint yet: starting again")
     run = resume_run(job) if resume else start_run(job)
     _check_same_on_all_ranks(job, run)  # before anything is written
+    modules = [run.decoder] if run.ema is None else [run.decoder, run.ema.decoder]
+    job.runtime.ranks.broadcast([tensor for module in modules for tensor in module.state_dict().values()])
     if job.runtime.ranks.is_main:
         for folder in (job.output, job.output / "checkpoints"):
             remove_leftovers(folder)
@@ -126,7 +131,7 @@ class Trainer:
 
     def __init__(self, job: TrainingJob, run: RunState, lease: Lease | None) -> None:
         settings = job.settings
-        self.job, self.run, self.lease = job, run, lease
+        self.job, self.run, self.lease, self.step_times = job, run, lease, StepTimeMonitor()
         options = StreamOptions(
             settings.batch_size,
             settings.captions_per_image,
@@ -179,13 +184,11 @@ class Trainer:
 
     def _train_epoch(self, epoch: int) -> Row:
         """Train the remaining steps of an epoch (from 0), writing checkpoints on the way."""
-        run, stream, ranks = self.run, self.stream, self.job.runtime.ranks
+        run, stream = self.run, self.stream
         first = run.step - epoch * len(stream)  # steps of this epoch that are already done
         batch_size = self.job.settings.batch_size
         stats = EpochStats(run.sums)
         saved = time.monotonic()
-        # With several ranks, each receives its own signal and stops at once.
-        deferred = defer_stop_signals() if ranks.world_size == 1 else contextlib.nullcontext(lambda: None)
         bar = progress_bar(
             total=len(stream.data),
             initial=first * batch_size,
@@ -194,18 +197,18 @@ class Trainer:
             disable=not self.job.runtime.progress,
             leave=False,
         )
-        with deferred as pending_signal, bar:
+        with defer_stop_signals() as pending_signal, bar:
             batches = stream.epoch(epoch, first)
             for index in range(first, len(stream)):
+                started = time.perf_counter()
                 with stats.waiting_for_data():
                     step_batches = list(islice(batches, self.job.settings.grad_accum_steps))
                 result = train_step(self.job, run, step_batches, self.objective, len(stream))
                 stats.add(result.sums)
-                bar.update(min(batch_size, len(stream.data) - index * batch_size))
                 if run.step % STEPS_PER_ROW == 0 or index == 0:
                     self._log_step(epoch, result)
                     check_finite(self.job, run, stats)
-                stop = pending_signal()
+                stop = self._agree_on_stop(pending_signal())
                 if stop or (index + 1 < len(stream) and self._checkpoint_is_due(saved)):
                     run.sums = stats.state_dict()
                     check_finite(self.job, run, stats)
@@ -213,9 +216,22 @@ class Trainer:
                     saved = time.monotonic()
                 if stop:
                     stop()
+                # Last, because writing to a closed terminal fails.
+                if warning := self.step_times.add(time.perf_counter() - started):
+                    self.job.runtime.print(f"  WARNING: {warning}")
+                bar.update(min(batch_size, len(stream.data) - index * batch_size))
         check_finite(self.job, run, stats)
         run.sums = {}
         return {"epoch": epoch + 1, "step": run.step, **stats.row()}
+
+    def _agree_on_stop(self, stop: Callable[[], None] | None) -> Callable[[], None] | None:
+        """Return how to stop after this step if any rank received a stop signal.
+
+        All ranks stop after the same step, so that rank 0 can save a checkpoint of it.
+        """
+        if not self.job.runtime.ranks.any(stop is not None):
+            return None
+        return stop or _raise_keyboard_interrupt
 
     def _log_step(self, epoch: int, result: StepResult) -> None:
         if self.log is not None:
@@ -259,6 +275,10 @@ class Trainer:
         if settings.checkpoint_steps is not None and self.run.step % settings.checkpoint_steps == 0:
             return True
         return settings.checkpoint_minutes is not None and time.monotonic() - saved > 60 * settings.checkpoint_minutes
+
+
+def _raise_keyboard_interrupt() -> None:
+    raise KeyboardInterrupt
 
 
 def check_finite(job: TrainingJob, run: RunState, stats: EpochStats) -> None:

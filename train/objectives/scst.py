@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the conventional name)
-from torch import Tensor
+from torch import Tensor, nn
 
 from gridcap.train.data.batch import CaptionBatch
 from gridcap.train.data.vocabulary import BOS, PAD
@@ -24,8 +24,10 @@ class SelfCritical:
     et al. 2019, "Buy 4 REINFORCE samples, get a baseline for free!"; for captioning, Luo 2020, arXiv:2003.09971):
     loss = -(reward - baseline) * log-probability of the caption.
 
-    Captions are sampled without dropout. A second pass with teacher forcing computes their log-probabilities with
-    dropout, which is faster than a second autoregressive pass. Meanwhile, another thread computes the rewards.
+    A second pass with teacher forcing computes the log-probabilities of the sampled captions, which is faster than
+    sampling with gradients. Meanwhile, another thread computes the rewards. Both passes run without dropout: the policy
+    gradient is unbiased only if the captions are samples of the distribution that is differentiated, and two dropout
+    masks give two distributions.
 
     With a temperature, captions are sampled from softmax(logits / temperature), and the objective is the expected
     reward under that distribution; greedy decoding does not depend on the temperature. A high-entropy decoder (trained
@@ -52,17 +54,17 @@ class SelfCritical:
         "advantage" (reward - baseline).
         """
         grids = batch.grids.float()
-        decoder.eval()
+        _disable_dropout(decoder)
         with torch.no_grad():
             options = SamplingOptions(self._max_length, self._temperature)
             sampled = sample_tokens(decoder, decoder.encode(grids), self._samples, options)
         torch.clear_autocast_cache()  # before torch 2.10, weights cast without gradient would be reused below
-        decoder.train()
         with ThreadPoolExecutor(1, thread_name_prefix="reward") as thread:
             future = thread.submit(self._reward, batch.images, sampled.cpu().numpy())
             positions = (sampled != PAD).flatten().nonzero()[:, 0]
             log_probs = self._log_probs(decoder, grids, sampled, positions)
             rewards = torch.from_numpy(future.result()).to(grids.device)
+        decoder.train()
         baseline = (rewards.sum(1, keepdim=True) - rewards) / (self._samples - 1)
         advantage = rewards - baseline
         loss = -(advantage[..., None].expand(sampled.shape).flatten()[positions] * log_probs).sum()
@@ -91,3 +93,14 @@ class SelfCritical:
         logits, _ = decoder(decoder.encode(grids), inputs, positions)
         scaled = mask_special_tokens(logits) / self._temperature
         return -F.cross_entropy(scaled, sampled.flatten()[positions], reduction="none")
+
+
+def _disable_dropout(decoder: Decoder) -> None:
+    """Disable dropout until the next call of `decoder.train()`.
+
+    Other modules stay in training mode, because cuDNN supports the backward pass of an LSTM in training mode only.
+    """
+    decoder.train()
+    for module in decoder.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()

@@ -78,3 +78,18 @@ def test_ema_of_constant_weights_is_constant(decoder):
         average.update(decoder, step)
     for trained, kept in zip(decoder.parameters(), average.decoder.parameters(), strict=True):
         torch.testing.assert_close(trained, kept)
+
+
+def test_item_09_buffers_are_averaged_too_and_integer_buffers_copied(decoder):
+    decoder.register_buffer("scale", torch.zeros(2))
+    decoder.register_buffer("count", torch.tensor(0))
+    average = WeightEMA(decoder, 0.5)
+    for step in range(1, 60):
+        decoder.scale.fill_(4.0)
+        decoder.count.fill_(step)
+        average.update(decoder, step)
+        if step == 1:
+            assert average.decoder.scale.tolist() == pytest.approx([4 * (1 - 2 / 11)] * 2)
+    assert average.decoder.scale.tolist() == pytest.approx([4.0, 4.0])
+    assert average.decoder.count.item() == 59
+    assert decoder.scale.tolist() == [4.0, 4.0]

@@ -21,14 +21,14 @@ def handlers():
     def stop(number, frame):
         raise _StopError(number)
 
-    numbers = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+    numbers = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
     before = {number: signal.signal(number, stop) for number in numbers}
     yield stop
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP])
 def test_first_signal_is_deferred_and_then_raised_again(handlers, number):
     with defer_stop_signals() as pending:
         assert pending() is None

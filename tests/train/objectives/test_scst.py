@@ -32,10 +32,11 @@ class Table(Decoder):
         super().__init__(zero_features=False)
         generator = torch.Generator().manual_seed(seed)
         self.table = nn.Parameter(torch.randn(images, VOCAB_SIZE, VOCAB_SIZE, generator=generator))
-        self.modes = []  # `training` at each call of encode
+        self.dropout = nn.Dropout(0.5)
+        self.modes = []  # training modes of the decoder and its dropout at each call of encode
 
     def _project(self, grid):
-        self.modes.append(self.training)
+        self.modes.append((self.training, self.dropout.training))
         return (grid[:, 0, 0].long(),)
 
     def initial_state(self, memory):
@@ -214,12 +215,24 @@ def test_captions_are_sampled_from_their_own_grid():
     assert reward.calls[0][1].tolist() == [[[7, EOS]] * 2, [[5, EOS]] * 2, [[6, EOS]] * 2]
 
 
-def test_captions_are_sampled_without_dropout_and_trained_with_it():
+def test_item_09_samples_and_gradient_are_of_the_same_distribution_without_dropout():
     for training in (True, False):
         decoder = Table().train(training)
         SelfCritical(Reward(random_rewards), 2, 4)(decoder, new_batch(), 0)
-        assert decoder.modes == [False, True]
+        assert decoder.modes == [(True, False), (True, False)], "sampling and gradient"
         assert decoder.training
+        assert decoder.dropout.training
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_item_09_gradient_does_not_depend_on_the_dropout_rate(family):
+    losses = []
+    for dropout in (0.0, 0.5):
+        torch.manual_seed(0)
+        decoder = build_decoder(DECODERS[family].model_copy(update={"dropout": dropout}), VOCAB_SIZE, (2, 2, 8))
+        torch.manual_seed(1)
+        losses.append(SelfCritical(Reward(random_rewards), 3, 6)(decoder, new_batch(), 0)[0].item())
+    assert losses[0] == pytest.approx(losses[1])
 
 
 def test_error_in_the_reward_is_raised():
