@@ -177,7 +177,7 @@ def test_ensemble_of_different_features_is_rejected(
 ) -> None:
     first, second = checkpoint(name="a"), checkpoint(provenance=provenance_of("random:1"), name="b")
     result = run("--checkpoint", first, "--checkpoint", second, scenes(1))
-    assert result.exit_code == 2
+    assert result.exit_code == 1
     assert re.search(
         rf"^error: {first}\S* was trained on other features than {second}\S* .*weights", result.stderr, re.M
     )
@@ -295,13 +295,13 @@ def test_missing_path_is_a_usage_error(fake: Any, scenes: Any, checkpoint: Any) 
 def test_folder_without_images_is_named(fake: Any, checkpoint: Any, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     result = run("--checkpoint", checkpoint(), "empty")
-    assert result.exit_code == 2
+    assert result.exit_code == 1
     assert "empty: contains no images" in result.stderr
 
 
 def test_missing_checkpoint_is_named(fake: Any, scenes: Any) -> None:
     result = run("--checkpoint", "runs/none", scenes(1))
-    assert result.exit_code == 2
+    assert result.exit_code == 1
     assert "runs/none: no such folder" in result.stderr
 
 
@@ -312,7 +312,7 @@ def test_no_images_is_a_usage_error(fake: Any, checkpoint: Any) -> None:
 def test_other_weights_than_in_training_are_rejected(fake: Any, scenes: Any, checkpoint: Any, tmp_path: Path) -> None:
     (tmp_path / "other.pth").write_bytes(b"other weights")
     result = run("--checkpoint", checkpoint(), scenes(1), "--weights", "other.pth")
-    assert result.exit_code == 2
+    assert result.exit_code == 1
     assert "was trained on other features" in result.stderr
     assert "random:0" in result.stderr
     assert "other.pth" in result.stderr
