@@ -1,8 +1,10 @@
 """A run that is interrupted at any time and resumed is bit-identical to an uninterrupted run."""
 
 import dataclasses
+import errno
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -450,3 +452,23 @@ def test_checkpoints_are_written_every_n_minutes(world, monkeypatch):
     for number, (limit, expected) in enumerate(minutes.items()):
         config = world.config("cross-entropy", f"minutes-{number}", checkpoint_minutes=limit)
         assert saved_steps(world, config) == expected, limit
+
+
+# --- full disk ---
+
+
+def test_item_31_full_disk_at_the_step_log_names_the_file_and_keeps_a_usable_checkpoint(world, monkeypatch):
+    config = world.config("cross-entropy", "full-log", checkpoint_steps=2)
+    real = pathlib.Path.open
+
+    def full(path, mode="r", **options):
+        if path.name == "steps.jsonl" and mode == "a" and '"step": 6' in path.read_text():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, mode, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.open", full)
+        with pytest.raises(OSError, match=r"No space left on device: '.*steps\.jsonl'"):
+            fit(config, *world.data, False, progress=False)
+    assert find_checkpoint(config.train.output, "last").name == "step-00000006"
+    world.assert_as_uninterrupted("cross-entropy", config.train.output, world.resume(config))
