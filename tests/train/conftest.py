@@ -74,7 +74,7 @@ def write_store(
     grids: np.ndarray,
     image_ids: Sequence[int] | None = None,
     file_names: Sequence[str] | None = None,
-    rejects: Mapping[int, str] | None = None,
+    invalid_reasons: Mapping[int, str] | None = None,
     split: str = "train",
     shard_size: int = 7,
     **provenance,
@@ -86,12 +86,14 @@ def write_store(
     parts = []
     for index, start in enumerate(range(0, len(grids), shard_size)):
         part = slice(start, start + shard_size)
-        refused = {row - start: why for row, why in (rejects or {}).items() if start <= row < start + shard_size}
+        invalid = {
+            row - start: why for row, why in (invalid_reasons or {}).items() if start <= row < start + shard_size
+        }
         shard = path.with_suffix("") / f"{index:05}.h5"
         parts.append(list(zip(ids[part], names[part], strict=True)))
         layout = GridLayout(grids.shape[1:], grids.dtype)
         with ShardWriter(shard, ShardSpec(parts[-1], layout, where, index, f"plan of {path.name}")) as writer:
-            writer.write(0, grids[part].copy(), refused)
+            writer.write(0, grids[part].copy(), invalid)
             writer.finish()
     shards = [f"{index:05}.h5" for index in range(len(parts))]
     longest = max(len(name.encode()) for name in names)

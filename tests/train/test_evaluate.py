@@ -31,7 +31,7 @@ def run(tmp_path_factory, new_data, new_config):
     """A short run, and other images to evaluate it on: one is invalid, the others have one to three references."""
     folder = tmp_path_factory.mktemp("evaluate")
     fit(new_config(folder / "run", epochs=3), new_data(folder / "train.h5"), None, False, progress=False)
-    test = new_data(folder / "test.h5", 11, first_id=700, seed=2, rejects={4: "truncated"})
+    test = new_data(folder / "test.h5", 11, first_id=700, seed=2, invalid_reasons={4: "truncated"})
     return load_checkpoint(folder / "run"), test
 
 

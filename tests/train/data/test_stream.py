@@ -382,7 +382,9 @@ def test_digest_is_stable_across_versions(data):
 
 
 def test_join_counts_unusable_images_and_keeps_store_order(tmp_path, new_store):
-    store = new_store(tmp_path / "s.h5", np.ones((10, 2, 2, 8), np.float16), rejects={3: "truncated", 8: "no image"})
+    store = new_store(
+        tmp_path / "s.h5", np.ones((10, 2, 2, 8), np.float16), invalid_reasons={3: "truncated", 8: "not an image file"}
+    )
     records = [ImageRecord(i, f"folder/{i:03}.jpg", (f"text {i}",)) for i in (9, 8, 3, 2, 0, 77, 78, 79)]
     records += [ImageRecord(i, f"{i:03}.jpg") for i in (4, 5, 6, 7)]
     data = CaptionedImages.join(store, records, Path("c.json"))
@@ -400,7 +402,7 @@ def test_id_of_two_different_files_raises_with_both_names(tmp_path, new_store):
 
 
 def test_no_image_in_common_raises_with_both_sources(tmp_path, new_store):
-    store = new_store(tmp_path / "s.h5", np.ones((3, 2, 2, 8), np.float16), rejects={0: "bad"})
+    store = new_store(tmp_path / "s.h5", np.ones((3, 2, 2, 8), np.float16), invalid_reasons={0: "truncated"})
     records = [ImageRecord(50, "050.jpg", ("elsewhere",)), ImageRecord(0, "000.jpg", ("x",)), ImageRecord(1, "001.jpg")]
     with pytest.raises(MismatchError, match=r"s\.h5.*captions_x\.json.*in common"):
         CaptionedImages.join(store, records, Path("captions_x.json"))
