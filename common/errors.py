@@ -53,7 +53,7 @@ class StoreError(GridcapError):
 
 
 class StoreAccessError(StoreError):
-    """The system could not read a file of a feature store. The file itself may be intact."""
+    """A file of a feature store cannot be read on this system or by this version. The file itself may be intact."""
 
 
 class InvalidImageError(StoreError):

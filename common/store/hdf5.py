@@ -90,7 +90,8 @@ def check_format(file: h5py.File, path: Path, formats: Sequence[str], virtual: t
         The format of the file.
 
     Raises:
-        StoreError: another format or version, or data that is stored in other files.
+        StoreError: another format, or data that is stored in other files.
+        StoreAccessError: another format version.
     """
     with corruption_as_store_error(path):
         kind, version = read_attribute(file, "format", None), read_attribute(file, "version", None)

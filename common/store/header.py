@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from gridcap.common.errors import StoreError
+from gridcap.common.errors import StoreAccessError, StoreError
 from gridcap.common.store.system_error import store_error_from
 
 FORMAT_VERSION = 3
@@ -45,8 +45,8 @@ def unpack_header(path: Path, kind: str, keys: Collection[str], hint: str) -> di
         The values of `keys`, or None if the file has no header.
 
     Raises:
-        StoreError: the file is missing, corrupted, truncated, or of another format version.
-        StoreAccessError: the system could not read the file.
+        StoreError: the file is missing, corrupted, or truncated.
+        StoreAccessError: the system could not read the file, or it is of another format version.
     """
     try:
         with open(path, "rb") as file:
@@ -93,8 +93,8 @@ def format_of(path: Path) -> str | None:
         return ""
 
 
-def unsupported_version(path: Path, version: object) -> StoreError:
+def unsupported_version(path: Path, version: object) -> StoreAccessError:
     """Return the error for a file of another format version."""
     older = isinstance(version, int) and version < FORMAT_VERSION
     hint = "delete the store and extract it again" if older else "update gridcap"
-    return StoreError(f"{path}: format version {version}; this version of gridcap reads {FORMAT_VERSION}", hint)
+    return StoreAccessError(f"{path}: format version {version}; this version of gridcap reads {FORMAT_VERSION}", hint)

@@ -16,6 +16,7 @@ import pytest
 
 import gridcap.extract.verify as verify_module
 from gridcap.common.errors import StoreAccessError, StoreError
+from gridcap.common.store.header import HEADER_BYTES
 from gridcap.common.store.shard_reader import ShardReader
 from gridcap.common.store.system_error import store_error_from
 from gridcap.extract import manifest as image_list
@@ -250,3 +251,14 @@ def test_item_11_shard_that_cannot_be_read_is_not_reported_as_broken(
     monkeypatch.setattr("gridcap.extract.verify.read_header", fail)
     with pytest.raises(StoreAccessError, match=r"0000\d\.h5: input/output error"):
         verify_store(store)
+
+
+def test_item_11_store_of_another_format_version_is_not_reported_as_broken(store: Path) -> None:
+    """--repair must not delete a store only because another version of gridcap wrote it."""
+    for path in (store.with_suffix("") / "00000.h5", store):
+        with path.open("r+b") as file:
+            block = file.read(HEADER_BYTES)
+            file.seek(0)
+            file.write(block.replace(b'"version": 3', b'"version": 2'))
+        with pytest.raises(StoreAccessError, match="format version 2"):
+            verify_store(store)
