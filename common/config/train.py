@@ -90,6 +90,8 @@ class TrainConfig(Section):
     )
     decoder: DecoderConfig = Field(AttentionConfig(), description="decoder family and its settings")
     vocabulary: VocabularyConfig = VocabularyConfig()
+    min_vocabulary: NonNegativeInt = Field(20, description="fewest words in the vocabulary to train with")
+    max_unk: float = Field(0.3, ge=0, le=1, description="largest share of UNK in the training captions to train with")
     captions_per_image: PositiveInt = Field(5, description="captions per image and step")
     max_length: PositiveInt = Field(30, description="maximum caption length in tokens; longer captions are truncated")
     epochs: PositiveInt = Field(20, description="epochs over the training split")
@@ -128,7 +130,7 @@ class TrainConfig(Section):
     device: str = Field("auto", description="device: auto, cpu, cuda, cuda:1, ...")
 
 
-# Settings of a run rather than of a recipe: paths and hardware. A recipe leaves them unchanged.
+# Settings of a run rather than of a recipe: paths, hardware, and limits of checks. A recipe leaves them unchanged.
 RUN_SETTINGS = frozenset(
     {
         "features",
@@ -142,5 +144,7 @@ RUN_SETTINGS = frozenset(
         "precision",
         "device",
         "grad_accum_steps",
+        "min_vocabulary",
+        "max_unk",
     }
 )

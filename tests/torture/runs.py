@@ -58,6 +58,7 @@ def train(folder: Path, output: Path, resume: bool, init_from: Path | None = Non
             "train.batch_size": 4,
             "train.captions_per_image": 2,
             "train.max_length": 8,
+            "train.min_vocabulary": 0,
             "train.ema_decay": 0.9,
             "train.checkpoint_steps": 2,
             "train.init_from": init_from,

@@ -187,6 +187,8 @@ def make_config(output: Path, seed: int = 0, caption: CaptionConfig | None = Non
         "precision": "float32",
         "device": "cpu",
         "output": output,
+        "min_vocabulary": 0,
+        "max_unk": 1,
     }
     search = caption or CaptionConfig(beam_size=2, max_length=8, batch_size=4)
     return PipelineConfig(seed=seed, train=TrainConfig(**values | train), caption=search)
@@ -232,6 +234,8 @@ TINY_PROJECT = {
         "precision": "float32",
         "device": "cpu",
         "output": "runs/a",
+        "min_vocabulary": 0,
+        "max_unk": 1,
     },
     "caption": {"beam_size": 2, "max_length": 8, "batch_size": 4},
 }

@@ -31,6 +31,11 @@ def tokenize(caption: str) -> list[str]:
     return _WORD.findall(unicodedata.normalize("NFC", caption.lower().replace("’", "'")))
 
 
+def count_words(captions: Iterable[str]) -> Counter[str]:
+    """Count the words of captions."""
+    return Counter(word for caption in captions for word in tokenize(caption))
+
+
 class Vocabulary:
     """Mapping between words and token ids: PAD 0, BOS 1, EOS 2, UNK 3, then words by decreasing frequency.
 
@@ -59,7 +64,11 @@ class Vocabulary:
         Raises:
             ValueError: `max_size` leaves no room for words.
         """
-        counts = Counter(word for caption in captions for word in tokenize(caption))
+        return cls.from_counts(count_words(captions), max_size, min_count)
+
+    @classmethod
+    def from_counts(cls, counts: Counter[str], max_size: int | None, min_count: int) -> Vocabulary:
+        """Build a vocabulary from word counts, as `build` does."""
         if max_size is not None and max_size <= len(SPECIALS):
             raise ValueError(f"max_size {max_size} leaves no room for words besides the {len(SPECIALS)} special tokens")
         ranked = sorted((w for w, n in counts.items() if n >= min_count), key=lambda w: (-counts[w], w))
@@ -68,9 +77,17 @@ class Vocabulary:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def __contains__(self, token: str) -> bool:
+        return token in self._ids
+
     def encode(self, caption: str, max_length: int) -> list[int]:
-        """Return the token ids of a caption: BOS, at most `max_length` words (UNK for unknown ones), EOS."""
-        return [BOS, *(self._ids.get(word, UNK) for word in tokenize(caption)[:max_length]), EOS]
+        """Return the token ids of a caption: BOS, at most `max_length` words (UNK for unknown ones), EOS.
+
+        A longer caption is cut and gets no EOS; otherwise, the decoder would learn to stop in the middle of a sentence.
+        """
+        words = tokenize(caption)
+        ids = [BOS, *(self._ids.get(word, UNK) for word in words[:max_length])]
+        return ids if len(words) > max_length else [*ids, EOS]
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Return the text of token ids: the entries before the first EOS, without BOS and PAD, joined by spaces."""

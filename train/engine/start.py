@@ -11,6 +11,7 @@ from gridcap.common.config import PipelineConfig, TrainConfig
 from gridcap.common.errors import CheckpointError, MismatchError, UserError
 from gridcap.common.store.provenance import check_same_features
 from gridcap.train.data.vocabulary import Vocabulary
+from gridcap.train.data.vocabulary_check import build_vocabulary
 from gridcap.train.decoders.base import Decoder
 from gridcap.train.decoders.build import build_decoder
 from gridcap.train.engine.checkpoint import POINTERS, find_checkpoint, load_checkpoint, load_training_state
@@ -53,7 +54,7 @@ def start_run(job: TrainingJob) -> RunState:
     Raises:
         CheckpointError: the output folder already contains a run, or `init_from` cannot be loaded.
         MismatchError: `init_from` has another decoder, or was trained on other features.
-        UserError: SCST without `init_from`.
+        UserError: SCST without `init_from`, or a vocabulary that cannot be learned.
     """
     settings, store = job.settings, job.train.store
     check_objective(settings)
@@ -71,7 +72,7 @@ def start_run(job: TrainingJob) -> RunState:
             )
         return _new_state(job, loaded.decoder, loaded.vocabulary)
     captions = [caption for image in job.train.captions for caption in image]
-    vocabulary = Vocabulary.build(captions, settings.vocabulary.max_size, settings.vocabulary.min_count)
+    vocabulary = build_vocabulary(captions, settings)
     torch.manual_seed(job.config.seed)
     return _new_state(job, build_decoder(settings.decoder, len(vocabulary), store.grid_shape), vocabulary)
 

@@ -79,6 +79,8 @@ KEPT = {
     "precision": "float32",
     "device": "cpu",
     "grad_accum_steps": 3,
+    "min_vocabulary": 7,
+    "max_unk": 0.5,
 }
 
 

@@ -50,8 +50,14 @@ def test_encode_adds_bos_and_eos_and_maps_unknown_words_to_unk():
 
 def test_encode_cuts_at_max_length():
     vocabulary = Vocabulary.build(CAPTIONS)
-    assert vocabulary.encode("a cat and a dog", 2) == vocabulary.encode("a cat", 30)
+    assert vocabulary.encode("a cat and a dog", 2) == vocabulary.encode("a cat", 30)[:-1]
     assert len(vocabulary.encode("a cat and a dog", 5)) == 7
+
+
+def test_item_09_captions_cut_at_max_length_have_no_eos():
+    vocabulary = Vocabulary.build(CAPTIONS)
+    assert EOS not in vocabulary.encode("a cat and a dog", 4)
+    assert vocabulary.encode("a cat and a dog", 5)[-1] == EOS
 
 
 def test_text_of_special_tokens_is_not_special():
@@ -80,9 +86,10 @@ def test_any_text_yields_valid_vocabulary_and_ids(captions, max_size):
     for caption in captions:
         ids = vocabulary.encode(caption, 7)
         assert ids[0] == BOS
-        assert ids[-1] == EOS
-        assert len(ids) <= 9
-        assert all(i == UNK or len(SPECIALS) <= i < len(vocabulary) for i in ids[1:-1])
+        assert (ids[-1] == EOS) == (len(tokenize(caption)) <= 7)
+        words = [i for i in ids[1:] if i != EOS]
+        assert len(words) <= 7
+        assert all(i == UNK or len(SPECIALS) <= i < len(vocabulary) for i in words)
 
 
 def test_save_and_load_preserve_ids(tmp_path):
