@@ -34,7 +34,13 @@ from gridcap.common.errors import (
 def library_exceptions() -> Iterator[type[BaseException]]:
     """Yield every exception class that a module of gridcap defines."""
     for module in pkgutil.walk_packages(gridcap.__path__, "gridcap."):
-        for value in vars(importlib.import_module(module.name)).values():
+        try:
+            contents = vars(importlib.import_module(module.name))
+        except ModuleNotFoundError as error:
+            if error.name != "gradio":  # optional
+                raise
+            continue
+        for value in contents.values():
             if inspect.isclass(value) and issubclass(value, BaseException) and value.__module__ == module.name:
                 yield value
 
