@@ -122,34 +122,3 @@ def choose_threads(requested: int | None, environ: Mapping[str, str]) -> ThreadC
         return ThreadChoice(cores, limit)
     load = f"other processes use {min(busy, cores)} of {cores} cores"
     return ThreadChoice(max(1, cores - busy), load)
-
-
-class SlowdownMonitor:
-    """Detect that training steps have become much slower than before.
-
-    Args:
-        factor: how many times slower counts as a slowdown.
-        window: number of steps that are compared with the fastest window so far.
-    """
-
-    def __init__(self, factor: float = 2.0, window: int = 50) -> None:
-        self._factor = factor
-        self._window = window
-        self._steps: list[float] = []
-        self._fastest = math.inf
-        self._reported = False
-
-    def update(self, seconds: float) -> str | None:
-        """Record the duration of one step; return a warning the first time that the steps of a window are slow."""
-        self._steps.append(seconds)
-        if len(self._steps) < self._window:
-            return None
-        median = sorted(self._steps)[self._window // 2]
-        self._steps.clear()
-        self._fastest = min(self._fastest, median)
-        if self._reported or median <= self._factor * self._fastest:
-            return None
-        self._reported = True
-        cores, others = available_cores(), round(cores_used_by_others())
-        cause = f"; other processes use {others} of {cores} cores: rerun with fewer --threads" if others else ""
-        return f"steps take {median / self._fastest:.1f} times as long as before{cause}"

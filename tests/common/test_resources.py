@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gridcap.common import resources
-from gridcap.common.resources import SlowdownMonitor, available_cores, choose_threads, cores_used_by_others, cpu_quota
+from gridcap.common.resources import available_cores, choose_threads, cores_used_by_others, cpu_quota
 
 
 @pytest.fixture
@@ -100,19 +100,3 @@ def test_item_29_a_busy_neighbor_is_measured_but_not_this_process() -> None:
     finally:
         neighbor.kill()
         neighbor.communicate()
-
-
-def test_item_29_a_jump_of_the_step_time_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resources, "cores_used_by_others", lambda: 1.0)
-    monkeypatch.setattr(resources, "available_cores", lambda: 2)
-    monitor = SlowdownMonitor(window=4)
-    steps = [1.0, 1.1, 9.0, 1.0] * 2 + [1.5] * 4 + [3.0] * 8
-    messages = [message for seconds in steps if (message := monitor.update(seconds))]
-    (message,) = messages
-    assert message.startswith("steps take 2.7 times as long as before")
-    assert "other processes use 1 of 2 cores" in message
-
-
-def test_item_29_a_slow_start_is_not_a_slowdown() -> None:
-    monitor = SlowdownMonitor(window=2)
-    assert [monitor.update(seconds) for seconds in (9.0, 9.0, 1.0, 1.0, 1.9, 1.9)] == [None] * 6
