@@ -111,14 +111,13 @@ def write_index(extraction: Extraction, summary: Summary, is_shared_retry: bool)
     summary.complete = False
 
 
-def summarize_store(extraction: Extraction, summary: Summary) -> Summary:
+def summarize_store(extraction: Extraction, summary: Summary) -> None:
     """Count the invalid images of a complete store by reason, with examples."""
     with FeatureStore(extraction.output) as store:
         summary.invalid = Counter(store.invalid_reasons.values())
         for row, reason in store.invalid_reasons.items():
             if len(examples := summary.examples.setdefault(reason, [])) < MAX_EXAMPLES:
                 examples.append(store.file_name[row])
-    return summary
 
 
 def _pause(attempt: int) -> None:

@@ -87,26 +87,20 @@ def extract_features(
     """
     extraction = extraction.save()
     start = time.perf_counter()
-    plan, folder, output = extraction.plan, extraction.folder, extraction.output
-    summary = Summary(plan.images, plan.shards)
-    for leftovers in {folder, *(folder / subfolder for subfolder in plan.folders), output.parent}:
+    plan, folder = extraction.plan, extraction.folder
+    for leftovers in {folder, *(folder / subfolder for subfolder in plan.folders), extraction.output.parent}:
         remove_leftovers(leftovers)
     state = survey(extraction, share)
     digest = indexed_digest(extraction)
-    if len(state.existing) == plan.shards and digest == plan.digest() and not retry:
-        summary.existing = len(share.of(plan.shards))
-        try:
-            return summarize_store(extraction, summary)
-        except StoreAccessError:
-            raise
-        except StoreError:
-            pass  # an index that does not match its shards is written again
+    own = [shard for shard in state.existing if shard in share.of(plan.shards)]
+    summary = Summary(plan.images, plan.shards, existing=len(own))
+    is_complete = len(state.existing) == plan.shards and digest == plan.digest()
+    if is_complete and not retry and _summarize_if_consistent(extraction, summary):
+        return summary
     if share.rank == 0 or not (folder / "config.yaml").exists():
         write_text(folder / "config.yaml", extraction.config.to_yaml("data", "extract"))
     if digest == plan.digest() and (state.missing or not retry):
-        output.unlink(missing_ok=True)  # its presence would mean that the store is complete
-    own = [shard for shard in state.existing if shard in share.of(plan.shards)]
-    summary.existing = len(own)
+        extraction.output.unlink(missing_ok=True)  # its presence would mean that the store is complete
     summary.invalid = sum((_invalid_of(extraction, shard) for shard in own), Counter())
     encoder = ViewEncoder(extraction)
     if state.missing:
@@ -121,6 +115,21 @@ def extract_features(
         write_index(extraction, summary, is_shared_retry=retry and is_shared)
     summary.seconds = time.perf_counter() - start
     return summary
+
+
+def _summarize_if_consistent(extraction: Extraction, summary: Summary) -> bool:
+    """Complete the summary from the index; return False if the index does not match its shards.
+
+    Raises:
+        StoreAccessError: the system could not read the store.
+    """
+    try:
+        summarize_store(extraction, summary)
+    except StoreAccessError:
+        raise
+    except StoreError:
+        return False
+    return True
 
 
 def _invalid_of(extraction: Extraction, shard: int) -> Counter[str]:

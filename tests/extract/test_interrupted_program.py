@@ -101,7 +101,7 @@ def test_a_run_that_is_killed_interrupted_and_rerun_produces_identical_files(sce
         output, _ = process.communicate(timeout=PATIENCE)
         assert process.returncode == 130, output
     assert "interrupted" in output
-    assert "run the same command again" in output
+    assert "rerun the command" in output
     assert "Traceback" not in output
     own = [p for p in interrupted.parent.rglob(".*.tmp") if f"-{process.pid}-" in p.name]
     assert not own, "an interrupted run removes its temporary files"
