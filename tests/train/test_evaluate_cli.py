@@ -167,3 +167,12 @@ def test_help_lists_flags_keys_and_examples(invoke):
     output = invoke(evaluate_decoder, "--help")
     for expected in ("--features", "--device", "train.device", "Examples:", evaluate_decoder.name):
         assert expected in output
+
+
+def test_item_23_evaluation_from_another_folder_suggests_annotations(project, invoke, monkeypatch):
+    (project / "elsewhere").mkdir()
+    monkeypatch.chdir(project / "elsewhere")
+    given = ("--checkpoint", project / "runs" / "done", "--features", project / "features" / "test.h5")
+    output = invoke(evaluate_decoder, *given, status=2)
+    assert "test.json: no such file" in output
+    assert "pass --annotations FILE" in output

@@ -62,6 +62,11 @@ def join_captions(
                 f"pass {option} FILE, or set data.splits.{store.split or role}.annotations in pipeline.yaml",
             )
         name, split, config = match
+        if split.annotations is not None and not split.annotations.exists():
+            raise UserError(
+                f"{split.annotations}: no such file; it is configured as the captions of split {name!r}",
+                f"pass {option} FILE, or run the command in the folder that the path is relative to",
+            )
     complete = split.model_copy(update={"limit": None, "skip": 0})  # the store already is the subset
     loaded = load_split(complete, name, config.seed, config.data.max_invalid)
     source = split.annotations or split.images

@@ -282,3 +282,13 @@ def test_line_breaks_in_captions_do_not_shift_later_captions(end, monkeypatch):
     scores = score_captions(captions, {**REFERENCES, 1: [f"A{end}brown dog", *REFERENCES[1]]})
     assert "PTB" in scores.tokenizer
     assert scores.per_image == score_captions(GOOD, {**REFERENCES, 1: ["a brown dog", *REFERENCES[1]]}).per_image
+
+
+@pytest.mark.usefixtures("java_scores")
+def test_item_22_read_only_site_packages_do_not_change_the_tokenizer(monkeypatch):
+    def fail(*args, **kwargs):
+        raise PermissionError("read-only site-packages")
+
+    monkeypatch.setattr(coco, "_add_java", lambda *_: None)
+    monkeypatch.setattr("pycocoevalcap.tokenizer.ptbtokenizer.tempfile.NamedTemporaryFile", fail)
+    assert score_captions(GOOD, REFERENCES).tokenizer.startswith("PTB")
