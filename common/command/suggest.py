@@ -22,7 +22,7 @@ RENAMED_FLAGS = {
 
 
 def suggest_flags(name: str, known: Iterable[str]) -> list[str]:
-    """Return the known flags that an unknown flag may stand for, the best first.
+    """Return the known flags that an unknown flag may refer to, the best first.
 
     In this order: the new name of a renamed flag, flags that start with the given text, flags whose initials are the
     given text (``--lr`` for ``--learning-rate``), flags that contain all of its words, and similar spellings.

@@ -81,7 +81,7 @@ def all_keys(model: type[Section] = PipelineConfig, prefix: str = "") -> Iterato
 
 
 def suggest_keys(key: str, tree: Mapping[str, Any]) -> list[str]:
-    """Return the keys that an unknown key may stand for; empty if none is similar.
+    """Return the keys that an unknown key may refer to; empty if none is similar.
 
     In this order: the new name of a renamed key, keys of the same name in other sections, similar keys of the same
     section, keys whose initials are the name (``lr``), and similar keys in other sections.
