@@ -24,7 +24,7 @@ def decoder(monkeypatch):
     return build_decoder(CONFIG, 9, (2, 2, 3)).eval()
 
 
-def test_it_stands_in_without_what_ours_adds(decoder):
+def test_patch_builds_the_reference_decoder(decoder):
     assert type(decoder) is reference.Att2in2
     assert not [name for name, _ in decoder.named_parameters() if name.split(".")[0] in ("norm", "position", "initial")]
     memory = decoder.encode(torch.randn(2, 4, 3))
@@ -32,24 +32,24 @@ def test_it_stands_in_without_what_ours_adds(decoder):
     shuffled = torch.randn(1, 4, 3)
     tokens = torch.full((1, 1, 1), BOS)
     first, second = (decoder(decoder.encode(grid), tokens)[0] for grid in (shuffled, shuffled[:, [2, 0, 3, 1]]))
-    torch.testing.assert_close(first, second)  # where a cell stands says nothing
+    torch.testing.assert_close(first, second)  # the decoder has no positional embedding
 
 
-def test_its_looks_are_those_of_the_formula(decoder):
+def test_attention_follows_the_formula(decoder):
     """Bahdanau's: softmax of v . tanh(key + query), from a zero state, with keys large enough to tell."""
     with torch.no_grad():
         decoder.key.weight.mul_(30)
         decoder.cell.from_hidden.bias.copy_(torch.randn(decoder.cell.from_hidden.bias.shape))
         grid = torch.randn(2, 4, 3)
-        _, looks = decoder(decoder.encode(grid), torch.full((2, 1, 1), BOS))
+        _, attention = decoder(decoder.encode(grid), torch.full((2, 1, 1), BOS))
         keys = torch.relu(grid @ decoder.project.weight.T + decoder.project.bias) @ decoder.key.weight.T
         query = decoder.cell.from_hidden.bias[: CONFIG.attention_size]
         expected = (torch.tanh(keys + query) @ decoder.cell.attention.score.weight[0]).softmax(-1)
     assert keys.min() < -1
-    torch.testing.assert_close(looks[:, 0, 0], expected)
+    torch.testing.assert_close(attention[:, 0, 0], expected)
 
 
-def test_word_by_word_as_all_at_once(decoder):
+def test_steps_equal_forward(decoder):
     memory = decoder.encode(torch.randn(2, 4, 3))
     tokens = torch.randint(4, 9, (2, 1, 3))
     logits, _ = decoder(memory, tokens)
@@ -59,5 +59,5 @@ def test_word_by_word_as_all_at_once(decoder):
         torch.testing.assert_close(step[:, 0], logits.reshape(2, 3, 9)[:, i])
 
 
-def test_it_writes_unk(decoder):
+def test_unk_can_be_generated(decoder):
     assert gridcap.train.decoding.base.token_log_probs(torch.zeros(9))[UNK].isfinite()
