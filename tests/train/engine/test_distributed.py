@@ -344,7 +344,7 @@ def test_command_runs_under_torchrun(pair):
     write_pipeline(pair, "command")
     done = torchrun("--no-python", *COMMAND, cwd=pair.folder)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.count("done: ") == done.stdout.count("configuration\n") == 1
+    assert done.stdout.count("done: ") == done.stdout.count("configuration: ") == 1
     assert len([line for line in done.stdout.splitlines() if line.startswith("epoch ")]) == 3
     assert_close(pair.folder / "command", pair.folder / "one")
 
