@@ -221,7 +221,7 @@ class Trainer:
                     self.job.runtime.print(f"  WARNING: {warning}")
                 bar.update(min(batch_size, len(stream.data) - index * batch_size))
         check_finite(self.job, run, stats)
-        run.sums = {}
+        run.sums = stats.state_dict()
         return {"epoch": epoch + 1, "step": run.step, **stats.row()}
 
     def _agree_on_stop(self, stop: Callable[[], None] | None) -> Callable[[], None] | None:
@@ -241,7 +241,12 @@ class Trainer:
         """Validate, write a checkpoint, and log the row of an epoch."""
         job, run = self.job, self.run
         if job.val is not None:
-            row |= validate(run.eval_decoder, job.val, run.vocabulary, job.settings, job.runtime)
+            try:
+                row |= validate(run.eval_decoder, job.val, run.vocabulary, job.settings, job.runtime)
+            except KeyboardInterrupt:
+                self._save()  # resuming continues with this validation
+                raise
+        run.sums = {}
         run.history.append(row)
         if messages := health_warnings(run.history):
             row["warnings"] = messages

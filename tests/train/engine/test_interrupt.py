@@ -80,3 +80,24 @@ def test_a_stopped_run_keeps_the_step_in_hand_and_ends_as_an_uninterrupted_one(
     fit(new_config(tmp_path / "whole"), train_data, None, False, progress=False)
     ours, theirs = (find_checkpoint(tmp_path / name, "last") / "model.safetensors" for name in ("run", "whole"))
     assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_item_31_stop_during_validation_keeps_the_trained_epoch(
+    tmp_path, new_config, train_data, val_data, monkeypatch
+):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gridcap.train.engine.loop.validate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fit(new_config(tmp_path / "run"), train_data, val_data, False, progress=False)
+    assert find_checkpoint(tmp_path / "run", "last").name != "step-00000000"
+    resumed = fit(new_config(tmp_path / "run"), train_data, val_data, True, progress=False)
+    whole = fit(new_config(tmp_path / "whole"), train_data, val_data, False, progress=False)
+    timing = {"seconds", "data_wait"}
+    assert [{k: v for k, v in row.items() if k not in timing} for row in resumed] == [
+        {k: v for k, v in row.items() if k not in timing} for row in whole
+    ]
+    ours, theirs = (find_checkpoint(tmp_path / name, "last") / "model.safetensors" for name in ("run", "whole"))
+    assert ours.read_bytes() == theirs.read_bytes()
