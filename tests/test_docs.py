@@ -1,13 +1,22 @@
-"""README and docs: links have targets, and the explained messages exist in the code."""
+"""README and docs: links, flags, messages, and the table of faults match the code."""
 
+import importlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
+
+from gridcap.cli import main as gridcap
+from tests.torture.worker import PARTS, load_part
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CODE = [path for name in ("common", "extract", "train", "caption") for path in sorted((ROOT / name).rglob("*.py"))]
+PROGRAMS = ("bench.__main__", "bench.plot", "bench.quality", "bench.scale", "demo.__main__", "tests.torture.__main__")
+OTHER_PROGRAMS = ("torchrun", "srun", "sbatch", "#SBATCH", "mypy")  # lines with flags of other programs
+OTHER_FLAGS = {"--array", "--requeue"}  # of sbatch, mentioned alone
 PLACEHOLDERS = r"\.\.\.|\b[NM]\b|\d+%?|\ba\.jpg\b|\bb\.jpg\b|\bb?float\d*\b|\bMETEOR\b|\bSPICE\b"
 
 
@@ -36,3 +45,33 @@ def test_explained_messages_exist_in_the_code():
     explained = [text for row in rows for text in re.findall(r"`([^`]+)`", row)]
     parts = [part.strip(" ,%") for text in explained for part in re.split(PLACEHOLDERS, text)]
     assert [part for part in parts if len(part) >= 4 and part not in messages] == []
+
+
+def _flags(command: click.Command) -> Iterator[str]:
+    """Yield all flags of a command and its subcommands."""
+    for parameter in command.get_params(click.Context(command)):
+        yield from (*parameter.opts, *parameter.secondary_opts)
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            subcommand = command.get_command(context, name)
+            assert subcommand is not None
+            yield from _flags(subcommand)
+
+
+def test_flags_in_the_docs_exist():
+    known = OTHER_FLAGS | set(_flags(gridcap))
+    for name in PROGRAMS:
+        known |= set(_flags(importlib.import_module(name).main))
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "pipeline.yaml"]:
+        for line in page.read_text(encoding="utf-8").splitlines():
+            if not any(program in line for program in OTHER_PROGRAMS):
+                unknown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", line)) - known
+                assert not unknown, f"{page.name}: {unknown}"
+
+
+def test_table_of_faults_matches_the_torture_tests():
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("| fault | `--only` |")[2]
+    rows = [line.split("|")[2:4] for line in text.split("\n\n")[0].splitlines()[2:]]
+    table = {name.strip(): int(cases.replace(" ", "")) for name, cases in rows}
+    assert table == {name: load_part(name).cases for name in PARTS}
