@@ -251,6 +251,7 @@ import gridcap.train.engine.loop
 from gridcap.common.captions.read import read_captions
 from gridcap.common.config import PipelineConfig
 from gridcap.common.store.reader import FeatureStore
+from gridcap.train.data.captioned import CaptionedImages
 
 def load(name):
     captions = folder / f"{name}.json"
@@ -265,7 +266,7 @@ def die_when(real, matches):
 def prepare(moment):
     if moment == "while batches are prefetched":
         real = gridcap.train.engine.loop.train_step
-        gridcap.train.engine.loop.train_step = die_when(real, lambda self, run, *rest: run.step == 6)
+        gridcap.train.engine.loop.train_step = die_when(real, lambda job, run, *rest: run.step == 6)
     elif moment == "between the files of a checkpoint":
         torch.save = die_when(torch.save, lambda state, file: state["step"] == 4)
     elif moment == "before a checkpoint is renamed":
