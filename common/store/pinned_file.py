@@ -14,8 +14,8 @@ from gridcap.common.store.system_error import store_error_from
 class PinnedFile:
     """File read by position from any number of threads.
 
-    The file is opened on the first read, and again on the first read after `close` or unpickling. It
-    must be the same file each time (inode, size, and modification time).
+    The file is opened on the first read, and again on the first read after `close` or unpickling. It must be the same
+    file each time (inode, size, and modification time). It is closed when the object is garbage collected.
 
     Args:
         path: the file.
@@ -28,6 +28,8 @@ class PinnedFile:
         StoreAccessError: the system could not access the file.
     """
 
+    _descriptor: int | None = None
+
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
@@ -36,7 +38,6 @@ class PinnedFile:
             raise store_error_from(error, path) from error
         self.size = status.st_size
         self._identity = self._identity_of(status)
-        self._descriptor: int | None = None
 
     @staticmethod
     def _identity_of(status: os.stat_result) -> tuple[int, int, int]:
@@ -82,6 +83,9 @@ class PinnedFile:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+    def __del__(self) -> None:
+        self.close()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_descriptor": None}

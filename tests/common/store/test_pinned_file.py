@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 from pathlib import Path
@@ -43,6 +44,15 @@ def test_short_reads_are_continued(path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert file.read_into(memoryview(buffer), 20)
     assert buffer == bytes(range(20, 30))
     file.close()
+
+
+def test_file_is_closed_when_the_object_is_deleted(path: Path) -> None:
+    """Stores that were never closed must not exhaust the descriptors of a long-running process."""
+    before = len([*Path("/proc/self/fd").iterdir()])
+    for _ in range(10):
+        assert PinnedFile(path).read_into(memoryview(bytearray(1)), 0)
+    gc.collect()
+    assert len([*Path("/proc/self/fd").iterdir()]) == before
 
 
 @pytest.mark.parametrize("change", [b"other", bytes(100)])
