@@ -18,7 +18,8 @@ class Matches:
 
     Attributes:
         rows: row of each record; None for records without a row.
-        ambiguous: positions of records whose file name matches several rows, or shares its row with another record.
+        ambiguous: positions of records whose file name matches several rows, or a row that another record matches at
+            least as well.
     """
 
     rows: list[int | None]
@@ -30,7 +31,8 @@ def match_rows(store: FeatureStore, records: Sequence[ImageRecord]) -> Matches:
 
     Names count only if the ids of either side were derived from names (a store extracted without captions, or a CSV
     file): two sources with ids of their own that disagree describe different data sets. "a.jpg" and "train/a.jpg"
-    match; "val/a.jpg" and "train/a.jpg" do not.
+    match; "val/a.jpg" and "train/a.jpg" do not. Equal names take precedence over names of which one ends with the
+    other.
 
     Args:
         store: feature store.
@@ -49,17 +51,21 @@ def match_rows(store: FeatureStore, records: Sequence[ImageRecord]) -> Matches:
         if row is None and (named_store or record.image_id == id_from_name(record.file_name))
     ]
     ambiguous: set[int] = set()
+    aliases: set[int] = set()  # records whose name is not equal to that of their row
     for i, candidates in _rows_by_name(store, records, unmatched).items():
         exact = [row for row, name in candidates if name == records[i].file_name]
         choices = exact or [row for row, _ in candidates]
         if len(choices) == 1:
             rows[i] = choices[0]
+            if not exact:
+                aliases.add(i)
         else:
             ambiguous.add(i)
-    owners = Counter(row for row in rows if row is not None)
+    all_matches = Counter(row for row in rows if row is not None)
+    exact_matches = Counter(row for i, row in enumerate(rows) if row is not None and i not in aliases)
     for i in unmatched:
         row = rows[i]
-        if row is not None and owners[row] > 1:
+        if row is not None and (all_matches if i in aliases else exact_matches)[row] > 1:
             rows[i] = None
             ambiguous.add(i)
     return Matches(rows, ambiguous)
