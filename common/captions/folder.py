@@ -12,6 +12,7 @@ from gridcap.common.errors import AnnotationError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 NOT_FOLLOWED = "set data.follow_links=true to include them"
+NO_EXTENSION = "without an extension"
 LOOP = "they lead back to a parent folder"
 
 
@@ -72,7 +73,7 @@ class FolderImages:
                 elif _is_image(entry):
                     names.append(entry.name)
                 else:
-                    self.problems.skipped[Path(entry.name).suffix.lower() or entry.name] += 1
+                    self.problems.skipped[Path(entry.name).suffix.lower() or NO_EXTENSION] += 1
         for name in sorted(names):
             if name.endswith("/"):
                 yield from self._names_below(prefix + name, parents)

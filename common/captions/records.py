@@ -12,7 +12,8 @@ from typing import TypeGuard
 from gridcap.common.errors import AnnotationError
 from gridcap.common.text import escape_line, plural
 
-MAX_EXAMPLES = 3
+MAX_EXAMPLES = 3  # per kind of problem
+MAX_KINDS = 8  # file extensions that are counted separately in a message
 NO_ID = "image without a 64-bit integer id"
 
 
@@ -38,7 +39,7 @@ class Problems:
     Attributes:
         counts: kind -> number of invalid items; these count towards `max_invalid`.
         examples: kind -> the first examples.
-        skipped: file extension -> number of files that are not images (".heic" -> 3); never fatal.
+        skipped: file extension -> number of files that are not supported images (".heic" -> 3); never fatal.
         skipped_folders: reason -> number of linked folders; never fatal.
     """
 
@@ -73,8 +74,10 @@ class Problems:
             for kind, count in self.counts.items()
         ]
         if self.skipped:
-            kinds = ", ".join(f"{count} {escape_line(kind)}" for kind, count in self.skipped.most_common(8))
-            lines.append(f"skipped, not a supported image file: {kinds}")
+            kinds = [f"{count} {escape_line(kind)}" for kind, count in self.skipped.most_common(MAX_KINDS)]
+            if others := self.skipped.total() - sum(count for _, count in self.skipped.most_common(MAX_KINDS)):
+                kinds.append(f"{others} of other types")
+            lines.append(f"skipped, not a supported image file: {', '.join(kinds)}")
         for reason, count in self.skipped_folders.items():
             lines.append(f"skipped: {plural(count, 'linked folder')} ({reason})")
         return lines
@@ -91,8 +94,8 @@ class CaptionSet:
 def id_from_name(file_name: str) -> int:
     """Return an image id for files that have none: 63 bits of the SHA-256 of the file name.
 
-    The id does not depend on the other images. Among 10^8 names, the probability of a collision is 0.05 %; writing
-    a store with a collision fails.
+    The id does not depend on the other images. Among 10^8 names, the probability of a collision is 0.05%; writing a
+    store with a collision fails.
     """
     return int.from_bytes(hashlib.sha256(file_name.encode()).digest()[:8], "big") >> 1
 
@@ -132,9 +135,12 @@ def check_file_name(name: object, path: Path) -> str:
 
 
 def clean_caption(caption: object, source: str, problems: Problems) -> str | None:
-    """Collapse white space in a caption. Return None and count a problem if it is empty or not a string."""
+    """Collapse white space in a caption. Return None and count a problem if it is empty or not a valid string."""
     if not isinstance(caption, str) or not caption.strip():
         problems.add("empty caption", source)
+        return None
+    if not is_utf8(caption):  # JSON can contain half of a surrogate pair, which no file can store
+        problems.add("caption that is not valid Unicode", source)
         return None
     return " ".join(caption.split())
 
@@ -144,10 +150,10 @@ def is_image_id(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
 
 
-def is_utf8(name: str) -> bool:
-    """Return whether a file name can be encoded as UTF-8, as HDF5 and JSON require."""
+def is_utf8(text: str) -> bool:
+    """Return whether a text can be encoded as UTF-8, as HDF5 and JSON require."""
     try:
-        name.encode()
+        text.encode()
     except UnicodeEncodeError:
         return False
     return True

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gridcap.common.captions.folder import LOOP, NOT_FOLLOWED, FolderImages, list_images
+from gridcap.common.captions.folder import LOOP, NO_EXTENSION, NOT_FOLLOWED, FolderImages, list_images
 from gridcap.common.captions.records import CaptionSet, id_from_name
 from gridcap.common.errors import AnnotationError
 
@@ -61,7 +61,7 @@ def test_names_are_sorted_by_full_path_and_can_be_iterated_again(tmp_path: Path)
     assert [image.file_name for image in images] == sorted(names)
     skipped = dict(images.problems.skipped)
     assert list(images) == list(images)
-    assert dict(images.problems.skipped) == skipped == {".txt": 1, ".jpg": 1, "nothing": 1}
+    assert dict(images.problems.skipped) == skipped == {".txt": 1, NO_EXTENSION: 2}
 
 
 def test_item_18_skipped_files_are_counted_by_format(tmp_path: Path) -> None:
@@ -70,6 +70,13 @@ def test_item_18_skipped_files_are_counted_by_format(tmp_path: Path) -> None:
     assert names_in(listed) == ["a.jpg", "b.jfif"]
     assert listed.problems.lines() == ["skipped, not a supported image file: 2 .heic, 1 .avif, 1 .txt"]
     assert listed.problems.total == 0, "skipped files do not count towards max_invalid"
+
+
+def test_item_18_skipped_files_of_many_types_are_all_counted(tmp_path: Path) -> None:
+    folder = create(tmp_path, "a.jpg", "README", "LICENSE", *(f"{n}.x{n}" for n in range(9)))
+    (line,) = list_images(folder).problems.lines()
+    assert line.startswith("skipped, not a supported image file: 2 without an extension, 1 .x")
+    assert line.endswith(", 2 of other types")
 
 
 def test_item_18_a_folder_without_supported_images_says_what_it_contains(tmp_path: Path) -> None:
@@ -94,7 +101,7 @@ def linked(tmp_path: Path) -> Path:
 def test_item_17_linked_folders_are_reported_when_not_followed(linked: Path) -> None:
     listed = list_images(linked)
     assert names_in(listed) == ["a.jpg", "gone.png", "self.jpg", "sub/d.jpg"]
-    assert listed.problems.skipped == {"broken": 1}
+    assert listed.problems.skipped == {NO_EXTENSION: 1}
     assert listed.problems.skipped_folders == {NOT_FOLLOWED: 2}
     assert listed.problems.lines()[1] == "skipped: 2 linked folders (set data.follow_links=true to include them)"
 
@@ -102,7 +109,7 @@ def test_item_17_linked_folders_are_reported_when_not_followed(linked: Path) -> 
 def test_item_17_linked_folders_are_followed_when_asked_and_loops_are_not(linked: Path) -> None:
     listed = list_images(linked, follow_links=True)
     assert names_in(listed) == ["a.jpg", "gone.png", "more/b.jpg", "more/deep/c.jpg", "self.jpg", "sub/d.jpg"]
-    assert listed.problems.skipped == {"broken": 1}
+    assert listed.problems.skipped == {NO_EXTENSION: 1}
     assert listed.problems.skipped_folders == {LOOP: 2}
 
 

@@ -111,7 +111,7 @@ def test_the_name_of_a_split_selects_the_karpathy_part(tmp_path: Path) -> None:
     assert [r.image_id for r in loaded.records] == [4]
 
 
-# 10 images with one caption each and 2 empty captions: 2 of 12 items are invalid, 16.7 %.
+# 10 images with one caption each and 2 empty captions: 2 of 12 items are invalid, 16.7%.
 @pytest.mark.parametrize("max_invalid", ["2", "17%", "16.7%", "100%"])
 def test_problems_within_the_limit_are_counted(tmp_path: Path, write_coco: Write, max_invalid: str) -> None:
     split = write_coco(tmp_path / "captions.json", 10, [1] * 10, empty=2)
