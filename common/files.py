@@ -137,7 +137,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def publish_text(path: Path, text: str) -> bool:
-    """Write a text file atomically unless it exists. Of several concurrent writers, exactly one succeeds.
+    """Write a text file atomically unless it exists.
+
+    Of several concurrent writers, exactly one succeeds if the file system supports hard links.
 
     Returns:
         Whether this call wrote the file.
@@ -149,7 +151,9 @@ def publish_text(path: Path, text: str) -> bool:
             os.link(temporary, path)
         except FileExistsError:
             return False
-        except OSError:  # no hard links on this file system: the last of several writers wins
+        except OSError:  # no hard links on this file system: of several concurrent writers, the last one wins
+            if path.exists():
+                return False
             os.replace(temporary, path)
         fsync_path(path.parent)
     return True

@@ -3,7 +3,7 @@
 A lease is a file in the folder that names its holder. The holder updates the modification time of the file every few
 seconds (the heartbeat). A lease is stale, and is taken over, if
 
-* its holder ran on this machine and has ended, which is known at once; or
+* its holder ran on this machine and has ended, which is detected immediately; or
 * its holder runs elsewhere and has shown no heartbeat for `STALE_AFTER` seconds. The heartbeat is observed instead of
   compared with a clock, because the clocks of the machines that share a network file system may differ.
 """
@@ -139,10 +139,8 @@ def _acquire(path: Path, notify: Callable[[str], None]) -> Holder:
     )
     for _ in range(_ATTEMPTS):
         if not path.exists() and publish_text(path, json.dumps(asdict(holder), indent=2) + "\n"):
-            current = _read(path)
-            if (
-                current is not None and current.token == holder.token
-            ):  # on file systems without hard links, the last writer wins
+            current = _read(path)  # on file systems without hard links, the last writer wins
+            if current is not None and current.token == holder.token:
                 return holder
             continue
         current = _read(path)
@@ -164,7 +162,7 @@ def _is_stale(path: Path, current: Holder | None, notify: Callable[[str], None])
     heartbeat = _heartbeat(path)
     if heartbeat is None or time.time() - heartbeat / 1e9 > ABANDONED_AFTER:
         return True
-    notify(f"{path.parent}: in use by {current or 'an unknown process'}; waiting for a sign of life")
+    notify(f"{path.parent}: in use by {current or 'an unknown process'}; waiting for its heartbeat")
     deadline = time.monotonic() + STALE_AFTER
     while time.monotonic() < deadline:
         time.sleep(POLL_INTERVAL)
@@ -183,8 +181,7 @@ def _remove_stale(path: Path, expected: Holder | None) -> bool:
     try:
         if _read(removed) == expected:
             return True
-        with contextlib.suppress(FileExistsError):
-            os.link(removed, path)  # put the lease of the other process back
+        publish_text(path, removed.read_text(encoding="utf-8"))  # put the lease of the other process back
         return False
     finally:
         removed.unlink(missing_ok=True)

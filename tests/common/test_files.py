@@ -190,6 +190,7 @@ def test_publishing_works_without_hard_links(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(os, "link", no_links)
     assert publish_text(tmp_path / "plan.json", "text")
+    assert not publish_text(tmp_path / "plan.json", "another text"), "an existing file is kept"
     assert (tmp_path / "plan.json").read_text() == "text"
     assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
 

@@ -173,3 +173,20 @@ def test_folder_is_created_and_removed_again_if_it_stays_empty(tmp_path):
     with exclusive_folder(tmp_path / "a" / "b", print):
         Path(tmp_path / "a" / "b" / "result").touch()
     assert [p.name for p in (tmp_path / "a" / "b").iterdir()] == ["result"]
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_lease_that_was_replaced_before_its_removal_is_restored(tmp_path, monkeypatch, has_links):
+    """Another process may take the stale lease over first, also on a file system without hard links."""
+
+    def no_links(*_):
+        raise PermissionError("no hard links here")
+
+    if not has_links:
+        monkeypatch.setattr(os, "link", no_links)
+    path = tmp_path / LEASE_FILE
+    path.write_text("the lease of another process")
+    stale = Holder("token", "host", "machine", 1, None, "yesterday", "command")
+    assert not lease._remove_stale(path, stale)
+    assert path.read_text() == "the lease of another process"
+    assert [entry.name for entry in tmp_path.iterdir()] == [LEASE_FILE]
