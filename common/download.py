@@ -30,6 +30,7 @@ MAX_ATTEMPTS = 6  # consecutive attempts without progress
 MAX_WAIT = 30.0  # seconds between attempts
 RERUN = "rerun the command to resume the download"
 NETWORK_ERRNOS = (errno.EHOSTUNREACH, errno.EHOSTDOWN, errno.ENETUNREACH, errno.ENETDOWN, errno.ENETRESET)
+TEMPORARY_STATUSES = (http.client.REQUEST_TIMEOUT, http.client.TOO_MANY_REQUESTS)
 UNSUPPORTED_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -170,9 +171,9 @@ def _append(remote: Remote, part: Path, progress: Callable[[int], object]) -> No
 
 
 def _is_retryable(error: Exception) -> bool:
-    """Return whether another attempt may succeed, unlike with a full disk, a missing file, or a bad certificate."""
+    """Return whether another attempt may succeed: not with a full disk, a missing file, or an untrusted certificate."""
     if isinstance(error, urllib.error.HTTPError):
-        return error.code >= 500
+        return error.code >= 500 or error.code in TEMPORARY_STATUSES
     return _is_network_error(error) and not isinstance(_cause(error), ssl.SSLCertVerificationError)
 
 

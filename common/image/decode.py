@@ -39,7 +39,7 @@ def load_rgb(path: Path) -> Image.Image:
     Raises:
         InvalidImageError: missing, empty, truncated, not an image, too large, an unsupported pixel type, or it takes
             too long to decode.
-        OSError: the file system failed, which says nothing about the image.
+        OSError: the file system failed, which says nothing about the image. Its `filename` is the path.
     """
     try:
         with ImageReader.open(path) as reader:
@@ -142,6 +142,7 @@ def _from_os_error(error: OSError, path: Path) -> Exception:
     if error.errno in (errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP):
         return InvalidImageError(os.strerror(error.errno).lower())
     if error.errno is not None:  # the machine's fault, such as a network folder that is gone
+        error.filename = error.filename or str(path)  # the error for a failed read does not name the file
         return error
     return InvalidImageError(_describe(error))
 

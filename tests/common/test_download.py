@@ -145,10 +145,11 @@ def test_a_missing_file_is_not_retried(server, waits, tmp_path):
     assert (server.offsets, waits) == ([0], [])
 
 
-def test_server_errors_are_retried_and_partial_data_is_kept(server, waits, tmp_path):
-    server.status = 503
+@pytest.mark.parametrize("status", [503, 429, 408])
+def test_temporary_server_errors_are_retried_and_partial_data_is_kept(server, waits, tmp_path, status):
+    server.status = status
     (tmp_path / "x.zip.part").write_bytes(DATA[:1000])
-    with pytest.raises(DownloadError, match="503"):
+    with pytest.raises(DownloadError, match=str(status)):
         fetch(server.remote(), tmp_path / "x.zip", waits.append)
     assert server.offsets == [1000] * 6
     assert waits == sorted(waits)

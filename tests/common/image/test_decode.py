@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import socket
@@ -253,6 +254,17 @@ def test_a_file_without_read_permission_is_invalid(
     # root, which runs the tests in containers, may read every file
     monkeypatch.setattr("gridcap.common.image.reader._open_nonblocking", deny)
     assert invalid_reason(tmp_path / "a.jpg") == "no permission to read"
+
+
+def test_item_23_a_failed_read_names_the_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    monkeypatch.setattr("gridcap.common.image.decode.ImageReader.read", fail)
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        load_rgb(tmp_path / "a.png")
+    assert caught.value.filename == str(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("link", [False, True])
