@@ -22,13 +22,13 @@ def available_cores() -> int:
 
 
 def cpu_quota() -> float | None:
-    """Return the CPU quota of this process' cgroup in cores; None if there is none."""
+    """Return the CPU quota of this process's cgroup in cores; None if there is none."""
     quotas = [quota for folder in _cgroup_folders() if (quota := _quota_of(folder)) is not None]
     return min(quotas, default=None)
 
 
 def _cgroup_folders() -> Iterator[Path]:
-    """Yield the folders of this process' cgroup and its ancestors that may limit the CPU, for cgroup v1 and v2."""
+    """Yield the folders of this process's cgroup and its ancestors that may limit the CPU, for cgroup v1 and v2."""
     try:
         lines = (_PROC / "self" / "cgroup").read_text().splitlines()
     except OSError:
@@ -114,7 +114,8 @@ def choose_threads(requested: int | None, environ: Mapping[str, str]) -> ThreadC
     if environ.get("OMP_NUM_THREADS"):
         return ThreadChoice(None)
     cores = available_cores()
-    limit = "" if (quota := cpu_quota()) is None or quota > cores else f"the CPU quota is {quota:g} cores"
+    quota = cpu_quota()
+    limit = "" if quota is None or quota > cores else f"the CPU quota is {quota:g} core{'' if quota == 1 else 's'}"
     if cores == 1:
         return ThreadChoice(1, limit)
     busy = round(cores_used_by_others())

@@ -43,7 +43,7 @@ def to_json(image: ReportImage) -> str:
 
     "<", ">", "&", and Unicode line separators are escaped, so no text can end the script element.
     """
-    is_missing = isinstance(image.picture, str)
+    reason = image.picture if isinstance(image.picture, str) else ""
     entry = {
         "name": image.name,
         "caption": image.caption,
@@ -51,7 +51,7 @@ def to_json(image: ReportImage) -> str:
         "references": [*image.references],
         "scores": {name: round(float(value), 4) for name, value in (image.scores or {}).items()},
         "size": [MAX_SIDE, MAX_SIDE] if isinstance(image.picture, str) else [*image.picture.shape[1::-1]],
-        "missing": image.picture if is_missing else "",
+        "missing": reason,
         "jpeg": "" if isinstance(image.picture, str) else _encode_jpeg(image.picture),
         **_encode_attention(image.attention),
     }

@@ -38,22 +38,26 @@ def _format(value: Any) -> str:
 
 
 def check_same_features(
-    expected: Mapping[str, Any], actual: Mapping[str, Any], who: str, what: str, views: bool = False
+    expected: Mapping[str, Any],
+    actual: Mapping[str, Any],
+    expected_source: str,
+    actual_source: str,
+    views: bool = False,
 ) -> None:
     """Check that grids come from the same encoder, layer, weights, and preprocessing, with the same shape and type.
 
     Args:
         expected: the provenance to compare with.
         actual: the provenance to check.
-        who: subject and verb for `expected` in the message, such as "runs/x was trained on".
-        what: subject and verb for `actual`, such as "features/test.h5 contains".
-        views: compare the views of each image too.
+        expected_source: subject and verb for `expected` in the message, such as "runs/x was trained on".
+        actual_source: subject and verb for `actual`, such as "features/test.h5 contains".
+        views: whether to compare the views of each image, too.
 
     Raises:
         MismatchError: the provenances differ; the message lists all differences.
     """
     if lines := differences(expected, actual, (*MATCHED, "views") if views else MATCHED):
         raise MismatchError(
-            f"{who} other features than {what}: {'; '.join(lines)}",
+            f"{expected_source} other features than {actual_source}: {'; '.join(lines)}",
             "extract features with the same encoder, weights, and preprocessing, or train a decoder on these features",
         )

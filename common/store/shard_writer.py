@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 
 from gridcap.common.errors import StoreError
-from gridcap.common.files import fsync_path, sha256_of, temporary_sibling
+from gridcap.common.files import fsync_path, put_in_place, sha256_of, temporary_sibling
 from gridcap.common.store.hdf5 import text_array
 from gridcap.common.store.header import FORMAT_VERSION, HEADER_BYTES
 from gridcap.common.store.quantize import MAX_VALUE, quantize
@@ -257,10 +257,7 @@ class ShardWriter:
         )
         with open(self._temporary, "r+b") as file:
             file.write(info.to_bytes())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(self._temporary, self.path)
-        fsync_path(self.path.parent)
+        put_in_place(self._temporary, self.path)
         return info
 
     def _write_columns(self) -> None:

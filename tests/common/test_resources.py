@@ -77,11 +77,15 @@ def test_item_29_a_busy_core_gets_no_thread(machine: Path, monkeypatch: pytest.M
     assert "other processes use 8 of 8 cores" in choice.reason
 
 
-def test_item_29_a_quota_is_the_reason_for_fewer_threads(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("cores", "count"), [("3 cores", 3), ("1 core", 1), ("1.5 cores", 2)])
+def test_item_29_a_quota_is_the_reason_for_fewer_threads(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, cores: str, count: int
+) -> None:
     monkeypatch.setattr(resources, "cores_used_by_others", lambda: 0.0)
-    write_group(machine, "0::/job\n", job__cpu_max="300000 100000\n")
+    quota = int(float(cores.split()[0]) * 100_000)
+    write_group(machine, "0::/job\n", job__cpu_max=f"{quota} 100000\n")
     choice = choose_threads(None, {})
-    assert (choice.count, choice.reason) == (3, "the CPU quota is 3 cores")
+    assert (choice.count, choice.reason) == (count, f"the CPU quota is {cores}")
 
 
 def test_item_29_the_user_overrides_the_choice(machine: Path) -> None:

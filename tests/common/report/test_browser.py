@@ -101,7 +101,7 @@ def test_hovering_over_a_token_displays_its_attention_map(page):
     for number in (0, 3, 4):
         token(opened, 1, number).hover()
         assert peak(opened, 1) == [number // 4, number % 4]
-    opened.locator("article").nth(1).get_by_text("100 % peak attention weight").wait_for()
+    opened.locator("article").nth(1).get_by_text("100% peak attention weight").wait_for()
     opened.mouse.move(0, 0)
     assert peak(opened, 1) is None
 
