@@ -16,7 +16,13 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CODE = [path for name in ("common", "extract", "train", "caption") for path in sorted((ROOT / name).rglob("*.py"))]
 PROGRAMS = ("bench.__main__", "bench.plot", "bench.quality", "bench.scale", "demo.__main__", "tests.torture.__main__")
 OTHER_PROGRAMS = ("torchrun", "srun", "sbatch", "#SBATCH", "mypy")  # lines with flags of other programs
-OTHER_FLAGS = {"--array", "--requeue"}  # of sbatch, mentioned alone
+OTHER_FLAGS = {
+    "--array",
+    "--requeue",
+    "--signal",
+    "--node-rank",
+    "--rdzv-backend",
+}  # of sbatch and torchrun, mentioned alone
 PLACEHOLDERS = r"\.\.\.|\b[NM]\b|\d+%?|\ba\.jpg\b|\bb\.jpg\b|\bb?float\d*\b|\bMETEOR\b|\bSPICE\b"
 
 
@@ -64,7 +70,7 @@ def test_flags_in_the_docs_exist():
     for name in PROGRAMS:
         known |= set(_flags(importlib.import_module(name).main))
     for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "pipeline.yaml"]:
-        for line in page.read_text(encoding="utf-8").splitlines():
+        for line in page.read_text(encoding="utf-8").replace("\\\n", "").splitlines():
             if not any(program in line for program in OTHER_PROGRAMS):
                 unknown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", line)) - known
                 assert not unknown, f"{page.name}: {unknown}"
