@@ -20,6 +20,8 @@ MAX_COLUMNS = 8  # panels per row, the image included
 PANEL_INCHES = 1.7
 TITLE_INCHES = 0.42
 TOKEN_INCHES = 0.28
+DPI = 110
+MAX_HEIGHT = 60_000  # pixels; matplotlib and JPEG allow less than 65,536
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ def _figure(items: Sequence[AttentionPanels]) -> Figure:
     columns = min(MAX_COLUMNS, 1 + max(len(item.tokens) for item in items))
     heights = [n * (PANEL_INCHES + TOKEN_INCHES) + TITLE_INCHES for n in rows]
     # The figure is at least 6 inches wide, so that titles of short captions fit.
-    figure = Figure(figsize=(max(6.0, columns * PANEL_INCHES), sum(heights)), dpi=110, layout="constrained")
+    size = max(6.0, columns * PANEL_INCHES), sum(heights)
+    figure = Figure(figsize=size, dpi=min(DPI, MAX_HEIGHT / sum(heights)), layout="constrained")
     FigureCanvasAgg(figure)
     blocks = np.atleast_1d(np.array(figure.subfigures(len(items), 1, height_ratios=heights), dtype=object))
     for block, item, count in zip(blocks, items, rows, strict=True):

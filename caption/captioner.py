@@ -85,11 +85,14 @@ class Captioner:
         self._decoder = checkpoint.decoder.to(self._device)
 
     @classmethod
-    def load(cls, *paths: str | Path, device: str = "auto", weights: str | Path | None = None) -> Captioner:
+    def load(
+        cls, path: str | Path, *others: str | Path, device: str = "auto", weights: str | Path | None = None
+    ) -> Captioner:
         """Load a captioner from a run or checkpoint folder; several folders form an ensemble.
 
         Args:
-            paths: folders of runs (the best checkpoint is used) or of checkpoints, at least one.
+            path: folder of a run (the best checkpoint is used) or of a checkpoint.
+            others: further folders of the ensemble.
             device: see `Captioner`.
             weights: see `Captioner`.
 
@@ -98,7 +101,7 @@ class Captioner:
             MismatchError: the checkpoints differ in features or vocabulary; see also `Captioner`.
             WeightsError: see `Captioner`.
         """
-        return cls(load_ensemble([Path(path) for path in paths]), device, weights)
+        return cls(load_ensemble([Path(folder) for folder in (path, *others)]), device, weights)
 
     @property
     def has_attention(self) -> bool:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
 
-from gridcap.caption.options import USES, show_dry_run, warn_if_random, weights_option
+from gridcap.caption.options import show_dry_run, warn_if_random, weights_option
 from gridcap.common.captions.folder import list_images
-from gridcap.common.command import flag, pipeline_command
+from gridcap.common.captions.records import is_utf8
+from gridcap.common.command import Uses, flag, pipeline_command
 from gridcap.common.config import CaptionConfig, PipelineConfig
 from gridcap.common.errors import EXIT_INVALID, UserError
 from gridcap.common.files import check_writable, write_json
@@ -32,6 +33,7 @@ caption-images --checkpoint runs/mine holiday/ --report report.html           (i
 caption-images --checkpoint runs/a --checkpoint runs/b photo.jpg              (ensemble)
 caption-images --checkpoint runs/mine photo.jpg --decoding sample --top-p 0.9 --seed 1
 """
+USES = Uses(("caption", "data.follow_links", "extract.device", "extract.num_workers", "seed"), "caption.max_length=20")
 FIGURE_SUFFIXES = (".png", ".pdf", ".svg", ".jpg", ".jpeg")
 MAX_FIGURE_IMAGES = 40
 DEFAULT_WORKERS = 4
@@ -57,18 +59,18 @@ class CaptionRequest:
     type=click.Path(path_type=Path),
     required=True,
     multiple=True,
-    help="Folder of a run or of a checkpoint. Repeat the option to decode with an ensemble.",
+    help="folder of a run or of a checkpoint; repeat the option to decode with an ensemble",
 )
-@click.option("--output", type=click.Path(path_type=Path), help="JSON file to write the captions to.")
+@click.option("--output", type=click.Path(path_type=Path), help="JSON file to write the captions to")
 @click.option(
     "--attention",
     type=click.Path(path_type=Path),
-    help="Figure to write the attention maps to (.png, .pdf, .svg, or .jpg).",
+    help="figure to write the attention maps to (.png, .pdf, .svg, or .jpg)",
 )
 @click.option(
     "--report",
     type=click.Path(path_type=Path),
-    help="HTML file to write a report to: images, captions, and attention maps.",
+    help="HTML file to write a report to: images, captions, and attention maps",
 )
 @weights_option
 @flag("--decoding", "caption.decoding")
@@ -98,28 +100,36 @@ def main(config: PipelineConfig, dry_run: bool, **options: Any) -> None:
         return
     captioner = _load_captioner(config, request)
     captions: dict[Path, Caption] = {}
+    shows_attention = request.attention is not None or request.report is not None
     for path, caption in _caption_all(captioner, paths, config):
-        captions[path] = caption
+        captions[path] = caption if shows_attention else replace(caption, attention=None)  # maps take much memory
         click.echo(f"{escape_line(str(path))}\t{caption.text}")
     _write_outputs(captioner, captions, request, config.caption)
     if len(captions) < len(paths):
         sys.exit(EXIT_INVALID)
 
 
-def _find_images(arguments: tuple[Path, ...], follow_links: bool) -> list[Path]:
-    """Return the given files and the images in the given folders; report other files in these folders."""
-    paths: list[Path] = []
+def _find_images(arguments: tuple[Path, ...], follow_links: bool) -> dict[Path, Path | None]:
+    """Return the given files and the images in the given folders; report other files in these folders.
+
+    Returns:
+        Image -> the given folder that contains it, or None for a given file.
+    """
+    paths: dict[Path, Path | None] = {}
     for argument in arguments:
+        if not is_utf8(str(argument)):
+            raise UserError(f"{escape_line(str(argument))}: the name is not UTF-8", "rename the file or folder")
         if argument.is_dir():
             images = list_images(argument, follow_links=follow_links)
-            paths += [argument / record.file_name for record in images.records]
+            for record in images.records:
+                paths.setdefault(argument / record.file_name, argument)
             for line in images.problems.lines():
                 click.echo(f"note: {escape_line(str(argument))}: {line}", err=True)
         elif argument.is_file():
-            paths.append(argument)
+            paths.setdefault(argument, None)
         else:
             raise UserError(f"{escape_line(str(argument))}: no such file or folder", "check the path")
-    return list(dict.fromkeys(paths))
+    return paths
 
 
 def _check_outputs(request: CaptionRequest, count: int) -> None:
@@ -161,19 +171,23 @@ def _load_captioner(config: PipelineConfig, request: CaptionRequest) -> Captione
     return captioner
 
 
-def _caption_all(captioner: Captioner, paths: list[Path], config: PipelineConfig) -> Iterator[tuple[Path, Caption]]:
-    """Caption the images in batches; report and skip invalid ones."""
+def _caption_all(
+    captioner: Captioner, folders: Mapping[Path, Path | None], config: PipelineConfig
+) -> Iterator[tuple[Path, Caption]]:
+    """Caption the images in batches; report and skip invalid ones. `folders` is the result of `_find_images`."""
     import torch
 
-    from gridcap.common.image import InvalidImageError
+    from gridcap.common.image import InvalidImageError, image_path
 
     def preprocess(path: Path) -> np.ndarray | InvalidImageError:
         try:
+            if (folder := folders[path]) is not None:
+                image_path(folder, path.relative_to(folder).as_posix(), config.data.follow_links)
             return captioner.preprocess(path)
         except InvalidImageError as error:
             return error
 
-    generator, settings = torch.Generator().manual_seed(config.seed), config.caption
+    generator, settings, paths = torch.Generator().manual_seed(config.seed), config.caption, [*folders]
     with ThreadPoolExecutor(config.extract.num_workers or DEFAULT_WORKERS) as pool:
         for start in range(0, len(paths), settings.batch_size):
             batch = paths[start : start + settings.batch_size]
@@ -198,6 +212,8 @@ def _write_outputs(
         ]
         write_json(request.output, entries)
         click.echo(f"captions: {request.output}", err=True)
+    if not captions and (request.attention or request.report):
+        click.echo("note: there is no valid image to show, so no attention maps and no report are written", err=True)
     if request.attention is not None and captions:
         _write_attention(captioner, captions, request.attention)
         click.echo(f"attention maps: {request.attention}", err=True)

@@ -8,18 +8,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gridcap.common.command import Uses, show_config
+from gridcap.common.command import show_config
 from gridcap.common.config import PipelineConfig
 
 if TYPE_CHECKING:
     from gridcap.caption.captioner import Captioner
 
-USES = Uses(("caption", "data.follow_links", "extract.device", "extract.num_workers", "seed"), "caption.max_length=20")
-
 weights_option = click.option(
     "--weights",
     type=click.Path(path_type=Path),
-    help="Weights file of the encoder; required if the features came from a local weights file.",
+    help="weights file of the encoder; required if the features came from a local weights file",
 )
 
 

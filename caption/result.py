@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Caption:
-    """A generated caption.
+    """A generated caption. Captions are compared by text, tokens, and log-probability.
 
     Attributes:
         text: the caption as a string.
@@ -25,7 +25,7 @@ class Caption:
     text: str
     tokens: list[str]
     log_prob: float
-    attention: np.ndarray | None = field(repr=False)
+    attention: np.ndarray | None = field(repr=False, compare=False)
     image: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     def _repr_html_(self) -> str:

@@ -29,6 +29,9 @@ MAX_BYTES = 20 << 20
 MAX_PIXELS = 50_000_000
 MAX_QUEUE = 20  # waiting requests; further ones are rejected
 FRAME_HEIGHT = 540  # pixels
+# Ranges of the sliders, extended if the initial values are larger.
+MAX_BEAM_SIZE = 10
+MAX_LENGTH = 40
 FONTS = ["system-ui", "sans-serif"]
 
 
@@ -65,13 +68,14 @@ class _UploadError(Exception):
     """An uploaded file exceeds a limit; the message states which."""
 
 
-def make_page(captioners: Sequence[Captioner], names: Sequence[str], defaults: CaptionConfig) -> Any:
+def make_page(captioners: Sequence[Captioner], names: Sequence[str], defaults: CaptionConfig, seed: int = 0) -> Any:
     """Build the page without serving it.
 
     Args:
         captioners: one per column.
         names: column headings.
         defaults: initial decoding options.
+        seed: initial seed of sampling.
 
     Returns:
         gradio.Blocks.
@@ -103,7 +107,7 @@ def make_page(captioners: Sequence[Captioner], names: Sequence[str], defaults: C
         gr.Markdown("# Gridcap\nUpload, drop, or paste a photo.")
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
-                controls = _make_controls(defaults)
+                controls = _make_controls(defaults, seed)
             columns = []
             for captioner, name in zip(captioners, names, strict=True):
                 with gr.Column(scale=2, min_width=320):
@@ -118,7 +122,7 @@ def serve(page: Any, host: str, port: int) -> str:
     """Serve the page in background threads and return its URL.
 
     Raises:
-        OSError: the port is in use.
+        OSError: the address cannot be used.
     """
     theme = gr.themes.Default(font=FONTS, font_mono=["ui-monospace", "monospace"])
     page.queue(default_concurrency_limit=1, max_size=MAX_QUEUE, api_open=False)
@@ -143,7 +147,7 @@ def serve(page: Any, host: str, port: int) -> str:
     return str(url)
 
 
-def _make_controls(defaults: CaptionConfig) -> _Controls:
+def _make_controls(defaults: CaptionConfig, seed: int) -> _Controls:
     photo = gr.Image(label="Photo", sources=["upload", "clipboard"], elem_id="photo", buttons=[])
     # Keep the uploaded file as it is: Gradio would decode it and report invalid images in its own way.
     photo.preprocess = _uploaded_path  # type: ignore[method-assign]
@@ -156,17 +160,29 @@ def _make_controls(defaults: CaptionConfig) -> _Controls:
                 label="Decoding",
                 elem_id="decoding",
             ),
-            beam_size=gr.Slider(1, 10, max(3, defaults.beam_size), step=1, label="Beam size, or number of samples"),
-            max_length=gr.Slider(1, 40, defaults.max_length, step=1, label="Maximum length in tokens"),
+            beam_size=gr.Slider(
+                1,
+                max(MAX_BEAM_SIZE, defaults.beam_size),
+                defaults.beam_size,
+                step=1,
+                label="Beam size, or number of samples",
+            ),
+            max_length=gr.Slider(
+                1,
+                max(MAX_LENGTH, defaults.max_length),
+                defaults.max_length,
+                step=1,
+                label="Maximum length in tokens",
+            ),
             temperature=gr.Slider(
-                0.1,
-                2.0,
-                1.0,
+                min(0.1, defaults.temperature),
+                max(2.0, defaults.temperature),
+                defaults.temperature,
                 step=0.1,
                 label="Sampling temperature",
                 info="<1 sharpens the distribution, >1 flattens it",
             ),
-            seed=gr.Number(0, label="Sampling seed", precision=0),
+            seed=gr.Number(seed, label="Sampling seed", precision=0),
         )
 
 

@@ -22,7 +22,7 @@ class CaptionConfig(Section):
     )
     block_trigrams: bool = Field(False, description="beam only: never repeat a trigram within a caption")
     temperature: PositiveFloat = Field(
-        1.0, description="sampling temperature: <1 sharpens the distribution, >1 flattens it"
+        1.0, description="sample only: sampling temperature: <1 sharpens the distribution, >1 flattens it"
     )
     top_k: PositiveInt | None = Field(None, description="sample only: sample from the k most probable tokens")
     top_p: float | None = Field(

@@ -87,6 +87,12 @@ def test_every_token_has_its_own_panel(tmp_path: Path) -> None:
     assert columns.max() < width * 0.8, "only the third of four panels changed"
 
 
+def test_tall_figures_have_a_lower_resolution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images of more than 65,535 rows cannot be written."""
+    monkeypatch.setattr("gridcap.caption.attention_maps.MAX_HEIGHT", 300)
+    assert 250 <= draw(tmp_path / "a.png", panels(30)).shape[0] <= 300
+
+
 @pytest.mark.parametrize(
     ("name", "magic"),
     [("a.pdf", b"%PDF"), ("a.svg", b"<?xml"), ("a.PNG", b"\x89PNG"), ("a.jpg", b"\xff\xd8"), ("a.jpeg", b"\xff\xd8")],

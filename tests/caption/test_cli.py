@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from PIL import Image
 
 from gridcap.caption.captioner import Captioner
 from gridcap.caption.cli import main
+from gridcap.caption.result import Caption
 from gridcap.common.config import CaptionConfig
 
 
@@ -81,10 +83,10 @@ def test_item_26_control_characters_in_names_are_escaped(fake: Any, scenes: Any,
     folder = scenes(3)
     (folder / "1.jpg").rename(folder / "tab\tbreak\n.jpg")
     (folder / "2.jpg").write_text("not an image")
-    (folder / "2.jpg").rename(folder / "bad\r.jpg")
+    (folder / "2.jpg").rename(folder / "broken\r.jpg")
     result = run("--checkpoint", checkpoint(), folder)
     assert list(lines(result)) == [f"{folder}/0.jpg", rf"{folder}/tab\tbreak\n.jpg"]
-    assert rf"{folder}/bad\r.jpg: invalid image" in result.stderr
+    assert rf"{folder}/broken\r.jpg: invalid image" in result.stderr
 
 
 @pytest.mark.parametrize(("flag", "name"), [("--output", "c.json"), ("--attention", "a.png"), ("--report", "r.html")])
@@ -199,6 +201,49 @@ def test_only_invalid_images_is_status_3(fake: Any, scenes: Any, checkpoint: Any
     assert result.stdout == ""
     assert json.loads(Path("captions.json").read_text()) == []
     assert not Path("a.png").exists()
+
+
+def test_figure_and_report_without_valid_images_are_mentioned(fake: Any, scenes: Any, checkpoint: Any) -> None:
+    result = run("--checkpoint", checkpoint(), scenes(1, invalid=(0,)), "--report", "r.html")
+    assert result.exit_code == 3
+    assert "no report are written" in result.stderr
+    assert not Path("r.html").exists()
+
+
+def test_link_out_of_a_given_folder_is_an_invalid_image(fake: Any, scenes: Any, checkpoint: Any) -> None:
+    folder, checkpoint_folder = scenes(2), checkpoint()
+    (folder / "1.jpg").rename("secret.jpg")
+    (folder / "1.jpg").symlink_to(Path("secret.jpg").resolve())
+    result = run("--checkpoint", checkpoint_folder, folder)
+    assert result.exit_code == 3
+    assert f"{folder}/1.jpg: invalid image, skipped: link leads out of the image folder" in result.stderr
+    assert list(lines(result)) == [f"{folder}/0.jpg"]
+    for arguments in ((folder, "--set", "data.follow_links=true"), (folder / "0.jpg", folder / "1.jpg")):
+        assert len(lines(run("--checkpoint", checkpoint_folder, *arguments))) == 2
+
+
+def test_file_name_that_is_not_utf8_is_reported_before_captioning(fake: Any, scenes: Any, checkpoint: Any) -> None:
+    """Such a name cannot be written to --output."""
+    name = os.fsdecode(b"caf\xe9.jpg")
+    next(scenes(1).iterdir()).rename(name)
+    result = run("--checkpoint", checkpoint(), name, "--output", "captions.json")
+    assert result.exit_code == 2
+    assert r"caf\udce9.jpg: the name is not UTF-8" in result.stderr
+
+
+def test_attention_is_kept_only_for_the_figure_and_the_report(
+    fake: Any, scenes: Any, checkpoint: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[Any] = []
+
+    def write(captioner: Any, captions: dict[Path, Caption], *_: Any) -> None:
+        kept.extend(caption.attention is not None for caption in captions.values())
+
+    monkeypatch.setattr("gridcap.caption.cli._write_outputs", write)
+    photos = ("--checkpoint", checkpoint(), scenes(1))
+    for options in ((), ("--report", "r.html"), ("--attention", "a.png")):
+        run(*photos, *options)
+    assert kept == [False, True, True]
 
 
 def test_output_file_contains_the_printed_captions(fake: Any, scenes: Any, checkpoint: Any) -> None:

@@ -73,6 +73,17 @@ def test_caption_without_image_is_shown_as_escaped_text() -> None:
     assert page == "<p>&lt;b&gt; &amp; a dog <small>(log-probability -1.50)</small></p>"
 
 
+def test_captions_with_attention_can_be_compared() -> None:
+    first, second = (Caption("a ring", ["a", "ring"], -1.5, np.ones((2, 8, 8), np.float32)) for _ in range(2))
+    assert first == second
+    assert first != Caption("a cross", ["a", "cross"], -1.5, None)
+
+
+def test_load_requires_a_folder() -> None:
+    with pytest.raises(TypeError, match="path"):
+        Captioner.load()  # type: ignore[call-arg]
+
+
 def test_importing_the_package_does_not_load_torch() -> None:
     code = "import sys, gridcap; print('torch' in sys.modules); gridcap.Captioner; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

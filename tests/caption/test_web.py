@@ -205,7 +205,7 @@ def test_captions_can_be_sampled(browse: Callable[..., Any], captioner: Captione
 def test_invalid_file_is_reported_with_the_reason(
     browse: Callable[..., Any], scenes: Any, tmp_path: Path, data: Any, message: str, capfd: Any
 ) -> None:
-    path = tmp_path / "bad.jpg"
+    path = tmp_path / "broken.jpg"
     if data == "cut":
         whole = sorted(scenes(1).iterdir())[0].read_bytes()
         data = whole[: len(whole) // 2]
@@ -305,7 +305,45 @@ def test_listens_on_localhost_by_default(checkpoint: Any) -> None:
     )
 
 
-def test_port_in_use_is_a_usage_error(fake: Any, checkpoint: Any) -> None:
+@pytest.mark.parametrize(
+    ("settings", "seed"),
+    [
+        (CaptionConfig(beam_size=15, max_length=60, mbr=True), 0),
+        (CaptionConfig(beam_size=1), 0),
+        (CaptionConfig(decoding="sample", temperature=0.05), 7),
+    ],
+    ids=["large values", "greedy", "sampling"],
+)
+def test_controls_start_with_the_configured_values(captioner: Captioner, settings: CaptionConfig, seed: int) -> None:
+    """A slider whose value exceeds its maximum makes every request fail."""
+    from gridcap.caption.web import make_page
+
+    page = make_page([captioner], ["run"], settings, seed)
+    controls = {block.label: block for block in page.blocks.values() if getattr(block, "label", None)}
+    expected = {
+        "Decoding": settings.decoding,
+        "Beam size, or number of samples": settings.beam_size,
+        "Maximum length in tokens": settings.max_length,
+        "Sampling temperature": settings.temperature,
+        "Sampling seed": seed,
+    }
+    assert {label: controls[label].preprocess(controls[label].value) for label in expected} == expected
+
+
+def test_unused_settings_are_usage_errors(fake: Any, checkpoint: Any) -> None:
+    for key in ("data.follow_links=true", "extract.num_workers=2", "caption.batch_size=2"):
+        assert "does not use" in run("--checkpoint", checkpoint(), "--set", key, "--dry-run", status=2)
+
+
+def test_address_of_another_machine_is_a_usage_error(checkpoint: Any) -> None:
+    for host in ("192.0.2.1", "no.such.host.invalid"):
+        output = run("--checkpoint", checkpoint(), "--host", host, status=2)
+        assert f"--host {host}: " in output
+        assert "pass an address of this machine" in output
+
+
+def test_port_in_use_is_a_usage_error(checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Captioner, "load", lambda *_, **__: pytest.fail("the checkpoint was loaded"))
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
