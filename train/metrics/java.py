@@ -97,7 +97,7 @@ def spice(references: Texts, candidates: Texts) -> ImageScores:
             from pycocoevalcap.spice.spice import Spice
 
             value, details = Spice().compute_score(references, candidates)
-    except Exception as error:  # as above
+    except Exception as error:  # as for METEOR
         raise JavaError(f"the Java program failed ({_describe(error)})") from error
     by_image = dict(zip(sorted(references), details, strict=True))  # Spice sorts the image ids
     return value, [by_image[image]["All"]["f"] for image in references]
@@ -136,7 +136,10 @@ def _require_java() -> None:
 
 
 def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error)[:120]}"
+    """Return the start of the program's error output, or else the exception."""
+    output = error.stderr if isinstance(error, subprocess.CalledProcessError) else b""
+    text = " ".join(output.decode(errors="replace").split()) or f"{type(error).__name__}: {error}"
+    return text[:120]
 
 
 @contextlib.contextmanager

@@ -86,6 +86,15 @@ def test_empty_captions_are_scored():
     assert scores.values["CIDEr"] < score_captions(PERFECT, REFERENCES).values["CIDEr"]
 
 
+@pytest.fixture
+def failing_java(monkeypatch, tmp_path):
+    """A program `java` that prints an error and fails, as the only program on the PATH."""
+    program = tmp_path / "java"
+    program.write_text("#!/bin/sh\necho 'could not reserve\nenough space' >&2\nexit 1\n")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+
 @pytest.fixture(scope="module")
 def java_scores():
     if shutil.which("java") is None:
@@ -117,30 +126,24 @@ def test_spice_models_are_detected_by_their_jars(monkeypatch, tmp_path):
     assert java.spice_models_installed()
 
 
-def test_failing_java_only_omits_java_metrics(monkeypatch, tmp_path):
-    fake = tmp_path / "java"
-    fake.write_text("#!/bin/sh\nexit 1\n")
-    fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    found = []
-    scoring = threading.Thread(target=lambda: found.append(score_captions(PERFECT, REFERENCES)), daemon=True)
+@pytest.mark.usefixtures("failing_java")
+def test_failing_java_only_omits_java_metrics():
+    results = []
+    scoring = threading.Thread(target=lambda: results.append(score_captions(PERFECT, REFERENCES)), daemon=True)
     scoring.start()
     scoring.join(15)  # a hang fails this test instead of blocking the suite
-    assert found, "score_captions never came back"
-    assert set(found[0].values) == WITHOUT_JAVA
-    assert found[0].values["BLEU-4"] == pytest.approx(1, abs=1e-6)
-    assert set(found[0].unavailable) == {"METEOR", "SPICE"}
+    assert results, "score_captions never came back"
+    assert set(results[0].values) == WITHOUT_JAVA
+    assert results[0].values["BLEU-4"] == pytest.approx(1, abs=1e-6)
+    assert set(results[0].unavailable) == {"METEOR", "SPICE"}
 
 
-def test_failing_java_falls_back_to_our_tokenizer_with_the_reason(monkeypatch, tmp_path):
-    fake = tmp_path / "java"
-    fake.write_text("#!/bin/sh\nexit 1\n")
-    fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", str(tmp_path))
+@pytest.mark.usefixtures("failing_java")
+def test_item_22_failing_java_falls_back_to_our_tokenizer_with_the_reason():
     name, _, tokenized = coco._tokenize({1: ["a dog"]}, {1: ["a dog"]})
     assert tokenized == {1: ["a dog"]}
     assert "gridcap" in name
-    assert "PTB tokenizer failed" in name
+    assert "the PTB tokenizer failed (could not reserve enough space)" in name
 
 
 # --- scores per image ---
@@ -256,8 +259,8 @@ def test_our_tokenizer_agrees_with_stanfords_on_typical_captions():
     name, truth, _ = coco._tokenize({0: SAME, 1: list(DIFFERENT)}, {0: [""], 1: ["a"]})
     assert "PTB" in name
     assert [ours(text) for text in SAME] == truth[0]
-    found = {text: (ours(text), java) for text, java in zip(DIFFERENT, truth[1], strict=True)}
-    assert found == DIFFERENT, "the docstrings of ptb_tokenize and score_captions list the differences"
+    tokens = {text: (ours(text), java) for text, java in zip(DIFFERENT, truth[1], strict=True)}
+    assert tokens == DIFFERENT, "the docstrings of ptb_tokenize and score_captions list the differences"
 
 
 @pytest.mark.usefixtures("java_scores")
