@@ -159,6 +159,7 @@ def _with_train(config: PipelineConfig, **changes: Any) -> PipelineConfig:
 
 def _train(config: PipelineConfig, dry_run: bool, resume: bool) -> None:
     from gridcap.train.data.inputs import captions_for, warn_if_random
+    from gridcap.train.data.vocabulary_check import build_vocabulary
 
     settings = config.train
     show_config(config, "train", full=dry_run)
@@ -178,6 +179,8 @@ def _train(config: PipelineConfig, dry_run: bool, resume: bool) -> None:
 
     check_objective(settings)
     if dry_run:
+        if settings.init_from is None and not resume:  # otherwise, the vocabulary is that of the checkpoint
+            build_vocabulary((caption for image in train.captions for caption in image), settings)
         epochs = plural(settings.epochs, "epoch")
         click.echo(f"dry run: would train {settings.decoder.family} for {epochs} into {settings.output}")
         return

@@ -67,6 +67,8 @@ def test_captions_can_be_passed_without_a_configuration_file(project, invoke):
         "train.decoder.hidden_size=16",
         "--set",
         "train.decoder.embed_size=8",
+        "--set",
+        "train.min_vocabulary=0",
     )
     assert "train.decoder.family=lstm" in output
     assert load_checkpoint(project / "runs/flags").config.train.decoder.family == "lstm"
@@ -88,6 +90,13 @@ def test_dry_run_writes_nothing(project, invoke, files):
     assert "dry run: would train attention for 7 epochs into runs/a" in output
     assert files(project) == before
     assert not (project / "runs" / "a").exists()
+
+
+def test_item_21_dry_run_checks_the_vocabulary(project, invoke):
+    limit = ("--set", "train.min_vocabulary=20")
+    output = invoke(train_decoder, "--dry-run", *limit, status=2)
+    assert "fewer than 20 (train.min_vocabulary)" in output
+    invoke(train_decoder, "--dry-run", *limit, "--init-from", "runs/done", "--scst")
 
 
 def test_problems_in_the_captions_file_are_reported(project, invoke):
@@ -269,14 +278,14 @@ def test_recipe_overrides_the_file_except_for_paths_and_hardware(project, invoke
     """The decoder, batch size, and learning rate of the file are replaced; its device and precision are kept."""
     recipe = load_config(None, {}, [], "show-and-tell").train
     invoke(train_decoder, "--recipe", "show-and-tell", *SMALL)
-    found = settings_of(project / recipe.output)
+    settings = settings_of(project / recipe.output)
     assert (
-        (found.decoder.family, found.decoder.image_injection)
+        (settings.decoder.family, settings.decoder.image_injection)
         == (recipe.decoder.family, recipe.decoder.image_injection)
         != ("lstm", "")
     )
-    assert found.batch_size == recipe.batch_size != 8
-    assert (found.device, found.precision) == ("cpu", "float32")
+    assert settings.batch_size == recipe.batch_size != 8
+    assert (settings.device, settings.precision) == ("cpu", "float32")
 
 
 def test_flags_override_a_recipe(project, invoke):
@@ -304,9 +313,9 @@ def test_recipe_can_be_a_file(project, invoke):
     recipe = {"train": {"decoder": {"family": "lstm", "hidden_size": 20, "embed_size": 10}, "epochs": 1}}
     (project / "mine.yaml").write_text(yaml.safe_dump(recipe))
     invoke(train_decoder, "--recipe", "mine.yaml")
-    found = settings_of(project / "runs" / "mine")
-    assert (found.decoder.family, found.decoder.hidden_size, found.epochs) == ("lstm", 20, 1)
-    assert found.batch_size == 32, "recipe settings of the file are not mixed in"
+    settings = settings_of(project / "runs" / "mine")
+    assert (settings.decoder.family, settings.decoder.hidden_size, settings.epochs) == ("lstm", 20, 1)
+    assert settings.batch_size == 32, "recipe settings of the file are not mixed in"
 
 
 @pytest.mark.parametrize(
