@@ -118,35 +118,35 @@ def test_missing_captions_are_a_usage_error(project, new_data, invoke, sign):
     ("checkpoint", "message"),
     [
         ("nowhere", "nowhere: no such folder"),
-        ("features", "features: holds no checkpoint"),
+        ("features", "features: contains no checkpoint"),
         ("train.json", "train.json"),
     ],
 )
 def test_wrong_checkpoint_path_is_an_error(project, checkpoint, message, invoke):
-    output = invoke(evaluate_decoder, "--checkpoint", checkpoint, "--features", "features/test.h5", status=2)
+    output = invoke(evaluate_decoder, "--checkpoint", checkpoint, "--features", "features/test.h5", status=1)
     assert message in output
 
 
 def test_corrupted_checkpoint_is_an_error(project, invoke):
     weights = load_checkpoint(project / "runs/done").path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-5])
-    output = invoke(evaluate_decoder, "--checkpoint", "runs/done", "--features", "features/test.h5", status=2)
-    assert "damaged checkpoint" in output
+    output = invoke(evaluate_decoder, "--checkpoint", "runs/done", "--features", "features/test.h5", status=1)
+    assert "corrupted checkpoint" in output
 
 
 def test_mismatched_features_are_rejected_with_the_difference(project, new_data, invoke):
     new_data(project / "other.h5", 6, encoder="resnet50", layer="layer4")
     arguments = ["--checkpoint", "runs/done", "--features", "other.h5", "--annotations", "other.json"]
-    output = invoke(evaluate_decoder, *arguments, status=2)
-    assert 'encoder "inception_v3" there, "resnet50" here' in output
-    assert 'layer "Mixed_7c" there, "layer4" here' in output
+    output = invoke(evaluate_decoder, *arguments, status=1)
+    assert 'encoder: expected "inception_v3", got "resnet50"' in output
+    assert 'layer: expected "Mixed_7c", got "layer4"' in output
     assert not (project / "runs" / "done" / "evaluation").exists()
 
 
 def test_dry_run_rejects_mismatched_features(project, new_data, invoke):
     new_data(project / "other.h5", 6, encoder="resnet50")
     arguments = ["--checkpoint", "runs/done", "--features", "other.h5", "--annotations", "other.json", "--dry-run"]
-    assert "resnet50" in invoke(evaluate_decoder, *arguments, status=2)
+    assert "resnet50" in invoke(evaluate_decoder, *arguments, status=1)
 
 
 def test_checkpoint_and_features_are_required(project, invoke):
@@ -158,7 +158,7 @@ def test_random_encoder_weights_print_a_warning(project, new_data, invoke):
     weights = {"name": "random:0", "sha256": "ab" * 32, "random": True}
     new_data(project / "random.h5", 6, weights=weights)
     arguments = ["--checkpoint", "runs/done", "--features", "random.h5", "--annotations", "random.json", "--dry-run"]
-    assert "WARNING: random.h5" in invoke(evaluate_decoder, *arguments, status=2)
+    assert "WARNING: random.h5" in invoke(evaluate_decoder, *arguments, status=1)
     output = invoke(evaluate_decoder, "--checkpoint", "runs/done", "--features", "features/test.h5", "--dry-run")
     assert "WARNING" not in output
 
