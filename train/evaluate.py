@@ -90,8 +90,8 @@ def _decode(
     """Return a caption per image, and the mean loss per token of all references under teacher forcing, in nats."""
     device = choose_device(options.device)
     decoder = checkpoint.decoder.to(device)
-    most_captions = max(len(captions) for captions in data.captions)
-    stream_options = StreamOptions(decoding.batch_size, most_captions, checkpoint.config.train.max_length)
+    max_captions = max(len(captions) for captions in data.captions)
+    stream_options = StreamOptions(decoding.batch_size, max_captions, checkpoint.config.train.max_length)
     generator = torch.Generator().manual_seed(options.seed)
     hypotheses: list[Hypothesis] = []
     total, tokens = 0.0, 0

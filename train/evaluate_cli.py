@@ -27,7 +27,6 @@ evaluate-decoder --checkpoint runs/mine --features features/test.h5 --report rep
 evaluate-decoder --checkpoint runs/a --checkpoint runs/b --features features/test.h5     (ensemble)
 evaluate-decoder --checkpoint runs/mine --features features/test.h5 --decoding sample --top-p 0.9 --seed 1
 """
-DOMINANT_SHARE = 0.3  # of the captions that are identical, above which a warning is printed
 
 
 @dataclass(frozen=True)
@@ -61,11 +60,11 @@ USES = Uses(("caption", "data", "train.device", "seed"), "caption.top_k=10")
     type=click.Path(path_type=Path),
     required=True,
     multiple=True,
-    help="Folder of a run or checkpoint; repeat it to average the predictions of an ensemble.",
+    help="folder of a run or of a checkpoint; repeat the option to decode with an ensemble",
 )
-@click.option("--features", type=click.Path(path_type=Path), required=True, help="Feature store to evaluate on.")
+@click.option("--features", type=click.Path(path_type=Path), required=True, help="feature store to evaluate on")
 @click.option(
-    "--annotations", type=click.Path(path_type=Path), help="Captions file  [default: that of the store's split]"
+    "--annotations", type=click.Path(path_type=Path), help="captions file  [default: that of the store's split]"
 )
 @click.option(
     "--output",
@@ -75,12 +74,12 @@ USES = Uses(("caption", "data", "train.device", "seed"), "caption.top_k=10")
 @click.option(
     "--report",
     type=click.Path(path_type=Path),
-    help="HTML file for a report with images, captions, scores, and attention maps.",
+    help="HTML file for a report with images, captions, scores, and attention maps",
 )
 @click.option(
     "--images",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Image folder for the report  [default: that of the store's split]",
+    help="image folder for the report  [default: that of the store's split]",
 )
 @flag("--decoding", "caption.decoding")
 @flag("--beam-size", "caption.beam_size")
@@ -225,13 +224,14 @@ def _print_results(result: Evaluation) -> None:
 
 
 def _print_warnings(result: Evaluation) -> None:
+    from gridcap.train.engine.health import MAX_DUPLICATE_SHARE
+
     counts = Counter(result.captions.values())
     empty = counts[""]
     if empty:
-        click.secho(
-            f"  WARNING: {plural(empty, 'caption')} empty: train longer, or raise --length-penalty", fg="yellow"
-        )
+        count = plural(empty, "empty caption")
+        click.secho(f"  WARNING: {count}: train longer, or raise --length-penalty", fg="yellow")
     identical = max(counts.values())
-    if identical > max(1, DOMINANT_SHARE * counts.total()):
+    if identical > max(1, MAX_DUPLICATE_SHARE * counts.total()):
         count = f"all {identical}" if identical == counts.total() else f"{identical} of {counts.total()}"
         click.secho(f"  WARNING: {count} captions are identical", fg="yellow")

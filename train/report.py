@@ -26,7 +26,7 @@ SORT_METRIC = "CIDEr"  # shown per image, and the sort key
 
 @dataclass(frozen=True)
 class ReportContext:
-    """What a report shows besides the captions.
+    """Contents of a report besides the captions.
 
     Attributes:
         images: folder of the images.

@@ -63,8 +63,8 @@ def test_perplexity_is_exp_of_the_mean_loss_over_all_reference_tokens(run, evalu
 def test_captions_equal_beam_search_on_single_images(run, evaluation):
     checkpoint, data = run
     for position, row in enumerate(data.rows):
-        (found,) = beam_search(checkpoint.decoder, grid_of(data, position), BeamOptions(3, 6, 0.7))
-        assert evaluation.captions[int(data.store.image_id[row])] == checkpoint.vocabulary.decode(found.tokens)
+        (hypothesis,) = beam_search(checkpoint.decoder, grid_of(data, position), BeamOptions(3, 6, 0.7))
+        assert evaluation.captions[int(data.store.image_id[row])] == checkpoint.vocabulary.decode(hypothesis.tokens)
 
 
 def test_every_valid_image_has_caption_name_and_references(run, evaluation):
@@ -161,8 +161,8 @@ def test_sampled_captions_depend_only_on_the_seed(run):
 def test_caption_statistics_equal_manual_counts():
     captions = {1: "a red dog", 2: "a cat", 3: "a red dog", 4: ""}
     references = {1: ("A dog.", "a dog that sits"), 2: ("cat",), 3: ("x",), 4: ("a b c",)}
-    found = caption_statistics(captions, references, 50, ["A red dog!", "a cat sits"])
-    assert found == {
+    statistics = caption_statistics(captions, references, 50, ["A red dog!", "a cat sits"])
+    assert statistics == {
         "distinct_words": 4,
         "vocabulary_words": 50,
         "distinct_captions": 3 / 4,
@@ -176,11 +176,11 @@ def test_caption_statistics_equal_manual_counts():
 def test_evaluation_includes_caption_statistics(run, evaluation):
     checkpoint, _ = run
     training = list(evaluation.captions.values())[:1]
-    found = evaluate(*run, BEAM, replace(QUIET, training_captions=training))
-    assert "novel_captions" not in found.scores.unavailable
+    result = evaluate(*run, BEAM, replace(QUIET, training_captions=training))
+    assert "novel_captions" not in result.scores.unavailable
     words = len(checkpoint.vocabulary) - 4
-    assert found.statistics == caption_statistics(evaluation.captions, evaluation.references, words, training)
-    assert found.statistics["novel_captions"] < 1
+    assert result.statistics == caption_statistics(evaluation.captions, evaluation.references, words, training)
+    assert result.statistics["novel_captions"] < 1
     assert "trained on" in evaluation.scores.unavailable["novel_captions"]
 
 
@@ -188,8 +188,8 @@ def test_infinite_perplexity_is_written_as_valid_json(run, tmp_path):
     checkpoint, data = load_checkpoint(run[0].path), run[1]
     with torch.no_grad():
         checkpoint.decoder.output.weight *= 1e4
-    found = evaluate(checkpoint, data, BEAM, QUIET)
-    write_evaluation(found, tmp_path / "e.json", {"seed": 0})
+    result = evaluate(checkpoint, data, BEAM, QUIET)
+    write_evaluation(result, tmp_path / "e.json", {"seed": 0})
 
     def reject(constant):
         raise AssertionError(f"{constant} is not JSON")
@@ -257,13 +257,13 @@ def test_several_checkpoints_form_an_ensemble(invoke, template, tmp_path):
 
 
 def test_decoding_sample_samples_captions(invoke, template, tmp_path):
-    found = []
+    outputs = []
     for seed in (1, 2):
         options = ["--decoding", "sample", "--temperature", 3, "--top-k", 9, "--seed", seed]
         output = invoke("--checkpoint", template / "a", *options)
         assert f"sampled at temperature 3, top_k 9, seed {seed}" in output
-        found.append((tmp_path / "e.coco-results.json").read_text())
-    assert found[0] != found[1]
+        outputs.append((tmp_path / "e.coco-results.json").read_text())
+    assert outputs[0] != outputs[1]
 
 
 def test_missing_training_captions_only_omit_novel_captions(invoke, template, tmp_path):

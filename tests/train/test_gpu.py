@@ -58,10 +58,10 @@ def test_resume_on_gpu_matches_uninterrupted_run(tmp_path, data, new_config, obj
 def test_decoder_trained_on_gpu_gives_same_captions_on_cpu_and_gpu(tmp_path, data, new_config):
     config = new_config(tmp_path / "run", epochs=3, device="cuda")
     fit(config, *data, False, progress=False)
-    found = [
+    evaluations = [
         evaluate(
             load_checkpoint(tmp_path / "run"), data[1], config.caption, EvaluationOptions(str(device), progress=False)
         )
         for device in ("cpu", "cuda")
     ]
-    assert found[0].captions == found[1].captions
+    assert evaluations[0].captions == evaluations[1].captions

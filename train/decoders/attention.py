@@ -3,8 +3,8 @@
 The attention is that of Bahdanau et al. 2015 (arXiv:1409.0473), first used on image grids by Xu et al. 2015
 (arXiv:1502.03044). There are three differences from the papers: the grid is layer-normalized, so that encoders of any
 scale work; every cell has a learned position embedding, because attention alone is permutation-invariant; and the
-initial state is computed from the mean cell for every recurrent cell, also for Att2in and Top-Down, whose papers use
-zeros.
+initial state is computed from the mean cell for all recurrent cells, including those of Att2in and Top-Down, whose
+papers use zeros.
 """
 
 from __future__ import annotations

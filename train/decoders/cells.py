@@ -109,7 +109,7 @@ class Cell(nn.Module, abc.ABC):
         return ()
 
     def project_tokens(self, embedded: Tensor, image: Memory) -> Tensor:
-        """Return the token terms of the pre-activations, for any number of steps at once.
+        """Return the token terms of the pre-activations, for any number of time steps.
 
         Args:
             embedded: (B, K, T, E) token embeddings.

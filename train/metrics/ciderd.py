@@ -86,22 +86,22 @@ class CiderD:
             ValueError: the numbers of images and candidates differ.
             IndexError: an image index is out of range.
         """
-        count, of = len(candidates), np.asarray(images, np.int64)
-        if len(of) != count:
-            raise ValueError(f"{len(of)} images for {count} candidates")
+        count, image = len(candidates), np.asarray(images, np.int64)
+        if len(image) != count:
+            raise ValueError(f"{len(image)} images for {count} candidates")
         if count == 0:
             return np.zeros(0)
-        if of.min() < 0 or of.max() >= len(self):
-            raise IndexError(f"image indices {of.min()} to {of.max()}, but there are {len(self)} images")
-        tokens, lengths, place = self._batch(of, candidates)
+        if image.min() < 0 or image.max() >= len(self):
+            raise IndexError(f"image index out of range: {image.min()} to {image.max()} for {len(self)} images")
+        tokens, lengths, place = self._batch(image, candidates)
         bigrams = np.maximum(lengths - 1, 0)
         total: np.ndarray = np.zeros(count)
         known_index = np.zeros(1, np.int64)  # index of an (n - 1)-gram in the batch -> among those kept, or -1
         for order, (owner, gram, keys) in enumerate(_grams(tokens, lengths)):
             known_index, weight = self._look_up(order, known_index, keys)
-            pairs, times = np.unique(owner * max(1, len(keys)) + gram, return_counts=True)
+            pairs, repeats = np.unique(owner * max(1, len(keys)) + gram, return_counts=True)
             owner, gram = np.divmod(pairs, max(1, len(keys)))
-            entry = times * weight[gram]
+            entry = repeats * weight[gram]
             norm = np.sqrt(np.bincount(owner, entry**2, minlength=len(lengths)))
             ours, theirs = _matches(place[owner] * max(1, len(keys)) + gram, int(np.searchsorted(owner, count)))
             candidate, reference = owner[ours], owner[theirs]
@@ -110,7 +110,7 @@ class CiderD:
             cosine = np.divide(product, norms, out=np.zeros_like(product), where=norms > 0)
             penalty = np.exp(-((bigrams[candidate] - bigrams[reference]) ** 2) / (2 * SIGMA**2))
             total += np.bincount(candidate, cosine * penalty, minlength=count)
-        total *= 10 / (ORDERS * np.diff(self._image_starts)[of])
+        total *= 10 / (ORDERS * np.diff(self._image_starts)[image])
         return total
 
     def _batch(
@@ -147,10 +147,10 @@ class CiderD:
         """
         table = self._keys[order]
         prefix = known_index[keys >> _BITS]
-        wanted = np.where(prefix < 0, -1, prefix << _BITS | keys & _LAST_WORD)
-        index = np.searchsorted(table, wanted)
+        query = np.where(prefix < 0, -1, prefix << _BITS | keys & _LAST_WORD)
+        index = np.searchsorted(table, query)
         index[index == len(table)] = 0
-        known = table[index] == wanted if len(table) else np.zeros(len(keys), bool)
+        known = table[index] == query if len(table) else np.zeros(len(keys), bool)
         weight = np.full(len(keys), self._log_images)
         weight[known] = self._weights[order][index[known]]
         return np.where(known, index, -1), weight
@@ -164,8 +164,8 @@ def _starts(lengths: np.ndarray) -> np.ndarray:
 def _ranges(starts: np.ndarray, parts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the concatenated offsets of some parts and, for each offset, the index into `parts`."""
     lengths = starts[parts + 1] - starts[parts]
-    which = np.repeat(np.arange(len(parts)), lengths)
-    return np.arange(len(which)) - _starts(lengths)[which] + starts[parts][which], which
+    part = np.repeat(np.arange(len(parts)), lengths)
+    return np.arange(len(part)) - _starts(lengths)[part] + starts[parts][part], part
 
 
 def _grams(tokens: np.ndarray, lengths: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:

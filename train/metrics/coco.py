@@ -65,20 +65,20 @@ def score_captions(candidates: Mapping[int, str], references: Captions) -> Score
         references: image id -> captions; document frequencies are counted over the images of the candidates.
     """
     truth: _Texts = {i: [_normalize(text) for text in references[i]] for i in candidates}
-    ours: _Texts = {i: [_normalize(text)] for i, text in candidates.items()}
-    tokenizer, truth, ours = _tokenize(truth, ours)
+    results: _Texts = {i: [_normalize(text)] for i, text in candidates.items()}
+    tokenizer, truth, results = _tokenize(truth, results)
     scores = Scores({}, {i: {} for i in candidates}, tokenizer)
-    bleu, bleus = Bleu(4).compute_score(truth, ours, verbose=0)
+    bleu, bleus = Bleu(4).compute_score(truth, results, verbose=0)
     for n in range(4):
         _add(scores, f"BLEU-{n + 1}", bleu[n], truth, bleus[n])
-    _add_java(scores, "METEOR", meteor, truth, ours)
+    _add_java(scores, "METEOR", meteor, truth, results)
     for name, metric in (("ROUGE-L", Rouge()), ("CIDEr", Cider())):
-        value, each = metric.compute_score(truth, ours)
+        value, each = metric.compute_score(truth, results)
         _add(scores, name, value, truth, each)
     ciderd = CiderD([[text.split() for text in texts] for texts in truth.values()])
-    ciderds = ciderd.scores(range(len(truth)), [ours[i][0].split() for i in truth])
+    ciderds = ciderd.scores(range(len(truth)), [results[i][0].split() for i in truth])
     _add(scores, "CIDEr-D", ciderds.mean(), truth, ciderds)
-    _add_java(scores, "SPICE", spice, truth, ours)
+    _add_java(scores, "SPICE", spice, truth, results)
     return scores
 
 
@@ -89,11 +89,11 @@ def _add(scores: Scores, name: str, value: float, images: Iterable[int], each: I
 
 
 def _add_java(
-    scores: Scores, name: str, metric: Callable[[_Texts, _Texts], ImageScores], truth: _Texts, ours: _Texts
+    scores: Scores, name: str, metric: Callable[[_Texts, _Texts], ImageScores], truth: _Texts, results: _Texts
 ) -> None:
     """Add a metric that runs in Java, or the reason why it is unavailable."""
     try:
-        value, each = metric(truth, ours)
+        value, each = metric(truth, results)
     except JavaError as error:
         scores.unavailable[name] = str(error)
     else:
@@ -105,9 +105,9 @@ def _normalize(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
-def _tokenize(truth: _Texts, ours: _Texts) -> tuple[str, _Texts, _Texts]:
+def _tokenize(truth: _Texts, results: _Texts) -> tuple[str, _Texts, _Texts]:
     """Return the name of the tokenizer and both sets of captions, with tokens joined by spaces."""
-    texts = [text for part in (truth, ours) for captions in part.values() for text in captions]
+    texts = [text for part in (truth, results) for captions in part.values() for text in captions]
     try:
         tokenized = ptb_tokenize_java(texts)
         name = "PTB (Stanford, Java)"
@@ -115,5 +115,5 @@ def _tokenize(truth: _Texts, ours: _Texts) -> tuple[str, _Texts, _Texts]:
         tokenized = [" ".join(ptb_tokenize(text)) for text in texts]
         name = f"gridcap's approximation of PTB ({error})"
     remaining = iter(tokenized)
-    both = [{i: [next(remaining) for _ in captions] for i, captions in part.items()} for part in (truth, ours)]
+    both = [{i: [next(remaining) for _ in captions] for i, captions in part.items()} for part in (truth, results)]
     return name, both[0], both[1]

@@ -201,9 +201,9 @@ def boundaries(order, count):
 
 def test_block_boundaries_change_every_epoch():
     count = 40 * WINDOW  # whole blocks, so that all boundaries of an epoch have the same offset
-    found = [boundaries(EpochOrder(count, 0, epoch, "blocks")[0:WINDOW], count) for epoch in range(12)]
-    assert all(len(begins) == 1 for begins in found)
-    assert len(set.union(*found)) > 8
+    offsets = [boundaries(EpochOrder(count, 0, epoch, "blocks")[0:WINDOW], count) for epoch in range(12)]
+    assert all(len(begins) == 1 for begins in offsets)
+    assert len(set.union(*offsets)) > 8
 
 
 def test_short_block_contains_different_rows_every_epoch():

@@ -91,11 +91,11 @@ def texts_of(batch, vocabulary):
 
 
 @given(st.integers(1, 12), st.integers(1, 12), NUMBERS, NUMBERS, NUMBERS)
-def test_captions_are_sampled_without_replacement(available, wanted, seed, epoch, row):
-    chosen = sample_captions(available, wanted, seed, epoch, row)
-    assert len(chosen) == len(set(chosen)) == min(available, wanted)
+def test_captions_are_sampled_without_replacement(available, count, seed, epoch, row):
+    chosen = sample_captions(available, count, seed, epoch, row)
+    assert len(chosen) == len(set(chosen)) == min(available, count)
     assert set(chosen) <= set(range(available))
-    assert chosen == sample_captions(available, wanted, seed, epoch, row)
+    assert chosen == sample_captions(available, count, seed, epoch, row)
 
 
 def test_sampled_captions_depend_on_seed_epoch_and_row():
@@ -292,12 +292,12 @@ def contents_by_image(batch):
 
 @given(st.data(), st.integers(1, 30), st.integers(1, 9), st.integers(1, 5), st.integers(1, 4))
 @hypothesis_settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_ranks_and_accumulation_steps_split_each_step_exactly(two_views, drawn, batch_size, per_image, world, parts):
+def test_ranks_and_accumulation_steps_split_each_step_exactly(two_views, data, batch_size, per_image, world, parts):
     """Each image occurs once, with the captions and view of a single-process run."""
     whole_data, vocabulary = two_views
-    count = drawn.draw(st.integers(1, len(whole_data)), label="count")
-    data = replace(whole_data, rows=whole_data.rows[:count], captions=whole_data.captions[:count])
-    stream = CaptionStream(data, vocabulary, StreamOptions(batch_size, per_image, 10, seed=3))
+    count = data.draw(st.integers(1, len(whole_data)), label="count")
+    subset = replace(whole_data, rows=whole_data.rows[:count], captions=whole_data.captions[:count])
+    stream = CaptionStream(subset, vocabulary, StreamOptions(batch_size, per_image, 10, seed=3))
     alone = list(stream.epoch(4))
     shared = split(stream, world, parts, 4)
     assert len(alone) == len(shared) == -(-count // batch_size)
@@ -334,14 +334,14 @@ def test_empty_batch_of_a_store_with_two_views(two_views):
 def test_in_order_over_ranks_covers_every_image_once(data, vocabulary, world):
     stream = CaptionStream(data, vocabulary, StreamOptions(4, 2, 10))
     alone = {image: words for batch in stream.in_order() for image, words in contents_by_image(batch).items()}
-    found = [
+    shares = [
         (int(image), rank)
         for rank in range(world)
         for batch in with_options(stream, ranks=Ranks(rank, world, 0)).in_order()
         for image in batch.images
     ]
-    assert sorted(image for image, _ in found) == list(range(COUNT))
-    assert len({rank for _, rank in found}) == min(world, len(stream)), "every rank has a share if possible"
+    assert sorted(image for image, _ in shares) == list(range(COUNT))
+    assert len({rank for _, rank in shares}) == min(world, len(stream)), "every rank has a share if possible"
     shared = {}
     for rank in range(world):
         for batch in with_options(stream, ranks=Ranks(rank, world, 0)).in_order():

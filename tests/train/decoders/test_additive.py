@@ -30,11 +30,11 @@ def example(seed: int, b: int, k: int, cells: int, size: int, dtype: torch.dtype
 @settings(deadline=None)
 def test_scores_and_gradients_equal_autograd(seed: int, b: int, k: int, cells: int, size: int) -> None:
     inputs = [part.requires_grad_() for part in example(seed, b, k, cells, size)]
-    found, expected = ours(*inputs), formula(*inputs)
-    torch.testing.assert_close(found, expected)
-    upstream = torch.randn(found.shape, generator=torch.Generator().manual_seed(seed + 1), dtype=found.dtype)
+    actual, expected = ours(*inputs), formula(*inputs)
+    torch.testing.assert_close(actual, expected)
+    upstream = torch.randn(actual.shape, generator=torch.Generator().manual_seed(seed + 1), dtype=actual.dtype)
     for mine, theirs in zip(
-        torch.autograd.grad(found, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True
+        torch.autograd.grad(actual, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True
     ):
         torch.testing.assert_close(mine, theirs)
 
@@ -91,9 +91,9 @@ def test_bfloat16_gradients_are_within_two_percent_of_float64(spread: float) -> 
     upstream = torch.randn(4, 5, 16, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     rounded = [part.bfloat16().requires_grad_() for part in (*exact, weight)]
     inputs = [part.detach().double().requires_grad_() for part in rounded]
-    found = torch.autograd.grad(ours(*rounded), rounded, upstream.bfloat16())
-    wanted = torch.autograd.grad(formula(*inputs), inputs, upstream.bfloat16().double())
-    for mine, theirs in zip(found, wanted, strict=True):
+    actual = torch.autograd.grad(ours(*rounded), rounded, upstream.bfloat16())
+    expected = torch.autograd.grad(formula(*inputs), inputs, upstream.bfloat16().double())
+    for mine, theirs in zip(actual, expected, strict=True):
         assert (mine.double() - theirs).norm() < 0.02 * theirs.norm()
 
 

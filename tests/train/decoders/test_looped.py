@@ -121,11 +121,11 @@ def test_looped_mean_equals_matmul_with_gradients() -> None:
     cells, weights = inputs
     expected = through_means(lambda some: some @ cells, cells, weights)
     mean = LoopedMean(cells)
-    found = through_means(mean, cells, weights)
+    actual = through_means(mean, cells, weights)
     assert mean._loop is not None
     assert len(mean._loop[0].inputs) == 4
-    torch.testing.assert_close(found, expected)
-    both = (torch.autograd.grad(end.square().sum(), inputs) for end in (found, expected))
+    torch.testing.assert_close(actual, expected)
+    both = (torch.autograd.grad(end.square().sum(), inputs) for end in (actual, expected))
     for mine, theirs in zip(*both, strict=True):
         torch.testing.assert_close(mine, theirs)
     with torch.no_grad():

@@ -31,20 +31,20 @@ def split(texts):
 
 
 @given(images)
-def test_scores_equal_the_authors_implementation(drawn):
-    candidates, references = zip(*drawn, strict=True)
+def test_scores_equal_the_authors_implementation(examples):
+    candidates, references = zip(*examples, strict=True)
     if not any(caption for image in references for caption in image):
         return  # the authors' code takes the maximum of an empty list
-    found = CiderD(references).scores(range(len(drawn)), candidates)
-    assert found.dtype == np.float64
-    assert found == pytest.approx(reference_scores(references, candidates), abs=1e-9)
+    scores = CiderD(references).scores(range(len(examples)), candidates)
+    assert scores.dtype == np.float64
+    assert scores == pytest.approx(reference_scores(references, candidates), abs=1e-9)
 
 
 def test_scores_of_real_sentences_equal_the_authors_implementation():
     references = [split(image) for image in REAL]
-    found = CiderD(references).scores(range(4), split(CANDIDATES))
-    assert found == pytest.approx(reference_scores(references, split(CANDIDATES)), abs=1e-9)
-    assert 0 < found.min() < 1 < found.max() < 10
+    scores = CiderD(references).scores(range(4), split(CANDIDATES))
+    assert scores == pytest.approx(reference_scores(references, split(CANDIDATES)), abs=1e-9)
+    assert 0 < scores.min() < 1 < scores.max() < 10
 
 
 def test_tokens_may_be_any_hashable():
