@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from gridcap.train.data.vocabulary import BOS, EOS, PAD, UNK
 from gridcap.train.decoders.base import Decoder
 
-V = 7  # PAD, BOS, EOS, UNK, and three words
-WORDS = (4, 5, 6)
+V = 7  # PAD, BOS, EOS, UNK, and three tokens
+TOKENS = (4, 5, 6)
 MAX_LENGTH = 3
 ALL_BEAMS = 120  # more than the candidates of any step
 
@@ -71,8 +71,8 @@ class ChainDecoder(Decoder):
         raise NotImplementedError
 
 
-def random_chain(seed, words=3, end=0.0):
-    table = torch.randn(4 + words, 4 + words, generator=torch.Generator().manual_seed(seed)) * 2
+def random_chain(seed, tokens=3, end=0.0):
+    table = torch.randn(4 + tokens, 4 + tokens, generator=torch.Generator().manual_seed(seed)) * 2
     table[:, EOS] += end
     return ChainDecoder(table)
 
@@ -89,53 +89,53 @@ def grids(*images):
 
 
 def without_specials(logits):
-    """Return the log-probabilities over the words and EOS only."""
+    """Return the log-probabilities over the tokens and EOS only."""
     allowed = [EOS, *range(4, logits.shape[-1])]
     log_probs = torch.full_like(logits, -torch.inf)
     log_probs[..., allowed] = logits[..., allowed].log_softmax(-1)
     return log_probs
 
 
-def log_prob(decoder, image, words, ended=True):
+def log_prob(decoder, image, tokens, ended=True):
     log_probs = without_specials(decoder.table[image])
     history, total = [BOS], 0.0
-    for token in [*words, *([EOS] if ended else [])]:
+    for token in [*tokens, *([EOS] if ended else [])]:
         total += log_probs[code_of(history), token].item()
         history.append(token)
     return total
 
 
 def exhaustive_search(decoder, image, penalty):
-    """Return the best finished caption of up to MAX_LENGTH words by exhaustive search."""
-    captions = [list(c) for n in range(MAX_LENGTH + 1) for c in itertools.product(WORDS, repeat=n)]
-    return max(captions, key=lambda words: log_prob(decoder, image, words) / max(1, len(words)) ** penalty)
+    """Return the best finished caption of up to MAX_LENGTH tokens by exhaustive search."""
+    captions = [list(c) for n in range(MAX_LENGTH + 1) for c in itertools.product(TOKENS, repeat=n)]
+    return max(captions, key=lambda tokens: log_prob(decoder, image, tokens) / max(1, len(tokens)) ** penalty)
 
 
 def argmax_loop(decoder, image):
-    words = []
-    while len(words) < MAX_LENGTH:
-        logits = decoder.table[image, code_of([BOS, *words])].clone()
+    tokens = []
+    while len(tokens) < MAX_LENGTH:
+        logits = decoder.table[image, code_of([BOS, *tokens])].clone()
         logits[[PAD, BOS, UNK]] = -torch.inf
         token = int(logits.argmax())
         if token == EOS:
             break
-        words.append(token)
-    return words
+        tokens.append(token)
+    return tokens
 
 
 def repetitive_decoder():
-    """Return a decoder with a single word; EOS is unlikely."""
+    """Return a decoder with a single token; EOS is unlikely."""
     table = torch.zeros(5, 5)
     table[:, EOS] = -30.0
     return ChainDecoder(table)
 
 
-def trigrams(words):
-    return list(zip(words, words[1:], words[2:], strict=False))
+def trigrams(tokens):
+    return list(zip(tokens, tokens[1:], tokens[2:], strict=False))
 
 
-def repeats(words):
-    return len(set(trigrams(words))) < len(trigrams(words))
+def repeats(tokens):
+    return len(set(trigrams(tokens))) < len(trigrams(tokens))
 
 
 def seeded(seed=0):

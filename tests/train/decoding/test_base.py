@@ -7,7 +7,7 @@ from gridcap.train.decoding.base import mask_special_tokens, token_log_probs
 from tests.train.decoding.table_decoders import V, without_specials
 
 
-def test_token_log_probs_cover_words_and_eos_only():
+def test_token_log_probs_exclude_pad_bos_and_unk():
     logits = torch.randn(2, 3, 4, V, generator=torch.Generator().manual_seed(0))
     before = logits.clone()
     log_probs = token_log_probs(logits)

@@ -15,7 +15,7 @@ from tests.train.decoding.table_decoders import (
     MAX_LENGTH,
     SEEDS,
     SOME,
-    WORDS,
+    TOKENS,
     ChainDecoder,
     TableDecoder,
     V,
@@ -54,14 +54,14 @@ def test_full_beam_equals_exhaustive_search(seed, penalty, end):
 @given(SEEDS, st.sampled_from([0.0, 1.0]))
 def test_nbest_equals_exhaustive_ranking(seed, penalty):
     decoder = random_decoder(seed, images=2)
-    captions = [list(c) for n in range(MAX_LENGTH + 1) for c in itertools.product(WORDS, repeat=n)]
+    captions = [list(c) for n in range(MAX_LENGTH + 1) for c in itertools.product(TOKENS, repeat=n)]
     for image, hypotheses in enumerate(
         beam_search_nbest(decoder, grids(0, 1), BeamOptions(ALL_BEAMS, MAX_LENGTH, penalty), count=5)
     ):
         scores = {tuple(w): log_prob(decoder, image, w) / max(1, len(w)) ** penalty for w in captions}
         best = sorted(scores, key=scores.__getitem__, reverse=True)[:5]
         assert [scores[tuple(h.tokens)] for h in hypotheses] == pytest.approx(
-            [scores[words] for words in best], abs=1e-4
+            [scores[tokens] for tokens in best], abs=1e-4
         )
 
 
@@ -83,7 +83,7 @@ def test_pad_bos_and_unk_are_never_generated(seed, beams):
     decoder = random_decoder(seed)
     decoder.table[..., [PAD, BOS, UNK]] += 20
     for hypothesis in beam_search(decoder, grids(0, 1, 2, 3), BeamOptions(beams, MAX_LENGTH)):
-        assert set(hypothesis.tokens) <= set(WORDS)
+        assert set(hypothesis.tokens) <= set(TOKENS)
 
 
 @SOME
@@ -177,31 +177,31 @@ def test_beam_search_needs_no_gradients():
 # --- trigram blocking ---
 
 
-def chain_log_prob(decoder, words, ended=True):
+def chain_log_prob(decoder, tokens, ended=True):
     log_probs = without_specials(decoder.table)
-    path = [BOS, *words, *([EOS] if ended else [])]
+    path = [BOS, *tokens, *([EOS] if ended else [])]
     return sum(log_probs[a, b].item() for a, b in itertools.pairwise(path))
 
 
 def blocked_argmax_loop(decoder, max_length):
-    log_probs, words = without_specials(decoder.table), []
+    log_probs, tokens = without_specials(decoder.table), []
     for length in range(max_length + 1):
-        row = log_probs[words[-1] if words else BOS].clone()
+        row = log_probs[tokens[-1] if tokens else BOS].clone()
         for token in range(4, len(row)):
-            if repeats([*words, token]):
+            if repeats([*tokens, token]):
                 row[token] = -torch.inf
         token = int(row.argmax())
         if token == EOS:
-            return words, True
+            return tokens, True
         if length < max_length:
-            words.append(token)
-    return words, False
+            tokens.append(token)
+    return tokens, False
 
 
 @SOME
 @given(SEEDS, st.integers(1, 3), st.sampled_from([-4.0, -1.0]))
-def test_greedy_blocking_equals_argmax_loop_without_repeats(seed, words, end):
-    decoder = random_chain(seed, words, end)
+def test_greedy_blocking_equals_argmax_loop_without_repeats(seed, tokens, end):
+    decoder = random_chain(seed, tokens, end)
     expected, ended = blocked_argmax_loop(decoder, 12)
     for hypothesis in beam_search(decoder, grids(0, 0), BeamOptions(1, 12, block_trigrams=True)):
         assert hypothesis.tokens == expected
@@ -211,9 +211,9 @@ def test_greedy_blocking_equals_argmax_loop_without_repeats(seed, words, end):
 @SOME
 @given(SEEDS, st.sampled_from([0.0, 1.0]))
 def test_full_beam_with_blocking_equals_exhaustive_search_without_repeats(seed, penalty):
-    decoder = random_chain(seed, words=2, end=-3.0)
+    decoder = random_chain(seed, tokens=2, end=-3.0)
     captions = [list(c) for n in range(8) for c in itertools.product((4, 5), repeat=n) if not repeats(c)]
-    best = max(chain_log_prob(decoder, words) / max(1, len(words)) ** penalty for words in captions)
+    best = max(chain_log_prob(decoder, tokens) / max(1, len(tokens)) ** penalty for tokens in captions)
     (hypothesis,) = beam_search(decoder, grids(0), BeamOptions(300, 7, penalty, block_trigrams=True))
     assert not repeats(hypothesis.tokens)
     assert hypothesis.log_prob == pytest.approx(chain_log_prob(decoder, hypothesis.tokens), abs=1e-3)
@@ -242,7 +242,7 @@ def test_blocking_forces_eos_which_is_never_blocked(beams):
     assert hypothesis.log_prob == pytest.approx(-30.0, abs=1e-3)
 
 
-def test_trigrams_may_share_two_words():
+def test_trigrams_may_share_two_tokens():
     table = torch.full((7, 7), -9.0)
     for a, b in ((BOS, 4), (4, 5), (5, 4)):
         table[a, b] = 9.0

@@ -42,7 +42,7 @@ def test_mbr_reorders_hypotheses_by_mean_similarity():
     settings = CaptionConfig(beam_size=6, max_length=11, mbr=True)
     changed = 0
     for seed in range(10):
-        decoder = random_chain(seed, words=5)
+        decoder = random_chain(seed, tokens=5)
         by_probability = generate_nbest(decoder, grids(0, 1), settings.model_copy(update={"mbr": False}))
         reranked = generate_nbest(decoder, grids(0, 1), settings)
         for before, after in zip(by_probability, reranked, strict=True):

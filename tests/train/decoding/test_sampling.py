@@ -15,7 +15,7 @@ from tests.train.decoding.table_decoders import (
     MAX_LENGTH,
     SEEDS,
     SOME,
-    WORDS,
+    TOKENS,
     ChainDecoder,
     V,
     code_of,
@@ -51,15 +51,15 @@ def distribution(decoder, image, **options):
     finished, unfinished = {}, {(): 1.0}
     for length in range(MAX_LENGTH + 1):
         longer = {}
-        for words, chance in unfinished.items():
-            logits = decoder.table[image, code_of([BOS, *words])]
+        for tokens, chance in unfinished.items():
+            logits = decoder.table[image, code_of([BOS, *tokens])]
             for token, part in truncated_distribution(logits, **options).items():
                 if token == EOS:
-                    finished[(*words, EOS)] = chance * part
+                    finished[(*tokens, EOS)] = chance * part
                 elif length == MAX_LENGTH:
-                    finished[words] = finished.get(words, 0.0) + chance * part
+                    finished[tokens] = finished.get(tokens, 0.0) + chance * part
                 else:
-                    longer[(*words, token)] = chance * part
+                    longer[(*tokens, token)] = chance * part
         unfinished = longer
     return finished
 
@@ -85,12 +85,12 @@ def test_sample_frequencies_match_probabilities(options):
         assert sum(expected.values()) == pytest.approx(1)
         counts = Counter(tuple(t for t in row if t != PAD) for row in rows[image].tolist())
         assert set(counts) <= set(expected), "captions of probability 0 are never sampled"
-        for words, chance in expected.items():
+        for tokens, chance in expected.items():
             spread = (count * chance * (1 - chance)) ** 0.5
-            assert abs(counts[words] - count * chance) < 5 * spread + 3
+            assert abs(counts[tokens] - count * chance) < 5 * spread + 3
 
 
-def first_words(probabilities, **options):
+def first_tokens(probabilities, **options):
     """Return the sampled tokens, given the probabilities of tokens 4, 5, ..."""
     table = torch.full((4 + len(probabilities),) * 2, -torch.inf)
     table[:, 4:] = torch.tensor(probabilities).log()
@@ -110,35 +110,35 @@ def first_words(probabilities, **options):
     ],
 )
 def test_top_p_keeps_the_smallest_sufficient_set(top_p, kept):
-    assert first_words([0.3, 0.05, 0.5, 0.15], top_p=top_p) == kept
+    assert first_tokens([0.3, 0.05, 0.5, 0.15], top_p=top_p) == kept
 
 
 @pytest.mark.parametrize(("top_k", "kept"), [(1, {6}), (2, {4, 5, 6}), (3, {4, 5, 6}), (4, {4, 5, 6, 7}), (99, None)])
 def test_top_k_keeps_ties(top_k, kept):
-    assert first_words([0.25, 0.25, 0.4, 0.1], top_k=top_k) == (kept or {4, 5, 6, 7})
+    assert first_tokens([0.25, 0.25, 0.4, 0.1], top_k=top_k) == (kept or {4, 5, 6, 7})
 
 
 def test_temperature_and_top_k_apply_before_top_p():
-    assert first_words([0.4, 0.3, 0.3], top_p=0.5) == {4, 5}
-    assert first_words([0.4, 0.3, 0.3], top_p=0.5, temperature=0.1) == {4}
-    assert first_words([0.5, 0.2, 0.15, 0.15], top_p=0.7, top_k=2) == {4}  # 0.5 of 0.7 is more than 0.7
+    assert first_tokens([0.4, 0.3, 0.3], top_p=0.5) == {4, 5}
+    assert first_tokens([0.4, 0.3, 0.3], top_p=0.5, temperature=0.1) == {4}
+    assert first_tokens([0.5, 0.2, 0.15, 0.15], top_p=0.7, top_k=2) == {4}  # 0.5 of 0.7 is more than 0.7
 
 
 @SOME
 @given(SEEDS, st.sampled_from([-3.0, 0.0, 2.0]), st.integers(1, 6))
-def test_rows_are_words_eos_padding_without_superfluous_columns(seed, end, samples):
+def test_rows_are_tokens_eos_padding_without_superfluous_columns(seed, end, samples):
     rows = sample(random_decoder(seed, end=end), (0, 1, 2, 3), samples, seed=seed)
     assert rows.dtype == torch.int64
     assert (rows != PAD).any(-1).all()
     assert (rows[..., -1] != PAD).any(), "no column of padding only"
     for row in rows.flatten(0, 1).tolist():
-        words = list(itertools.takewhile(lambda t: t in WORDS, row))
-        after = row[len(words) :]
-        assert len(words) <= MAX_LENGTH
-        if len(words) < MAX_LENGTH or after:
+        tokens = list(itertools.takewhile(lambda t: t in TOKENS, row))
+        after = row[len(tokens) :]
+        assert len(tokens) <= MAX_LENGTH
+        if len(tokens) < MAX_LENGTH or after:
             assert after in ([EOS] + [PAD] * (len(after) - 1), [PAD] * len(after))
         if PAD in after and EOS not in after:
-            assert len(words) == MAX_LENGTH, "only cut captions lack EOS"
+            assert len(tokens) == MAX_LENGTH, "only cut captions lack EOS"
 
 
 @pytest.mark.parametrize("max_length", [1, 2, MAX_LENGTH])
@@ -147,7 +147,7 @@ def test_unfinished_captions_are_cut_without_eos(max_length):
     decoder.table[..., EOS] = -torch.inf
     rows = sample(decoder, (0, 1), 4, max_length)
     assert rows.shape == (2, 4, max_length)
-    assert set(rows.unique().tolist()) <= set(WORDS)
+    assert set(rows.unique().tolist()) <= set(TOKENS)
 
 
 def test_sampling_stops_when_all_captions_have_ended():
