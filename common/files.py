@@ -18,6 +18,7 @@ from typing import Any
 
 TEMPORARY_SUFFIX = ".tmp"
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # write errors that do not name the file
+MAX_NAME_BYTES = 255  # of most file systems
 MAX_TEMPORARY_AGE = 24 * 3600  # seconds; writing one shard takes far less
 TEMPORARY_NAME = re.compile(r"\..+\.(?P<machine>[^/]+)-(?P<process>\d+)-[0-9a-f]{8}" + re.escape(TEMPORARY_SUFFIX))
 
@@ -35,8 +36,10 @@ def this_machine() -> str:
 
 
 def temporary_sibling(path: Path) -> Path:
-    """Return a name in the same folder that is unique across processes and machines."""
-    return path.with_name(f".{path.name}.{this_machine()}-{os.getpid()}-{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}")
+    """Return a name in the same folder that is unique across processes and machines. Long names are shortened."""
+    suffix = f".{this_machine()}-{os.getpid()}-{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}"
+    name = os.fsdecode(os.fsencode(path.name)[: MAX_NAME_BYTES - 1 - len(suffix)])
+    return path.with_name(f".{name}{suffix}")
 
 
 def remove_leftovers(folder: Path) -> None:

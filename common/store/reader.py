@@ -13,7 +13,7 @@ import numpy as np
 
 from gridcap.common.errors import InvalidImageError, StoreError
 from gridcap.common.store.file_names import FileNames
-from gridcap.common.store.index_reader import INDEX_FORMAT, read_index
+from gridcap.common.store.index_reader import INDEX_FORMAT, StoreIndex, read_index
 from gridcap.common.store.open_shards import OpenShards
 from gridcap.common.store.selection import Rows, select_rows
 from gridcap.common.store.shard_format import ORIGINAL, SHARD_FORMAT
@@ -77,13 +77,7 @@ class FeatureStore:
 
     def __init__(self, path: str | Path, num_threads: int = 2) -> None:
         self.path = path = Path(path)
-        folder = path.with_suffix("")
-        if not path.exists() and folder.is_dir():
-            raise StoreError(
-                f"{path}: not complete yet: {folder} exists, but the index does not",
-                "run the same extract-features command again: it writes only what is missing",
-            )
-        index = read_index(path, (INDEX_FORMAT, SHARD_FORMAT))
+        index = _read_index(path)
         self.split, self.provenance = index.split, index.provenance
         self.image_id, self.file_name = index.image_id, index.file_name
         self.valid, self.invalid_reasons = index.valid, index.invalid_reasons
@@ -280,3 +274,17 @@ class FeatureStore:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pool": None}
+
+
+def _read_index(path: Path) -> StoreIndex:
+    """Read an index, or a single shard; a store whose index is not written yet has an error of its own."""
+    try:
+        return read_index(path, (INDEX_FORMAT, SHARD_FORMAT))
+    except StoreError as error:
+        folder = path.with_suffix("")
+        if not isinstance(error.__cause__, FileNotFoundError) or not folder.is_dir():
+            raise
+        raise StoreError(
+            f"{path}: not complete yet: {folder} exists, but the index does not",
+            "run the same extract-features command again: it writes only what is missing",
+        ) from error

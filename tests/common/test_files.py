@@ -102,6 +102,13 @@ def test_temporary_names_are_hidden_unique_and_in_the_same_folder(tmp_path: Path
         assert name.suffix == ".tmp"  # does not match patterns such as *.h5
 
 
+@pytest.mark.parametrize("name", ["a" * 250 + ".json", "é" * 125 + ".json"])
+def test_a_name_of_the_maximum_length_can_be_written(tmp_path: Path, name: str) -> None:
+    """The temporary name must not be longer than the file system allows."""
+    write_text(tmp_path / name, "text")
+    assert names_in(tmp_path) == [name]
+
+
 def test_text_is_written_as_utf8(tmp_path: Path) -> None:
     write_text(tmp_path / "a.txt", "café ✓\n")
     assert (tmp_path / "a.txt").read_bytes() == "café ✓\n".encode()

@@ -86,6 +86,23 @@ def test_item_11_missing_permission_is_not_called_corruption(
     assert "permissions" in caught.value.hint
 
 
+def test_item_11_folder_without_permission_is_a_store_error(
+    tmp_path: Path, write_store: WriteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Simulated, because root can read every folder."""
+    path, _ = write_store(tmp_path / "train.h5")
+    real = os.stat
+
+    def fail(file: Any, *arguments: Any, **options: Any) -> Any:
+        if str(file).startswith(str(path)):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
+        return real(file, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", fail)
+    with pytest.raises(StoreAccessError, match="permission denied"):
+        FeatureStore(path)
+
+
 def test_item_11_index_moved_without_its_folder_says_so(tmp_path: Path, write_store: WriteStore) -> None:
     path, _ = write_store(tmp_path / "train.h5")
     (tmp_path / "elsewhere").mkdir()
