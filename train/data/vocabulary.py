@@ -108,12 +108,13 @@ class Vocabulary:
         """Read a vocabulary written by `save`.
 
         Raises:
-            CheckpointError: the file is missing, corrupted, or of another version.
+            CheckpointError: the file is corrupted, or of another version.
+            OSError: the file cannot be read.
         """
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
             if saved["version"] != _VERSION:
                 raise ValueError(f"version {saved['version']}; this version of gridcap reads version {_VERSION}")
             return cls([str(token) for token in saved["tokens"]])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path}: not a valid vocabulary file: {error}", "use another checkpoint") from error

@@ -10,7 +10,7 @@ runs/x/checkpoints/step-00001234/
     config.json                      configuration
     vocabulary.json                  vocabulary
     provenance.json                  provenance of the features it was trained on
-    training_state.pt                optimizer state etc., needed for resuming only
+    training_state.pt                optimizer state etc., needed only for resuming
     sha256.json                      checksums of these files
 """
 
@@ -32,7 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from gridcap.common.config import PipelineConfig
-from gridcap.common.errors import CheckpointError, first_line
+from gridcap.common.errors import CheckpointError, explain_out_of_memory, first_line
 from gridcap.common.files import fsync_path, sha256_of, temporary_sibling, write_json
 from gridcap.train.data.vocabulary import Vocabulary
 from gridcap.train.decoders.base import Decoder
@@ -68,7 +68,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class CheckpointContents:
-    """What `save_checkpoint` writes.
+    """The contents of a checkpoint to write.
 
     Attributes:
         step: number of finished steps.
@@ -94,7 +94,7 @@ def save_checkpoint(run: Path, contents: CheckpointContents, best_step: int) -> 
 
     Args:
         run: folder of the run.
-        contents: what to write.
+        contents: contents of the checkpoint.
         best_step: step of the best checkpoint.
 
     Returns:
@@ -155,16 +155,17 @@ def find_checkpoint(path: Path, which: str = "best") -> Path:
         which: "best" or "last"; ignored if `path` is a checkpoint.
 
     Raises:
-        CheckpointError: there is no checkpoint.
+        CheckpointError: there is no checkpoint, or the file that names it is corrupted.
+        OSError: the file that names it cannot be read.
     """
     if (path / "model.safetensors").is_file():
         return path
     try:
         name = json.loads((path / POINTERS).read_text(encoding="utf-8"))[which]
-    except FileNotFoundError as error:
-        problem = "no such folder" if not path.exists() else "contains no checkpoint"
+    except (FileNotFoundError, NotADirectoryError) as error:
+        problem = "contains no checkpoint" if path.is_dir() else "no such folder"
         raise CheckpointError(f"{path}: {problem}", "pass the folder of a run written by train-decoder") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path / POINTERS}: corrupted: {error}",
             "pass one of its checkpoints/step-... to evaluate it, or to --init-from",
@@ -180,34 +181,52 @@ def run_folder(path: Path) -> Path:
 def load_checkpoint(path: Path, which: str = "best") -> Checkpoint:
     """Load a checkpoint for inference. No code from the checkpoint is executed.
 
+    The run may still be in progress: if it replaces the checkpoint while it is read, the new one is loaded.
+
     Args:
         path: folder of a run or of a checkpoint.
         which: "best" or "last"; ignored if `path` is a checkpoint.
 
     Raises:
         CheckpointError: the checkpoint is missing, corrupted, or of another version.
+        OSError: a file cannot be read.
     """
     folder = find_checkpoint(path, which)
-    with _corruption_as_checkpoint_error(folder / "config.json"):
+    while True:
+        try:
+            return _load(folder)
+        except CheckpointError:
+            latest = find_checkpoint(path, which)
+            if latest == folder:
+                raise
+            folder = latest
+
+
+def _load(folder: Path) -> Checkpoint:
+    with _reading(folder / "config.json"):
         saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         _check_version(folder, saved["version"])
         config = PipelineConfig.model_validate(saved["pipeline"])
     _verify_checksums(folder, "config.json", "model.safetensors", "vocabulary.json", "provenance.json")
-    with _corruption_as_checkpoint_error(folder / "provenance.json"):
+    with _reading(folder / "provenance.json"):
         provenance = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
-        grid_shape = [int(size) for size in provenance["grid_shape"]]
-    vocabulary = Vocabulary.load(folder / "vocabulary.json")
-    with _corruption_as_checkpoint_error(folder / "model.safetensors"):
-        decoder = build_decoder(config.train.decoder, len(vocabulary), grid_shape)
+        rows, columns, channels = (int(size) for size in provenance["grid_shape"])
+    with _reading(folder / "vocabulary.json"):
+        vocabulary = Vocabulary.load(folder / "vocabulary.json")
+    with _reading(folder / "model.safetensors"):
         weights = load_file(folder / "model.safetensors")
-        try:
-            decoder.load_state_dict(weights)
-        except RuntimeError as error:  # the first line of this message does not state the mismatch
-            lines = [line.strip() for line in str(error).splitlines()]
-            raise ValueError(
-                f"weights do not match the configuration, the grid shape, or the vocabulary of {len(vocabulary)} "
-                f"tokens: {lines[-1]}"
-            ) from error
+    try:
+        decoder = build_decoder(config.train.decoder, len(vocabulary), (rows, columns, channels))
+        decoder.load_state_dict(weights)
+    except RuntimeError as error:
+        if explain_out_of_memory(error):
+            raise
+        mismatch = str(error).strip().splitlines()[-1].strip()  # the first line does not state it
+        raise CheckpointError(
+            f"{folder / 'model.safetensors'}: corrupted checkpoint: weights do not match the configuration, the grid "
+            f"shape, or the vocabulary of {len(vocabulary)} tokens: {mismatch}",
+            _OTHER_CHECKPOINT,
+        ) from error
     return Checkpoint(folder, decoder.eval(), vocabulary, config, provenance)
 
 
@@ -216,6 +235,7 @@ def load_training_state(checkpoint: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: the file is missing or corrupted.
+        OSError: the file cannot be read.
     """
     file = checkpoint / "training_state.pt"
     _verify_checksums(checkpoint, file.name)
@@ -226,8 +246,10 @@ def load_training_state(checkpoint: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{file}: contains objects other than tensors and plain values", _OTHER_CHECKPOINT
         ) from error
-    except Exception as error:  # corrupted files make the loader raise many types of errors
-        raise CheckpointError(f"{file}: cannot be read: {first_line(error)}", _OTHER_CHECKPOINT) from error
+    except Exception as error:  # the loader raises many types of errors for corrupted files
+        if isinstance(error, OSError) or explain_out_of_memory(error):
+            raise
+        raise CheckpointError(f"{file}: corrupted checkpoint: {first_line(error)}", _OTHER_CHECKPOINT) from error
 
 
 def _check_version(folder: Path, version: int) -> None:
@@ -242,19 +264,29 @@ def _check_version(folder: Path, version: int) -> None:
 
 def _verify_checksums(folder: Path, *names: str) -> None:
     """Reject modified files: a flipped bit in a weight still gives a valid number."""
-    with _corruption_as_checkpoint_error(folder / CHECKSUMS):
+    with _reading(folder / CHECKSUMS):
         checksums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
         expected = {name: str(checksums[name]) for name in names}
     for name in names:
-        with _corruption_as_checkpoint_error(folder / name):
+        with _reading(folder / name):
             if sha256_of(folder / name) != expected[name]:
                 raise ValueError("checksum mismatch")
 
 
 @contextlib.contextmanager
-def _corruption_as_checkpoint_error(file: Path) -> Iterator[None]:
-    """Turn the errors that a corrupted file causes in its reader into an error that names the file."""
+def _reading(file: Path) -> Iterator[None]:
+    """Convert the errors of reading a file. Only unexpected content is corruption.
+
+    Raises:
+        CheckpointError: the file is missing or corrupted.
+        OSError: the file cannot be read; it may be intact.
+    """
     try:
         yield
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file}: no such file", _OTHER_CHECKPOINT) from error
+    except OSError as error:
+        error.filename = error.filename or str(file)  # the error for a failed read does not name the file
+        raise
+    except (ValueError, LookupError, TypeError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"{file}: corrupted checkpoint: {first_line(error)}", _OTHER_CHECKPOINT) from error

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gridcap.common.config import PipelineConfig, TrainConfig
-from gridcap.common.errors import CheckpointError, MismatchError, UserError
+from gridcap.common.errors import CheckpointError, MismatchError, UserError, explain_out_of_memory
 from gridcap.common.store.provenance import check_same_features
 from gridcap.train.data.vocabulary import Vocabulary
 from gridcap.train.data.vocabulary_check import build_vocabulary
@@ -96,6 +96,8 @@ def resume_run(job: TrainingJob) -> RunState:
         run.load_training_state(state)
         return run
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        if explain_out_of_memory(error):
+            raise
         raise CheckpointError(
             f"{loaded.path / 'training_state.pt'}: not the state of this run: {type(error).__name__}: {error}",
             "train again with another --output; the weights can still be evaluated",

@@ -125,7 +125,7 @@ def test_corrupted_file_is_named_in_the_error(tmp_path, text):
 
 def test_missing_or_binary_file_is_named_in_the_error(tmp_path):
     path = tmp_path / "vocabulary.json"
-    with pytest.raises(CheckpointError, match=r"vocabulary\.json"):
+    with pytest.raises(FileNotFoundError, match=r"vocabulary\.json"):
         Vocabulary.load(path)
     path.write_bytes(b"\xff\xfe\x00\x80")
     with pytest.raises(CheckpointError, match=r"vocabulary\.json"):

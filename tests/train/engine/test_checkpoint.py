@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import pathlib
 import pickle
 import shutil
 
@@ -247,10 +248,10 @@ FATAL = [(n, d) for n in ("model.safetensors", *JSON_FILES) for d in CORRUPTIONS
 
 
 @pytest.mark.parametrize("signed", [False, True], ids=["", "signed"])
-@pytest.mark.parametrize(("name", "damage"), FATAL)
-def test_corrupted_file_is_rejected_and_checkpoint_named(save, run, sign, name, damage, signed):
+@pytest.mark.parametrize(("name", "corruption"), FATAL)
+def test_corrupted_file_is_rejected_and_checkpoint_named(save, run, sign, name, corruption, signed):
     save(1)
-    CORRUPTIONS[damage](find_checkpoint(run) / name)
+    CORRUPTIONS[corruption](find_checkpoint(run) / name)
     if signed:
         sign(find_checkpoint(run))
     with pytest.raises(CheckpointError, match="step-00000001") as caught:
@@ -258,11 +259,11 @@ def test_corrupted_file_is_rejected_and_checkpoint_named(save, run, sign, name, 
     assert caught.value.exit_status == 1
 
 
-@pytest.mark.parametrize("damage", ["empty", "truncated"])
+@pytest.mark.parametrize("corruption", ["empty", "truncated"])
 @pytest.mark.parametrize("name", ["model.safetensors", *JSON_FILES])
-def test_error_names_the_corrupted_file(save, run, name, damage):
+def test_error_names_the_corrupted_file(save, run, name, corruption):
     save(1)
-    CORRUPTIONS[damage](find_checkpoint(run) / name)
+    CORRUPTIONS[corruption](find_checkpoint(run) / name)
     with pytest.raises(CheckpointError) as caught:
         load_checkpoint(run)
     assert name in caught.value.message
@@ -291,25 +292,106 @@ def test_checkpoint_without_checksums_is_rejected(save, run, name):
     save(1)
     folder = find_checkpoint(run)
     (folder / "sha256.json").unlink()
-    with pytest.raises(CheckpointError, match=r"sha256\.json: corrupted checkpoint"):
+    with pytest.raises(CheckpointError, match=r"sha256\.json: no such file"):
         load_training_state(folder) if name == "training_state.pt" else load_checkpoint(run)
 
 
-@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "one byte short", "other bytes"])
-def test_corrupted_training_state_is_rejected_by_name(save, run, damage):
+@pytest.mark.parametrize("corruption", ["missing", "empty", "truncated", "one byte short", "other bytes"])
+def test_corrupted_training_state_is_rejected_by_name(save, run, corruption):
     save(1)
     folder = find_checkpoint(run)
-    CORRUPTIONS[damage](folder / "training_state.pt")
+    CORRUPTIONS[corruption](folder / "training_state.pt")
     with pytest.raises(CheckpointError, match=r"step-00000001/training_state\.pt"):
         load_training_state(folder)
 
 
-@pytest.mark.parametrize("damage", [d for d in CORRUPTIONS if d not in ("missing", "one byte short")])
-def test_corrupted_pointer_file_is_rejected_by_name(save, run, damage):
+@pytest.mark.parametrize("corruption", [d for d in CORRUPTIONS if d not in ("missing", "one byte short")])
+def test_corrupted_pointer_file_is_rejected_by_name(save, run, corruption):
     save(1)
-    CORRUPTIONS[damage](run / "checkpoints.json")
+    CORRUPTIONS[corruption](run / "checkpoints.json")
     with pytest.raises(CheckpointError, match=r"checkpoints\.json"):
         load_checkpoint(run)
+
+
+def _fail_reads_of(monkeypatch, name, error):
+    """Make reads of the files with a name fail, as an unreliable disk or network file system does."""
+
+    def fail(real):
+        def call(path, *args, **kwargs):
+            if path.name == name:
+                raise error
+            return real(path, *args, **kwargs)
+
+        return call
+
+    for target in ("pathlib.Path.read_text", "gridcap.train.engine.checkpoint.sha256_of"):
+        monkeypatch.setattr(target, fail(checkpoint.sha256_of if "sha256_of" in target else pathlib.Path.read_text))
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ESTALE, errno.EMFILE])
+@pytest.mark.parametrize("name", ["checkpoints.json", "sha256.json", "model.safetensors", *JSON_FILES])
+def test_item_11_a_system_error_is_not_called_corruption(save, run, monkeypatch, name, number):
+    save(1)
+    _fail_reads_of(monkeypatch, name, OSError(number, os.strerror(number)))
+    with pytest.raises(OSError, match=os.strerror(number)) as caught:
+        load_checkpoint(run)
+    assert caught.value.errno == number
+    assert name == "checkpoints.json" or str(caught.value.filename).endswith(f"step-00000001/{name}")
+
+
+def test_item_11_a_system_error_in_the_training_state_is_not_called_corruption(save, run, monkeypatch):
+    save(1)
+    _fail_reads_of(monkeypatch, "training_state.pt", OSError(errno.EIO, os.strerror(errno.EIO)))
+    with pytest.raises(OSError, match="Input/output error"):
+        load_training_state(find_checkpoint(run))
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_item_12_running_out_of_memory_is_not_called_corruption(save, run, monkeypatch, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    save(1)
+    for target in ("build_decoder", "torch.load"):
+        monkeypatch.setattr(f"gridcap.train.engine.checkpoint.{target}", fail)
+    with pytest.raises(type(error)):
+        load_checkpoint(run)
+    with pytest.raises(type(error)):
+        load_training_state(find_checkpoint(run))
+
+
+def test_item_12_a_bug_in_a_decoder_is_not_called_corruption(save, run, monkeypatch):
+    def fail(*args):
+        raise TypeError("a bug")
+
+    save(1)
+    monkeypatch.setattr("gridcap.train.engine.checkpoint.build_decoder", fail)
+    with pytest.raises(TypeError, match="a bug"):
+        load_checkpoint(run)
+
+
+@pytest.mark.parametrize("name", ["config.json", "sha256.json", "model.safetensors", "vocabulary.json"])
+def test_checkpoint_that_is_replaced_while_it_is_read_is_loaded_from_its_successor(save, run, monkeypatch, name):
+    """A run in progress deletes the previous checkpoint after each save."""
+    save(1)
+    expected = {}
+    real = checkpoint._reading
+
+    def replace(file):
+        if file.name == name and not expected:
+            expected["logits"] = logits_of(save(2, best=2))
+        return real(file)
+
+    monkeypatch.setattr("gridcap.train.engine.checkpoint._reading", replace)
+    loaded = load_checkpoint(run)
+    assert loaded.path.name == "step-00000002"
+    assert torch.equal(logits_of(loaded.decoder), expected["logits"])
+
+
+def test_file_is_not_a_run(tmp_path):
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(CheckpointError, match=r"notes\.txt: no such folder"):
+        load_checkpoint(tmp_path / "notes.txt")
 
 
 def test_pointer_to_missing_checkpoint_is_rejected(save, run):

@@ -248,6 +248,18 @@ def test_incomplete_training_state_is_rejected_by_name(tmp_path, new_config, tra
         train(new_config(tmp_path / "run"), train_data, resume=True)
 
 
+def test_item_16_running_out_of_memory_on_resume_is_not_blamed_on_the_checkpoint(
+    tmp_path, new_config, train_data, monkeypatch
+):
+    def exhaust(*_):
+        raise RuntimeError("CUDA error: out of memory")
+
+    train(new_config(tmp_path / "run", epochs=1), train_data)
+    monkeypatch.setattr("gridcap.train.engine.state.RunState.load_training_state", exhaust)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(new_config(tmp_path / "run"), train_data, resume=True)
+
+
 def test_resuming_a_finished_run_changes_nothing(tmp_path, new_config, train_data):
     config = new_config(tmp_path / "run", epochs=1)
     history = train(config, train_data)
