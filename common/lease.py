@@ -72,9 +72,14 @@ class Lease:
     def check(self) -> None:
         """Make sure that the lease is still held. Call this before writing results.
 
+        A deleted lease file is restored.
+
         Raises:
-            FolderInUseError: another process took the lease over, because this one was suspended for too long.
+            FolderInUseError: another process took over the lease, because this one was suspended for too long.
+            OSError: the lease cannot be read.
         """
+        if not self._path.exists() and publish_text(self._path, _to_json(self._holder)):
+            return
         current = _read(self._path)
         if current is None or current.token != self._holder.token:
             raise FolderInUseError(
@@ -83,19 +88,20 @@ class Lease:
             )
 
     def release(self) -> None:
-        """Stop the heartbeat and give the lease up, if it is still held by this process."""
+        """Stop the heartbeat and remove the lease, if it is still held by this process."""
         self._stop.set()
         self._thread.join()
-        current = _read(self._path)
-        if current is not None and current.token == self._holder.token:
-            self._path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a lease that remains is stale when this process has ended
+            current = _read(self._path)
+            if current is not None and current.token == self._holder.token:
+                self._path.unlink()
 
     def _send_heartbeats(self) -> None:
         while not self._stop.wait(HEARTBEAT_INTERVAL):
-            current = _read(self._path)
-            if current is None or current.token != self._holder.token:
-                return  # `check` reports it
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # a file system that is briefly unavailable
+                current = _read(self._path)
+                if current is not None and current.token != self._holder.token:
+                    return  # `check` reports it
                 os.utime(self._path)  # works on a full disk, too
 
 
@@ -111,6 +117,7 @@ def exclusive_folder(folder: Path, notify: Callable[[str], None]) -> Iterator[Le
 
     Raises:
         FolderInUseError: another process writes to the folder.
+        OSError: the folder cannot be written, or its lease cannot be read.
     """
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -138,7 +145,7 @@ def _acquire(path: Path, notify: Callable[[str], None]) -> Holder:
         command=" ".join(sys.argv)[:200],
     )
     for _ in range(_ATTEMPTS):
-        if not path.exists() and publish_text(path, json.dumps(asdict(holder), indent=2) + "\n"):
+        if not path.exists() and publish_text(path, _to_json(holder)):
             current = _read(path)  # on file systems without hard links, the last writer wins
             if current is not None and current.token == holder.token:
                 return holder
@@ -151,7 +158,7 @@ def _acquire(path: Path, notify: Callable[[str], None]) -> Holder:
                 f"{path.parent}: in use by {current}", "wait for it to finish, or choose another folder"
             )
         if _remove_stale(path, current):
-            notify(f"{path.parent}: taking over from {current or 'an unknown process'}, which has ended")
+            notify(f"{path.parent}: taking over from {current or 'an unknown process'}, which is no longer active")
     raise FolderInUseError(f"{path.parent}: several processes compete for this folder", "start only one of them")
 
 
@@ -188,11 +195,19 @@ def _remove_stale(path: Path, expected: Holder | None) -> bool:
 
 
 def _read(path: Path) -> Holder | None:
-    """Return the holder that a lease names, or None if the file is missing or unreadable."""
+    """Return the holder that a lease names, or None if the file is missing or invalid.
+
+    Raises:
+        OSError: the file cannot be read, which does not mean that the lease is stale.
+    """
     try:
         return Holder(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+    except (FileNotFoundError, ValueError, TypeError):
         return None
+
+
+def _to_json(holder: Holder) -> str:
+    return json.dumps(asdict(holder), indent=2) + "\n"
 
 
 def _heartbeat(path: Path) -> int | None:

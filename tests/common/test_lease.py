@@ -1,5 +1,6 @@
 """Leases of output folders, with real processes."""
 
+import errno
 import json
 import os
 import signal
@@ -156,6 +157,65 @@ def test_item_01_suspended_process_notices_that_its_lease_was_taken_over(tmp_pat
         with pytest.raises(FolderInUseError, match="taken over by process"):
             held.check()
     assert (tmp_path / LEASE_FILE).exists(), "the lease of the other process is kept"
+
+
+@pytest.fixture
+def unreadable(monkeypatch):
+    """Return a function that makes reading leases fail, as on an unreliable network file system, until it is undone."""
+
+    def call(patch, number=errno.EIO):
+        def fail(path):
+            raise OSError(number, os.strerror(number), str(path))
+
+        patch.setattr(lease, "_read", fail)
+
+    return call
+
+
+def test_item_11_lease_that_cannot_be_read_is_not_stale(tmp_path, hold, monkeypatch, unreadable):
+    process = hold(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        unreadable(patch)
+        with pytest.raises(OSError, match="Input/output error"):
+            acquire(tmp_path / "run")
+    with pytest.raises(FolderInUseError, match=f"process {process.pid}"):
+        acquire(tmp_path / "run")
+
+
+def test_item_11_holder_keeps_its_lease_after_a_failed_read(tmp_path, monkeypatch, unreadable):
+    monkeypatch.setattr(lease, "HEARTBEAT_INTERVAL", 0.01)
+    with exclusive_folder(tmp_path, print) as held:
+        with monkeypatch.context() as patch:
+            unreadable(patch)
+            with pytest.raises(OSError, match="Input/output error"):
+                held.check()
+            time.sleep(0.1)  # several heartbeats fail
+        os.utime(tmp_path / LEASE_FILE, (1, 1))
+        while (tmp_path / LEASE_FILE).stat().st_mtime == 1:
+            time.sleep(0.01)
+        held.check()
+        with monkeypatch.context() as patch:
+            unreadable(patch)
+            held.release()  # must not hide the error that ends a run
+
+
+def test_deleted_lease_is_restored(tmp_path):
+    with exclusive_folder(tmp_path, print) as held:
+        (tmp_path / LEASE_FILE).unlink()
+        held.check()
+        assert json.loads((tmp_path / LEASE_FILE).read_text())["pid"] == os.getpid()
+    assert not (tmp_path / LEASE_FILE).exists()
+
+
+def test_lease_that_replaced_a_stale_one_is_put_back_without_hard_links(tmp_path, monkeypatch):
+    def no_links(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    path = write_foreign_lease(tmp_path / "run")
+    content = path.read_text()
+    monkeypatch.setattr("os.link", no_links)
+    assert not lease._remove_stale(path, None)
+    assert path.read_text() == content
 
 
 def test_heartbeat_updates_the_modification_time(tmp_path, monkeypatch):
