@@ -28,11 +28,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Return the sections in a YAML file; an empty file has none.
 
     Raises:
-        ConfigError: if the file cannot be read, is not valid YAML, or does not contain sections.
+        ConfigError: the path is wrong, or the file is not valid YAML or does not contain sections.
+        OSError: reading failed for another reason, which is not a usage error.
     """
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
-    except (OSError, UnicodeDecodeError) as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a UTF-8 text file"
         raise ConfigError(f"{path}: {reason}", "pass the path of a YAML file to --config or --recipe") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -21,7 +21,7 @@ from gridcap.common.config import (
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib  # pytest brings it
+    import tomli as tomllib  # a dependency of pytest
 
 ROOT = Path(__file__).parents[3]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,6 @@ from gridcap.common.config import (
     load_config,
 )
 from gridcap.common.errors import ConfigError
-
-if sys.version_info >= (3, 11):
-    pass
-else:
-    pass  # pytest brings it
 
 
 def write(text: str, name: str = "mine.yaml") -> Path:

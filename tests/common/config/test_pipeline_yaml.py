@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -20,11 +19,6 @@ from gridcap.common.config import (
     load_config,
 )
 from gridcap.common.config.decoders import FAMILIES
-
-if sys.version_info >= (3, 11):
-    pass
-else:
-    pass  # pytest brings it
 
 ROOT = Path(__file__).parents[3]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,11 +18,6 @@ from gridcap.common.config import (
 )
 from gridcap.common.config.train import RUN_SETTINGS
 from gridcap.common.errors import ConfigError
-
-if sys.version_info >= (3, 11):
-    pass
-else:
-    pass  # pytest brings it
 
 ROOT = Path(__file__).parents[3]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,6 @@ from gridcap.common.config import (
 )
 from gridcap.common.config.keys import RENAMED_KEYS, all_keys
 from gridcap.common.errors import ConfigError
-
-if sys.version_info >= (3, 11):
-    pass
-else:
-    pass  # pytest brings it
 
 
 def write(text: str, name: str = "mine.yaml") -> Path:
@@ -273,6 +268,16 @@ def test_a_missing_file_is_an_error_with_its_name() -> None:
     with pytest.raises(ConfigError, match=r"^nowhere\.yaml: No such file") as caught:
         load_config(Path("nowhere.yaml"))
     assert "--config" in caught.value.hint
+
+
+def test_item_13_a_failed_read_is_not_a_usage_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> str:
+        raise OSError(errno.EIO, "Input/output error", "mine.yaml")
+
+    path = write("seed: 1")
+    monkeypatch.setattr(Path, "read_text", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        load_config(path)
 
 
 def test_yaml_anchors_and_merges_work() -> None:
