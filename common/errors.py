@@ -81,7 +81,7 @@ class DownloadError(GridcapError):
 
 
 class TrainingError(GridcapError):
-    """Training stopped because the loss became NaN or inf."""
+    """Training stopped because the loss became NaN or inf, or because the ranks cannot connect."""
 
 
 class FolderInUseError(GridcapError):

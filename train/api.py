@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gridcap.common.config import PipelineConfig, TrainConfig, build_config
-from gridcap.common.errors import ConfigError
+from gridcap.common.errors import ConfigError, UserError
 
 
 def train_decoder(
@@ -44,7 +44,8 @@ def train_decoder(
         UserError: an invalid setting or path.
         AnnotationError: a captions file cannot be used.
         CheckpointError: there is nothing to resume, or `output` contains a run and `resume` is false.
-        MismatchError: the captions do not belong to the features, or the settings differ from those of the resumed run.
+        MismatchError: the captions do not belong to the features, images are used for both training and validation, or
+            the settings differ from those of the resumed run.
         StoreError: a feature store cannot be read.
         TrainingError: the loss became NaN or inf.
     """
@@ -60,11 +61,21 @@ def train_decoder(
     check_objective(config.train)
     train = join_captions(FeatureStore(features), Path(annotations), [config], "train", "annotations").data
     val = None
-    if config.train.val_features is not None:
+    if config.train.val_features is None:
+        reject_validation_settings(config.train)
+    else:
         store = FeatureStore(config.train.val_features)
         val = join_captions(store, config.train.val_annotations, [config], "val", "val_annotations").data
     fit(config, train, val, resume, progress)
     return config.train.output
+
+
+def reject_validation_settings(settings: TrainConfig) -> None:
+    """Raise a UserError for settings that have no effect without a validation store."""
+    if settings.val_annotations is not None:
+        raise UserError("--val-annotations requires --val-features", "pass both, or neither")
+    if settings.patience is not None:
+        raise UserError("--patience requires a validation store", "pass --val-features, or omit --patience")
 
 
 def with_decoder_of(config: PipelineConfig, source: Path, recipe: str | None) -> PipelineConfig:

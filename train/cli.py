@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gridcap.common.command import Uses, flag, pipeline_command, reload_config, show_config
+from gridcap.common.command import Uses, flag, pipeline_command, reject_ignored, reload_config, show_config
 from gridcap.common.config import PipelineConfig, recipe_names
-from gridcap.common.errors import CheckpointError, ConfigError, MismatchError, UserError
+from gridcap.common.errors import CheckpointError, ConfigError
 from gridcap.common.store.reader import FeatureStore
 from gridcap.common.text import plural
-from gridcap.train.api import with_decoder_of
+from gridcap.train.api import reject_validation_settings, with_decoder_of
 
 if TYPE_CHECKING:
     from gridcap.train.data.captioned import CaptionedImages
@@ -68,8 +68,8 @@ USES = Uses(("train", "data", "seed"), "train.max_grad_norm=1")
 @flag("--val-features", "train.val_features")
 @flag("--val-annotations", "train.val_annotations")
 @flag("--output", "train.output")
-@click.option("--recipe", help="Built-in recipe (decoder and training settings), or a YAML file with a train section.")
-@click.option("--scst", is_flag=True, help="Self-critical sequence training (SCST) of a decoder given by --init-from.")
+@click.option("--recipe", help="built-in recipe (decoder and training settings), or a YAML file with a train section")
+@click.option("--scst", is_flag=True, help="self-critical sequence training (SCST) of the decoder given by --init-from")
 @flag("--init-from", "train.init_from")
 @flag("--decoder", "train.decoder.family")
 @flag("--epochs", "train.epochs")
@@ -88,8 +88,8 @@ USES = Uses(("train", "data", "seed"), "train.max_grad_norm=1")
     is_flag=False,
     flag_value="yes",
     type=click.Choice(["yes", "no", "auto"]),
-    help="Resume from the last checkpoint in --output, with the settings of the run. auto: resume if there is a run in "
-    "--output, else start one  [default: no; auto in a requeued Slurm job]",
+    help="resume from the last checkpoint in --output, with the settings of the run; auto: resume if --output contains "
+    "a run, else start one  [default: no; auto in a requeued Slurm job]",
 )
 def train_decoder(config: PipelineConfig, dry_run: bool, resume: str | None, recipe: str | None, scst: bool) -> None:
     """Train a decoder on a feature store.
@@ -163,21 +163,23 @@ def _train(config: PipelineConfig, dry_run: bool, resume: bool) -> None:
 
     settings = config.train
     show_config(config, "train", full=dry_run)
+    if settings.objective == "scst":
+        reject_ignored(["train.label_smoothing", "train.scheduled_sampling"], "with SCST", "omit it")
+    else:
+        reject_ignored(["train.scst"], "without SCST", "pass --scst, or omit it")
     store = FeatureStore(settings.features or config.data.features_dir / "train.h5")
     train = captions_for(store, settings.annotations, [config], "train", "--annotations")
     val = _validation_data(config, store)
     if val is None:
         click.echo("no validation store: the last checkpoint counts as the best one (pass --val-features)")
-    elif shared := len(train.images() & val.images()):
-        raise MismatchError(
-            f"{plural(shared, 'image')} in both {store.path} and {val.store.path}",
-            "validate on images that are not used for training: pass another --val-features",
-        )
     warn_if_random(store)
+    from gridcap.train.engine.job import check_disjoint
     from gridcap.train.engine.loop import fit
     from gridcap.train.engine.start import check_objective
 
     check_objective(settings)
+    if val is not None:
+        check_disjoint(train, val)
     if dry_run:
         if settings.init_from is None and not resume:  # otherwise, the vocabulary is that of the checkpoint
             build_vocabulary((caption for image in train.captions for caption in image), settings)
@@ -197,10 +199,7 @@ def _validation_data(config: PipelineConfig, store: FeatureStore) -> CaptionedIm
     path = settings.val_features or config.data.features_dir / f"{split}.h5"
     if settings.val_features is not None or path.exists():
         return captions_for(FeatureStore(path), settings.val_annotations, [config], "val", "--val-annotations")
-    if settings.val_annotations is not None:
-        raise UserError("--val-annotations requires --val-features", "pass both, or neither")
-    if settings.patience is not None:
-        raise UserError("--patience requires a validation store", "pass --val-features, or omit --patience")
+    reject_validation_settings(settings)
     return None
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import gridcap
 from demo.shapes import write_shapes
 from gridcap import Captioner, FeatureStore, extract_features, train_decoder
-from gridcap.common.errors import CheckpointError, ConfigError, UserError
+from gridcap.common.errors import CheckpointError, ConfigError, MismatchError, UserError
 
 SMALL_DECODER = {"family": "lstm", "embed_size": 8, "hidden_size": 8}
 
@@ -68,6 +69,24 @@ def test_train_decoder_writes_a_run_that_captioner_loads(shapes: Path, stores: d
     assert isinstance(captioner(image).text, str)
     with pytest.raises(CheckpointError, match="run"):
         train_decoder(stores["train"], captions, run, decoder=SMALL_DECODER, epochs=1, device="cpu", progress=False)
+
+
+def test_training_images_are_rejected_for_validation(shapes: Path, stores: dict[str, Path], tmp_path: Path) -> None:
+    captions = shapes / "shapes" / "captions_train.json"
+    validation = {"val_features": stores["train"], "val_annotations": captions}
+    with pytest.raises(MismatchError, match=r"6 images in both .*train\.h5 and .*train\.h5"):
+        train_decoder(stores["train"], captions, tmp_path / "run", decoder=SMALL_DECODER, device="cpu", **validation)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("setting", [{"val_annotations": Path("val.json")}, {"patience": 1}])
+def test_validation_settings_require_a_validation_store(
+    shapes: Path, stores: dict[str, Path], tmp_path: Path, setting: dict[str, Any]
+) -> None:
+    captions = shapes / "shapes" / "captions_train.json"
+    with pytest.raises(UserError, match="requires"):
+        train_decoder(stores["train"], captions, tmp_path / "run", device="cpu", **setting)
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_unknown_setting_suggests_a_key(tmp_path: Path) -> None:

@@ -427,6 +427,29 @@ def test_invalid_init_from_is_rejected_and_nothing_is_written(project, arguments
     assert files(project) == before
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "train.scst.samples=3"], "--set train.scst.samples=3: has no effect without SCST"),
+        (
+            ["--scst", "--init-from", "runs/done", "--set", "train.label_smoothing=0.1"],
+            "--set train.label_smoothing=0.1: has no effect with SCST",
+        ),
+        (
+            ["--set", "data.splits.train.limit=3"],
+            "--set data.splits.train.limit=3: has no effect after feature extraction",
+        ),
+        (["--set", "data.splits.val.skip=3"], "--set data.splits.val.skip=3: has no effect after feature extraction"),
+    ],
+)
+def test_item_19_settings_without_effect_are_rejected_and_nothing_is_written(
+    project, arguments, message, invoke, files
+):
+    before = files(project)
+    assert message in invoke(train_decoder, *arguments, status=2)
+    assert files(project) == before
+
+
 # --- end of a run ---
 
 

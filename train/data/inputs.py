@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from gridcap.common.captions.split import captions_only, load_split
+from gridcap.common.command import reject_ignored
 from gridcap.common.config import PipelineConfig
 from gridcap.common.errors import UserError
 from gridcap.common.store.reader import FeatureStore
@@ -77,6 +78,12 @@ def captions_for(
     store: FeatureStore, annotations: Path | None, configs: list[PipelineConfig], role: str, option: str
 ) -> CaptionedImages:
     """Join a store with its captions as `join_captions` does, and print a summary."""
+    splits = [f"data.splits.{name}" for config in configs for name in config.data.splits]
+    reject_ignored(
+        [f"{split}.{key}" for split in splits for key in ("limit", "skip")],
+        "after feature extraction",
+        "omit it, or extract the features of this subset",
+    )
     joined = join_captions(store, annotations, configs, role, option)
     for line in joined.notes:
         click.echo(f"note: {joined.source}: {line}", err=True)

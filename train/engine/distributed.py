@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gridcap.common.errors import UserError
+from gridcap.common.errors import TrainingError, UserError
 
 _FIRST_PORT, _NUM_PORTS = 20_000, 12_000  # below the range of ephemeral ports
 
@@ -111,7 +111,7 @@ def process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
     step, and the port is derived from the job and step ids.
 
     Raises:
-        UserError: the ranks cannot connect.
+        TrainingError: the ranks cannot connect.
     """
     if ranks.world_size == 1:
         yield
@@ -131,7 +131,7 @@ def process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
             device_id=device if device.type == "cuda" else None,
         )
     except (RuntimeError, ValueError, dist.DistError) as error:
-        raise UserError(
+        raise TrainingError(
             f"rank {ranks.rank} of {ranks.world_size} cannot connect to rank 0 at {address}:{port}: {error}",
             "start all ranks together, on machines that can reach each other, or set MASTER_ADDR and MASTER_PORT",
         ) from error
@@ -149,7 +149,7 @@ def _first_node() -> str:
     try:
         result = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        raise UserError(
+        raise TrainingError(
             f"scontrol cannot expand the node list {nodes}: {error}",
             "set MASTER_ADDR to the first node and MASTER_PORT to a free port",
         ) from error

@@ -12,8 +12,9 @@ from tqdm import tqdm
 
 from gridcap.common.config import PipelineConfig, TrainConfig
 from gridcap.common.device import choose_device, choose_precision
-from gridcap.common.errors import UserError
+from gridcap.common.errors import MismatchError, UserError
 from gridcap.common.store.provenance import check_same_features
+from gridcap.common.text import plural
 from gridcap.train.data.captioned import CaptionedImages
 from gridcap.train.engine.distributed import SINGLE_PROCESS, Ranks
 
@@ -63,7 +64,8 @@ class TrainingJob:
     def __post_init__(self) -> None:
         if self.val is not None:
             train, val = self.train.store, self.val.store
-            check_same_features(train.provenance, val.provenance, f"{train.path} holds", str(val.path))
+            check_same_features(train.provenance, val.provenance, f"{train.path} contains", str(val.path))
+            check_disjoint(self.train, self.val)
 
     @property
     def settings(self) -> TrainConfig:
@@ -77,12 +79,21 @@ class TrainingJob:
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """What is not part of the configuration but must not change on resuming: data digests and precision."""
+        """The properties outside the configuration that must not change on resuming: data digests and precision."""
         return {
             "data": self.train.digest(),
             "validation": None if self.val is None else self.val.digest(),
             "precision": str(self.runtime.precision),
         }
+
+
+def check_disjoint(train: CaptionedImages, val: CaptionedImages) -> None:
+    """Raise a MismatchError if images are used for both training and validation."""
+    if shared := len(train.images() & val.images()):
+        raise MismatchError(
+            f"{plural(shared, 'image')} in both {train.store.path} and {val.store.path}",
+            "validate on images that are not used for training: pass another --val-features",
+        )
 
 
 def choose_runtime(settings: TrainConfig, ranks: Ranks, progress: bool) -> Runtime:

@@ -10,7 +10,7 @@ from itertools import islice
 import torch
 
 from gridcap.common.config import PipelineConfig
-from gridcap.common.errors import GridcapError, TrainingError, UserError
+from gridcap.common.errors import GridcapError, MismatchError, TrainingError
 from gridcap.common.files import remove_leftovers, write_text
 from gridcap.common.lease import Lease, exclusive_folder
 from gridcap.common.progress import progress_bar
@@ -61,8 +61,9 @@ def fit(
     Raises:
         FolderInUseError: another process trains into the same folder.
         CheckpointError: there is nothing to resume, or the folder contains a run and `resume` is false.
-        MismatchError: the configuration, features, or captions differ from those of the resumed run.
-        TrainingError: the loss became NaN or inf.
+        MismatchError: the configuration, features, or captions differ from those of the resumed run, or between ranks;
+            or images are used for both training and validation.
+        TrainingError: the loss became NaN or inf, or the ranks cannot connect.
         UserError: SCST without `init_from`, or fewer images per step than ranks and gradient accumulation steps.
     """
     ranks = find_ranks()
@@ -84,7 +85,7 @@ def _exclusive_output(job: TrainingJob) -> Iterator[Lease | None]:
         if ranks.is_main:
             try:
                 lease = stack.enter_context(exclusive_folder(job.output, job.runtime.print))
-            except GridcapError as raised:
+            except (GridcapError, OSError) as raised:  # raised by all ranks, which would wait otherwise
                 error = raised
         if error := ranks.all_gather(error)[0]:
             raise error
@@ -114,7 +115,7 @@ def _run(job: TrainingJob, resume: bool, lease: Lease | None) -> list[Row]:
 def _check_same_on_all_ranks(job: TrainingJob, run: RunState) -> None:
     inputs = (run.step, tuple(run.vocabulary.tokens), job.fingerprint["data"])
     if len(set(job.runtime.ranks.all_gather(inputs))) > 1:
-        raise UserError(
+        raise MismatchError(
             "the ranks start from different checkpoints, vocabularies, or captions",
             "give all ranks access to the same folders and files",
         )
@@ -250,7 +251,10 @@ class Trainer:
         run.history.append(row)
         if messages := health_warnings(run.history):
             row["warnings"] = messages
-        self._save()
+        with defer_stop_signals() as pending_signal:
+            self._save()
+        if stop := pending_signal():
+            stop()
         if self.log is not None:
             self.log.log_epoch(run.history)
             plot_curves(run.history, read_rows(job.output / "steps.jsonl"), job.output / "curves.png")

@@ -87,7 +87,9 @@ def resume_run(job: TrainingJob) -> RunState:
     loaded = load_checkpoint(find_checkpoint(job.output, "last"))
     # Views are compared too, because each epoch samples one of them per image.
     provenance = job.train.store.provenance
-    check_same_features(loaded.provenance, provenance, f"{job.output} was trained on", "these", views=True)
+    check_same_features(
+        loaded.provenance, provenance, f"{job.output} was trained on", str(job.train.store.path), views=True
+    )
     _check_same_config(job, loaded.config)
     state = load_training_state(loaded.path)
     try:

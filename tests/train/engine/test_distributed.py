@@ -6,15 +6,17 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
 import gridcap.train.engine.loop
-from gridcap.common.errors import UserError
+from gridcap.common.errors import MismatchError, TrainingError, UserError
 from gridcap.train.engine.checkpoint import find_checkpoint, load_checkpoint
-from gridcap.train.engine.distributed import SINGLE_PROCESS, Ranks, find_ranks
+from gridcap.train.engine.distributed import SINGLE_PROCESS, Ranks, find_ranks, process_group
+from gridcap.train.engine.job import Runtime
 from gridcap.train.engine.loop import fit
 
 NOT_COMPARED = ("seconds", "data_wait", "warnings")
@@ -84,6 +86,49 @@ def test_batch_size_smaller_than_ranks_times_accumulation_steps_is_rejected(
         fit(new_config(tmp_path / "run", batch_size=batch_size, grad_accum_steps=accumulate), train_data, None, False)
     assert "larger --batch-size" in caught.value.hint
     assert not (tmp_path / "run").exists()
+
+
+# --- errors ---
+
+
+def test_item_13_ranks_that_cannot_connect_are_not_a_usage_error(monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("connection refused")
+
+    monkeypatch.setattr("torch.distributed.init_process_group", fail)
+    with (
+        pytest.raises(TrainingError, match="rank 1 of 2 cannot connect") as caught,
+        process_group(Ranks(1, 2, 1), torch.device("cpu")),
+    ):
+        pass
+    assert caught.value.exit_status == 1
+
+
+class Gathering(Ranks):
+    """Rank 0 of two, which gathers None from rank 1."""
+
+    def all_gather(self, value):
+        return [value, None]
+
+
+def test_all_ranks_raise_the_error_that_keeps_rank_0_from_creating_the_output_folder(tmp_path, monkeypatch):
+    """Otherwise, the other ranks wait for rank 0 until a timeout."""
+    (tmp_path / "file").touch()
+    gathered = []
+    monkeypatch.setattr(Gathering, "all_gather", lambda _, value: gathered.append(value) or [value, None])
+    runtime = Runtime(torch.device("cpu"), ranks=Gathering(0, 2))
+    job = SimpleNamespace(output=tmp_path / "file" / "run", runtime=runtime)
+    with pytest.raises(NotADirectoryError), gridcap.train.engine.loop._exclusive_output(job):
+        pass
+    assert isinstance(gathered[0], NotADirectoryError)
+
+
+def test_item_13_ranks_with_different_inputs_are_not_a_usage_error():
+    job = SimpleNamespace(fingerprint={"data": "abc"}, runtime=Runtime(torch.device("cpu"), ranks=Gathering(0, 2)))
+    run = SimpleNamespace(step=0, vocabulary=SimpleNamespace(tokens=["a"]))
+    with pytest.raises(MismatchError, match="different checkpoints, vocabularies, or captions") as caught:
+        gridcap.train.engine.loop._check_same_on_all_ranks(job, run)
+    assert caught.value.exit_status == 1
 
 
 # --- two ranks ---

@@ -59,7 +59,7 @@ def test_ignored_signals_stay_ignored(handlers):
 
 
 @pytest.mark.parametrize("step", [6, 4], ids=["in an epoch", "in its last step"])
-def test_a_stopped_run_keeps_the_step_in_hand_and_ends_as_an_uninterrupted_one(
+def test_stopped_run_saves_the_current_step_and_resumes_exactly(
     tmp_path, new_config, train_data, handlers, monkeypatch, step
 ):
     real = gridcap.train.engine.loop.train_step
@@ -101,3 +101,16 @@ def test_item_31_stop_during_validation_keeps_the_trained_epoch(
     ]
     ours, theirs = (find_checkpoint(tmp_path / name, "last") / "model.safetensors" for name in ("run", "whole"))
     assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_item_31_stop_during_a_checkpoint_completes_it(tmp_path, new_config, train_data, handlers, monkeypatch):
+    real = gridcap.train.engine.loop.save_checkpoint
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGTERM)
+        return real(*args)
+
+    monkeypatch.setattr("gridcap.train.engine.loop.save_checkpoint", interrupted)
+    with pytest.raises(_StopError):
+        fit(new_config(tmp_path / "run"), train_data, None, False, progress=False)
+    assert find_checkpoint(tmp_path / "run", "last").name == "step-00000005"
