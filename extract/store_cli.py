@@ -106,7 +106,7 @@ def import_features(config: PipelineConfig, dry_run: bool, **values: Any) -> Non
         click.echo("dry run: nothing was written")
         return
     with progress_bar(total=len(pairs), unit="image", desc=split) as bar:
-        count = import_features(request, bar.update)
+        count = import_features(request, bar.update, lambda message: click.echo(f"note: {message}", err=True))
     click.echo(f"done: {output}: {plural(count, 'image')}")
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pickle import UnpicklingError
 
 import numpy as np
 
-from gridcap.common.errors import GridcapError, first_line
+from gridcap.common.errors import GridcapError, first_line, from_os_error
 
 MAX_REASON = 200  # characters of another library's message
 
@@ -60,6 +62,24 @@ def unique_keys(names: Iterable[object]) -> dict[str, int]:
             raise ValueError(f"the key {key!r} occurs twice, at positions {positions[key]} and {position}")
         positions[key] = position
     return positions
+
+
+def raise_system_error(error: Exception, name: str) -> None:
+    """Raise an error of the system, which says nothing about the content of a file; return for any other error.
+
+    Args:
+        error: raised while the file was read.
+        name: name of the file, for errors that do not contain one.
+
+    Raises:
+        GridcapError: the system could not read the file; with the system's message and a hint.
+        MemoryError: no memory is left.
+    """
+    if isinstance(error, MemoryError):
+        raise error
+    # EINVAL is excluded: seeking to an offset in a corrupted file can cause it.
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+        raise from_os_error(OSError(error.errno, os.strerror(error.errno), error.filename or name)) from error
 
 
 def reason_of(error: Exception) -> str:

@@ -25,7 +25,7 @@ from gridcap.common.errors import GridcapError, UserError
 from gridcap.common.files import sha256_of
 from gridcap.common.store.hdf5 import check_self_contained
 from gridcap.extract.importers.array_pickle import load_arrays
-from gridcap.extract.importers.source import Source, SourceError, reason_of, unique_keys
+from gridcap.extract.importers.source import Source, SourceError, raise_system_error, reason_of, unique_keys
 
 DATASET_SUFFIXES = ("_grids", "_features")
 CHUNK_CACHE_BYTES = 64 * 2**20  # images are read in the order of the captions file, and chunks may hold many rows
@@ -42,6 +42,8 @@ def open_source(path: Path, on_file: Callable[[int], object] = lambda _: None) -
     Raises:
         UserError: the path does not exist, or is not a supported source.
         SourceError: the source is corrupted, has repeated keys, or is a pickle of more than arrays.
+        GridcapError: the system cannot read the source.
+        MemoryError: the source does not fit into memory.
     """
     try:
         if path.is_dir():
@@ -59,6 +61,7 @@ def open_source(path: Path, on_file: Callable[[int], object] = lambda _: None) -
     except GridcapError:
         raise
     except Exception as error:  # numpy, pickle, zipfile, and HDF5 raise many types for a corrupted file
+        raise_system_error(error, str(path))
         raise SourceError(f"{path}: cannot be read: {reason_of(error)}", SUPPORTED_HINT) from error
     raise UserError(f"{path}: not a supported source of features", SUPPORTED_HINT)
 

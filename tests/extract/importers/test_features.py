@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import pickle
 from collections import OrderedDict
 from pathlib import Path
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 
 from gridcap.common.captions.records import ImageRecord, id_from_name
-from gridcap.common.errors import GridcapError, MismatchError
+from gridcap.common.errors import FolderInUseError, GridcapError, MismatchError
 from gridcap.common.store.reader import FeatureStore
 from gridcap.extract.importers.features import ImportRequest, import_features
 from gridcap.extract.importers.matching import match_keys
@@ -286,7 +288,7 @@ def test_item_30_one_large_hdf5_dataset_is_streamed(tmp_path: Path, monkeypatch:
 
 
 def test_item_01_two_imports_into_one_store_do_not_mix(tmp_path: Path) -> None:
-    """The second import starts while the first one is writing; the same holds for a rerun of the first."""
+    """Imports of the same and of other features start while the first one is writing."""
     for name, value in (("one", 1.0), ("two", 2.0)):
         np.savez(tmp_path / f"{name}.npz", features=np.full((4, 2, 2, 4), value, "f2"), file_name=list("abcd"))
 
@@ -295,9 +297,9 @@ def test_item_01_two_imports_into_one_store_do_not_mix(tmp_path: Path) -> None:
         return ImportRequest(source, match_keys(source, None), name, tmp_path / "s.h5", "s", "float16", 2)
 
     def start_others(_: int) -> None:
-        with pytest.raises(MismatchError, match="weights"):
-            import_features(request("two"))
-        assert import_features(request("one")) == 4
+        for name in ("one", "two"):
+            with pytest.raises(FolderInUseError, match="in use by process"):
+                import_features(request(name))
 
     import_features(request("one"), start_others)
     with FeatureStore(tmp_path / "s.h5") as store:
@@ -318,3 +320,105 @@ def test_item_03_the_command_rejects_channel_first_features_and_takes_a_layout(t
     assert run(command, [*arguments, "--layout", "chw"]).exit_code == 0
     with FeatureStore(tmp_path / "s.h5") as store:
         assert np.array_equal(store[:], grids)
+
+
+@pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "x"), OSError(errno.EIO, "x")])
+def test_item_11_a_source_that_the_system_cannot_read_is_not_called_corrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    path = tmp_path / "grids.h5"
+    path.write_bytes(b"")
+    monkeypatch.setattr(h5py, "File", fail)
+    with pytest.raises(GridcapError) as caught:
+        open_source(path)
+    assert not isinstance(caught.value, SourceError)
+    assert caught.value.message == f"{path}: {os.strerror(error.errno or 0)}"
+    assert "use a folder" not in caught.value.hint
+
+
+def test_item_11_an_array_that_the_system_cannot_read_is_not_called_corrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.save(tmp_path / "a.jpg.npy", grid(1))
+    source = open_source(tmp_path)
+    request = ImportRequest(source, match_keys(source, None), "cache", tmp_path / "s.h5", "s")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, "x")
+
+    monkeypatch.setattr(np, "load", fail)
+    with pytest.raises(GridcapError) as caught:
+        import_features(request)
+    assert not isinstance(caught.value, SourceError)
+    assert caught.value.message == f"cache: a.jpg: {os.strerror(errno.EIO)}"
+
+
+def test_item_16_a_source_larger_than_memory_is_not_called_corrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Path) -> None:
+        raise MemoryError
+
+    path = tmp_path / "large.pkl"
+    path.write_bytes(b"")
+    monkeypatch.setattr("gridcap.extract.importers.sources.load_arrays", fail)
+    with pytest.raises(MemoryError):
+        open_source(path)
+
+
+def test_item_23_following_the_hint_about_the_dtype_succeeds(tmp_path: Path) -> None:
+    np.savez(tmp_path / "f.npz", features=np.full((3, 2, 2, 4), 1e6, "f4"), file_name=["a.jpg", "b.jpg", "c.jpg"])
+    arguments = [str(tmp_path / "f.npz"), "--output", str(tmp_path / "s.h5")]
+    run = click.testing.CliRunner().invoke
+    failed = run(command, arguments)
+    assert failed.exit_code == 1
+    assert "pass --dtype float32" in failed.output
+    done = run(command, [*arguments, "--dtype", "float32"])
+    assert done.exit_code == 0, done.output
+
+
+def test_item_25_corrected_features_replace_a_plan_without_shards(tmp_path: Path) -> None:
+    path = tmp_path / "f.npz"
+    np.savez(path, features=np.full((3, 2, 2, 4), np.nan, "f4"), file_name=["a.jpg", "b.jpg", "c.jpg"])
+    with pytest.raises(SourceError, match="NaN"):
+        imported(path, tmp_path, records=None)
+    features = np.ones((3, 2, 2, 4), "f4")
+    features[1] = np.nan  # the first image is valid, so this attempt writes a plan
+    np.savez(path, features=features, file_name=["a.jpg", "b.jpg", "c.jpg"])
+    with pytest.raises(SourceError, match="NaN"):
+        imported(path, tmp_path, records=None)
+    np.savez(path, features=np.ones((3, 2, 2, 4), "f4"), file_name=["a.jpg", "b.jpg", "c.jpg"])
+    with imported(path, tmp_path, records=None) as store:
+        assert store.valid.all()
+
+
+def test_an_import_whose_plan_was_replaced_writes_no_shard(tmp_path: Path) -> None:
+    requests = {}
+    for name, value in (("one", 1.0), ("two", 2.0)):
+        np.savez(tmp_path / f"{name}.npz", features=np.full((2, 2, 2, 4), value, "f2"), file_name=["a", "b"])
+        source = open_source(tmp_path / f"{name}.npz")
+        requests[name] = ImportRequest(source, match_keys(source, None), name, tmp_path / name / "s.h5", "s")
+    import_features(requests["two"])
+    other = (tmp_path / "two" / "s" / "plan.json").read_text()
+
+    def replace_plan(_: int) -> None:
+        (tmp_path / "one" / "s" / "plan.json").write_text(other)
+
+    with pytest.raises(MismatchError, match="replaced the plan"):
+        import_features(requests["one"], replace_plan)
+    assert not list((tmp_path / "one" / "s").glob("*.h5"))
+
+
+def test_an_interrupted_import_resumes_with_the_missing_shards(tmp_path: Path) -> None:
+    np.savez(tmp_path / "f.npz", features=np.ones((4, 2, 2, 4), "f2"), file_name=list("abcd"))
+    imported(tmp_path / "f.npz", tmp_path, records=None).close()
+    shards = sorted((tmp_path / "out").glob("*.h5"))
+    (tmp_path / "out.h5").unlink()
+    shards[1].unlink()
+    kept = shards[0].stat().st_mtime_ns
+    with imported(tmp_path / "f.npz", tmp_path, records=None) as store:
+        assert store.valid.all()
+    assert shards[0].stat().st_mtime_ns == kept
