@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gridcap.common.device import choose_device, choose_precision
-from gridcap.common.errors import UserError, first_line
+from gridcap.common.errors import UserError, explain_out_of_memory, first_line
 from gridcap.extract.encoders.packed import can_pack, pack_convolutions
-from gridcap.extract.encoders.specs import ENCODERS
+from gridcap.extract.encoders.specs import find_encoder
 from gridcap.extract.encoders.trunk import build_trunk, fold_batch_norm, normalize
 from gridcap.extract.encoders.weights import WeightsIdentity, identify_weights
 from gridcap.extract.staging import PendingGrids, Staging
@@ -56,9 +56,11 @@ class GridEncoder:
 
     Raises:
         WeightsError: the weights are not found or do not match the encoder.
-        UserError: the device does not exist, or torch.compile failed.
+        UserError: the encoder or the device does not exist, or torch.compile failed.
 
     Example::
+
+        from pathlib import Path
 
         from gridcap import GridEncoder
         from gridcap.common.image import load_image
@@ -74,7 +76,7 @@ class GridEncoder:
         weights: str | WeightsIdentity = "imagenet",
         options: EncoderOptions = EncoderOptions(),
     ) -> None:
-        self.spec = ENCODERS[name]
+        self.spec = find_encoder(name)
         self.device = choose_device(options.device)
         self.side = self.spec.side
         self.grid_shape = self.spec.grid_shape
@@ -93,13 +95,15 @@ class GridEncoder:
         self._fixed_batch = options.batch_size if options.compiled else None
         if options.compiled:
             self._trunk = _compile(trunk, self.device)
-            self._compile_now(name, options.batch_size)
+            self._warm_up(name, options.batch_size)
 
-    def _compile_now(self, name: str, batch_size: int) -> None:
-        """Run one batch, because torch.compile compiles in the first call: fail before the first shard is started."""
+    def _warm_up(self, name: str, batch_size: int) -> None:
+        """Encode one batch, because torch.compile compiles in the first call: fail before the first shard."""
         try:
             self.encode(np.zeros((batch_size, self.side, self.side, 3), np.uint8))
         except Exception as error:  # dynamo, inductor, triton, and the C++ compiler raise different types
+            if explain_out_of_memory(error) is not None:
+                raise
             raise UserError(
                 f"--compile: torch.compile failed on {name}: {first_line(error)}",
                 "pass --compile off; a store that was started with --compile on must be recreated",
@@ -113,6 +117,9 @@ class GridEncoder:
 
         Returns:
             (B, *grid_shape) of the chosen dtype. Values out of its range become infinite.
+
+        Raises:
+            ValueError: the images have another dtype or shape.
         """
         return self.submit(images).result()
 
@@ -129,6 +136,11 @@ class GridEncoder:
                 `batch_size` images.
         """
         batch = torch.from_numpy(images) if isinstance(images, np.ndarray) else images
+        if batch.dtype != torch.uint8 or batch.shape[1:] != (self.side, self.side, 3):
+            raise ValueError(
+                f"expected images of type torch.uint8 and shape (B, {self.side}, {self.side}, 3), got {batch.dtype} "
+                f"{tuple(batch.shape)}; gridcap.common.image.load_image returns them"
+            )
         if self._staging is None:
             grids = self._forward(batch).numpy()
             return PendingGrids(lambda: grids)

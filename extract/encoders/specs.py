@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
+from gridcap.common.errors import UserError
+
 
 @dataclass(frozen=True)
 class EncoderSpec:
@@ -79,6 +81,17 @@ _SPECS = (
     _resnet("resnet152", "ResNet152_Weights.IMAGENET1K_V1"),
 )
 ENCODERS: dict[str, EncoderSpec] = {spec.name: spec for spec in _SPECS}
+
+
+def find_encoder(name: str) -> EncoderSpec:
+    """Return a built-in encoder.
+
+    Raises:
+        UserError: there is no encoder of this name.
+    """
+    if name not in ENCODERS:
+        raise UserError(f"encoder {name!r}: unknown name", f"use one of {', '.join(ENCODERS)}")
+    return ENCODERS[name]
 
 
 def list_encoders(pattern: str = "*") -> list[EncoderSpec]:

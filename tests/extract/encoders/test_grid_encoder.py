@@ -173,6 +173,39 @@ def test_a_failing_compiler_is_reported_before_the_first_image(monkeypatch: pyte
     assert "--compile off" in caught.value.hint
 
 
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_item_16_running_out_of_memory_is_not_reported_as_a_failing_compiler(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def failing(trunk: nn.Module, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+        def first_call(images: torch.Tensor) -> torch.Tensor:
+            raise error
+
+        return first_call
+
+    monkeypatch.setattr(encoder_module, "_compile", failing)
+    options = EncoderOptions("float32", "cpu", "float32", compiled=True, batch_size=2)
+    with pytest.raises(type(error)):
+        GridEncoder("inception_v3", "random", options)
+
+
+def test_an_unknown_encoder_is_an_error_that_lists_the_known_ones() -> None:
+    with pytest.raises(UserError, match="encoder 'vit': unknown name") as caught:
+        GridEncoder("vit", "random")
+    assert "resnet50" in caught.value.hint
+
+
+@pytest.mark.usefixtures("short_inception")
+@pytest.mark.parametrize(
+    "images",
+    [np.zeros((1, 75, 75, 3), np.float32), np.zeros((1, 3, 75, 75), np.uint8), np.zeros((75, 75, 3), np.uint8)],
+    ids=["float", "channels first", "without batch axis"],
+)
+def test_images_of_another_dtype_or_shape_are_an_error(images: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=r"expected images of type torch.uint8 and shape \(B, 75, 75, 3\), got"):
+        load("inception_v3", "random").encode(images)
+
+
 @pytest.mark.usefixtures("short_inception")
 def test_submit_returns_the_grids_of_encode() -> None:
     encoder = load("inception_v3", "random")
