@@ -5,7 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 
 from gridcap.extract.plan import store_folder
-from gridcap.extract.verify import CAPTIONS_CHECK, INDEX_CHECK, Report
+from gridcap.extract.verify import CAPTIONS_CHECK, INDEX_CHECK, NONZERO_CHECK, Report
+
+# Deleting a file does not help: images are missing, the captions are of other images, or the grid would be zero again.
+_NOT_REPAIRABLE = (INDEX_CHECK, CAPTIONS_CHECK, NONZERO_CHECK)
+
+
+def find_corrupted(path: Path, report: Report) -> list[Path]:
+    """Return the existing files that must be recreated: the index, if it or a shard is corrupted, and shards.
+
+    Args:
+        path: the index file.
+        report: from `verify_store`.
+    """
+    problems = [problem for problem in report.problems if problem.check not in _NOT_REPAIRABLE]
+    shards = sorted({problem.shard for problem in problems if problem.shard})
+    files = [path, *(store_folder(path) / shard for shard in shards)] if problems else []
+    return [file for file in files if file.exists()]
 
 
 def repair_store(path: Path, report: Report) -> list[Path]:
@@ -18,13 +34,7 @@ def repair_store(path: Path, report: Report) -> list[Path]:
     Returns:
         The deleted files.
     """
-    folder = store_folder(path)
-    corrupted = [folder / name for name in report.broken_shards]
-    not_repairable = (INDEX_CHECK, CAPTIONS_CHECK)  # deleting the index would not help
-    index_is_wrong = any(not problem.shard and problem.check not in not_repairable for problem in report.problems)
-    if corrupted or index_is_wrong:
-        corrupted.append(path)
-    existing = [file for file in corrupted if file.exists()]
-    for file in reversed(existing):  # the index first: its presence means that the store is complete
+    corrupted = find_corrupted(path, report)
+    for file in corrupted:  # the index first: its presence means that the store is complete
         file.unlink()
-    return existing
+    return corrupted

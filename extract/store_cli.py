@@ -129,8 +129,8 @@ def verify_features(
 
     Exit status: 0 no problems, 1 corrupted or incomplete, 2 usage error.
     """
-    from gridcap.extract.repair import repair_store
-    from gridcap.extract.verify import CAPTIONS_CHECK, plan_of, verify_store
+    from gridcap.extract.repair import find_corrupted, repair_store
+    from gridcap.extract.verify import CAPTIONS_CHECK, NONZERO_CHECK, plan_of, verify_store
 
     show_config(config, "data", full=dry_run)
     image_ids = None
@@ -148,12 +148,15 @@ def verify_features(
     if not report.problems:
         return
     rerun = "import" if plan_of(features).provenance.get("encoder") == "imported" else "extract"
+    corrupted = repair_store(features, report) if repair else find_corrupted(features, report)
     if repair:
-        for path in repair_store(features, report):
+        for path in corrupted:
             click.echo(f"deleted: {path}")
+    if corrupted and not repair:
+        files = plural(len(corrupted), "corrupted file")
+        click.echo(f"--repair deletes {files}; rerunning gridcap {rerun} then recreates what is missing")
+    elif any(problem.check not in (CAPTIONS_CHECK, NONZERO_CHECK) for problem in report.problems):
         click.echo(f"rerun the gridcap {rerun} command that wrote the store: it writes what is missing")
-    elif any(problem.check != CAPTIONS_CHECK for problem in report.problems):
-        click.echo(f"--repair deletes the corrupted files; rerunning gridcap {rerun} then recreates them")
     sys.exit(EXIT_FAILURE)
 
 

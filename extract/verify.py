@@ -75,7 +75,7 @@ class Report:
     valid: int = 0
 
     def note(self, check: str, count: int, shard: str, problem: str | None) -> None:
-        """Count a check; `problem` describes what is wrong, or is None."""
+        """Count a check; `problem` is a description, or None if the check passed."""
         self.checked[check] += count
         if problem is not None:
             self.problems.append(Problem(check, shard, problem))
@@ -133,7 +133,7 @@ def plan_of(path: Path) -> Plan:
 
 @dataclass(frozen=True)
 class _Index:
-    """What the index records about shards and rows."""
+    """Shards and rows as recorded in the index."""
 
     sha256: dict[str, str]
     valid: np.ndarray
@@ -209,7 +209,7 @@ def _verify_shard(folder: Path, plan: Plan, shard: int, index: _Index | None, re
         report.note(FILE_CHECK, 1, name, problem)
         if index is not None and info is not None and problem is None and same_plan and name in index.sha256:
             same = index.sha256[name] == info.sha256 and _agrees(index, reader, plan.rows_of(shard))
-            report.note(PLAN_CHECK, 0, "", None if same else f"{name}: differs from what the index records")
+            report.note(PLAN_CHECK, 0, "", None if same else f"{name}: differs from the index")
         _verify_rows(reader, name, report)
 
 

@@ -93,16 +93,16 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeEncoder]:
 
 @pytest.fixture
 def photos(tmp_path: Path):
-    """Create a folder of `count` different lossless 16 x 16 images; those in `bad` are text files."""
+    """Create a folder of `count` different lossless 16 x 16 images; those in `invalid` are text files."""
 
-    def make(count: int, bad: dict[int, str] | None = None, name: str = "photos") -> Path:
+    def make(count: int, invalid: dict[int, str] | None = None, name: str = "photos") -> Path:
         folder = tmp_path / name
         folder.mkdir()
         for i in range(count):
             path = folder / f"{i:04}.png"
             rng = np.random.default_rng(i)
             Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(path)
-        for i, content in (bad or {}).items():
+        for i, content in (invalid or {}).items():
             (folder / f"{i:04}.png").write_text(content)
         return folder
 

@@ -219,7 +219,7 @@ def test_the_full_configuration_is_stored_with_the_shards_and_only_changed_setti
 
 
 def test_invalid_images_are_listed_by_reason_and_exit_with_status_3(fake: Any, photos: Any, tmp_path: Path) -> None:
-    folder = photos(12, bad={2: "", 5: "text", 9: "text"})
+    folder = photos(12, invalid={2: "", 5: "text", 9: "text"})
     result = run("--images", folder, *RANDOM, "--max-invalid", 3)
     assert result.exit_code == 3
     assert "invalid images: 3" in result.stdout
@@ -234,7 +234,7 @@ def test_invalid_images_are_listed_by_reason_and_exit_with_status_3(fake: Any, p
 
 
 def test_invalid_images_can_be_allowed(fake: Any, photos: Any) -> None:
-    folder = photos(12, bad={2: ""})
+    folder = photos(12, invalid={2: ""})
     result = run("--images", folder, *RANDOM, "--allow-invalid")
     assert result.exit_code == 0
     assert "invalid images: 1" in result.stdout
@@ -361,7 +361,7 @@ def test_a_store_of_other_features_is_not_overwritten(fake: Any, photos: Any) ->
 
 
 def test_too_many_invalid_images_are_a_failure(fake: Any, photos: Any) -> None:
-    error = fails(1, "--images", photos(4, bad={0: "", 1: "", 2: ""}), *RANDOM)
+    error = fails(1, "--images", photos(4, invalid={0: "", 1: "", 2: ""}), *RANDOM)
     assert "3 of 4 images are invalid" in error
     assert not Path("features/photos.h5").exists()
 

@@ -33,7 +33,7 @@ def test_append_prints_the_number_of_new_images(fake: Any, photos: Any, no_launc
 
 
 def test_retry_prints_the_number_of_images_that_are_valid_now(fake: Any, photos: Any, no_launcher: Any) -> None:
-    folder = photos(6, bad={1: "text", 2: "text"})
+    folder = photos(6, invalid={1: "text", 2: "text"})
     assert run("--images", folder, *SMALL, "--max-invalid", "50%").exit_code == 3
     shutil.copy(folder / "0000.png", folder / "0001.png")
     again = run("--images", folder, *SMALL, "--max-invalid", "50%", "--retry-invalid")

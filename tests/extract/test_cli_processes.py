@@ -42,7 +42,7 @@ def test_rank_and_world_size_are_read_from_the_environment(
 def test_only_the_process_that_completes_the_store_exits_with_status_3(
     fake: Any, photos: Any, no_launcher: Any
 ) -> None:
-    folder = photos(10, bad={0: "text"})
+    folder = photos(10, invalid={0: "text"})
     first = run("--images", folder, *SMALL, "--rank", 0, "--world-size", 2)
     assert first.exit_code == 0, "torchrun would kill the others for anything else"
     assert "invalid images: 1" in first.stdout
@@ -114,7 +114,7 @@ def test_devices_divides_the_work_and_reports_the_whole_store(
             return self.statuses
 
     no_launcher.setattr("gridcap.extract.cluster.launch.LocalProcesses", InProcess)
-    folder = photos(10, bad={3: "text"})
+    folder = photos(10, invalid={3: "text"})
     # In the order in which the command declares them.
     given = (
         "--images",

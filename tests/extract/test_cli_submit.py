@@ -101,7 +101,7 @@ def test_at_most_one_job_per_shard_is_submitted(fake: Any, photos: Any, slurm: P
 
 
 def test_a_complete_store_is_not_submitted(fake: Any, photos: Any, slurm: Path) -> None:
-    folder = photos(10, bad={1: "text"})
+    folder = photos(10, invalid={1: "text"})
     assert run("--images", folder, *SMALL).exit_code == 3
     result = run("--images", folder, *SMALL, *SUBMIT, "--wait")
     assert "nothing to do" in result.stdout

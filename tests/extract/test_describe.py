@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,12 @@ import pytest
 from PIL import Image
 
 from gridcap.common.store.reader import FeatureStore
-from gridcap.extract.describe import file_limit_warning, sample_rows, summarize_store
+from gridcap.extract.describe import describe, file_limit_warning, sample_rows, summarize_store
 from gridcap.extract.plot import plot_grids
 
 
 def test_statistics_are_computed_from_valid_rows(fake: Any, photos: Any, extracted: Any) -> None:
-    job, _ = extracted(photos(9, bad={3: "text"}), extract__shard_size=4)
+    job, _ = extracted(photos(9, invalid={3: "text"}), extract__shard_size=4)
     with FeatureStore(job.output) as store:
         summary = summarize_store(store)
         grids = store.rows([row for row in range(9) if row != 3]).astype(np.float64)
@@ -45,29 +47,22 @@ def test_the_estimated_quantization_error_is_close_to_the_measured_one(fake: Any
 
 
 def test_a_store_of_invalid_images_only_can_be_summarized(fake: Any, photos: Any, extracted: Any) -> None:
-    job, _ = extracted(photos(2, bad={0: "x", 1: "x"}), data__max_invalid="100%")
+    job, _ = extracted(photos(2, invalid={0: "x", 1: "x"}), data__max_invalid="100%")
     with FeatureStore(job.output) as store:
         summary = summarize_store(store)
     assert summary.sampled == 0
     assert summary.rounding is None
 
 
-def test_item_06_inspect_warns_if_the_virtual_dataset_spans_more_files_than_the_limit(
-    fake: Any, photos: Any, extracted: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job, _ = extracted(photos(6), extract__shard_size=1)
+def test_item_26_a_reason_with_a_line_break_stays_on_one_line(fake: Any, photos: Any, extracted: Any) -> None:
+    job, _ = extracted(photos(2))
     with FeatureStore(job.output) as store:
-        assert file_limit_warning(store) is None
-        monkeypatch.setattr("resource.getrlimit", lambda _: (6, 4096))
-        warning = file_limit_warning(store)
-    assert warning is not None
-    assert "6 files" in warning
-    assert "NaN" in warning
-    assert "ulimit -n" in warning
+        summary = dataclasses.replace(summarize_store(store), invalid=Counter(["first\nsecond"]))
+        assert r"         1  first\nsecond" in describe(store, summary)
 
 
 def test_sampling_is_deterministic(fake: Any, photos: Any, extracted: Any) -> None:
-    job, _ = extracted(photos(30, bad={4: "x"}))
+    job, _ = extracted(photos(30, invalid={4: "x"}))
     with FeatureStore(job.output) as store:
         rows = sample_rows(store, 10).tolist()
         assert rows == sample_rows(store, 10).tolist() == sorted(set(rows))
@@ -102,4 +97,5 @@ def test_item_06_warning_if_other_programs_cannot_open_all_shards(
         warning = file_limit_warning(store)
     assert warning is not None
     assert "spans 3 files" in warning
+    assert "NaN" in warning
     assert "ulimit -n" in warning

@@ -37,7 +37,7 @@ def test_a_view_that_is_not_stored_is_an_error(fake: Any, photos: Any, extracted
 
 
 def test_an_invalid_image_is_invalid_in_every_view(fake: Any, photos: Any, extracted: Any) -> None:
-    folder = photos(5, bad={2: "text"})
+    folder = photos(5, invalid={2: "text"})
     job, _ = extracted(folder, extract__views="original,hflip", extract__shard_size=3)
     with FeatureStore(job.output) as store:
         assert list(store.invalid_reasons) == [2]
@@ -50,7 +50,7 @@ def test_an_invalid_image_is_invalid_in_every_view(fake: Any, photos: Any, extra
 
 
 def test_uint8_features_are_read_as_they_were_quantized(fake: Any, photos: Any, extracted: Any) -> None:
-    folder = photos(5, bad={1: "text"})
+    folder = photos(5, invalid={1: "text"})
     job, _ = extracted(folder, extract__dtype="uint8", extract__shard_size=2, extract__views="original,hflip")
     exact = expected_without(fake, folder, 1)
     with FeatureStore(job.output) as store:

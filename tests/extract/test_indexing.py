@@ -65,7 +65,7 @@ def test_an_index_that_another_process_replaces_while_it_is_read_is_read_again(
     fake: Any, photos: Any, job: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Seen when two processes finished at the same time: one of them failed."""
-    prepared = job(photos(5, bad={2: "text"}))
+    prepared = job(photos(5, invalid={2: "text"}))
     opened = []
 
     class Replaced(FeatureStore):
@@ -87,7 +87,7 @@ def test_an_index_that_does_not_match_its_shards_is_rewritten(
     fake: Any, photos: Any, job: Any, extracted: Any, tmp_path: Path
 ) -> None:
     """As if a shard had been replaced by --retry-invalid while another process was indexing it."""
-    folder = photos(6, bad={4: "text"})
+    folder = photos(6, invalid={4: "text"})
     prepared = job(folder, extract__shard_size=3)
     extract_features(prepared, show_progress=False)
     stale = prepared.output.read_bytes()

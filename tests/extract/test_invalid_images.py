@@ -21,7 +21,7 @@ from tests.extract.store_helpers import (
 
 
 def test_an_invalid_image_keeps_its_row_and_affects_no_other(fake: Any, photos: Any, extracted: Any) -> None:
-    folder = photos(11, bad={0: "", 5: "<html>", 6: "text", 10: "text"})
+    folder = photos(11, invalid={0: "", 5: "<html>", 6: "text", 10: "text"})
     job, summary = extracted(folder, extract__shard_size=4, extract__batch_size=2, data__max_invalid="4")
     reasons = {0: "empty file", 5: "not an image", 6: "not an image", 10: "not an image"}
     assert_right(fake, folder, job.output, reasons)
@@ -67,13 +67,13 @@ def test_item_17_images_in_a_linked_folder_are_extracted(fake: Any, photos: Any,
 
 
 def test_a_shard_may_contain_invalid_images_only(fake: Any, photos: Any, extracted: Any) -> None:
-    folder = photos(8, bad={4: "x", 5: "x", 6: "x", 7: "x"})
+    folder = photos(8, invalid={4: "x", 5: "x", 6: "x", 7: "x"})
     job, _ = extracted(folder, extract__shard_size=4, data__max_invalid="50%")
     assert_right(fake, folder, job.output, dict.fromkeys(range(4, 8), "not an image"))
 
 
 def test_too_many_invalid_images_stop_the_run_without_partial_files(fake: Any, photos: Any, extracted: Any) -> None:
-    folder = photos(20, bad=dict.fromkeys(range(8, 14), "x"))
+    folder = photos(20, invalid=dict.fromkeys(range(8, 14), "x"))
     with pytest.raises(ExtractionError) as caught:
         extracted(folder, extract__shard_size=4, extract__batch_size=2, data__max_invalid="5")
     message = f"{caught.value.message} {caught.value.hint}"
@@ -91,14 +91,14 @@ def test_too_many_invalid_images_stop_the_run_without_partial_files(fake: Any, p
 def test_exactly_max_invalid_images_are_allowed(
     fake: Any, photos: Any, extracted: Any, max_invalid: str, accepted: bool
 ) -> None:
-    folder = photos(20, bad=dict.fromkeys(range(5), "x"))
+    folder = photos(20, invalid=dict.fromkeys(range(5), "x"))
     with contextlib.nullcontext() if accepted else pytest.raises(ExtractionError):
         extracted(folder, data__max_invalid=max_invalid)
 
 
 def test_rerunning_does_not_bypass_the_limit(fake: Any, photos: Any, extracted: Any) -> None:
     """Invalid images in the shards of an earlier run count as well."""
-    folder = photos(20, bad=dict.fromkeys(range(0, 20, 2), "x"))
+    folder = photos(20, invalid=dict.fromkeys(range(0, 20, 2), "x"))
     for _ in range(4):
         with pytest.raises(ExtractionError):
             extracted(folder, extract__shard_size=2, extract__batch_size=2, data__max_invalid="5")
@@ -109,7 +109,7 @@ def test_more_invalid_images_in_existing_shards_than_the_limit_stop_the_run(
     fake: Any, photos: Any, extracted: Any
 ) -> None:
     """Even if the first batch of this run has no invalid image to name."""
-    folder = photos(12, bad=dict.fromkeys(range(4), "x"))
+    folder = photos(12, invalid=dict.fromkeys(range(4), "x"))
     job, _ = extracted(folder, extract__shard_size=4, data__max_invalid="5")
     (job.folder / "00002.h5").unlink()
     job.output.unlink()

@@ -27,7 +27,7 @@ def test_retried_images_produce_the_store_of_a_first_run_with_valid_images(
 ) -> None:
     keys = {"extract__shard_size": 4, "extract__batch_size": 2, "extract__dtype": dtype}
     keys["extract__views"] = "original,hflip"
-    folder = photos(11, bad={1: "text", 2: "text", 9: "text", 10: ""})
+    folder = photos(11, invalid={1: "text", 2: "text", 9: "text", 10: ""})
     prepared = job(folder, tmp_path / "retried" / "s.h5", **keys, data__max_invalid="50%")
     assert extract_features(prepared, show_progress=False).invalid.total() == 4
     untouched = (prepared.folder / "00001.h5").stat().st_mtime_ns
@@ -46,7 +46,7 @@ def test_retried_images_produce_the_store_of_a_first_run_with_valid_images(
 
 
 def test_retrying_images_that_are_still_invalid_changes_nothing(fake: Any, photos: Any, job: Any) -> None:
-    prepared = job(photos(6, bad={4: "text"}), extract__shard_size=3)
+    prepared = job(photos(6, invalid={4: "text"}), extract__shard_size=3)
     extract_features(prepared, show_progress=False)
     before = contents(prepared.output.parent)
     built = fake.built
@@ -57,7 +57,7 @@ def test_retrying_images_that_are_still_invalid_changes_nothing(fake: Any, photo
 
 
 def test_a_new_reason_replaces_the_old_one(fake: Any, photos: Any, job: Any) -> None:
-    folder = photos(6, bad={4: "text"})
+    folder = photos(6, invalid={4: "text"})
     prepared = job(folder, extract__shard_size=3)
     extract_features(prepared, show_progress=False)
     (folder / "0004.png").unlink()
@@ -69,7 +69,7 @@ def test_a_new_reason_replaces_the_old_one(fake: Any, photos: Any, job: Any) -> 
 def test_a_rerun_completes_a_store_killed_between_a_retried_shard_and_the_index(
     fake: Any, photos: Any, job: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = photos(6, bad={4: "text"})
+    folder = photos(6, invalid={4: "text"})
     prepared = job(folder, extract__shard_size=3)
     extract_features(prepared, show_progress=False)
     write_image(folder / "0004.png", 1)
@@ -87,7 +87,7 @@ def test_a_rerun_completes_a_store_killed_between_a_retried_shard_and_the_index(
 
 
 def test_a_corrupted_row_is_not_copied_into_a_rewritten_shard(fake: Any, photos: Any, job: Any) -> None:
-    folder = photos(4, bad={1: "text"})
+    folder = photos(4, invalid={1: "text"})
     prepared = job(folder, data__max_invalid="50%")
     extract_features(prepared, show_progress=False)
     shard = prepared.folder / "00000.h5"
@@ -103,7 +103,7 @@ def test_a_corrupted_row_is_not_copied_into_a_rewritten_shard(fake: Any, photos:
 
 
 def test_processes_may_retry_at_the_same_time(fake: Any, photos: Any, job: Any, tmp_path: Path) -> None:
-    folder = photos(24, bad=dict.fromkeys(range(0, 24, 3), "text"))
+    folder = photos(24, invalid=dict.fromkeys(range(0, 24, 3), "text"))
     keys = {"extract__shard_size": 2, "data__max_invalid": "50%"}
     prepared = job(folder, tmp_path / "retried" / "s.h5", **keys)
     extract_features(prepared, show_progress=False)
@@ -118,10 +118,22 @@ def test_processes_may_retry_at_the_same_time(fake: Any, photos: Any, job: Any, 
     assert contents(tmp_path / "retried") == contents(tmp_path / "fresh")
 
 
+def test_a_process_that_does_not_complete_the_store_counts_invalid_images_after_the_retry(
+    fake: Any, photos: Any, job: Any
+) -> None:
+    folder = photos(8, invalid={0: "text", 1: "text"})
+    prepared = job(folder, extract__shard_size=2, data__max_invalid="50%")
+    assert extract_features(prepared, Share(0, 2), show_progress=False).invalid.total() == 2
+    write_image(folder / "0001.png", 1)
+    summary = extract_features(prepared, Share(0, 2), show_progress=False, retry=True)
+    assert not summary.complete
+    assert (summary.retried, summary.invalid.total()) == (1, 1)
+
+
 def test_a_retried_value_that_cannot_be_stored_is_an_error_that_names_the_image(
     fake: Any, photos: Any, job: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = photos(3, bad={1: "text"})
+    folder = photos(3, invalid={1: "text"})
     prepared = job(folder, data__max_invalid="50%")
     extract_features(prepared, show_progress=False)
     write_image(folder / "0001.png", 1)

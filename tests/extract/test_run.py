@@ -84,7 +84,7 @@ def test_the_index_contains_split_and_provenance(fake: Any, photos: Any, extract
 
 
 def test_identical_inputs_produce_identical_files(fake: Any, photos: Any, extracted: Any, tmp_path: Path) -> None:
-    folder = photos(9, bad={4: "text"})
+    folder = photos(9, invalid={4: "text"})
     extracted(folder, tmp_path / "one" / "s.h5", extract__shard_size=4)
     extracted(folder, tmp_path / "two" / "s.h5", extract__shard_size=4, extract__num_workers=1)
     one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
@@ -97,7 +97,7 @@ def test_identical_inputs_produce_identical_files(fake: Any, photos: Any, extrac
 
 
 def test_a_second_run_changes_nothing(fake: Any, photos: Any, extracted: Any) -> None:
-    folder = photos(9, bad={4: "text"})
+    folder = photos(9, invalid={4: "text"})
     job, first = extracted(folder, extract__shard_size=4)
     features = job.output.parent
     before, stamps, built = contents(features), times(features), fake.built
@@ -122,7 +122,7 @@ def test_a_complete_store_ignores_other_batch_and_shard_sizes(fake: Any, photos:
 def test_only_a_missing_shard_is_written_again_with_the_same_bytes(
     fake: Any, photos: Any, extracted: Any, with_index: bool
 ) -> None:
-    folder = photos(10, bad={6: "text"})
+    folder = photos(10, invalid={6: "text"})
     job, _ = extracted(folder, extract__shard_size=4, extract__batch_size=2)
     features = job.output.parent
     before, stamps = contents(features), times(features)
@@ -214,7 +214,7 @@ def test_temporary_files_of_processes_that_may_be_running_are_kept(
 def test_processes_in_any_order_produce_the_store_of_one_process(
     fake: Any, photos: Any, job: Any, extracted: Any, tmp_path: Path
 ) -> None:
-    folder = photos(21, bad={4: "text"})
+    folder = photos(21, invalid={4: "text"})
     keys = {"extract__shard_size": 2, "extract__batch_size": 2}
     extracted(folder, tmp_path / "one" / "s.h5", **keys)
     summaries = []

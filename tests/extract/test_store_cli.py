@@ -18,7 +18,7 @@ def run(*arguments: object) -> click.testing.Result:
 
 
 def test_inspect_shows_source_statistics_and_plot(fake: Any, photos: Any, extracted: Any, tmp_path: Path) -> None:
-    folder = photos(7, bad={2: "text"})
+    folder = photos(7, invalid={2: "text"})
     job, _ = extracted(folder, extract__views="original,hflip", extract__shard_size=3)
     result = run(job.output, "--plot", tmp_path / "grids.png", "--images", folder)
     assert result.exit_code == 0, result.output
@@ -59,7 +59,7 @@ def test_errors_have_a_message_and_a_hint(tmp_path: Path, arguments: tuple[str, 
 
 
 def test_item_26_names_with_tabs_and_line_breaks_stay_on_one_line(photos: Any, extracted: Any) -> None:
-    folder = photos(3, bad={1: "text"})
+    folder = photos(3, invalid={1: "text"})
     (folder / "0001.png").rename(folder / "0001\ttab\nline.png")
     job, _ = extracted(folder, data__max_invalid="50%")
     result = run(job.output, "--invalid")

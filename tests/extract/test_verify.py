@@ -167,6 +167,31 @@ def test_repair_deletes_the_index_and_corrupted_shards_only(store: Path) -> None
         assert reader.corrupted_rows() == []
 
 
+def test_item_11_an_intact_shard_with_an_all_zero_grid_is_not_deleted(tmp_path: Path) -> None:
+    """Recreating the shard would give the same grid."""
+    path = write_store(tmp_path, PROVENANCE)
+    plan = read_plan(path.with_suffix(""))
+    with shard_writer(path.with_suffix(""), plan, 2) as writer:
+        writer.write(0, np.zeros((1, *GRID), "f2"), {})
+        writer.finish()
+    write_planned_index(path, plan)
+    assert problems(verify_store(path)) == {("no row all zero", "00002.h5")}
+    result = click.testing.CliRunner().invoke(verify_features, [str(path), "--repair"])
+    assert result.exit_code == 1
+    assert "deleted" not in result.output
+    assert "rerun" not in result.output
+    assert shard(path, 2).exists()
+    assert path.exists()
+
+
+def test_an_incomplete_store_without_corrupted_files_does_not_suggest_repair(store: Path) -> None:
+    store.unlink()
+    result = click.testing.CliRunner().invoke(verify_features, [str(store)])
+    assert result.exit_code == 1
+    assert "--repair" not in result.output
+    assert "rerun the gridcap extract command" in result.output
+
+
 def test_a_store_without_a_plan_raises(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"plan\.json"):
         verify_store(tmp_path / "nowhere.h5")

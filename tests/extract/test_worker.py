@@ -54,6 +54,23 @@ def test_a_value_that_the_dtype_cannot_store_is_an_error_that_names_the_image(
     assert no_temporaries(features)
 
 
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"extract__precision": "float32"}, "check the file passed with --weights"),
+        ({"extract__precision": "bfloat16"}, "pass --precision float32"),
+    ],
+)
+def test_item_23_a_value_that_no_dtype_can_store_does_not_suggest_another_dtype(
+    fake: Any, photos: Any, extracted: Any, monkeypatch: pytest.MonkeyPatch, keys: dict[str, str], expected: str
+) -> None:
+    overflowing(fake, monkeypatch, 1, np.nan)
+    with pytest.raises(ExtractionError, match=r"0001\.png") as caught:
+        extracted(photos(3), extract__dtype="float32", **keys)
+    assert expected in caught.value.hint
+    assert "--dtype" not in caught.value.hint
+
+
 @pytest.mark.parametrize("shard_size", [2, 4])
 def test_batches_queued_behind_a_failed_one_are_not_written_into_its_shard(
     fake: Any, photos: Any, extracted: Any, monkeypatch: pytest.MonkeyPatch, shard_size: int

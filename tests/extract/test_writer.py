@@ -51,7 +51,7 @@ def test_each_shard_is_written_in_order_by_one_thread(
 def test_several_threads_write_the_same_bytes_as_one_thread(
     fake: Any, photos: Any, job: Any, tmp_path: Path, writers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = photos(23, bad={4: "text", 22: ""})
+    folder = photos(23, invalid={4: "text", 22: ""})
     keys = {"extract__shard_size": 4, "extract__batch_size": 3, "extract__views": "original,hflip"}
     alone = job(folder, tmp_path / "alone" / "s.h5", **keys)
     extract_features(alone, show_progress=False)

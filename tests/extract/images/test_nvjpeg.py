@@ -5,7 +5,9 @@ torchvision decodes on the CPU through the same call as on a GPU, so everything 
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from PIL import Image
 
 import gridcap.extract.images.nvjpeg as nvjpeg
 from gridcap.common.errors import UserError
-from gridcap.common.image import InvalidImageError, load_image
+from gridcap.common.image import ImageReader, InvalidImageError, load_image
 from gridcap.common.scenes import all_scenes, render
 from gridcap.extract.images.nvjpeg import load_images_gpu, nvjpeg_name
 
@@ -185,6 +187,22 @@ def test_out_of_memory_does_not_mark_an_image_invalid(tmp_path: Path, monkeypatc
     monkeypatch.setattr(nvjpeg, "decode_jpeg", full)
     with pytest.raises(torch.OutOfMemoryError):
         load_images_gpu([tmp_path / "a.jpg"], 64, "stretch", CPU)
+
+
+@pytest.mark.parametrize(
+    "decode", [lambda path: load_images_gpu([path], 64, "stretch", CPU), lambda path: load_image(path, 64, "stretch")]
+)
+def test_item_23_a_read_error_names_the_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decode: Callable[[Path], object]
+) -> None:
+    def fail(path: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    picture(0).save(tmp_path / "a.jpg")
+    monkeypatch.setattr(ImageReader, "open", fail)
+    with pytest.raises(OSError, match=r"a\.jpg") as caught:
+        decode(tmp_path / "a.jpg")
+    assert caught.value.filename == str(tmp_path / "a.jpg")
 
 
 def test_large_files_are_decoded_in_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoded: list[int]) -> None:
