@@ -10,7 +10,7 @@ import numpy as np
 from gridcap.common.open_files import initial_open_file_limit
 from gridcap.common.store.quantize import as_stored
 from gridcap.common.store.reader import FeatureStore
-from gridcap.common.text import plural
+from gridcap.common.text import escape_line, plural
 
 MAX_SAMPLE = 256  # rows
 _SEED = 0x1A5B
@@ -104,7 +104,7 @@ def _describe_source(store: FeatureStore, summary: StoreSummary) -> list[str]:
     arithmetic += [plural(source["threads"], "thread")] if source.get("threads") else []
     lines.append(f"  arithmetic     {', '.join(arithmetic)}")
     lines.append(f"  invalid        {summary.invalid.total():,} of {plural(summary.rows, 'image')}")
-    return lines + [f"    {count:6d}  {reason}" for reason, count in summary.invalid.most_common()]
+    return lines + [f"    {count:6d}  {escape_line(reason)}" for reason, count in summary.invalid.most_common()]
 
 
 def _describe_values(store: FeatureStore, summary: StoreSummary) -> list[str]:

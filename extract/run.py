@@ -107,6 +107,7 @@ def extract_features(
         Worker(extraction, encoder, share, summary, show_progress).write_shards(state.missing)
     if retry:
         retry_invalid(extraction, encoder, own, summary, show_progress)
+        summary.invalid = sum((_invalid_of(extraction, shard) for shard in share.of(plan.shards)), Counter())
     summary.encoded = encoder.encoded
     # If images were appended in the meantime, the processes that add them write the index.
     is_shared = share.world_size > 1

@@ -169,7 +169,7 @@ def explain_errors(extraction: Extraction) -> Iterator[None]:
     try:
         yield
     except InvalidGridError as error:
-        raise ExtractionError(str(error), "store float32 instead: --dtype float32, with another --output") from error
+        raise ExtractionError(str(error), _range_hint(extraction)) from error
     except Exception as error:
         if (explained := explain_out_of_memory(error)) is None:
             raise
@@ -179,3 +179,12 @@ def explain_errors(extraction: Extraction) -> Iterator[None]:
             "free memory or raise its limit (ulimit -v, container, Slurm --mem), and rerun the command; or use fewer "
             "--num-workers; or start a new --output with a smaller --batch-size",
         ) from error
+
+
+def _range_hint(extraction: Extraction) -> str:
+    provenance = extraction.plan.provenance
+    if provenance["dtype"] != "float32":
+        return "store float32 instead: --dtype float32, with another --output"
+    if provenance["precision"] != "float32":
+        return "the encoder computed NaN or infinity: pass --precision float32, with another --output"
+    return "the encoder computed NaN or infinity: check the file passed with --weights"
