@@ -49,19 +49,19 @@ class DownloadRequest:
 
 
 @pipeline_command("download", EXAMPLES, uses=NO_SETTINGS)
-@click.option("--year", type=click.Choice(["2014", "2017"]), default="2014", show_default=True, help="COCO release.")
-@click.option("--splits", default="train,val", show_default=True, help="Image splits: train, val, or both.")
+@click.option("--year", type=click.Choice(["2014", "2017"]), default="2014", show_default=True, help="COCO release")
+@click.option("--splits", default="train,val", show_default=True, help="image splits: train, val, or both")
 @click.option(
     "--output",
     type=click.Path(path_type=Path, file_okay=False),
     default=Path("data/coco"),
     show_default=True,
-    help="Folder for images and annotations.",
+    help="folder for images and annotations",
 )
-@click.option("--annotations-only", is_flag=True, help="Download the captions but no images.")
-@click.option("--karpathy", is_flag=True, help="Also download Karpathy's splits of COCO 2014 (dataset_coco.json).")
-@click.option("--mirror", help="Address of a mirror to use instead of the official servers.")
-@click.option("--keep-archives", is_flag=True, help="Keep the zip files after unpacking.")
+@click.option("--annotations-only", is_flag=True, help="download the captions but no images")
+@click.option("--karpathy", is_flag=True, help="also download Karpathy's splits of COCO 2014 (dataset_coco.json)")
+@click.option("--mirror", help="address of a mirror to use instead of the official servers")
+@click.option("--keep-archives", is_flag=True, help="keep the zip files after unpacking")
 def main(config: PipelineConfig, dry_run: bool, **options: Any) -> None:
     """Download, verify, and unpack the images and captions of COCO.
 

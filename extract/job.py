@@ -1,4 +1,4 @@
-"""An extraction: what was requested and the plan it resolved to."""
+"""An extraction: a request and the plan that it resolved to."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from gridcap.extract.planning import PlanRequest, ResolvedPlan, resolve_plan, sa
 
 @dataclass(frozen=True)
 class ExtractionRequest:
-    """What a user asks for.
+    """A requested extraction.
 
     Attributes:
         config: resolved configuration.
@@ -114,7 +114,7 @@ class _Images:
 
 
 def prepare(request: ExtractionRequest) -> Extraction:
-    """Identify the weights, downloading them unless it is a dry run, and resolve the plan; writes nothing else.
+    """Identify the weights, downloading them unless it is a dry run, and resolve the plan. Nothing else is written.
 
     Raises:
         WeightsError: the weights are not available.

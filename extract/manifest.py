@@ -22,7 +22,10 @@ from gridcap.common.files import put_in_place, temporary_file
 
 Image = tuple[int, str]  # image_id, file_name
 MAX_NAME_BYTES = 4096  # PATH_MAX on Linux; the name column of a store is as wide as its longest name
-RECREATE_HINT = "delete plan.json in this folder and rerun extract-features: finished shards are kept"
+RECREATE_HINT = (
+    "restore the file from a backup, or delete plan.json in this folder and rerun the command that wrote the store: "
+    "finished shards are kept, unless images were appended"
+)
 _quote = json.encoder.encode_basestring
 
 

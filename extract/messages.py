@@ -25,7 +25,7 @@ def print_notes(path: Path, source: SplitImages) -> None:
 
 
 def print_plan(extraction: Extraction) -> None:
-    """Print what is planned, what is already complete, and what has to be written.
+    """Print the plan, the number of complete shards, and the remaining work.
 
     Raises:
         ExtractionError: the missing shards do not fit on the disk.
@@ -83,7 +83,7 @@ def _print_stored_plan(extraction: Extraction) -> None:
 
 
 def print_result(extraction: Extraction, summary: Summary, brief: bool = False) -> None:
-    """Print what a run did and which images are invalid.
+    """Print the result of a run and the invalid images.
 
     Args:
         extraction: the extraction.

@@ -153,7 +153,7 @@ class SplitImages:
 
     Attributes:
         records: the images; a folder is listed again on each iteration.
-        problems: what is wrong in the captions file or folder; of a folder, known after the first iteration.
+        problems: problems of the captions file or folder; those of a folder are complete after the first iteration.
     """
 
     records: Iterable[ImageRecord]
@@ -192,7 +192,11 @@ def with_local_device(config: PipelineConfig) -> PipelineConfig:
 
 
 def repeat_command(without: Collection[str], *more: str) -> list[str]:
-    """Return the running command for another process: what was given on the command line, without some options.
+    """Return the running command for another process: the options on the command line, except some.
+
+    Args:
+        without: names of parameters to omit.
+        more: arguments to add.
 
     Raises:
         GridcapError: the program is not installed.
@@ -201,7 +205,7 @@ def repeat_command(without: Collection[str], *more: str) -> list[str]:
     if program is None:
         raise GridcapError("extract-features: not found in Python's scripts folder", "install gridcap with pip")
     context = click.get_current_context()
-    words = [sys.executable, program]
+    command = [sys.executable, program]
     for parameter in context.command.params:
         name = parameter.name or ""
         is_given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
@@ -209,5 +213,5 @@ def repeat_command(without: Collection[str], *more: str) -> list[str]:
             continue
         values = context.params[name] if parameter.multiple else [context.params[name]]
         for value in values:
-            words += [parameter.opts[0]] if parameter.is_flag else [parameter.opts[0], str(value)]
-    return [*words, *more]
+            command += [parameter.opts[0]] if parameter.is_flag else [parameter.opts[0], str(value)]
+    return [*command, *more]

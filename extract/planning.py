@@ -39,7 +39,7 @@ class PlanRequest:
         auto_keys: arithmetic settings ("precision", "compile") left at "auto", which follow the plan on disk.
         append: add images that are new as another list; images that are gone from the list keep their rows.
         replace_empty: replace a different plan that has no shard yet, for example one with misspelled names.
-        images_dir: image folder, to look for images that are gone from the list; None: none of them is there.
+        images_dir: image folder, in which images that are gone from the list may still exist; None: they do not.
         max_invalid: limit on images of unfinished shards that are gone from the list and the folder ("10" or "5%").
     """
 

@@ -27,7 +27,7 @@ from gridcap.extract.summary import Stopwatch
 from gridcap.extract.writer import Batch
 
 BATCHES_AHEAD = 3
-DEFAULT_CPU_WORKERS = 4  # as many as an encoder on the same CPU can spare
+DEFAULT_CPU_WORKERS = 4  # more would slow an encoder on the same CPU down
 IO_ATTEMPTS = 4
 IO_RETRY_DELAY = 0.5  # seconds before the first retry; doubled before each further one
 TRANSIENT_ERRORS = frozenset(
@@ -102,13 +102,8 @@ class ImageReader:
     ) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def batches(self, batches: Iterable[Batch], writers: int = 1) -> Iterator[tuple[Batch, LoadedImages]]:
-        """Yield the batches with their images, in order, and decode the next ones in the meantime.
-
-        Args:
-            batches: batches to read.
-            writers: number of shards written at a time; decoding runs ahead by a few batches.
-        """
+    def batches(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, LoadedImages]]:
+        """Yield batches with their images, in order; decoding runs ahead by a few batches."""
         pending: deque[tuple[Batch, Callable[[], LoadedImages]]] = deque()
 
         def collect() -> tuple[Batch, LoadedImages]:
@@ -162,7 +157,7 @@ class ImageReader:
             return str(error)
 
     def _path(self, row: int, shard: int) -> Path | str:
-        """Return the path of an image, or the reason why it must not be read."""
+        """Return the path of an image, or the reason why it is invalid."""
         try:
             name = self.file_name(row, shard)
             return image_path(self._extraction.images, name, self._config.data.follow_links)

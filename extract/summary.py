@@ -1,4 +1,4 @@
-"""What an extraction run did."""
+"""Result of an extraction run."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from gridcap.extract.summary import Summary
 
 
 def count_processes(config: PipelineConfig, devices: str) -> int:
-    """Return the number of processes that `--devices` stands for on this machine.
+    """Return the number of processes that `--devices` selects on this machine.
 
     Raises:
         UserError: several processes would share one device.

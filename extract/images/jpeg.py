@@ -46,7 +46,7 @@ def read_supported_jpeg(path: Path) -> Jpeg | None:
     try:
         data = _read_file(path)
         pixels, orientation = read_header(data)
-    except Exception:  # Pillow reads the file next and reports what is wrong
+    except Exception:  # Pillow reads the file next and gives the reason
         return None
     complete = data.endswith(_END_OF_IMAGE) and data.count(START_OF_SCAN) <= _MAX_SCANS
     return Jpeg(path, data, pixels, orientation) if complete else None

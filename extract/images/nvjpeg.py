@@ -5,7 +5,7 @@ decides which files are invalid, so both decoders give the same reasons. Pixel v
 Pillow's: nvJPEG upsamples chroma differently, and torch resizes in float32. The decoder is therefore part of the
 provenance.
 
-torchvision decodes on the CPU through the same call, which is what the tests use on machines without a GPU.
+torchvision decodes on the CPU through the same call; tests on machines without a GPU use it.
 """
 
 from __future__ import annotations

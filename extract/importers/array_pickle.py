@@ -157,7 +157,7 @@ class _Unpickler(pickle._Unpickler):
         return _NAMES[module, name]
 
     def _load_bytearray(self) -> None:
-        """Read the available bytes; the base class allocates as many as the file announces."""
+        """Read the available bytes; the base class would allocate the number that the file announces."""
         (announced,) = struct.unpack("<Q", self.read(8))
         self.append(bytearray(self.read(announced)))
 

@@ -114,12 +114,12 @@ def test_a_split_with_a_dot_in_its_name_can_be_chosen(fake: Any, photos: Any, pi
 
 
 @pytest.mark.parametrize(
-    "bad", [{"limit": "0"}, {"limit": "-3"}, {"batch-size": "0"}, {"max-invalid": "many"}, {"weights": "random:x"}]
+    "setting", [{"limit": "0"}, {"limit": "-3"}, {"batch-size": "0"}, {"max-invalid": "many"}, {"weights": "random:x"}]
 )
 def test_an_invalid_value_is_a_usage_error_and_writes_nothing(
-    fake: Any, photos: Any, tmp_path: Path, bad: dict[str, str]
+    fake: Any, photos: Any, tmp_path: Path, setting: dict[str, str]
 ) -> None:
-    ((flag, value),) = bad.items()
+    ((flag, value),) = setting.items()
     result = run("--images", photos(3), "--weights", "random", f"--{flag}", value)
     assert result.exit_code == 2, result.output
     assert not (tmp_path / "features").exists()
