@@ -25,10 +25,10 @@ def results_name(machine: dict[str, object]) -> str:
 
 
 @click.command()
-@click.option("--quick", is_flag=True, help="One round on less data: two or three minutes.")
-@click.option("--only", "parts", multiple=True, type=click.Choice(PARTS), help="Benchmark to run  [default: all]")
+@click.option("--quick", is_flag=True, help="one round on less data: two or three minutes")
+@click.option("--only", "parts", multiple=True, type=click.Choice(PARTS), help="benchmark to run  [default: all]")
 @click.option(
-    "--output", type=click.Path(path_type=Path, dir_okay=False), help="Results file  [default: named by the machine]"
+    "--output", type=click.Path(path_type=Path, dir_okay=False), help="results file  [default: named by the machine]"
 )
 def main(quick: bool, parts: tuple[str, ...], output: Path | None) -> None:
     """Run benchmarks, print a table, and write the results; with --only, other results in the file are kept."""

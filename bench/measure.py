@@ -21,6 +21,7 @@ from typing import Any
 
 import click
 
+CPUINFO = Path("/proc/cpuinfo")
 LIBRARIES = ("torch", "torchvision", "numpy", "h5py", "pillow")
 
 
@@ -109,7 +110,8 @@ def describe_machine() -> dict[str, Any]:
 
     with open("/proc/meminfo") as file:
         memory = int(file.readline().split()[1]) / 2**20
-    flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")).split()
+    lines = CPUINFO.read_text().splitlines()
+    flags = next((line for line in lines if line.startswith("flags")), "").split()  # none on other processors than x86
     return {
         "processor": processor_name(),
         "cores": os.cpu_count(),
@@ -125,7 +127,7 @@ def describe_machine() -> dict[str, Any]:
 
 def processor_name() -> str:
     """Return the name of the processor as reported by Linux."""
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    names = [line for line in CPUINFO.read_text().splitlines() if line.startswith("model name")]
     return names[0].partition(":")[2].strip() if names else platform.processor()
 
 

@@ -123,11 +123,11 @@ STEPS: dict[str, Callable[[Path, int, int], str]] = {
 
 @click.command()
 @click.option(
-    "--images", type=click.IntRange(min=1), default=100_000_000, show_default=True, help="Number of images in the plan."
+    "--images", type=click.IntRange(min=1), default=100_000_000, show_default=True, help="number of images in the plan"
 )
-@click.option("--shard-size", type=click.IntRange(min=1), default=1024, show_default=True, help="Images per shard.")
-@click.option("--folder", type=click.Path(path_type=Path), required=True, help="Empty output folder.")
-@click.option("--step", type=click.Choice(list(STEPS)), help="Run only this step, in this process.")
+@click.option("--shard-size", type=click.IntRange(min=1), default=1024, show_default=True, help="images per shard")
+@click.option("--folder", type=click.Path(path_type=Path), required=True, help="empty output folder")
+@click.option("--step", type=click.Choice(list(STEPS)), help="run only this step, in this process")
 def main(images: int, shard_size: int, folder: Path, step: str | None) -> None:
     """Simulate a store of many images without features, step by step."""
     output = folder / "scale.h5"

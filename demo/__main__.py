@@ -26,7 +26,7 @@ from gridcap.common.scenes import COLORS, PLACES, SHAPES, SIZES, Scene, parse
 IMAGES = {"train": 960, "val": 60, "test": 160}
 EPOCHS = 8
 DECODER = "decoder"
-ABLATION = "no-image"  # the same decoder, trained on features set to zero
+ABLATION = "zero-features"  # the language-only baseline: the same decoder, trained on features set to zero
 CHANCE = {"size": 1 / len(SIZES), "color": 1 / len(COLORS), "shape": 1 / len(SHAPES), "place": 1 / len(PLACES)}
 EXAMPLES = 5
 MARKER = ".gridcap-demo"  # only folders that contain this file are deleted
@@ -54,8 +54,8 @@ class Stages:
 
 
 @click.command()
-@click.option("--weights", default="random", help="Encoder weights: random (no download), imagenet, or a file.")
-@click.option("--output", default="demo_output", type=click.Path(path_type=Path), help="Output folder.")
+@click.option("--weights", default="random", help="encoder weights: random (no download), imagenet, or a file")
+@click.option("--output", default="demo_output", type=click.Path(path_type=Path), help="output folder")
 def main(weights: str, output: Path) -> None:
     """Run the whole pipeline on rendered scenes and print the results."""
     if output.exists() and not (output / MARKER).exists():
@@ -73,7 +73,7 @@ def main(weights: str, output: Path) -> None:
     if weights.startswith("random"):
         click.echo(
             "The encoder has random weights: its features separate simple shapes and colors but carry no information\n"
-            "about photos. The decoder without image shows what language statistics alone achieve."
+            "about photos. The decoder trained on zero features shows what language statistics alone achieve."
         )
 
 
@@ -85,7 +85,7 @@ def _run_pipeline(stages: Stages, output: Path, shapes: dict[str, ShapesSplit], 
         stages.run("extract the features", ["extract-features", *shared, "--split", split])
     stages.run("train the decoder", ["train-decoder", *shared])
     ablation = ["--output", str(output / ABLATION), "--set", "train.decoder.zero_features=true"]
-    stages.run("train without image", ["train-decoder", *shared, *ablation])
+    stages.run("train on zero features", ["train-decoder", *shared, *ablation])
     for name in (DECODER, ABLATION):
         test = ["--checkpoint", str(output / name), "--features", str(output / "features" / "test.h5")]
         stages.run("evaluate both", ["evaluate-decoder", *shared, *test])
@@ -170,14 +170,14 @@ def _results_table(results: Mapping[str, Any], test: ShapesSplit) -> list[str]:
     captions = {name: {e["image_id"]: e["caption"] for e in result["captions"]} for name, result in results.items()}
     accuracies = {name: attribute_accuracies(texts, test.scenes) for name, texts in captions.items()}
     chance = {**CHANCE, "all correct": math.prod(CHANCE.values())}
-    lines = [f"{'test scenes (combinations not in training)':<44}{'decoder':>9}{'no image':>10}{'chance':>8}"]
+    lines = [f"{'test scenes (combinations not in training)':<44}{'decoder':>9}{'zero features':>15}{'chance':>8}"]
     lines += ["  attribute accuracy"]
     for name in accuracies[DECODER]:
         lines += [
-            f"    {name:<40}{accuracies[DECODER][name]:9.2f}{accuracies[ABLATION][name]:10.2f}{chance[name]:8.2f}"
+            f"    {name:<40}{accuracies[DECODER][name]:9.2f}{accuracies[ABLATION][name]:15.2f}{chance[name]:8.2f}"
         ]
     for name in ("BLEU-4", "CIDEr"):
-        lines += [f"  {name:<42}{results[DECODER]['metrics'][name]:9.2f}{results[ABLATION]['metrics'][name]:10.2f}"]
+        lines += [f"  {name:<42}{results[DECODER]['metrics'][name]:9.2f}{results[ABLATION]['metrics'][name]:15.2f}"]
     return lines
 
 

@@ -90,8 +90,15 @@ class TrainConfig(Section):
     )
     decoder: DecoderConfig = Field(AttentionConfig(), description="decoder family and its settings")
     vocabulary: VocabularyConfig = VocabularyConfig()
-    min_vocabulary: NonNegativeInt = Field(20, description="fewest words in the vocabulary to train with")
-    max_unk: float = Field(0.3, ge=0, le=1, description="largest share of UNK in the training captions to train with")
+    min_vocabulary: NonNegativeInt = Field(
+        20, description="minimum number of words in the vocabulary; with fewer, training does not start"
+    )
+    max_unk: float = Field(
+        0.3,
+        ge=0,
+        le=1,
+        description="maximum fraction of UNK in the training captions; with more, training does not start",
+    )
     captions_per_image: PositiveInt = Field(5, description="captions per image and step")
     max_length: PositiveInt = Field(30, description="maximum caption length in tokens; longer captions are truncated")
     epochs: PositiveInt = Field(20, description="epochs over the training split")

@@ -62,6 +62,12 @@ def test_results_file_round_trip(tmp_path):
     assert machine["versions"]["torch"]
 
 
+def test_processors_without_x86_flags_are_described(tmp_path, monkeypatch):
+    (tmp_path / "cpuinfo").write_text("processor : 0\nFeatures : fp asimd\n")
+    monkeypatch.setattr("bench.measure.CPUINFO", tmp_path / "cpuinfo")
+    assert describe_machine()["instruction sets"] == []
+
+
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"machine": {}, "rows": [{"speed": 1}]}', "\0"])
 def test_other_files_are_rejected(tmp_path, text):
     (tmp_path / "x.json").write_text(text)

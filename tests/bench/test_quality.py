@@ -3,7 +3,8 @@ import json
 import pytest
 import yaml
 
-from bench.quality import ABLATIONS, LARGER, RECIPES, SHORTER, Folders, Quality, make_table, plan_runs
+from bench.quality import Folders, Quality, make_table
+from bench.quality_runs import ABLATIONS, LARGER, RECIPES, SHORTER, plan_runs
 
 
 def test_every_run_is_planned_once_and_after_its_source():

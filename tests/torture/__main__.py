@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import select
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +24,15 @@ TIMEOUT = 120  # seconds without output after which a case counts as hanging
 
 
 @click.command()
-@click.option("--only", "names", multiple=True, type=click.Choice(list(PARTS)), help="Fault to inject  [default: all]")
-@click.option("--quick", is_flag=True, help="Run at most a tenth of the cases.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Random seed.")
+@click.option("--only", "names", multiple=True, type=click.Choice(list(PARTS)), help="fault to inject  [default: all]")
+@click.option("--quick", is_flag=True, help="run at most a tenth of the cases")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="random seed")
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
     default=Path("torture_output"),
     show_default=True,
-    help="Output folder.",
+    help="output folder",
 )
 def main(names: tuple[str, ...], quick: bool, seed: int, output: Path) -> None:
     """Inject faults into everything that is stored or read. Rerun the command to resume."""
@@ -54,7 +56,7 @@ def main(names: tuple[str, ...], quick: bool, seed: int, output: Path) -> None:
 
 
 def run_part(name: str, cases: int, seed: int, output: Path) -> dict[str, Any]:
-    """Run the remaining cases of a part and return the state of all its cases."""
+    """Run the remaining cases of a part and return the state of all its cases. It is stored after an interrupt, too."""
     state_file = output / f"{name}-{seed}.json"
     state: dict[str, Any] = {"done": 0, "failures": [], "outcomes": {}, "seconds": 0.0}
     if state_file.exists():
@@ -62,36 +64,43 @@ def run_part(name: str, cases: int, seed: int, output: Path) -> dict[str, Any]:
     outcomes = Counter(state["outcomes"])
     with progress_bar(total=cases, initial=min(cases, state["done"]), desc=name, unit="case") as bar:
         while state["done"] < cases:
-            start, first = time.monotonic(), state["done"]
-            for result in _results(name, output / name, seed, first, min(cases, first + CASES_PER_PROCESS)):
-                state["done"] = result["case"] + 1
-                if "failure" in result:
-                    state["failures"].append(result)
-                else:
-                    outcomes[result["outcome"]] += 1
-                bar.update()
-            state["seconds"] += time.monotonic() - start
-            state["outcomes"] = dict(outcomes)
-            write_json(state_file, state)
+            start, last = time.monotonic(), min(cases, state["done"] + CASES_PER_PROCESS)
+            try:
+                with contextlib.closing(_results(name, output / name, seed, state["done"], last)) as results:
+                    for result in results:
+                        state["done"] = result["case"] + 1
+                        if "failure" in result:
+                            state["failures"].append(result)
+                        else:
+                            outcomes[result["outcome"]] += 1
+                        bar.update()
+            finally:
+                state["seconds"] += time.monotonic() - start
+                state["outcomes"] = dict(outcomes)
+                write_json(state_file, state)
     return state
 
 
-def _results(name: str, folder: Path, seed: int, first: int, last: int) -> list[dict[str, Any]]:
-    """Run cases in a process and return their results; if it dies or hangs, the current case fails."""
+def _results(name: str, folder: Path, seed: int, first: int, last: int) -> Generator[dict[str, Any]]:
+    """Run cases in a process and yield their results; if it dies or hangs, the current case fails."""
     command = [sys.executable, "-m", "tests.torture.worker", name, str(folder), str(seed), str(first), str(last)]
-    results: list[dict[str, Any]] = []
+    current = first
     with (folder.parent / f"{name}.log").open("ab") as log:
         process = subprocess.Popen(command, bufsize=0, stdout=subprocess.PIPE, stderr=log)
         assert process.stdout is not None
-        while line := _read_line(process.stdout, TIMEOUT):
-            results.append(json.loads(line))
-        if hangs := line is None:
+        try:
+            while line := _read_line(process.stdout, TIMEOUT):
+                yield json.loads(line)
+                current += 1
+            if hangs := line is None:
+                process.kill()
+            status = process.wait()
+        finally:  # also if the caller is interrupted
             process.kill()
-        status = process.wait()
-    if len(results) < last - first:
+            process.wait()
+    if current < last:
         reason = f"no output for {TIMEOUT} s" if hangs else f"the process exited with status {status}"
-        results.append({"case": first + len(results), "failure": f"{reason}: see {folder.parent / f'{name}.log'}"})
-    return results
+        yield {"case": current, "failure": f"{reason}: see {folder.parent / f'{name}.log'}"}
 
 
 def _read_line(stream: Any, seconds: float) -> bytes | None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
+import tests.torture.__main__ as program
 from tests.torture.__main__ import main, run_part
 from tests.torture.captions import mutate_tree
 from tests.torture.case import corrupt
@@ -48,6 +51,27 @@ def test_finished_cases_are_not_repeated(tmp_path: Path) -> None:
     assert f"| {load_part('images').fault} | {load_part('images').quick} | 0 |" in result.output
     total = run_part("images", 20, 0, tmp_path)
     assert sum(total["outcomes"].values()) == load_part("images").quick
+
+
+@pytest.mark.slow
+def test_finished_cases_are_kept_after_an_interrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some parts take many minutes."""
+    read_line, lines = program._read_line, iter(range(3))
+
+    def interrupted(stream: Any, seconds: float) -> bytes | None:
+        if next(lines, None) is None:
+            raise KeyboardInterrupt
+        return read_line(stream, seconds)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(program, "_read_line", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_part("captions", 6, 0, tmp_path)
+    state = json.loads((tmp_path / "captions-0.json").read_text())
+    assert state["done"] == sum(state["outcomes"].values()) == 3
+    resumed = run_part("captions", 6, 0, tmp_path)
+    (tmp_path / "uninterrupted").mkdir()
+    assert resumed["outcomes"] == run_part("captions", 6, 0, tmp_path / "uninterrupted")["outcomes"]
 
 
 @pytest.mark.slow
