@@ -82,6 +82,13 @@ def test_item_23_another_encoding_is_named_with_its_remedy(tmp_path: Path, name:
     assert "iconv -f" in caught.value.hint
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_item_23_utf_16_is_named_even_if_its_bytes_are_valid_utf_8(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "captions.csv").write_bytes("image,caption\na.jpg,a cat\n".encode(encoding))
+    with pytest.raises(AnnotationError, match="not UTF-8 text; the encoding is UTF-16"):
+        read_captions(tmp_path / "captions.csv")
+
+
 def test_an_entry_too_deep_to_print_is_counted() -> None:
     deep: list[Any] = []
     for _ in range(100_000):

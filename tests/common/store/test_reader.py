@@ -237,11 +237,12 @@ def test_closed_store_reopens_on_the_next_read(valid_store: tuple[Path, np.ndarr
 
 
 FORK = """
-import os, sys
+import os, sys, time
 from gridcap import FeatureStore
 
 features = FeatureStore(sys.argv[1])
 features[:]
+list(features._pool.map(time.sleep, [0.1] * 2))  # now both threads are running
 child = os.fork()
 if child == 0:
     features[:]
