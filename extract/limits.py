@@ -11,6 +11,7 @@ from gridcap.extract.job import Extraction
 
 MIN_INVALID_PER_SHARE = 10
 MAX_REASONS = 3
+MIN_ALL_INVALID = 10  # with this many images, all of them invalid, a higher limit would not help
 
 
 class InvalidImageLimit:
@@ -31,11 +32,12 @@ class InvalidImageLimit:
             min(MIN_INVALID_PER_SHARE, max_invalid_count(self._max_invalid, plan.images)),
         )
 
-    def check(self, invalid: Counter[str], example: str | None = None) -> None:
+    def check(self, invalid: Counter[str], read: int, example: str | None = None) -> None:
         """Check the number of invalid images by reason.
 
         Args:
             invalid: reason -> number of images.
+            read: number of images so far, both valid and invalid.
             example: file name of one of them.
 
         Raises:
@@ -45,8 +47,9 @@ class InvalidImageLimit:
             return
         reasons = ", ".join(f"{count} x {reason}" for reason, count in invalid.most_common(MAX_REASONS))
         shown = f" ({self._images / example})" if example is not None else ""
+        all_invalid = invalid.total() == read >= MIN_ALL_INVALID
         raise ExtractionError(
             f"{self._images}: {invalid.total()} of {self._total} images are invalid, more than {self._max_invalid}: "
             f"{reasons}{shown}",
-            "check the image folder and the list, or raise --max-invalid",
+            "check the image folder and the list" + ("" if all_invalid else ", or raise --max-invalid"),
         )

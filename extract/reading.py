@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gridcap.common.config import PipelineConfig
 from gridcap.common.device import choose_device
-from gridcap.common.errors import ExtractionError, os_reason
+from gridcap.common.errors import ExtractionError, from_os_error, os_reason
 from gridcap.common.image import InvalidImageError, image_path, load_image
 from gridcap.common.resources import available_cores
 from gridcap.common.text import plural
@@ -191,11 +191,13 @@ def retry_transient_errors(read: Callable[[], T], path: str) -> T:
         except OSError as error:
             is_transient = error.errno in TRANSIENT_ERRORS
             if not is_transient or attempt == IO_ATTEMPTS - 1:
-                attempts = f" ({plural(attempt + 1, 'attempt')})" if is_transient else ""
+                attempts, hint = "", from_os_error(error).hint
+                if is_transient:
+                    attempts = f" ({plural(attempt + 1, 'attempt')})"
+                    hint = "check the disk or the network share of the images, then rerun the command"
                 raise ExtractionError(
                     f"{error.filename or path}: cannot be read: {os_reason(error)}{attempts}",
-                    "check the disk or the network share of the images, then rerun the command: finished shards are "
-                    "kept",
+                    f"{hint}; finished shards are kept",
                 ) from error
             time.sleep(IO_RETRY_DELAY * 2**attempt)
     raise AssertionError("unreachable")

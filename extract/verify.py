@@ -80,11 +80,6 @@ class Report:
         if problem is not None:
             self.problems.append(Problem(check, shard, problem))
 
-    @property
-    def broken_shards(self) -> list[str]:
-        """The shards that must be recreated."""
-        return sorted({problem.shard for problem in self.problems if problem.shard})
-
 
 def verify_store(
     path: Path, captions_ids: Collection[int] | None = None, on_shard: Callable[[int], object] | None = None

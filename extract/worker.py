@@ -50,6 +50,7 @@ class Worker:
         self._show_progress = show_progress
         self._limit = InvalidImageLimit(extraction, share)
         self._write_wait = Stopwatch()
+        self._read = 0
 
     def write_shards(self, shards: Sequence[int]) -> None:
         """Read, encode, and write these shards.
@@ -58,8 +59,10 @@ class Worker:
             ExtractionError: too many invalid images, a read error, or a value that the dtype cannot store.
             OutOfMemoryError: no memory is left.
         """
-        self._limit.check(self._summary.invalid)
-        extraction = self._extraction
+        extraction, rows_of = self._extraction, self._extraction.plan.rows_of
+        own = self._share.of(extraction.plan.shards)
+        self._read = sum(len(rows_of(shard)) for shard in own) - sum(len(rows_of(shard)) for shard in shards)
+        self._limit.check(self._summary.invalid, self._read)
         on_gpu = choose_device(extraction.config.extract.device).type == "cuda"
         start = time.perf_counter()
         with (
@@ -88,7 +91,8 @@ class Worker:
                 invalid = {batch.start + position: reason for position, reason in loaded.invalid.items()}
                 summary.invalid.update(invalid.values())
                 example = next((reader.file_name(row, batch.shard) for row in invalid), None)
-                self._limit.check(summary.invalid, example)
+                self._read += batch.stop - batch.start
+                self._limit.check(summary.invalid, self._read, example)
                 writes.append(writers[batch.writer].write(batch, self._encoder.submit(loaded.images), invalid))
                 with self._write_wait:
                     while len(writes) > BATCHES_AHEAD * len(writers):

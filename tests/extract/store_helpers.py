@@ -32,8 +32,8 @@ def assert_right(fake: Any, folder: Path, index: Path, invalid: dict[int, str] |
         if row in invalid:
             assert np.isnan(grids[row]).all()
         else:
-            want = fake.grids(np.asarray(Image.open(folder / record.file_name)))[0].astype(grids.dtype)
-            assert grids[row].tobytes() == want.tobytes(), record.file_name
+            expected = fake.grids(np.asarray(Image.open(folder / record.file_name)))[0].astype(grids.dtype)
+            assert grids[row].tobytes() == expected.tobytes(), record.file_name
 
 
 def contents(folder: Path) -> dict[str, bytes]:

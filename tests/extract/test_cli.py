@@ -52,8 +52,8 @@ def test_a_configured_split_needs_no_other_flag(fake: Any, photos: Any, pipeline
     assert result.exit_code == 0, result.output
     store = FeatureStore(tmp_path / "features" / "train.h5")
     assert store.image_id.tolist() == [70, 7]
-    want = fake.grids(np.asarray(Image.open(folder / "0001.png")))[0].astype(np.float16)
-    np.testing.assert_array_equal(store[store.row_of_image(7)], want)
+    expected = fake.grids(np.asarray(Image.open(folder / "0001.png")))[0].astype(np.float16)
+    np.testing.assert_array_equal(store[store.row_of_image(7)], expected)
 
 
 def test_images_of_a_configured_split_keep_its_captions_and_limit(

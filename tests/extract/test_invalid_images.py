@@ -87,6 +87,16 @@ def test_too_many_invalid_images_stop_the_run_without_partial_files(fake: Any, p
             assert shard.corrupted_rows() == []
 
 
+@pytest.mark.parametrize(("valid", "suggested"), [(0, False), (1, True)])
+def test_item_23_a_higher_limit_is_not_suggested_if_all_images_are_invalid(
+    fake: Any, photos: Any, extracted: Any, valid: int, suggested: bool
+) -> None:
+    folder = photos(20, invalid=dict.fromkeys(range(valid, 20), "x"))
+    with pytest.raises(ExtractionError) as caught:
+        extracted(folder, extract__batch_size=10)
+    assert ("--max-invalid" in caught.value.hint) == suggested
+
+
 @pytest.mark.parametrize(("max_invalid", "accepted"), [("5", True), ("4", False), ("25%", True), ("24%", False)])
 def test_exactly_max_invalid_images_are_allowed(
     fake: Any, photos: Any, extracted: Any, max_invalid: str, accepted: bool

@@ -65,8 +65,9 @@ def test_item_23_an_error_that_does_not_pass_is_not_retried(
     fake: Any, photos: Any, job: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads = failing_reads(monkeypatch, "0003.png", errno.EMFILE, 100)
-    with pytest.raises(ExtractionError, match=r"0003\.png: cannot be read: too many open files$"):
+    with pytest.raises(ExtractionError, match=r"0003\.png: cannot be read: too many open files$") as caught:
         extract_features(job(photos(5)), show_progress=False)
+    assert "ulimit -n" in caught.value.hint
     assert len(reads) == 1
 
 

@@ -71,8 +71,8 @@ def test_subfolders_and_the_order_of_the_captions_file_are_kept(
     with FeatureStore(prepared.output) as store:
         assert store.file_name == [r.file_name for r in records]
         for record in records:
-            want = fake.grids(np.asarray(Image.open(folder / record.file_name)))[0].astype(np.float16)
-            np.testing.assert_array_equal(store[store.row_of_image(record.image_id)], want)
+            expected = fake.grids(np.asarray(Image.open(folder / record.file_name)))[0].astype(np.float16)
+            np.testing.assert_array_equal(store[store.row_of_image(record.image_id)], expected)
 
 
 def test_the_index_contains_split_and_provenance(fake: Any, photos: Any, extracted: Any) -> None:

@@ -86,7 +86,7 @@ def test_a_flipped_bit_anywhere_else_in_the_file_is_found(store: Path) -> None:
     whole = path.read_bytes()
     for position in range(0, len(whole), max(1, len(whole) // 60)):
         path.write_bytes(whole[:position] + bytes([whole[position] ^ 4]) + whole[position + 1 :])
-        assert path.name in verify_store(store).broken_shards, position
+        assert path.name in {name for _, name in problems(verify_store(store))}, position
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
@@ -265,10 +265,10 @@ def test_during_an_append_the_older_index_is_kept(store: Path) -> None:
     assert store.exists()
 
 
-def test_item_11_shard_that_cannot_be_read_is_not_reported_as_broken(
+def test_item_11_shard_that_cannot_be_read_is_not_reported_as_corrupted(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """--repair deletes broken shards, but this one may be intact."""
+    """--repair deletes corrupted shards, but this one may be intact."""
 
     def fail(path: Path) -> None:
         raise store_error_from(OSError(errno.EIO, "Input/output error"), path)
@@ -278,7 +278,7 @@ def test_item_11_shard_that_cannot_be_read_is_not_reported_as_broken(
         verify_store(store)
 
 
-def test_item_11_store_of_another_format_version_is_not_reported_as_broken(store: Path) -> None:
+def test_item_11_store_of_another_format_version_is_not_reported_as_corrupted(store: Path) -> None:
     """--repair must not delete a store only because another version of gridcap wrote it."""
     for path in (store.with_suffix("") / "00000.h5", store):
         with path.open("r+b") as file:
