@@ -408,7 +408,7 @@ def test_no_image_in_common_raises_with_both_sources(tmp_path, new_store):
         CaptionedImages.join(store, records, Path("captions_x.json"))
 
 
-# ------------------------------------------------------------------------------------------------------------ views
+# --- views ---
 
 
 def test_views_are_sampled_per_epoch_independently_of_the_batch():
@@ -438,8 +438,8 @@ def test_training_uses_the_sampled_view_and_validation_the_original(tmp_path):
         for batch in stream.epoch(epoch):
             rows = data.rows[batch.images]
             signs = 1 - 2 * sample_views(2, 3, epoch, rows)
-            want = (grids[rows] * signs[:, None, None, None]).reshape(len(rows), 4, 3)
-            np.testing.assert_array_equal(batch.grids.numpy(), want)
+            expected = (grids[rows] * signs[:, None, None, None]).reshape(len(rows), 4, 3)
+            np.testing.assert_array_equal(batch.grids.numpy(), expected)
     np.testing.assert_array_equal(
         np.concatenate([b.grids.numpy() for b in stream.in_order()]).ravel(), grids[2:].ravel()
     )

@@ -2,7 +2,9 @@ import math
 import os
 import shutil
 import stat
+import tempfile
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -295,3 +297,16 @@ def test_item_22_read_only_site_packages_do_not_change_the_tokenizer(monkeypatch
     monkeypatch.setattr(coco, "_add_java", lambda *_: None)
     monkeypatch.setattr("pycocoevalcap.tokenizer.ptbtokenizer.tempfile.NamedTemporaryFile", fail)
     assert score_captions(GOOD, REFERENCES).tokenizer.startswith("PTB")
+
+
+def test_item_22_spice_writes_to_a_temporary_folder_if_its_own_is_read_only(monkeypatch):
+    from pycocoevalcap.spice import spice
+
+    before = spice.TEMP_DIR, spice.CACHE_DIR
+    monkeypatch.setattr(java.os, "access", lambda *_: False)
+    with java._writable_spice_folders():
+        folders = [Path(spice.__file__).parent / name for name in (spice.TEMP_DIR, spice.CACHE_DIR)]
+        assert all(folder.parent.is_relative_to(tempfile.gettempdir()) for folder in folders)
+        assert all(folder.parent.is_dir() for folder in folders)
+    assert before == (spice.TEMP_DIR, spice.CACHE_DIR)
+    assert not folders[0].parent.exists()
