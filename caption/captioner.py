@@ -154,14 +154,20 @@ class Captioner:
 
         Raises:
             InvalidImageError: a file cannot be used. To skip such files, call `preprocess` on each of them first.
+            ExtractionError: a feature value exceeds the range of the dtype.
         """
-        return self.caption_pixels(np.stack([self.preprocess(path) for path in images]), settings, generator)
+        pixels = np.stack([self.preprocess(path) for path in images])
+        return self.caption_pixels(pixels, settings, generator, [str(path) for path in images])
 
     def caption_pixels(
-        self, pixels: np.ndarray, settings: CaptionConfig, generator: torch.Generator | None = None
+        self,
+        pixels: np.ndarray,
+        settings: CaptionConfig,
+        generator: torch.Generator | None = None,
+        names: Sequence[str] = (),
     ) -> list[Caption]:
-        """Caption a batch of preprocessed images, uint8 (B, side, side, 3); otherwise like `caption`."""
-        hypotheses = generate_captions(self._decoder, self._encode(pixels), settings, generator)
+        """Caption a batch of preprocessed images, uint8 (B, side, side, 3), with names for errors; see `caption`."""
+        hypotheses = generate_captions(self._decoder, self._encode(pixels, names), settings, generator)
         return [self._to_caption(hypothesis) for hypothesis in hypotheses]
 
     def preprocess(self, image: Path) -> np.ndarray:
@@ -204,7 +210,7 @@ class Captioner:
         Raises:
             InvalidImageError: the file cannot be used.
         """
-        grid = self._encode(self.preprocess(image)[None])
+        grid = self._encode(self.preprocess(image)[None], [str(image)])
         if settings.decoding == "beam":
             (hypotheses,) = generate_nbest(self._decoder, grid, settings)
         else:
@@ -215,12 +221,15 @@ class Captioner:
         display = self.display_image(image)
         return [replace(self._to_caption(hypothesis), image=display) for hypothesis in hypotheses]
 
-    def _encode(self, pixels: np.ndarray) -> Tensor:
+    def _encode(self, pixels: np.ndarray, names: Sequence[str]) -> Tensor:
         """Encode uint8 (B, side, side, 3) to grids (B, P, C) on the device, rounded like the stored features."""
         encoded = self._encoder.encode(pixels)
-        if not np.isfinite(encoded).all():
+        finite = np.isfinite(encoded).reshape(len(encoded), -1).all(1)
+        if not finite.all():
+            first = int(finite.argmin())
             raise ExtractionError(
-                f"a feature value exceeds the range of {encoded.dtype}, so its image cannot be captioned",
+                f"{names[first] if names else f'image {first} of the batch'}: a feature value exceeds the range of "
+                f"{encoded.dtype}, so the image cannot be captioned",
                 "train on float32 features (extract-features --dtype float32)",
             )
         grids = torch.from_numpy(as_stored(encoded, self._stored_dtype))

@@ -198,7 +198,8 @@ def _caption_all(
                 else:
                     pixels[path] = result
             if pixels:
-                captions = captioner.caption_pixels(np.stack([*pixels.values()]), settings, generator)
+                names = [escape_line(str(path)) for path in pixels]
+                captions = captioner.caption_pixels(np.stack([*pixels.values()]), settings, generator, names)
                 yield from zip(pixels, captions, strict=True)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import click.testing
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -229,6 +230,23 @@ def test_file_name_that_is_not_utf8_is_reported_before_captioning(fake: Any, sce
     result = run("--checkpoint", checkpoint(), name, "--output", "captions.json")
     assert result.exit_code == 2
     assert r"caf\udce9.jpg: the name is not UTF-8" in result.stderr
+
+
+def test_item_23_image_with_features_out_of_range_is_named(
+    fake: Any, scenes: Any, checkpoint: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = fake.encode
+
+    def encode(self: Any, images: np.ndarray) -> np.ndarray:
+        grids = real(self, images)
+        grids[1, 0, 0, 0] = np.inf
+        return grids
+
+    monkeypatch.setattr(fake, "encode", encode)
+    folder = scenes(3)
+    result = run("--checkpoint", checkpoint(), folder)
+    assert result.exit_code == 1
+    assert f"error: {folder}/1.jpg: a feature value exceeds the range of float16" in result.stderr
 
 
 def test_attention_is_kept_only_for_the_figure_and_the_report(
