@@ -1,4 +1,4 @@
-"""The subcommands ``gridcap recipes`` and ``gridcap encoders``, which list what is built in."""
+"""The subcommands ``gridcap recipes`` and ``gridcap encoders``, which list built-in recipes and encoders."""
 
 from __future__ import annotations
 

@@ -67,16 +67,16 @@ def forbidden_imports(source: str, module: str, package: str) -> list[str]:
     top, _, subpackage = ".".join(module.split(".")[:2]).partition(".")
     inside = top == "gridcap"
     may_import = {subpackage, *ALLOWED[subpackage]} if inside and subpackage in ALLOWED else {*ALLOWED} - {"recipes"}
-    bad = []
+    forbidden = []
     for name in imported_names(ast.parse(source), package):
         first, *rest = name.split(".")
         if first == "gridcap":
             wrong_layer = rest and rest[0] in ALLOWED and rest[0] not in may_import
             if wrong_layer or (is_cli(name) and top != "tests"):  # tests invoke commands
-                bad.append(name)
+                forbidden.append(name)
         elif first in ALLOWED or (inside and first in TOOLS):  # `import common` works only in the repository
-            bad.append(name)
-    return sorted(bad)
+            forbidden.append(name)
+    return sorted(forbidden)
 
 
 def package_of(module: str) -> str:
@@ -90,7 +90,7 @@ def test_a_module_imports_only_what_the_design_allows(module: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "source", "bad"),
+    ("module", "source", "forbidden"),
     [
         ("gridcap.extract.x", "import numpy, gridcap.common.store\nfrom gridcap.common import config", []),
         ("gridcap.extract.x", "from gridcap.train.loop import f", ["gridcap.train.loop", "gridcap.train.loop.f"]),
@@ -112,8 +112,8 @@ def test_a_module_imports_only_what_the_design_allows(module: str) -> None:
         ("demo.x", "import gridcap.train.engine.loop", []),
     ],
 )
-def test_forbidden_imports_detects_violations(module: str, source: str, bad: list[str]) -> None:
-    assert forbidden_imports(source, module, module.rpartition(".")[0]) == bad
+def test_forbidden_imports_detects_violations(module: str, source: str, forbidden: list[str]) -> None:
+    assert forbidden_imports(source, module, module.rpartition(".")[0]) == forbidden
 
 
 # ------------------------------------------------------------------------------------------- import cycles

@@ -29,10 +29,10 @@ FILES = ("pyproject.toml", "README.md", "LICENSE")
 API = "Captioner, FeatureStore, GridEncoder, extract_features, train_decoder"
 
 
-def run(*words: str | Path, cwd: Path, **environment: str) -> str:
+def run(*command: str | Path, cwd: Path, **environment: str) -> str:
     clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MYPYPATH")}
-    done = subprocess.run(words, cwd=cwd, env={**clean, **environment}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
+    done = subprocess.run(command, cwd=cwd, env={**clean, **environment}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
 

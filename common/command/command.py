@@ -61,7 +61,7 @@ class PipelineCommand(click.Command):
         except KeyboardInterrupt as error:
             resumable = any(param.name == "resume" for param in self.params)
             again = "rerun the command with --resume to continue" if resumable else "rerun the command to continue"
-            click.echo(f"\ninterrupted, nothing is corrupted; {again}", err=True)
+            click.echo(f"\ninterrupted; {again}", err=True)
             ctx.exit(exit_status_of(error))
         except Exception as error:
             if ctx.params.get("debug"):

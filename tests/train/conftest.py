@@ -82,37 +82,37 @@ def write_store(
     """Write a feature store with several shards, and open it."""
     ids = list(image_ids if image_ids is not None else range(len(grids)))
     names = list(file_names or (f"{i:03}.jpg" for i in ids))
-    where = make_provenance(grid_shape=list(grids.shape[1:]), dtype=str(grids.dtype)) | provenance
-    parts = []
+    complete = make_provenance(grid_shape=list(grids.shape[1:]), dtype=str(grids.dtype)) | provenance
+    images = []
     for index, start in enumerate(range(0, len(grids), shard_size)):
         part = slice(start, start + shard_size)
         invalid = {
             row - start: why for row, why in (invalid_reasons or {}).items() if start <= row < start + shard_size
         }
         shard = path.with_suffix("") / f"{index:05}.h5"
-        parts.append(list(zip(ids[part], names[part], strict=True)))
+        images.append(list(zip(ids[part], names[part], strict=True)))
         layout = GridLayout(grids.shape[1:], grids.dtype)
-        with ShardWriter(shard, ShardSpec(parts[-1], layout, where, index, f"plan of {path.name}")) as writer:
+        with ShardWriter(shard, ShardSpec(images[-1], layout, complete, index, f"plan of {path.name}")) as writer:
             writer.write(0, grids[part].copy(), invalid)
             writer.finish()
-    shards = [f"{index:05}.h5" for index in range(len(parts))]
+    shards = [f"{index:05}.h5" for index in range(len(images))]
     longest = max(len(name.encode()) for name in names)
     plans = [f"plan of {path.name}"] * len(shards)
-    write_index(path, IndexSpec(path.with_suffix(""), shards, plans, parts, longest, split, where))
+    write_index(path, IndexSpec(path.with_suffix(""), shards, plans, images, longest, split, complete))
     return FeatureStore(path)
 
 
 @pytest.fixture(scope="session")
 def new_store():
     """Return `write_store`; the stores are closed afterwards."""
-    made = []
+    stores = []
 
     def make(*args, **kwargs):
-        made.append(write_store(*args, **kwargs))
-        return made[-1]
+        stores.append(write_store(*args, **kwargs))
+        return stores[-1]
 
     yield make
-    for store in made:
+    for store in stores:
         store.close()
 
 
@@ -190,8 +190,8 @@ def make_config(output: Path, seed: int = 0, caption: CaptionConfig | None = Non
         "min_vocabulary": 0,
         "max_unk": 1,
     }
-    search = caption or CaptionConfig(beam_size=2, max_length=8, batch_size=4)
-    return PipelineConfig(seed=seed, train=TrainConfig(**values | train), caption=search)
+    caption_config = caption or CaptionConfig(beam_size=2, max_length=8, batch_size=4)
+    return PipelineConfig(seed=seed, train=TrainConfig(**values | train), caption=caption_config)
 
 
 @pytest.fixture(scope="session")

@@ -114,10 +114,10 @@ def test_captions_file_with_too_many_problems_is_rejected(project, invoke):
     tree = json.loads((project / "train.json").read_text())
     for annotation in tree["annotations"][::2]:
         annotation["caption"] = ""
-    (project / "bad.json").write_text(json.dumps(tree))
-    for given in (["--annotations", "bad.json"], ["--set", "data.splits.train.annotations=bad.json"]):
+    (project / "invalid.json").write_text(json.dumps(tree))
+    for given in (["--annotations", "invalid.json"], ["--set", "data.splits.train.annotations=invalid.json"]):
         output = invoke(train_decoder, "--dry-run", *given, status=1)
-        assert "bad.json" in output
+        assert "invalid.json" in output
         assert "(limit 20%)" in output
 
 
@@ -390,8 +390,8 @@ def test_scst_temperature_is_applied(project, invoke):
 
 
 def test_scst_output_can_be_set(project, invoke):
-    invoke(train_decoder, "--init-from", "runs/done", "--scst", "--epochs", 1, "--output", "runs/told")
-    assert settings_of(project / "runs" / "told").objective == "scst"
+    invoke(train_decoder, "--init-from", "runs/done", "--scst", "--epochs", 1, "--output", "runs/custom")
+    assert settings_of(project / "runs" / "custom").objective == "scst"
     assert not (project / "runs" / "done-scst").exists()
 
 

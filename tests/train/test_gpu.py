@@ -11,7 +11,7 @@ from gridcap.train.evaluate import EvaluationOptions, evaluate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-KEPT = {
+SETTINGS = {
     "ema_decay": 0.9,
     "grad_accum_steps": 2,
     "label_smoothing": 0.1,
@@ -42,7 +42,7 @@ def test_gpu_in_float32_matches_cpu(tmp_path, data, new_config, tiny_decoders):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("objective", ["cross-entropy", "scst"])
 def test_resume_on_gpu_matches_uninterrupted_run(tmp_path, data, new_config, objective, precision):
-    settings = dict(KEPT, device="cuda", precision=precision)
+    settings = dict(SETTINGS, device="cuda", precision=precision)
     if objective == "scst":
         fit(new_config(tmp_path / "start", epochs=3, device="cuda"), *data, False, progress=False)
         settings |= {"objective": "scst", "init_from": tmp_path / "start", "scst": {"samples": 2}}

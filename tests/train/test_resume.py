@@ -20,7 +20,7 @@ from gridcap.train.engine.checkpoint import find_checkpoint, load_training_state
 from gridcap.train.engine.loop import fit
 
 ROWS, STEPS = 24, 10  # images, and steps of 2 epochs of them
-LOG_EVERY = 2  # lines of steps.jsonl come every so many steps here, so that some are behind a checkpoint
+LOG_EVERY = 2  # steps per row of steps.jsonl here, so that some rows come after the last checkpoint
 CROSS_ENTROPY = {
     "ema_decay": 0.9,
     "grad_accum_steps": 2,
@@ -113,8 +113,8 @@ def world(tmp_path_factory, new_data, new_config):
     return World(tmp_path_factory.mktemp("world"), new_data, new_config)
 
 
-def test_the_uninterrupted_runs_are_worth_comparing(world):
-    """They use every stateful and random feature, and every step changes the weights."""
+def test_uninterrupted_runs_use_every_stateful_and_random_feature(world):
+    """Otherwise, comparing resumed runs with them would prove little."""
     for kind in KINDS:
         state = load_training_state(find_checkpoint(world.folder / kind, "last"))
         assert state["step"] == STEPS
@@ -157,7 +157,7 @@ def interrupted(world, config, *steps):
 
 @pytest.mark.parametrize("step", range(1, STEPS + 1))
 @pytest.mark.parametrize("kind", KINDS)
-def test_stopped_in_any_step_a_resumed_run_ends_as_an_uninterrupted_one(world, kind, step):
+def test_run_stopped_in_any_step_resumes_exactly(world, kind, step):
     every = 1 + step % 3
     config = world.config(kind, f"{kind}-{step}", checkpoint_steps=every)
     interrupted(world, config, step)
@@ -200,7 +200,7 @@ def test_resume_with_another_precision_is_rejected(world, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_stopped_again_and_again_it_ends_as_an_uninterrupted_one(world, kind):
+def test_run_stopped_repeatedly_resumes_exactly(world, kind):
     config = world.config(kind, f"{kind}-often", checkpoint_steps=2)
     interrupted(world, config, 1, 4, 4, 7, 10)
     world.assert_as_uninterrupted(kind, config.train.output, world.resume(config))
@@ -388,14 +388,14 @@ def test_resuming_a_finished_run_changes_nothing(world, kind):
     assert contents() == before
 
 
-@pytest.mark.parametrize("change", ["a word", "one image less", "another order"])
+@pytest.mark.parametrize("change", ["a word", "one image fewer", "another order"])
 def test_changed_captions_file_is_rejected_without_side_effects(world, change):
     output = world.folder / "cross-entropy"
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     data = world.data[0]
     captions, images = [list(texts) for texts in data.captions], data.rows
     if change == "a word":
-        captions[3][0] += " there"
+        captions[3][0] += " outside"
     elif change == "another order":
         captions[1].reverse()
     else:

@@ -50,7 +50,7 @@ def test_item_31_signal_ends_the_command_with_a_checkpoint_and_a_one_line_messag
     process.send_signal(number)
     assert process.wait(TIMEOUT) == 128 + number
     text = (project / "log.txt").read_text()
-    assert "interrupted, nothing is corrupted; rerun the command with --resume to continue" in text.splitlines()[-1]
+    assert "interrupted; rerun the command with --resume to continue" in text.splitlines()[-1]
     assert "Traceback" not in text
     assert_checkpoint_is_usable(project / "runs/s")
 

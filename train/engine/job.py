@@ -1,4 +1,4 @@
-"""The inputs of a training run: what stays the same from the first step to the last."""
+"""The inputs of a training run, which stay the same from the first step to the last."""
 
 from __future__ import annotations
 

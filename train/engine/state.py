@@ -44,10 +44,10 @@ class RunState:
         return self.decoder if self.ema is None else self.ema.decoder
 
     def training_state(self, fingerprint: dict[str, Any]) -> dict[str, Any]:
-        """Return what resuming needs in addition to the weights of `eval_decoder`.
+        """Return the state that resuming needs in addition to the weights of `eval_decoder`.
 
         Args:
-            fingerprint: what must be equal on resuming.
+            fingerprint: properties that must not change on resuming.
         """
         return {
             "optimizer": self.optimizer.state_dict(),

@@ -36,13 +36,13 @@ def value_at(config: BaseModel, key: str) -> Any:
 def shipped_flags() -> list[Any]:
     """Return every ConfigFlag of every installed command."""
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
-    found = []
-    for command, place in scripts.items():
-        module, _, name = place.partition(":")
+    flags = []
+    for command, target in scripts.items():
+        module, _, name = target.partition(":")
         for option in getattr(importlib.import_module(module), name).params:
             if isinstance(option, ConfigFlag):
-                found.append(pytest.param(option, id=f"{command} {option.opts[0]}"))
-    return found
+                flags.append(pytest.param(option, id=f"{command} {option.opts[0]}"))
+    return flags
 
 
 @pytest.mark.parametrize("option", shipped_flags())

@@ -115,7 +115,7 @@ def _write_malicious_files(folder, marker):
 @pytest.mark.parametrize("layout", ["zip", "legacy", "bare"])
 def test_malicious_training_state_is_rejected_without_executing_it(save, run, sign, tmp_path, layout):
     save(1)
-    marker = tmp_path / "it ran"
+    marker = tmp_path / "executed"
     _write_malicious_files(tmp_path, marker)
     torch.load(tmp_path / "zip", weights_only=False)
     assert marker.exists(), "the object is malicious"
@@ -130,17 +130,17 @@ def test_malicious_training_state_is_rejected_without_executing_it(save, run, si
 
 def test_pickle_in_place_of_weights_is_rejected_without_executing_it(save, run, sign, tmp_path):
     save(1)
-    _write_malicious_files(tmp_path, tmp_path / "it ran")
+    _write_malicious_files(tmp_path, tmp_path / "executed")
     shutil.copy(tmp_path / "zip", find_checkpoint(run) / "model.safetensors")
     sign(find_checkpoint(run))
     with pytest.raises(CheckpointError, match="step-00000001"):
         load_checkpoint(run)
-    assert not (tmp_path / "it ran").exists()
+    assert not (tmp_path / "executed").exists()
 
 
 def test_error_does_not_suggest_unsafe_loading(save, run, sign, tmp_path):
     save(1)
-    _write_malicious_files(tmp_path, tmp_path / "it ran")
+    _write_malicious_files(tmp_path, tmp_path / "executed")
     folder = find_checkpoint(run)
     shutil.copy(tmp_path / "zip", folder / "training_state.pt")
     sign(folder)
@@ -279,9 +279,9 @@ def test_flipped_bit_is_detected_in_every_file(save, run, name):
     save(1)
     folder = find_checkpoint(run)
     whole = (folder / name).read_bytes()
-    for place in np.random.default_rng(0).integers(0, 8 * len(whole), 12).tolist():
+    for bit in np.random.default_rng(0).integers(0, 8 * len(whole), 12).tolist():
         content = bytearray(whole)
-        content[place // 8] ^= 1 << place % 8
+        content[bit // 8] ^= 1 << bit % 8
         (folder / name).write_bytes(content)
         with pytest.raises(CheckpointError, match="step-00000001"):
             load_all(folder)

@@ -66,10 +66,10 @@ def test_cross_entropy(tmp_path, figures):
 
 
 def test_scst_plots_reward_and_initial_validation(tmp_path, figures):
-    begin = {"epoch": 0, "step": 0} | SCORES[0]
+    initial = {"epoch": 0, "step": 0} | SCORES[0]
     plain = [{k: v for k, v in row.items() if k != "train_loss"} | REWARDS for row in VALIDATED]
     steps = [{k: v for k, v in row.items() if k != "loss"} | REWARDS for row in STEPS]
-    panels = draw(figures, tmp_path / "curves.png", [begin, *plain], steps)
+    panels = draw(figures, tmp_path / "curves.png", [initial, *plain], steps)
     assert list(panels) == ["reward", "validation CIDEr", "validation perplexity", "learning rate"]
     assert panels["reward"] == {
         "every 20th step": [(row["step"], 0.9) for row in STEPS],
@@ -91,10 +91,10 @@ def test_only_panels_with_several_lines_have_a_legend(tmp_path, figures):
     assert not any(legends.values())
 
 
-@pytest.mark.parametrize("bad", [None, math.nan, math.inf])
-def test_non_finite_values_leave_a_gap(tmp_path, figures, bad):
-    rows = [VALIDATED[0] | {"val_perplexity": bad}, VALIDATED[1]]
-    draw(figures, tmp_path / "curves.png", rows, [STEPS[0] | {"loss": bad}, *STEPS[1:]])
+@pytest.mark.parametrize("value", [None, math.nan, math.inf])
+def test_non_finite_values_leave_a_gap(tmp_path, figures, value):
+    rows = [VALIDATED[0] | {"val_perplexity": value}, VALIDATED[1]]
+    draw(figures, tmp_path / "curves.png", rows, [STEPS[0] | {"loss": value}, *STEPS[1:]])
 
 
 def test_run_without_step_rows(tmp_path, figures):

@@ -406,13 +406,15 @@ def test_gradient_accumulation_does_not_change_the_result(pair, accumulate):
 
 def test_gradient_accumulation_runs_small_batches_and_one_optimizer_step(pair, monkeypatch):
     """Each batch is processed separately, followed by one optimizer step."""
-    sizes, moves = [], []
+    sizes, optimizer_steps = [], []
     real_objective, real_step = gridcap.train.objectives.cross_entropy.CrossEntropy.__call__, torch.optim.Adam.step
     monkeypatch.setattr(
         "gridcap.train.objectives.cross_entropy.CrossEntropy.__call__",
         lambda s, d, batch, e: (sizes.append(len(batch.images)), real_objective(s, d, batch, e))[1],
     )
-    monkeypatch.setattr(torch.optim.Adam, "step", lambda *args: (moves.append(len(sizes)), real_step(*args))[1])
-    fit(pair.config("parts", grad_accum_steps=3, epochs=1), *pair.data, False, progress=False)
+    monkeypatch.setattr(
+        torch.optim.Adam, "step", lambda *args: (optimizer_steps.append(len(sizes)), real_step(*args))[1]
+    )
+    fit(pair.config("batches", grad_accum_steps=3, epochs=1), *pair.data, False, progress=False)
     assert sizes == [2, 2, 2, 2, 2, 2, 1]
-    assert moves == [3, 6, 7]
+    assert optimizer_steps == [3, 6, 7]

@@ -43,11 +43,11 @@ def test_warns_if_many_images_get_the_same_caption():
 
 @pytest.mark.parametrize("cells", [2, 64, 196])
 def test_attention_entropy_is_1_if_uniform_and_0_for_one_cell(cells):
-    everywhere = torch.full((3, 1, 4, cells), 1 / cells)
+    uniform = torch.full((3, 1, 4, cells), 1 / cells)
     one = torch.zeros(3, 1, 4, cells)
     one[..., 1] = 1
     mask = torch.ones(3, 1, 4, dtype=torch.bool)
-    assert attention_entropy(everywhere, mask).item() == pytest.approx(12, rel=1e-5)
+    assert attention_entropy(uniform, mask).item() == pytest.approx(12, rel=1e-5)
     assert attention_entropy(one, mask).item() == 0
 
 
@@ -77,9 +77,9 @@ def test_attention_entropy_detects_uniform_bfloat16_attention():
 
 
 def test_warns_of_nearly_uniform_attention_from_the_third_epoch():
-    everywhere = {"val_attention_entropy": 0.9985}
-    assert health_warnings(rows(everywhere)) == health_warnings(rows(everywhere, everywhere)) == []
-    (text,) = health_warnings(rows(*[everywhere] * 3))
+    uniform = {"val_attention_entropy": 0.9985}
+    assert health_warnings(rows(uniform)) == health_warnings(rows(uniform, uniform)) == []
+    (text,) = health_warnings(rows(*[uniform] * 3))
     assert "nearly uniform" in text
     assert health_warnings(rows(*[{"val_attention_entropy": 0.9975}] * 5)) == []
 
@@ -109,10 +109,10 @@ def test_first_epoch_has_no_perplexity_warning():
     assert health_warnings(rows({"val_perplexity": 1e9})) == []
 
 
-@pytest.mark.parametrize("bad", [math.inf, math.nan])
-def test_warns_of_non_finite_perplexity(bad):
-    assert health_warnings(rows({"val_perplexity": bad})) == ["validation perplexity is not finite"]
-    assert health_warnings(rows({}, {"val_perplexity": bad})) == ["validation perplexity is not finite"]
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_warns_of_non_finite_perplexity(value):
+    assert health_warnings(rows({"val_perplexity": value})) == ["validation perplexity is not finite"]
+    assert health_warnings(rows({}, {"val_perplexity": value})) == ["validation perplexity is not finite"]
 
 
 def test_non_finite_perplexity_is_not_a_minimum():
@@ -135,8 +135,8 @@ def test_healthy_run_has_no_warnings():
 
 
 def test_values_at_the_thresholds_cause_no_warning():
-    beside = {"val_duplicate_share": 0.3, "val_attention_entropy": 0.998, "val_perplexity": 20.0}
-    assert health_warnings(rows({}, {}, {}, beside)) == []
+    thresholds = {"val_duplicate_share": 0.3, "val_attention_entropy": 0.998, "val_perplexity": 20.0}
+    assert health_warnings(rows({}, {}, {}, thresholds)) == []
 
 
 def test_run_without_validation_has_no_warnings():
@@ -145,6 +145,6 @@ def test_run_without_validation_has_no_warnings():
 
 
 def test_all_warnings_apply_to_the_last_epoch_only():
-    bad = {"val_duplicate_share": 0.9, "val_attention_entropy": 1.0, "val_perplexity": 100.0}
-    assert len(health_warnings(rows({}, {}, {}, bad))) == 3
-    assert health_warnings(rows({}, {}, bad, {})) == []
+    unhealthy = {"val_duplicate_share": 0.9, "val_attention_entropy": 1.0, "val_perplexity": 100.0}
+    assert len(health_warnings(rows({}, {}, {}, unhealthy))) == 3
+    assert health_warnings(rows({}, {}, unhealthy, {})) == []

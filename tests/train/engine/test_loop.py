@@ -269,9 +269,9 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path, new_config, train_dat
 
 
 def test_moved_run_can_be_resumed(tmp_path, new_config, train_data):
-    train(new_config(tmp_path / "here", epochs=1), train_data)
-    (tmp_path / "here").rename(tmp_path / "there")
-    history = train(new_config(tmp_path / "there", epochs=2), train_data, resume=True)
+    train(new_config(tmp_path / "old", epochs=1), train_data)
+    (tmp_path / "old").rename(tmp_path / "new")
+    history = train(new_config(tmp_path / "new", epochs=2), train_data, resume=True)
     assert [row["epoch"] for row in history] == [1, 2]
 
 

@@ -5,10 +5,10 @@ from gridcap.train.engine.step_time import StepTimeMonitor
 
 def warnings_of(*windows):
     """Add windows of 20 steps with the given durations, and return the index and text of each warning."""
-    monitor, found = StepTimeMonitor(), []
+    monitor, warnings = StepTimeMonitor(), []
     for index, seconds in enumerate(windows):
-        found += [(index, text) for _ in range(20) if (text := monitor.add(seconds))]
-    return found
+        warnings += [(index, text) for _ in range(20) if (text := monitor.add(seconds))]
+    return warnings
 
 
 def test_item_29_warns_if_steps_become_much_slower():

@@ -81,8 +81,8 @@ def test_cider_and_duplicate_share_use_greedy_captions(tiny_decoders, vocabulary
     row = check(decoder)
     grids = torch.from_numpy(val_data.store.rows(val_data.rows)).float().reshape(len(val_data), 4, 8)
     texts = [vocabulary.decode(h.tokens) for h in beam_search(decoder.eval(), grids, BeamOptions(1, 8))]
-    truth = dict(enumerate(val_data.captions))
-    assert row["val_cider"] == pytest.approx(cider(dict(enumerate(texts)), truth))
+    references = dict(enumerate(val_data.captions))
+    assert row["val_cider"] == pytest.approx(cider(dict(enumerate(texts)), references))
     assert row["val_duplicate_share"] == max(Counter(texts).values()) / len(val_data)
 
 
@@ -106,11 +106,11 @@ class Fixed(torch.nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("attention_weights", "spread"), [([0.25] * 4, 1.0), ([0.0, 1.0, 0.0, 0.0], 0.0), ([0.5, 0.5, 0.0, 0.0], 0.5)]
+    ("attention_weights", "entropy"), [([0.25] * 4, 1.0), ([0.0, 1.0, 0.0, 0.0], 0.0), ([0.5, 0.5, 0.0, 0.0], 0.5)]
 )
-def test_attention_entropy_is_a_mean_over_tokens(attention_weights, spread, tiny_decoders, vocabulary, check):
+def test_attention_entropy_is_a_mean_over_tokens(attention_weights, entropy, tiny_decoders, vocabulary, check):
     decoder = Fixed(build(tiny_decoders["lstm"], vocabulary), torch.tensor(attention_weights))
-    assert check(decoder)["val_attention_entropy"] == pytest.approx(spread, abs=1e-6)
+    assert check(decoder)["val_attention_entropy"] == pytest.approx(entropy, abs=1e-6)
 
 
 @pytest.mark.parametrize("family", ["lstm", "attention"])
@@ -144,16 +144,16 @@ def test_decoder_can_be_trained_after_validation(tiny_decoders, vocabulary, chec
 # --- several ranks ---
 
 
-class Together(Ranks):
+class SequentialRanks(Ranks):
     """Ranks executed one after another: each stores its value, and the last one gathers all of them."""
 
     def all_gather(self, value):
-        left = GIVEN[: self.rank]
-        GIVEN[self.rank :] = [value]
+        left = GATHERED[: self.rank]
+        GATHERED[self.rank :] = [value]
         return [*left, value]
 
 
-GIVEN = []
+GATHERED = []
 
 
 @pytest.mark.parametrize("world", [2, 3, 6])
@@ -164,16 +164,18 @@ def test_ranks_together_compute_the_single_process_result(
     decoder = build(tiny_decoders["attention"], vocabulary)
     alone = check(decoder, batch_size=2)
     settings = new_config(tmp_path / "run", batch_size=2).train
-    GIVEN.clear()
+    GATHERED.clear()
     for rank in range(world - 1):
-        validate(decoder, val_data, vocabulary, settings, dataclasses.replace(CPU, ranks=Together(rank, world)))
-    last = validate(decoder, val_data, vocabulary, settings, dataclasses.replace(CPU, ranks=Together(world - 1, world)))
+        validate(decoder, val_data, vocabulary, settings, dataclasses.replace(CPU, ranks=SequentialRanks(rank, world)))
+    last = validate(
+        decoder, val_data, vocabulary, settings, dataclasses.replace(CPU, ranks=SequentialRanks(world - 1, world))
+    )
     assert last == pytest.approx(alone, rel=1e-5)
-    shares = [set(part[3]) for part in GIVEN]
+    shares = [set(part[3]) for part in GATHERED]
     assert sum(map(len, shares)) == len(set.union(*shares)) == len(val_data)
 
 
-def test_all_references_count_whatever_captions_per_image(tiny_decoders, vocabulary, check, val_data):
+def test_all_references_count_regardless_of_captions_per_image(tiny_decoders, vocabulary, check, val_data):
     """Validation uses all captions of each image, regardless of captions_per_image."""
     decoder = build(tiny_decoders["lstm"], vocabulary)
     assert check(decoder, captions_per_image=1) == check(decoder, captions_per_image=5)

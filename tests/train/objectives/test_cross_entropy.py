@@ -64,10 +64,10 @@ def test_loss_equals_summed_torch_cross_entropy_without_padding(family, smoothin
                 if caption:
                     memory = decoder.encode(batch.grids[b : b + 1].float())
                     logits, _ = decoder(memory, torch.tensor([[caption[:-1]]]))
-                    goal = torch.tensor(caption[1:])
-                    expected += F.cross_entropy(logits[0, 0], goal, reduction="sum", label_smoothing=smoothing)
-                    plain += F.cross_entropy(logits[0, 0], goal, reduction="sum")
-                    num_tokens += len(goal)
+                    target = torch.tensor(caption[1:])
+                    expected += F.cross_entropy(logits[0, 0], target, reduction="sum", label_smoothing=smoothing)
+                    plain += F.cross_entropy(logits[0, 0], target, reduction="sum")
+                    num_tokens += len(target)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
     assert int(terms["tokens"]) == num_tokens == 14
     assert terms["loss"].item() == pytest.approx(plain.item(), rel=1e-4), (
@@ -118,7 +118,7 @@ def test_targets_are_reference_tokens_with_scheduled_sampling(batch):
         decoder.weight[:] = torch.arange(VOCAB_SIZE) / 4
     loss, terms = CrossEntropy(SCHEDULED_SAMPLING)(decoder, batch, 1)
     log_probs = decoder.weight.log_softmax(-1)
-    expected = -sum(log_probs[word] for word in TOKENS[..., 1:].flatten().tolist() if word != PAD)
+    expected = -sum(log_probs[token] for token in TOKENS[..., 1:].flatten().tolist() if token != PAD)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert terms["loss"].item() == pytest.approx(loss.item())
     assert int(terms["tokens"]) == 14
@@ -140,17 +140,17 @@ def test_sampling_prob_grows_in_steps_up_to_max_prob(sampling, expected):
 
 
 def test_scheduled_sampling_starts_in_the_configured_epoch(batch, monkeypatch):
-    asked = []
+    probabilities = []
 
     def record(decoder, memory, tokens, probability):
-        asked.append(probability)
+        probabilities.append(probability)
         return decoder(memory, tokens)  # logits of all positions, like the original
 
     monkeypatch.setattr("gridcap.train.objectives.cross_entropy.forward_scheduled_sampling", record)
     objective = CrossEntropy(settings(scheduled_sampling={"max_prob": 0.3, "prob_step": 0.2, "step_epochs": 2}))
     for epoch in range(6):
         objective(build("attention"), batch, epoch)
-    assert asked == pytest.approx([0.2, 0.2, 0.3, 0.3])
+    assert probabilities == pytest.approx([0.2, 0.2, 0.3, 0.3])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -184,13 +184,13 @@ class Recorder(Decoder):
     def step(self, tokens, state, memory):
         logits = self.weight.expand(*tokens.shape, VOCAB_SIZE)
         if self.first is not None:
-            word = self.first + len(self.fed)
-            logits = logits + 1000.0 * F.one_hot(torch.tensor(word), VOCAB_SIZE)
+            token = self.first + len(self.fed)
+            logits = logits + 1000.0 * F.one_hot(torch.tensor(token), VOCAB_SIZE)
         self.fed.append(tokens.clone())
         return logits, (state[0] + 1,), None
 
     def forward(self, memory, tokens, positions=None):
-        raise AssertionError("not asked for")
+        raise AssertionError("not used")
 
 
 def test_scheduled_sampling_with_probability_1_feeds_only_sampled_tokens():
@@ -201,7 +201,7 @@ def test_scheduled_sampling_with_probability_1_feeds_only_sampled_tokens():
 
 
 def test_tokens_are_sampled_from_the_prediction_for_their_position():
-    """Three equally likely tokens; never PAD, BOS, or UNK, whatever their logits."""
+    """Three equally likely tokens; never PAD, BOS, or UNK, regardless of their logits."""
     torch.manual_seed(0)
     decoder = Recorder()
     with torch.no_grad():
@@ -211,8 +211,8 @@ def test_tokens_are_sampled_from_the_prediction_for_their_position():
     reference = torch.full((30, 10, 3), 5)
     forward_scheduled_sampling(decoder, decoder.encode(torch.zeros(30, 4, 8)), reference, 1.0)
     for fed in decoder.fed[1:]:
-        words, counts = fed.unique(return_counts=True)
-        assert words.tolist() == [4, 7, 9]
+        tokens, counts = fed.unique(return_counts=True)
+        assert tokens.tolist() == [4, 7, 9]
         assert (counts - 100).abs().max() < 40
 
 

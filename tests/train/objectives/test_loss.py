@@ -72,26 +72,26 @@ def test_label_smoothing_is_uniform_over_the_vocabulary(seed, share):
     total, plain, count = smoothed_cross_entropy(logits.flatten(0, -2), targets.flatten(), share)
     log_probs = logits.log_softmax(-1)
     expected = 0.0
-    for place in (targets != PAD).nonzero().tolist():
-        row = log_probs[tuple(place)]
-        goal = torch.full((9,), share / 9)
-        goal[targets[tuple(place)]] += 1 - share
-        expected -= (goal * row).sum().item()
+    for index in (targets != PAD).nonzero().tolist():
+        row = log_probs[tuple(index)]
+        distribution = torch.full((9,), share / 9)
+        distribution[targets[tuple(index)]] += 1 - share
+        expected -= (distribution * row).sum().item()
     assert int(count) == int((targets != PAD).sum())
     assert total.item() == pytest.approx(expected, rel=1e-4)
     mask = targets != PAD
-    torchs = F.cross_entropy(logits[mask], targets[mask], reduction="sum", label_smoothing=share)
-    assert total.item() == pytest.approx(torchs.item(), rel=1e-5)
+    reference = F.cross_entropy(logits[mask], targets[mask], reduction="sum", label_smoothing=share)
+    assert total.item() == pytest.approx(reference.item(), rel=1e-5)
     assert plain.item() == pytest.approx(masked_cross_entropy(logits, targets)[0].item(), rel=1e-5)
     assert not plain.requires_grad
 
 
 @given(st.integers(0, 10_000), st.sampled_from([0.0, 0.1, 0.7]), st.sampled_from([1, 30, 1 << 19]))
-def test_gradient_equals_torch_cross_entropy_for_any_chunk_size(seed, share, in_cache):
+def test_gradient_equals_torch_cross_entropy_for_any_chunk_size(seed, share, chunk_size):
     logits, targets = example(seed)
     rows, flat_targets = logits.flatten(0, -2), targets.flatten()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gridcap.train.objectives.loss._CHUNK_SIZE", in_cache)
+        patch.setattr("gridcap.train.objectives.loss._CHUNK_SIZE", chunk_size)
         total, plain, _ = smoothed_cross_entropy(rows, flat_targets, share)
     (alone,) = torch.autograd.grad(total, logits, retain_graph=True)
     (gradient,) = torch.autograd.grad(3 * total, logits)
@@ -125,14 +125,14 @@ def test_batch_without_tokens_has_zero_loss():
 # --- attention regularization ---
 
 
-def looks_of(*captions):
+def attention_of(*captions):
     """Return attention weights of shape (1, K, T, P)."""
     return torch.tensor([captions], dtype=torch.float32)
 
 
 def test_attention_penalty_equals_the_formula_of_xu():
     """Two cells, whose weights sum to 0.9 + 0.7 and 0.1 + 0.3 over the first caption, and so on."""
-    attention = looks_of([[0.9, 0.1], [0.7, 0.3], [0.4, 0.6]], [[0.2, 0.8], [0.5, 0.5], [0.5, 0.5]])
+    attention = attention_of([[0.9, 0.1], [0.7, 0.3], [0.4, 0.6]], [[0.2, 0.8], [0.5, 0.5], [0.5, 0.5]])
     targets = torch.tensor([[[5, 2, PAD], [7, 8, 2]]])
     first = ((1 - 1.6) ** 2 + (1 - 0.4) ** 2) / 2
     second = ((1 - 1.2) ** 2 + (1 - 1.8) ** 2) / 2
@@ -140,7 +140,7 @@ def test_attention_penalty_equals_the_formula_of_xu():
 
 
 def test_attention_that_sums_to_one_per_cell_has_no_penalty():
-    attention = looks_of([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.25, 0.25, 0.5], [0.9, 0.05, 0.05]])
+    attention = attention_of([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.25, 0.25, 0.5], [0.9, 0.05, 0.05]])
     targets = torch.tensor([[[5, 6, 2, PAD]]])
     assert attention_reg(attention, targets).item() == pytest.approx(0)
     assert attention_reg(attention, torch.tensor([[[5, 6, 7, 2]]])).item() > 0.1

@@ -13,7 +13,7 @@ REFERENCES = [
     [[4, 9, 10, 11, 12, 13], [9, 10, 4, 4]],
     [[14, 15], [15, 14, 5, 5, 6], [14]],
 ]
-words = st.lists(st.integers(4, 9), min_size=1, max_size=8)
+captions = st.lists(st.integers(4, 9), min_size=1, max_size=8)
 
 
 def batch(captions):
@@ -33,7 +33,7 @@ def by_pycocoevalcap(references, candidates):
     return Cider().compute_score(truth, ours)[1], np.array(Bleu(4).compute_score(truth, ours, verbose=0)[1][3])
 
 
-@given(st.lists(st.tuples(words, st.booleans(), st.lists(words, min_size=1, max_size=4)), min_size=2, max_size=5))
+@given(st.lists(st.tuples(captions, st.booleans(), st.lists(captions, min_size=1, max_size=4)), min_size=2, max_size=5))
 def test_reward_is_ciderd_and_bleu4_including_eos(examples):
     candidates = [[*caption, *[EOS] * ended] for caption, ended, _ in examples]
     references = [image for *_, image in examples]
@@ -74,12 +74,12 @@ def test_tokens_after_eos_are_ignored():
 
 
 def test_truncated_caption_has_lower_reward_than_a_complete_one():
-    ended, cut = CaptionReward(REFERENCES)([0], np.array([[[4, 6, 7, EOS], [4, 6, 7, PAD]]]))[0]
+    complete, truncated = CaptionReward(REFERENCES)([0], np.array([[[4, 6, 7, EOS], [4, 6, 7, PAD]]]))[0]
     early = CaptionReward(REFERENCES)([0], np.array([[[4, 5, 6, EOS]]])).item()
-    going_on = CaptionReward(REFERENCES)([0], np.array([[[4, 5, 6, PAD]]])).item()
-    assert ended > cut
-    assert early < ended
-    assert abs(early - going_on) < ended - cut, "EOS in the wrong position is not rewarded"
+    unfinished = CaptionReward(REFERENCES)([0], np.array([[[4, 5, 6, PAD]]])).item()
+    assert complete > truncated
+    assert early < complete
+    assert abs(early - unfinished) < complete - truncated, "EOS in the wrong position is not rewarded"
 
 
 class TestBuild:
@@ -100,8 +100,10 @@ class TestBuild:
         small = Vocabulary([word for word in whole.tokens if word not in ("green", "square")])
         at = next(i for i, captions in enumerate(data.captions) if len(captions) == 3 and "green" in captions[0])
         rewards = {
-            words: CaptionReward.build(data, words, 1.0)([at], np.array([[words.encode("one that is here", 9)[1:]]]))
-            for words in (whole, small)
+            vocabulary: CaptionReward.build(data, vocabulary, 1.0)(
+                [at], np.array([[vocabulary.encode("one that is here", 9)[1:]]])
+            )
+            for vocabulary in (whole, small)
         }
         assert rewards[small].item() == pytest.approx(rewards[whole].item())
         assert rewards[small].item() > 0.5

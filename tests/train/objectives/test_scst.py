@@ -50,15 +50,15 @@ class Table(Decoder):
 
 
 class Reward:
-    """Reward that records its arguments and returns the result of `give`."""
+    """Reward that records its arguments and returns the result of `score`."""
 
-    def __init__(self, give):
-        self.give, self.calls, self.threads = give, [], []
+    def __init__(self, score):
+        self.score, self.calls, self.threads = score, [], []
 
     def __call__(self, images, tokens):
         self.calls.append((np.array(images), np.array(tokens)))
         self.threads.append(threading.current_thread())
-        return np.asarray(self.give(images, tokens), np.float32)
+        return np.asarray(self.score(images, tokens), np.float32)
 
 
 def new_batch(images=(0, 1, 2), positions=None):
@@ -75,15 +75,15 @@ def random_rewards(images, tokens):
 def log_prob_of(table, image, caption, temperature=1.0):
     """Return the log-probability of a caption, computed token by token over the allowed tokens."""
     table = table / temperature
-    may = [word for word in range(VOCAB_SIZE) if word not in (PAD, BOS, UNK)]
+    allowed = [token for token in range(VOCAB_SIZE) if token not in (PAD, BOS, UNK)]
     total, before = torch.zeros(()), BOS
-    for word in caption:
-        total = total + table[image, before, word] - table[image, before, may].logsumexp(-1)
-        before = word
+    for token in caption:
+        total = total + table[image, before, token] - table[image, before, allowed].logsumexp(-1)
+        before = token
     return total
 
 
-def written(row):
+def caption_of(row):
     return [int(token) for token in row if token != PAD]
 
 
@@ -104,7 +104,7 @@ def test_gradient_is_advantage_times_gradient_of_log_probability(samples, temper
         for k in range(samples):
             others = np.mean([rewards[image, other] for other in range(samples) if other != k])
             baselines.append(others)
-            caption = written(tokens[image, k])
+            caption = caption_of(tokens[image, k])
             expected = expected - (rewards[image, k] - others) * log_prob_of(table, image, caption, temperature)
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-5)
@@ -138,7 +138,7 @@ def test_only_visited_states_get_a_gradient_and_masked_tokens_none():
     fed = torch.zeros(3, VOCAB_SIZE, dtype=torch.bool)
     for image in range(3):
         for k in range(3):
-            fed[image, [BOS, *written(tokens[image, k])[:-1]]] = True
+            fed[image, [BOS, *caption_of(tokens[image, k])[:-1]]] = True
     rows = decoder.table.grad.abs().sum(-1) > 0
     assert not (rows & ~fed).any()
     assert rows[:, BOS].all()
@@ -179,12 +179,12 @@ def test_better_caption_becomes_more_likely():
     decoder, reward = Table(1), Reward(lambda _, tokens: [[3.0, 0.0]])
     torch.manual_seed(2)
     SelfCritical(reward, 2, 3)(decoder, new_batch((0,)), 0)[0].backward()
-    good, bad = (written(row) for row in reward.calls[0][1][0])
-    assert good != bad
-    before = [log_prob_of(decoder.table.detach(), 0, caption).item() for caption in (good, bad)]
+    better, worse = (caption_of(row) for row in reward.calls[0][1][0])
+    assert better != worse
+    before = [log_prob_of(decoder.table.detach(), 0, caption).item() for caption in (better, worse)]
     with torch.no_grad():
         decoder.table -= 0.01 * decoder.table.grad
-    after = [log_prob_of(decoder.table.detach(), 0, caption).item() for caption in (good, bad)]
+    after = [log_prob_of(decoder.table.detach(), 0, caption).item() for caption in (better, worse)]
     assert after[0] - after[1] > before[0] - before[1]
 
 
@@ -259,7 +259,7 @@ def test_every_family_trains_with_scst(family):
 def test_reward_increases():
     """Token 5 is rewarded for image 0, token 6 for image 1, and token 7 for image 2."""
 
-    def give(images, tokens):
+    def score(images, tokens):
         return [
             [sum(t == 5 + image for t in caption) / 4 for caption in rows]
             for image, rows in zip(images, tokens, strict=True)
@@ -267,7 +267,7 @@ def test_reward_increases():
 
     torch.manual_seed(0)
     decoder = Table()
-    objective, optimizer = SelfCritical(Reward(give), 5, 4), torch.optim.Adam(decoder.parameters(), 0.1)
+    objective, optimizer = SelfCritical(Reward(score), 5, 4), torch.optim.Adam(decoder.parameters(), 0.1)
     means = []
     for _ in range(120):
         optimizer.zero_grad()
