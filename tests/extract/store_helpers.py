@@ -18,7 +18,7 @@ def right_grids(fake: Any, folder: Path, dtype: str = "float16") -> np.ndarray:
     return np.concatenate([fake.grids(np.asarray(Image.open(folder / name))) for name in names]).astype(dtype)
 
 
-def assert_right(fake: Any, folder: Path, index: Path, invalid: dict[int, str] | None = None) -> None:
+def assert_matches_photos(fake: Any, folder: Path, index: Path, invalid: dict[int, str] | None = None) -> None:
     """Compare a store, row by row, with its image folder."""
     invalid = invalid or {}
     records = list_images(folder).records

@@ -23,7 +23,7 @@ from gridcap.extract.cluster.share import Share
 from gridcap.extract.job import Extraction, ExtractionRequest, prepare
 from gridcap.extract.run import extract_features
 from tests.extract.cli_helpers import SMALL, fails, files, run
-from tests.extract.store_helpers import assert_right, write_image
+from tests.extract.store_helpers import assert_matches_photos, write_image
 
 
 def test_item_05_append_succeeds_if_images_were_also_removed(
@@ -91,7 +91,7 @@ def test_item_13_processes_that_append_the_same_images_at_once_complete_the_stor
             for rank, extraction in enumerate(prepared)
         ]
         assert any(run.result().complete for run in runs)
-    assert_right(fake, folder, prepared[0].output)
+    assert_matches_photos(fake, folder, prepared[0].output)
 
 
 class ImageFolderChanges(RuleBasedStateMachine):

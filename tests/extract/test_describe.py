@@ -77,7 +77,7 @@ def test_a_plot_has_one_row_per_image(
     folder = photos(8)
     job, _ = extracted(folder)
     if with_images:
-        (folder / "0000.png").unlink()  # a missing photo leaves its place empty
+        (folder / "0000.png").unlink()  # a missing photo is shown as a gray pixel
     with FeatureStore(job.output) as store:
         assert plot_grids(store, tmp_path / "out.png", folder if with_images else None, count=3) == 3
         assert plot_grids(store, tmp_path / "all.png", count=100) == 8

@@ -29,15 +29,15 @@ def test_there_is_no_index_while_a_missing_shard_is_being_written(
     folder = photos(10)
     job, _ = extracted(folder, extract__shard_size=4)
     (job.folder / "00001.h5").unlink()
-    real, seen = fake.encode, []
+    real, index_existed = fake.encode, []
 
     def encode(self: Any, images: np.ndarray) -> np.ndarray:
-        seen.append(job.output.exists())
+        index_existed.append(job.output.exists())
         return real(self, images)
 
     monkeypatch.setattr(fake, "encode", encode)
     extracted(folder, extract__shard_size=4)
-    assert seen == [False]
+    assert index_existed == [False]
     assert job.output.exists()
 
 

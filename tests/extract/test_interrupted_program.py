@@ -21,7 +21,7 @@ from tests.extract.store_helpers import (
 )
 
 PROGRAM = Path(sys.executable).parent / "extract-features"
-PATIENCE = 300  # seconds until a test fails; nothing is measured
+TIMEOUT = 300  # seconds until a test fails; nothing is measured
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def command(scenes: Path, output: Path) -> list[str]:
 
 def run_to_end(scenes: Path, output: Path, *more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*command(scenes, output), *more], cwd=output.parent.parent, capture_output=True, text=True, timeout=PATIENCE
+        [*command(scenes, output), *more], cwd=output.parent.parent, capture_output=True, text=True, timeout=TIMEOUT
     )
 
 
@@ -58,7 +58,7 @@ def running_until(shard: str, scenes: Path, output: Path) -> Iterator[subprocess
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + TIMEOUT
         while not (output.with_suffix("") / shard).exists():
             assert process.poll() is None, f"ended before it wrote {shard}: {process.communicate()[0]}"
             assert time.monotonic() < deadline, f"never wrote {shard}"
@@ -98,7 +98,7 @@ def test_a_run_that_is_killed_interrupted_and_rerun_produces_identical_files(sce
 
     with running_until("00001.h5", scenes, interrupted) as process:
         process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=PATIENCE)
+        output, _ = process.communicate(timeout=TIMEOUT)
         assert process.returncode == 130, output
     assert "interrupted" in output
     assert "rerun the command" in output

@@ -14,7 +14,7 @@ from gridcap.common.store.reader import FeatureStore
 from gridcap.common.store.shard_reader import ShardReader
 from gridcap.extract.run import extract_features
 from tests.extract.store_helpers import (
-    assert_right,
+    assert_matches_photos,
     no_temporaries,
     shards_in,
 )
@@ -24,7 +24,7 @@ def test_an_invalid_image_keeps_its_row_and_affects_no_other(fake: Any, photos: 
     folder = photos(11, invalid={0: "", 5: "<html>", 6: "text", 10: "text"})
     job, summary = extracted(folder, extract__shard_size=4, extract__batch_size=2, data__max_invalid="4")
     reasons = {0: "empty file", 5: "not an image", 6: "not an image", 10: "not an image"}
-    assert_right(fake, folder, job.output, reasons)
+    assert_matches_photos(fake, folder, job.output, reasons)
     assert dict(summary.invalid) == {"empty file": 1, "not an image": 3}
 
 
@@ -69,7 +69,7 @@ def test_item_17_images_in_a_linked_folder_are_extracted(fake: Any, photos: Any,
 def test_a_shard_may_contain_invalid_images_only(fake: Any, photos: Any, extracted: Any) -> None:
     folder = photos(8, invalid={4: "x", 5: "x", 6: "x", 7: "x"})
     job, _ = extracted(folder, extract__shard_size=4, data__max_invalid="50%")
-    assert_right(fake, folder, job.output, dict.fromkeys(range(4, 8), "not an image"))
+    assert_matches_photos(fake, folder, job.output, dict.fromkeys(range(4, 8), "not an image"))
 
 
 def test_too_many_invalid_images_stop_the_run_without_partial_files(fake: Any, photos: Any, extracted: Any) -> None:

@@ -15,7 +15,7 @@ from gridcap.common.errors import ExtractionError
 from gridcap.extract.reading import IO_ATTEMPTS, retry_transient_errors
 from gridcap.extract.run import extract_features
 from tests.extract.cli_helpers import SMALL, fails
-from tests.extract.store_helpers import assert_right, no_temporaries
+from tests.extract.store_helpers import assert_matches_photos, no_temporaries
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +46,7 @@ def test_item_23_a_transient_read_error_is_retried(
     folder = photos(5)
     extraction, _ = extracted(folder)
     assert len(reads) == IO_ATTEMPTS
-    assert_right(fake, folder, extraction.output)
+    assert_matches_photos(fake, folder, extraction.output)
 
 
 def test_item_23_a_persistent_read_error_names_the_image(

@@ -92,9 +92,9 @@ def test_a_corrupted_row_is_not_copied_into_a_rewritten_shard(fake: Any, photos:
     extract_features(prepared, show_progress=False)
     shard = prepared.folder / "00000.h5"
     with h5py.File(shard) as file:
-        place = file["features"].id.get_offset() + 3 * 2 * 2 * 3 * 2
+        offset = file["features"].id.get_offset() + 3 * 2 * 2 * 3 * 2
     content = bytearray(shard.read_bytes())
-    content[place] ^= 4
+    content[offset] ^= 4
     shard.write_bytes(content)
     write_image(folder / "0001.png", 1)
     with pytest.raises(StoreError, match="row 3 is corrupted"):

@@ -22,7 +22,7 @@ from gridcap.common.store.reader import FeatureStore
 from gridcap.extract.cluster.share import Share
 from gridcap.extract.run import extract_features, survey
 from tests.extract.store_helpers import (
-    assert_right,
+    assert_matches_photos,
     contents,
     no_temporaries,
     right_grids,
@@ -37,7 +37,7 @@ def test_a_store_contains_what_encoding_one_by_one_returns(
 ) -> None:
     folder = photos(11)
     job, summary = extracted(folder, extract__shard_size=shard_size, extract__batch_size=batch_size)
-    assert_right(fake, folder, job.output)
+    assert_matches_photos(fake, folder, job.output)
     assert summary.images == 11
     assert summary.shards == -(-11 // shard_size)
     assert summary.existing == 0
@@ -48,7 +48,7 @@ def test_a_store_contains_what_encoding_one_by_one_returns(
 def test_float32_is_not_rounded_to_float16(fake: Any, photos: Any, extracted: Any) -> None:
     folder = photos(3)
     job, _ = extracted(folder, extract__dtype="float32")
-    assert_right(fake, folder, job.output)
+    assert_matches_photos(fake, folder, job.output)
     with FeatureStore(job.output) as store:
         assert store.dtype == np.float32
     assert (right_grids(fake, folder, "float32") != right_grids(fake, folder).astype(np.float32)).any()
@@ -233,7 +233,7 @@ def test_a_store_is_finished_by_another_number_of_processes(fake: Any, photos: A
     assert not extract_features(prepared, Share(0, 2), show_progress=False).complete
     last = extract_features(prepared, Share(1, 2), show_progress=False)
     assert (last.complete, last.written, last.existing) == (True, 2, 3)
-    assert_right(fake, prepared.images, prepared.output)
+    assert_matches_photos(fake, prepared.images, prepared.output)
 
 
 def test_a_process_without_shards_writes_the_index(fake: Any, photos: Any, job: Any) -> None:
@@ -276,7 +276,7 @@ def test_append_writes_new_shards_and_keeps_the_existing_ones(fake: Any, photos:
     assert {name: after[name] for name in before if name.endswith("0.h5")} == {
         name: stamp for name, stamp in before.items() if name.endswith("0.h5")
     }
-    assert_right(fake, folder, longer.output)
+    assert_matches_photos(fake, folder, longer.output)
     assert extract_features(longer, show_progress=False).written == 0, "the same list is complete now"
 
 

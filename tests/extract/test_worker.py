@@ -16,7 +16,7 @@ from gridcap.common.errors import ExtractionError
 from gridcap.common.store.shard_writer import ShardWriter
 from tests.extract.cli_helpers import SMALL, fails
 from tests.extract.store_helpers import (
-    assert_right,
+    assert_matches_photos,
     names_in,
     no_temporaries,
 )
@@ -24,13 +24,13 @@ from tests.extract.store_helpers import (
 
 def overflowing(fake: Any, monkeypatch: pytest.MonkeyPatch, number: int, value: float) -> None:
     """Make the grid of image `number` of photos() contain `value`."""
-    poisoned = np.random.default_rng(number).integers(0, 256, (16, 16, 3), np.uint8)
+    target = np.random.default_rng(number).integers(0, 256, (16, 16, 3), np.uint8)
     real = fake.encode
 
     def encode(self: Any, images: np.ndarray) -> np.ndarray:
         grids = real(self, images)
         for image, grid in zip(images, grids, strict=True):
-            if (image == poisoned).all():
+            if (image == target).all():
                 grid[1, 0, 2] = value
         return grids
 
@@ -76,13 +76,13 @@ def test_batches_queued_behind_a_failed_one_are_not_written_into_its_shard(
     fake: Any, photos: Any, extracted: Any, monkeypatch: pytest.MonkeyPatch, shard_size: int
 ) -> None:
     folder = photos(16)
-    with monkeypatch.context() as poison:
-        overflowing(fake, poison, 0, np.inf)
+    with monkeypatch.context() as patch:
+        overflowing(fake, patch, 0, np.inf)
         with pytest.raises(ExtractionError, match=r"0000\.png"):
             extracted(folder, extract__shard_size=shard_size, extract__batch_size=2)
     assert "00000.h5" not in names_in(folder.parent / "features" / "s")
     job, _ = extracted(folder, extract__shard_size=shard_size, extract__batch_size=2)
-    assert_right(fake, folder, job.output)
+    assert_matches_photos(fake, folder, job.output)
 
 
 def test_a_full_disk_leaves_complete_shards_only(
@@ -104,7 +104,7 @@ def test_a_full_disk_leaves_complete_shards_only(
     assert no_temporaries(folder.parent / "features")
     job, summary = extracted(folder, extract__shard_size=2, extract__batch_size=2)
     assert summary.existing >= 1, "shards written before the disk was full are kept"
-    assert_right(fake, folder, job.output)
+    assert_matches_photos(fake, folder, job.output)
 
 
 def failing_once(fake: Any, error: BaseException) -> Any:
@@ -135,7 +135,7 @@ def test_an_encoder_error_leaves_complete_shards_and_no_temporary_file(
     lists = {path.name for path in (features / "s").glob("images-*.jsonl")}
     assert set(names_in(features / "s")) - lists <= {"00000.h5", "config.yaml", "plan.json"}
     job, _ = extracted(folder, extract__shard_size=4, extract__batch_size=2)
-    assert_right(fake, folder, job.output)
+    assert_matches_photos(fake, folder, job.output)
 
 
 def test_a_value_error_of_the_encoder_is_not_reported_as_an_overflow(
@@ -165,7 +165,7 @@ def test_an_interrupt_leaves_complete_shards_and_no_temporary_file(
     assert no_temporaries(folder.parent / "features")
     assert not [t.name for t in threading.enumerate() if t.name.startswith(("read", "write"))]
     job, _ = extracted(folder, extract__shard_size=4, extract__batch_size=2)
-    assert_right(fake, folder, job.output)
+    assert_matches_photos(fake, folder, job.output)
 
 
 # Queues
@@ -259,7 +259,7 @@ def test_images_are_decoded_by_num_workers_threads(
     monkeypatch.setattr(reading_module, "load_image", load)
     folder = photos(12)
     job, _ = extracted(folder, extract__num_workers=3, extract__batch_size=6)
-    assert_right(fake, folder, job.output)
+    assert_matches_photos(fake, folder, job.output)
 
 
 def test_the_summary_counts_encoded_images(fake: Any, photos: Any, extracted: Any) -> None:

@@ -112,8 +112,8 @@ def test_an_interrupted_devices_run_resumes_to_the_store_of_a_single_process(tmp
 
     def command(name: str, *more: str) -> list[str]:
         options = "--split s --encoder resnet50 --weights random --precision float32 --shard-size 2 --batch-size 2"
-        place = ["--images", str(images), "--output", str(tmp_path / name / "s.h5"), "--device", "cpu"]
-        return [str(PROGRAM), *place, *options.split(), *more]
+        arguments = ["--images", str(images), "--output", str(tmp_path / name / "s.h5"), "--device", "cpu"]
+        return [str(PROGRAM), *arguments, *options.split(), *more]
 
     def finish(name: str, *more: str) -> dict[str, bytes]:
         done = subprocess.run(

@@ -131,8 +131,8 @@ def test_corrupted_pickles_give_arrays_or_an_error(tmp_path: Path) -> None:
         whole = pickle.dumps({"a.jpg": np.ones((4, 3), np.float16), "12": np.ones((2, 2, 3), np.float32)}, protocol)
         for _ in range(400):
             changed = bytearray(whole)
-            for place in rng.integers(len(whole), size=rng.integers(1, 4)):
-                changed[place] = rng.integers(256)
+            for position in rng.integers(len(whole), size=rng.integers(1, 4)):
+                changed[position] = rng.integers(256)
             try:
                 arrays = loaded(tmp_path, bytes(changed))
             except Exception:
