@@ -87,7 +87,7 @@ class CaptionRequest:
 @flag("--num-workers", "extract.num_workers")
 @flag("--device", "extract.device")
 def main(config: PipelineConfig, dry_run: bool, **options: Any) -> None:
-    """Caption images: files, or all images in folders and their subfolders.
+    """Caption image files, or all images in folders and subfolders.
 
     Prints one line per image: path, tab, caption. Invalid images are reported and skipped. Exit status: 0 all images
     captioned, 1 failure, 2 usage error, 3 some images invalid.

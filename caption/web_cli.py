@@ -47,9 +47,9 @@ USES = Uses((*DECODING_KEYS, "extract.device", "seed"), "caption.max_length=20")
 def main(
     config: PipelineConfig, dry_run: bool, checkpoints: tuple[Path, ...], host: str, port: int, weights: Path | None
 ) -> None:
-    """Serve a web page that captions uploaded photos and shows attention maps.
+    """Serve a web page that captions uploaded photos.
 
-    Photos are processed on this machine only. Press Ctrl-C to stop.
+    The page also shows attention maps. Photos are processed on this machine only. Press Ctrl-C to stop.
     """
     if dry_run:
         show_dry_run(config, checkpoints, f"serve {{}} at http://{host}:{port}")

@@ -7,6 +7,8 @@ import importlib
 
 import click
 
+from gridcap.common.command import reword_help_option
+
 # Subcommand -> its module and click command, in the order in which users need them.
 COMMANDS = {
     "download": "gridcap.extract.download_cli:main",
@@ -30,6 +32,10 @@ Shell completion (bash; use zsh_source or fish_source for other shells):
 
 class LazyGroup(click.Group):
     """A click group that imports the module of a subcommand only when it is used."""
+
+    def get_help_option(self, ctx: click.Context) -> click.Option | None:
+        """Return the --help option, with a help text in the style of the other options."""
+        return reword_help_option(super().get_help_option(ctx))
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of the subcommands in the order of use."""
@@ -62,7 +68,7 @@ class LazyGroup(click.Group):
     epilog=EPILOG,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-@click.version_option(None, "--version", package_name="gridcap", prog_name="gridcap")
+@click.version_option(None, "--version", package_name="gridcap", prog_name="gridcap", help="show the version and exit")
 def main() -> None:
     """Train image captioning models on cached features.
 

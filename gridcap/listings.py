@@ -40,7 +40,7 @@ def recipes(name: str | None) -> None:
 @click.command("encoders", cls=PipelineCommand, epilog=ENCODER_EXAMPLES, context_settings=_SETTINGS)
 @click.argument("pattern", default="*")
 def encoders(pattern: str) -> None:
-    """List the encoders with the shape of their grid and the size of their input.
+    """List the encoders with their grid shapes and input sizes.
 
     PATTERN is a shell-style pattern such as "resnet*". A name is used as extract-features --encoder NAME.
     """

@@ -94,7 +94,7 @@ USES = Uses(("caption", "data", "train.device", "seed"), "caption.top_k=10")
 @flag("--device", "train.device")
 @flag("--seed", "seed")
 def evaluate_decoder(config: PipelineConfig, dry_run: bool, **paths: Path | None) -> None:
-    """Caption the images of a feature store and score the captions with the COCO metrics.
+    """Caption a feature store and compute the COCO metrics.
 
     Writes the metrics and all captions to a JSON file, the scores per image to a CSV file next to it, and the captions
     in COCO's results format; with --report, also an HTML report. Exit status: 0 success, 1 failure, 2 usage error.

@@ -10,6 +10,7 @@ from gridcap.common.command.command import (
     Uses,
     as_invoked,
     pipeline_command,
+    reword_help_option,
     show_config,
 )
 from gridcap.common.command.options import ConfigFlag, flag, subset_options
@@ -26,6 +27,7 @@ __all__ = [
     "pipeline_command",
     "reject_ignored",
     "reload_config",
+    "reword_help_option",
     "show_config",
     "subset_options",
 ]

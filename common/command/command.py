@@ -37,6 +37,13 @@ def as_invoked(text: str) -> str:
     return re.sub(rf"(?<![\w/.-])({'|'.join(SUBCOMMANDS)})(?![\w/-])", lambda m: SUBCOMMANDS[m[1]], text)
 
 
+def reword_help_option(option: click.Option | None) -> click.Option | None:
+    """Give click's --help option a help text in the style of the other options: lower case, no period."""
+    if option is not None:
+        option.help = "show this message and exit"
+    return option
+
+
 class PipelineCommand(click.Command):
     """A command that reports errors as a message and a hint, and shows the traceback only with --debug."""
 
@@ -49,6 +56,10 @@ class PipelineCommand(click.Command):
             suggestions = " or ".join(suggest_flags(error.option_name, known))
             question = f"; did you mean {suggestions}?" if suggestions else ""
             raise click.UsageError(f"no such option: {error.option_name}{question}", ctx) from None
+
+    def get_help_option(self, ctx: click.Context) -> click.Option | None:
+        """Return the --help option, with a help text in the style of the other options."""
+        return reword_help_option(super().get_help_option(ctx))
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command and convert exceptions into messages and exit statuses."""
@@ -162,7 +173,9 @@ def _take_settings(
 def _shared_options(name: str, uses: Uses) -> list[Callable[[Any], Any]]:
     """Return the decorators of the options that all commands share, the last one first."""
     options = [
-        click.version_option(None, "--version", package_name="gridcap", prog_name=name),
+        click.version_option(
+            None, "--version", package_name="gridcap", prog_name=name, help="show the version and exit"
+        ),
         click.option("--debug", is_flag=True, help="show the traceback of an error"),
         click.option(
             "--threads",

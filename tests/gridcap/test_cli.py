@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
@@ -33,7 +34,8 @@ def output_of(*arguments: str) -> str:
 def test_help_lists_every_subcommand_with_its_summary() -> None:
     lines = output_of("--help").partition("Commands:\n")[2].partition("\n\n")[0].splitlines()
     assert [line.split()[0] for line in lines] == list(COMMANDS)
-    assert all(len(line.split()) > 3 and len(line) <= 110 for line in lines)
+    assert all(len(line.split()) > 3 and len(line) <= 80 for line in lines)
+    assert not [line for line in lines if line.endswith("...")], "the first sentence of a docstring is too long"
     expected = "download encoders extract import inspect verify recipes train evaluate caption serve"
     assert list(COMMANDS) == expected.split()
 
@@ -46,6 +48,20 @@ def test_help_of_a_subcommand_is_that_of_the_command_and_names_it_as_invoked(nam
     assert f"gridcap {name}" in examples[0]
     for entry_point in ("extract-features", "train-decoder", "evaluate-decoder", "caption-images"):
         assert entry_point not in text
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_texts_are_lower_case_phrases_without_a_final_period(name: str) -> None:
+    command = main.get_command(click.Context(main), name)
+    assert command is not None
+    for param in command.get_params(click.Context(command)):
+        if isinstance(param, click.Option):
+            text = param.help or ""
+            phrase = text.partition("  [")[0]
+            assert phrase, param.opts[0]
+            assert not phrase.removesuffix("...").endswith("."), f"{param.opts[0]}: {text}"
+            word = phrase.split()[0]
+            assert word[0].islower() or word[1:2].isupper() or word[0].isdigit(), f"{param.opts[0]}: {text}"
 
 
 def test_errors_name_the_command_as_invoked() -> None:
