@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from gridcap.common.files import replacing
 MAX_COLUMNS = 8  # panels per row, the image included
 PANEL_INCHES = 1.7
 TITLE_INCHES = 0.42
+TITLE_LINE_INCHES = 0.17
+TITLE_CHARACTER_INCHES = 0.1  # mean width of a character at 10 points, bold
 TOKEN_INCHES = 0.28
 DPI = 110
 MAX_HEIGHT = 60_000  # pixels; matplotlib and JPEG allow less than 65,536
@@ -32,7 +35,7 @@ class AttentionPanels:
         image: uint8 (H, W, 3), the part of the photo that the grid covers.
         tokens: T tokens.
         attention: float32 (T, rows, columns), non-negative.
-        title: line of text above the panels.
+        title: text above the panels; long titles are wrapped.
     """
 
     image: np.ndarray
@@ -78,15 +81,18 @@ def upsample(weights: np.ndarray, height: int, width: int) -> np.ndarray:
 def _figure(items: Sequence[AttentionPanels]) -> Figure:
     rows = [math.ceil((1 + len(item.tokens)) / MAX_COLUMNS) for item in items]
     columns = min(MAX_COLUMNS, 1 + max(len(item.tokens) for item in items))
-    heights = [n * (PANEL_INCHES + TOKEN_INCHES) + TITLE_INCHES for n in rows]
-    # The figure is at least 6 inches wide, so that titles of short captions fit.
-    size = max(6.0, columns * PANEL_INCHES), sum(heights)
-    figure = Figure(figsize=size, dpi=min(DPI, MAX_HEIGHT / sum(heights)), layout="constrained")
+    width = max(6.0, columns * PANEL_INCHES)  # room for the titles of short captions
+    titles = [textwrap.fill(item.title, int(width / TITLE_CHARACTER_INCHES)) for item in items]
+    heights = [
+        count * (PANEL_INCHES + TOKEN_INCHES) + TITLE_INCHES + title.count("\n") * TITLE_LINE_INCHES
+        for count, title in zip(rows, titles, strict=True)
+    ]
+    figure = Figure(figsize=(width, sum(heights)), dpi=min(DPI, MAX_HEIGHT / sum(heights)), layout="constrained")
     FigureCanvasAgg(figure)
     blocks = np.atleast_1d(np.array(figure.subfigures(len(items), 1, height_ratios=heights), dtype=object))
-    for block, item, count in zip(blocks, items, rows, strict=True):
+    for block, item, title, count in zip(blocks, items, titles, rows, strict=True):
         # File names and captions may contain "$" and must not be parsed as formulas.
-        block.suptitle(item.title, fontsize=10, x=0.01, ha="left", weight="bold", parse_math=False)
+        block.suptitle(title, fontsize=10, x=0.01, ha="left", weight="bold", parse_math=False)
         _draw_panels(block.subplots(count, columns, squeeze=False).ravel(), item)
     return figure
 

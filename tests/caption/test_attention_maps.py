@@ -108,6 +108,14 @@ def test_titles_are_not_parsed_as_formulas(tmp_path: Path, title: str) -> None:
     assert Image.open(tmp_path / "a.png").size[0] > 100
 
 
+def test_long_titles_are_wrapped_and_the_figure_grows(tmp_path: Path) -> None:
+    short, long = tmp_path / "short.png", tmp_path / "long.png"
+    plot_attention([panels(2)], short)
+    plot_attention([dataclasses.replace(panels(2), title="a caption that repeats " * 9)], long)
+    assert Image.open(long).width == Image.open(short).width
+    assert Image.open(long).height > Image.open(short).height
+
+
 def test_output_is_deterministic(tmp_path: Path) -> None:
     draw(tmp_path / "a.png", panels(4))
     draw(tmp_path / "b.png", panels(4))
