@@ -163,7 +163,7 @@ def find_checkpoint(path: Path, which: str = "best") -> Path:
     try:
         name = json.loads((path / POINTERS).read_text(encoding="utf-8"))[which]
     except (FileNotFoundError, NotADirectoryError) as error:
-        problem = "contains no checkpoint" if path.is_dir() else "no such folder"
+        problem = "contains no checkpoint" if path.is_dir() else "not a folder" if path.exists() else "no such folder"
         raise CheckpointError(f"{path}: {problem}", "pass the folder of a run written by train-decoder") from error
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(

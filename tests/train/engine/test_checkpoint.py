@@ -406,6 +406,9 @@ def test_missing_folder_and_folder_without_checkpoint_have_different_errors(tmp_
         load_checkpoint(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"contains no checkpoint"):
         load_checkpoint(tmp_path)
+    (tmp_path / "photo.jpg").touch()
+    with pytest.raises(CheckpointError, match=r"photo\.jpg: not a folder"):
+        load_checkpoint(tmp_path / "photo.jpg")
 
 
 def test_weights_for_another_vocabulary_are_rejected(save, run, sign):
