@@ -58,7 +58,7 @@ def survey(extraction: Extraction, share: Share = WHOLE) -> Survey:
     free = shutil.disk_usage(parent).free + reserved
     if needed > free:
         raise ExtractionError(
-            f"{folder}: the missing shards need {needed / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB are free",
+            f"{folder}: the missing shards need {needed / 2**20:,.0f} MiB, but only {free / 2**20:,.0f} MiB are free",
             "free some space, or choose another --output, fewer images (--limit), or --dtype uint8",
         )
     own = set(share.of(plan.shards))

@@ -125,7 +125,7 @@ def _load_records(config: PipelineConfig, annotations: Path, split: str) -> Sequ
 def verify_features(
     config: PipelineConfig, dry_run: bool, features: Path, annotations: Path | None, repair: bool
 ) -> None:
-    """Verify all checksums of a feature store, and sanity-check every row.
+    """Verify the checksums and the rows of a feature store.
 
     Exit status: 0 no problems, 1 corrupted or incomplete, 2 usage error.
     """
@@ -136,18 +136,18 @@ def verify_features(
     image_ids = None
     if annotations is not None:
         image_ids = {record.image_id for record in _load_records(config, annotations, features.stem)}
+    plan = plan_of(features)
     if dry_run:
-        plan = plan_of(features)
         click.echo(
             f"dry run: {features} would be verified: {plural(plan.images, 'row')} in {plural(plan.shards, 'shard')}"
         )
         return
-    with progress_bar(unit="row", desc="verify", leave=False) as bar:
+    with progress_bar(total=plan.images, unit="row", desc="verify", leave=False) as bar:
         report = verify_store(features, image_ids, bar.update)
     _print_report(features, report)
     if not report.problems:
         return
-    rerun = "import" if plan_of(features).provenance.get("encoder") == "imported" else "extract"
+    rerun = "import" if plan.provenance.get("encoder") == "imported" else "extract"
     corrupted = repair_store(features, report) if repair else find_corrupted(features, report)
     if repair:
         for path in corrupted:
@@ -183,7 +183,7 @@ def _print_report(features: Path, report: Report) -> None:
 def inspect_features(
     config: PipelineConfig, dry_run: bool, features: Path, invalid: bool, plot: Path | None, images: Path | None
 ) -> None:
-    """Show the contents of a feature store: source, rows, invalid images, statistics, size.
+    """Show the source, size, and statistics of a feature store.
 
     Statistics are computed from a sample of the rows. Exit status: 0 success, 1 failure, 2 usage error.
     """
@@ -221,4 +221,5 @@ def _check_plot_options(invalid: bool, plot: Path | None, images: Path | None) -
     if images is not None and plot is None:
         raise UserError(f"--images {images}: only used with --plot", "add --plot grids.png, or omit --images")
     if images is not None and not images.is_dir():
-        raise UserError(f"--images {images}: no such folder", "pass the folder that the features were extracted from")
+        problem = "not a folder" if images.exists() else "no such folder"
+        raise UserError(f"--images {images}: {problem}", "pass the folder that the features were extracted from")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
@@ -16,6 +17,7 @@ from gridcap.common.store.header import HEADER_BYTES, format_of
 from gridcap.common.store.index_reader import read_index
 from gridcap.common.store.shard_format import read_header
 from gridcap.common.store.shard_reader import ShardReader
+from gridcap.common.store.system_error import store_error_from
 from gridcap.common.text import plural
 from gridcap.extract.plan import FILE, Plan, read_plan, store_folder
 
@@ -115,10 +117,13 @@ def plan_of(path: Path) -> Plan:
     """Return the plan of a store.
 
     Raises:
-        StoreError: the plan is missing or corrupted.
+        StoreError: there is no such store, or its plan is missing or corrupted.
     """
     folder = store_folder(path)
     if not (folder / FILE).exists():
+        if not path.is_file():
+            code = errno.EISDIR if path.is_dir() else errno.ENOENT
+            raise store_error_from(OSError(code, os.strerror(code)), path)
         raise StoreError(
             f"{path}: {folder / FILE} does not exist, so this is not a store written by gridcap extract or import",
             "pass the index file of a store, next to the folder of its shards",

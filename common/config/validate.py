@@ -57,6 +57,7 @@ def _config_error(error: ValidationError, tree: Mapping[str, Any], source_of: Ca
     given = "" if value is None else f" (given: {value!r})"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     prefix = f"{key}: " if key else ""
+    message = message.replace("Input should be", "must be")
     hint = "see pipeline.yaml for the valid values of each key"
     return ConfigError(f"{source}: {prefix}{message}{given}{more}", hint)
 

@@ -45,12 +45,16 @@ def _load(trunk: nn.Sequential, encoder: str, identity: WeightsIdentity) -> None
             {name: value for name, value in state.items() if name.partition(".")[0] in layers}, strict=False
         )
     except RuntimeError as error:
-        raise WeightsError(f"{mismatch}: {str(error).splitlines()[1].strip()}", "check --encoder") from error
+        raise WeightsError(
+            f"{mismatch}: {str(error).splitlines()[1].strip()}", "check --encoder and --weights"
+        ) from error
     missing = [name for name in missing if not name.endswith("num_batches_tracked")]
     if missing or unexpected:
         first = f"{missing[0]} is missing" if missing else f"unexpected key {unexpected[0]}"
         more = len(missing) + len(unexpected) - 1
-        raise WeightsError(f"{mismatch}: {first}" + (f" (and {more} more)" if more else ""), "check --encoder")
+        raise WeightsError(
+            f"{mismatch}: {first}" + (f" (and {more} more)" if more else ""), "check --encoder and --weights"
+        )
 
 
 @torch.no_grad()

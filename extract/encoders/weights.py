@@ -127,7 +127,7 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
             state: Any = load_file(file)
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, LookupError, EOFError) as error:  # a text file may fail in any of these ways
         raise WeightsError(f"{file}: not a state dict of tensors", STATE_DICT_HINT) from error
     except Exception as error:  # the loaders raise many types for a corrupted file
         raise WeightsError(f"{file}: cannot be read as weights: {first_line(error)}", STATE_DICT_HINT) from error

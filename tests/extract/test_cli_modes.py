@@ -74,5 +74,5 @@ def test_free_disk_space_is_printed_and_checked_before_the_first_image(
     folder = photos(4)
     assert "to write: 2 shards, 0 MiB" in run("--images", folder, *SMALL, "--dry-run").stdout
     no_launcher.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10))
-    assert "GiB are free" in fails(1, "--images", folder, *SMALL)
+    assert "MiB are free" in fails(1, "--images", folder, *SMALL)
     assert not list((tmp_path / "features").rglob("*.h5"))

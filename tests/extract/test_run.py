@@ -308,7 +308,7 @@ def test_shards_that_do_not_fit_on_the_disk_are_not_started(
 ) -> None:
     prepared = job(photos(12), extract__shard_size=4)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=12 * 2 * 2 * 3 * 2 - 1))
-    with pytest.raises(ExtractionError, match="GiB are free") as caught:
+    with pytest.raises(ExtractionError, match="MiB are free") as caught:
         extract_features(prepared, show_progress=False)
     assert "--output" in caught.value.hint
     assert fake.built == 0
@@ -332,6 +332,6 @@ def test_temporary_files_of_killed_runs_are_removed_before_the_disk_space_is_che
     leftover = prepared.folder / _temporary_name("00000.h5", this_machine(), dead_process)
     leftover.write_bytes(b"half a shard")
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
-    with pytest.raises(ExtractionError, match="GiB are free"):
+    with pytest.raises(ExtractionError, match="MiB are free"):
         extract_features(prepared, show_progress=False)
     assert not leftover.exists()

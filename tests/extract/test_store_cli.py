@@ -47,6 +47,7 @@ def test_inspect_shows_source_statistics_and_plot(fake: Any, photos: Any, extrac
         (("notes.txt", "--plot", "x.doc"), "--plot x.doc", 2),
         (("notes.txt", "--images", "."), "only used with --plot", 2),
         (("notes.txt", "--plot", "x.png", "--images", "nowhere"), "nowhere: no such folder", 2),
+        (("notes.txt", "--plot", "x.png", "--images", __file__), "not a folder", 2),
         (("notes.txt", "--plot", "x.png", "--invalid"), "--invalid", 2),
     ],
 )

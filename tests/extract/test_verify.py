@@ -193,8 +193,16 @@ def test_an_incomplete_store_without_corrupted_files_does_not_suggest_repair(sto
 
 
 def test_a_store_without_a_plan_raises(tmp_path: Path) -> None:
+    (tmp_path / "notes.h5").write_text("hello")
     with pytest.raises(StoreError, match=r"plan\.json"):
+        verify_store(tmp_path / "notes.h5")
+
+
+def test_a_missing_store_and_a_folder_are_named(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"nowhere\.h5: no such file"):
         verify_store(tmp_path / "nowhere.h5")
+    with pytest.raises(StoreError, match="is a folder"):
+        verify_store(tmp_path)
 
 
 def test_the_command_prints_a_table_and_exits_with_1_for_problems(store: Path, tmp_path: Path) -> None:

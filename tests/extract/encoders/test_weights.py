@@ -76,6 +76,7 @@ def test_the_error_does_not_suggest_disabling_weights_only(tmp_path: Path) -> No
         ("w.pth", b""),
         ("w.pth", b"\x80\x02not a pickle"),
         ("w.pth", b"<html>404</html>"),
+        ("w.pth", b"hi\n"),
         ("w.safetensors", b""),
         ("w.safetensors", b"\xff" * 64),
     ],
@@ -83,6 +84,11 @@ def test_the_error_does_not_suggest_disabling_weights_only(tmp_path: Path) -> No
 def test_a_corrupted_file_raises(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     assert "state dict" in weights_error("resnet50", tmp_path / name).hint
+
+
+def test_a_text_file_is_not_a_state_dict(tmp_path: Path) -> None:
+    (tmp_path / "w.h5").write_text("hi\n")  # the unpickler raises KeyError(105)
+    assert weights_error("resnet50", tmp_path / "w.h5").message.endswith("w.h5: not a state dict of tensors")
 
 
 @pytest.mark.parametrize("value", [[1, 2], {"a": 1}, {}, torch.zeros(3)])
