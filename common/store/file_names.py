@@ -8,8 +8,7 @@ from typing import overload
 
 from gridcap.common.errors import StoreError
 from gridcap.common.store.pinned_file import PinnedFile
-
-_HINT = "delete it and run the same extract-features command again: it writes the index again"
+from gridcap.common.store.shard_format import RECREATE_INDEX
 
 
 class FileNames(Sequence[str]):
@@ -43,12 +42,12 @@ class FileNames(Sequence[str]):
     def _read(self, first: int, count: int) -> list[str]:
         names = bytearray(count * self._length)
         if not self._file.read_into(memoryview(names), self._offset + first * self._length):
-            raise StoreError(f"{self._file.path}: ends inside its file names", _HINT)
+            raise StoreError(f"{self._file.path}: ends inside its file names", RECREATE_INDEX)
         starts = range(0, len(names), self._length)
         try:
             return [names[start : start + self._length].rstrip(b"\0").decode() for start in starts]
         except UnicodeDecodeError as error:
-            raise StoreError(f"{self._file.path}: corrupted file name: {error}", _HINT) from error
+            raise StoreError(f"{self._file.path}: corrupted file name: {error}", RECREATE_INDEX) from error
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)

@@ -35,7 +35,7 @@ def open_hdf5(path: Path) -> h5py.File:
             raise store_error_from(error, path) from error
         raise StoreError(
             f"{path}: not a readable HDF5 file",
-            "pass a file written by extract-features; if it is one, it is corrupted: delete it and extract again",
+            "pass a file written by extract-features; if it is one, it is corrupted: delete it and write it again",
         ) from error
 
 

@@ -38,11 +38,10 @@ from gridcap.common.store.hdf5 import (
     read_texts,
 )
 from gridcap.common.store.header import HEADER_BYTES, format_of, unpack_header
-from gridcap.common.store.shard_format import SHARD_FORMAT, GridLayout, ShardInfo, read_header
+from gridcap.common.store.shard_format import RECREATE_INDEX, SHARD_FORMAT, GridLayout, ShardInfo, read_header
 from gridcap.common.store.system_error import store_error_from
 
 INDEX_FORMAT = "gridcap-index"
-RECREATE_INDEX = "delete it and run the same extract-features command again: it writes the index again"
 _VIRTUAL = ("features", "scale")
 _HEADER_THREADS = 16  # for file systems on which opening a file takes long
 

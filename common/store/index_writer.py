@@ -15,8 +15,9 @@ from gridcap.common.errors import StoreError
 from gridcap.common.files import replacing, sha256_of
 from gridcap.common.store.hdf5 import text_array
 from gridcap.common.store.header import FORMAT_VERSION, HEADER_BYTES, pack_header
-from gridcap.common.store.index_reader import INDEX_FORMAT, RECREATE_INDEX, read_headers
+from gridcap.common.store.index_reader import INDEX_FORMAT, read_headers
 from gridcap.common.store.shard_format import (
+    RECREATE_INDEX,
     RECREATE_SHARD,
     GridLayout,
     ShardInfo,

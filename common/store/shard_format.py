@@ -33,7 +33,11 @@ SHARD_FORMAT = "gridcap-shard"
 ALIGNMENT = 4096
 ORIGINAL = "original"  # the view that every store has
 STORED_DTYPES = ("float16", "float32", "uint8")
-RECREATE_SHARD = "delete this file and run extract-features again: it writes only the missing shards"
+RECREATE_SHARD = (
+    "delete this file and run the command that wrote it again: extract-features writes only the missing shards, "
+    "gridcap import the whole store"
+)
+RECREATE_INDEX = "delete it and run the same extract-features command again: it writes the index again"
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from gridcap.common.errors import StoreError
-from gridcap.common.store.index_reader import INDEX_FORMAT, RECREATE_INDEX, StoreIndex, read_headers
-from gridcap.common.store.shard_format import RECREATE_SHARD, GridLayout, ShardInfo, read_header
+from gridcap.common.store.index_reader import INDEX_FORMAT, StoreIndex, read_headers
+from gridcap.common.store.shard_format import RECREATE_INDEX, RECREATE_SHARD, GridLayout, ShardInfo, read_header
 from gridcap.common.store.shard_reader import ShardReader
 
 

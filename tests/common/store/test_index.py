@@ -78,7 +78,7 @@ def test_index_removed_while_it_is_verified_raises_store_error(
         return {"size": 1, "sha256": "0" * 64}
 
     monkeypatch.setattr("gridcap.common.store.index_reader.unpack_header", remove)
-    with pytest.raises(StoreError, match=r"train\.h5: no such file"):
+    with pytest.raises(StoreError, match=r"train\.h5: not complete yet"):
         FeatureStore(path)
 
 

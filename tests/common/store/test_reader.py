@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from gridcap.common.errors import InvalidImageError, StoreError
 from gridcap.common.store.reader import FeatureStore
-from gridcap.common.store.shard_format import GridLayout, ShardInfo, ShardSpec
+from gridcap.common.store.shard_format import GridLayout, ShardInfo, ShardSpec, read_header
 from gridcap.common.store.shard_writer import ShardWriter
 from tests.torture.forge import sign_index
 
@@ -553,6 +553,17 @@ def test_truncated_shard_is_detected_when_the_store_is_opened(tmp_path: Path, wr
     os.truncate(shard, shard.stat().st_size - 1)
     with pytest.raises(StoreError, match=r"00002\.h5: truncated"):
         FeatureStore(path)
+
+
+def test_item_23_remedy_for_a_truncated_single_shard_covers_imported_stores(
+    tmp_path: Path, make_grids: Callable[..., np.ndarray], write_shard: Callable[..., Any]
+) -> None:
+    """`extract-features` cannot recreate a store that `gridcap import` wrote."""
+    write_shard(tmp_path / "imported.h5", make_grids(3))
+    os.truncate(tmp_path / "imported.h5", (tmp_path / "imported.h5").stat().st_size - 10)
+    with pytest.raises(StoreError, match=r"imported\.h5: truncated") as caught:
+        read_header(tmp_path / "imported.h5")
+    assert "gridcap import" in caught.value.hint
 
 
 def test_repeated_image_id_raises_error_that_names_both_images(tmp_path: Path, write_store: WriteStore) -> None:
