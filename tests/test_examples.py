@@ -47,7 +47,9 @@ def test_notebook_runs(notebook: Any, tmp_path: Path, monkeypatch: pytest.Monkey
         first.source, count = re.subn(pattern, text, first.source)
         assert count == 1, pattern
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # the demo package is not installed
-    NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    folder = {"metadata": {"path": str(tmp_path)}}
+    # The kernel sends the output of commands in pieces of any size.
+    NotebookClient(notebook, timeout=1200, resources=folder, coalesce_streams=True).execute()
     text = text_of(notebook)
     assert "24 images" in text
     assert "2 epochs, best is epoch" in text

@@ -89,7 +89,7 @@ USES = Uses(("train", "data", "seed"), "train.max_grad_norm=1")
     flag_value="yes",
     type=click.Choice(["yes", "no", "auto"]),
     help="resume from the last checkpoint in --output, with the settings of the run; auto: resume if --output contains "
-    "a run, else start one  [default: no; auto in a requeued Slurm job]",
+    "a run, else start one  [default: no; auto in a Slurm job]",
 )
 def train_decoder(config: PipelineConfig, dry_run: bool, resume: str | None, recipe: str | None, scst: bool) -> None:
     """Train a decoder on a feature store.
@@ -114,8 +114,7 @@ def train_decoder(config: PipelineConfig, dry_run: bool, resume: str | None, rec
 def _should_resume(config: PipelineConfig, choice: str | None) -> bool:
     """Return whether to resume the run in --output."""
     if choice is None:
-        requeued = "SLURM_JOB_ID" in os.environ and os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
-        choice = "auto" if requeued else "no"
+        choice = "auto" if "SLURM_JOB_ID" in os.environ else "no"  # a requeued job runs the same command again
     if choice == "auto":
         output = _with_default_output(config).train.output
         choice = "yes" if (output / "config.yaml").is_file() else "no"

@@ -519,10 +519,9 @@ def test_item_25_resume_auto_starts_or_resumes(project, invoke):
     assert [row["epoch"] for row in logged(project / "runs/a")] == [1, 2]
 
 
-def test_item_25_requeued_slurm_job_resumes_by_default(project, monkeypatch, invoke):
+def test_item_25_slurm_job_resumes_by_default(project, monkeypatch, invoke):
+    assert "already contains a run" in invoke(train_decoder, "--output", "runs/done", status=1), "not a Slurm job"
     monkeypatch.setenv("SLURM_JOB_ID", "17")
-    assert "already contains a run" in invoke(train_decoder, "--output", "runs/done", status=1), "not requeued"
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     output = invoke(train_decoder, "--output", "runs/done", "--epochs", 3)
     assert "--resume auto: resuming the run in runs/done" in output
     assert "already contains a run" in invoke(train_decoder, "--output", "runs/done", "--resume", "no", status=1)

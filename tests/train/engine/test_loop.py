@@ -332,7 +332,7 @@ def test_validation_features_with_other_provenance_are_rejected(tmp_path, new_co
 
 
 def test_validation_features_may_come_from_other_library_versions(tmp_path, new_config, train_data, new_data):
-    val = new_data(tmp_path / "other.h5", 6, versions={"torch": "2.9.9"}, precision="bfloat16")
+    val = new_data(tmp_path / "other.h5", 6, 500, versions={"torch": "2.9.9"}, precision="bfloat16")
     assert len(train(new_config(tmp_path / "run", epochs=1), train_data, val)) == 1
 
 
