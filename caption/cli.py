@@ -15,7 +15,7 @@ import numpy as np
 from gridcap.caption.options import show_dry_run, warn_if_random, weights_option
 from gridcap.common.captions.folder import list_images
 from gridcap.common.captions.records import is_utf8
-from gridcap.common.command import Uses, flag, pipeline_command
+from gridcap.common.command import Uses, flag, pipeline_command, reject_ignored, reject_ignored_by_sampling
 from gridcap.common.config import CaptionConfig, PipelineConfig
 from gridcap.common.errors import EXIT_INVALID, UserError
 from gridcap.common.files import check_writable, write_json
@@ -93,6 +93,9 @@ def main(config: PipelineConfig, dry_run: bool, **options: Any) -> None:
     captioned, 1 failure, 2 usage error, 3 some images invalid.
     """
     request = CaptionRequest(**options)
+    reject_ignored_by_sampling(config.caption.decoding)
+    if config.caption.decoding == "beam":
+        reject_ignored(["seed"], "with beam search", "omit it, or pass --decoding sample")
     paths = _find_images(request.images, config.data.follow_links)
     _check_outputs(request, len(paths))
     if dry_run:

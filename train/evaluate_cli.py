@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gridcap.common.command import Uses, flag, pipeline_command, show_config
+from gridcap.common.command import Uses, flag, pipeline_command, reject_ignored_by_sampling, show_config
 from gridcap.common.config import PipelineConfig
 from gridcap.common.errors import GridcapError, UserError
 from gridcap.common.files import check_writable
@@ -99,6 +99,7 @@ def evaluate_decoder(config: PipelineConfig, dry_run: bool, **paths: Path | None
     Writes the metrics and all captions to a JSON file, the scores per image to a CSV file next to it, and the captions
     in COCO's results format; with --report, also an HTML report. Exit status: 0 success, 1 failure, 2 usage error.
     """
+    reject_ignored_by_sampling(config.caption.decoding)
     _evaluate(config, dry_run, _Paths(**paths))  # type: ignore[arg-type]
 
 

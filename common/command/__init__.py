@@ -14,7 +14,7 @@ from gridcap.common.command.command import (
     show_config,
 )
 from gridcap.common.command.options import ConfigFlag, flag, subset_options
-from gridcap.common.command.settings import given_settings, reject_ignored, reload_config
+from gridcap.common.command.settings import given_settings, reject_ignored, reject_ignored_by_sampling, reload_config
 
 __all__ = [
     "NO_SETTINGS",
@@ -26,6 +26,7 @@ __all__ = [
     "given_settings",
     "pipeline_command",
     "reject_ignored",
+    "reject_ignored_by_sampling",
     "reload_config",
     "reword_help_option",
     "show_config",

@@ -67,6 +67,12 @@ def reject_ignored(keys: Sequence[str], why: str, hint: str) -> None:
             raise UserError(f"{origin}: has no effect {why}", hint)
 
 
+def reject_ignored_by_sampling(decoding: str) -> None:
+    """Raise UserError if a flag or --set gives a setting of beam search, but captions are sampled."""
+    if decoding == "sample":
+        reject_ignored(["caption.beam_size", "caption.length_penalty"], "with --decoding sample", "omit it")
+
+
 def check_settings_are_used(settings: GivenSettings, used: Sequence[str]) -> None:
     """Raise UserError if --set gives an existing key that the running command does not use."""
     command = click.get_current_context().command_path

@@ -143,6 +143,23 @@ def test_option_of_the_other_decoding_is_a_usage_error(fake: Any, scenes: Any, c
     assert "decoding: " in result.stderr
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--seed", 1),
+        ("--decoding", "sample", "--beam-size", 5),
+        ("--decoding", "sample", "--set", "caption.length_penalty=1"),
+    ],
+    ids=str,
+)
+def test_item_19_setting_that_the_decoding_ignores_is_a_usage_error(
+    fake: Any, scenes: Any, checkpoint: Any, options: Any
+) -> None:
+    result = run("--checkpoint", checkpoint(), scenes(1), *options)
+    assert result.exit_code == 2
+    assert "has no effect with" in result.stderr
+
+
 def test_block_trigrams_flag(fake: Any, scenes: Any, checkpoint: Any) -> None:
     photos = ("--checkpoint", checkpoint("lstm", end_bias=-50), scenes(2), "--beam-size", 1)
 

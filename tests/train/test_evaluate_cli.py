@@ -176,3 +176,8 @@ def test_item_23_evaluation_from_another_folder_suggests_annotations(project, in
     output = invoke(evaluate_decoder, *given, status=2)
     assert "test.json: no such file" in output
     assert "pass --annotations FILE" in output
+
+
+def test_item_19_beam_settings_are_rejected_when_captions_are_sampled(project, invoke):
+    given = ("--checkpoint", "runs/done", "--features", "features/test.h5", "--decoding", "sample")
+    assert "--beam-size: has no effect with" in invoke(evaluate_decoder, *given, "--beam-size", 4, status=2)
