@@ -71,7 +71,7 @@ class PipelineCommand(click.Command):
             raise  # click ends the command silently if the reader of the output has exited
         except KeyboardInterrupt as error:
             resumable = any(param.name == "resume" for param in self.params)
-            again = "rerun the command with --resume to continue" if resumable else "rerun the command to continue"
+            again = "rerun the command with --resume to continue" if resumable else "rerun the command"
             click.echo(f"\ninterrupted; {again}", err=True)
             ctx.exit(exit_status_of(error))
         except Exception as error:
