@@ -390,7 +390,7 @@ def test_checkpoint_that_is_replaced_while_it_is_read_is_loaded_from_its_success
 
 def test_file_is_not_a_run(tmp_path):
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(CheckpointError, match=r"notes\.txt: no such folder"):
+    with pytest.raises(CheckpointError, match=r"notes\.txt: not a folder"):
         load_checkpoint(tmp_path / "notes.txt")
 
 
