@@ -16,6 +16,7 @@ def extract_features(
     annotations: str | Path | None = None,
     *,
     limit: int | None = None,
+    skip: int = 0,
     progress: bool = True,
     **settings: Any,
 ) -> Path:
@@ -33,6 +34,7 @@ def extract_features(
         output: index file of the store, ending in ``.h5``; the shards are in a folder of the same name.
         annotations: captions file that lists the images; None: all images in the folder.
         limit: use a seeded random subset of this many images.
+        skip: leave out this many images of the same random order first.
         progress: show a progress bar.
         settings: keys of the section ``extract`` (``encoder``, ``weights``, ``dtype``, ``batch_size``, ...), and
             ``seed``, ``max_invalid``, and ``follow_links``. The file pipeline.yaml is not read.
@@ -56,7 +58,8 @@ def extract_features(
     if not images.is_dir():
         raise UserError(f"images {images}: no such folder of images", "pass the folder of the images")
     config = build_config("extract", settings)
-    split = SplitConfig(images=images, annotations=None if annotations is None else Path(annotations), limit=limit)
+    captions = None if annotations is None else Path(annotations)
+    split = SplitConfig(images=images, annotations=captions, limit=limit, skip=skip)
     data = config.data.model_copy(update={"splits": {output.stem: split}})
     config = config.model_copy(update={"data": data})
     records, _ = split_images(split, output.stem, config.seed, data.max_invalid, data.follow_links)

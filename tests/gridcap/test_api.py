@@ -96,6 +96,18 @@ def test_an_unknown_setting_suggests_a_key(tmp_path: Path) -> None:
         extract_features(tmp_path, "x.h5", learning_rate=1)
 
 
+def test_limit_and_skip_select_disjoint_subsets(shapes: Path) -> None:
+    images, subsets = shapes / "shapes" / "train", []
+    for skip in (0, 2):
+        output = extract_features(
+            images, shapes / f"skip{skip}.h5", limit=2, skip=skip, weights="random", device="cpu", progress=False
+        )
+        with FeatureStore(output) as store:
+            subsets.append(set(store.file_name))
+    assert [len(subset) for subset in subsets] == [2, 2]
+    assert not subsets[0] & subsets[1]
+
+
 def test_invalid_paths_are_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere: no such folder of images"):
         extract_features("nowhere", "x.h5")
