@@ -58,15 +58,20 @@ def describe_key(key: str) -> FieldInfo:
 
 
 def keys_of_section(section: str, tree: Mapping[str, Any]) -> list[str]:
-    """Return the names of the keys in a section ("" for the top level), given the values as a tree."""
+    """Return the names of the keys in a section ("" for the top level), given the values as a tree.
+
+    The result is empty if there is no such section: an unknown key of a file may contain a dot itself (``trai.: 1``).
+    """
     if section.startswith("data.splits"):
         return list(SplitConfig.model_fields)
     if section == "train.decoder":
         return list(FAMILIES[tree["train"]["decoder"]["family"]].model_fields)
     model: Any = PipelineConfig
     for part in section.split(".") if section else ():
+        if part not in model.model_fields:
+            return []
         model = model.model_fields[part].annotation
-    return list(model.model_fields)
+    return list(model.model_fields) if hasattr(model, "model_fields") else []
 
 
 def all_keys(model: type[Section] = PipelineConfig, prefix: str = "") -> Iterator[str]:

@@ -84,5 +84,5 @@ def _unknown_key(key: str, source: str, tree: Mapping[str, Any]) -> ConfigError:
         *others, last = suggestions
         choice = f"{', '.join(others)} or {last}" if others else last
         return ConfigError(f"{source}: {key}: unknown key; did you mean {choice}?", "correct the key")
-    known = ", ".join(keys_of_section(section, tree))
+    known = ", ".join(keys_of_section(section, tree) or keys_of_section("", tree))
     return ConfigError(f"{source}: {key}: unknown key", f"known keys: {known}")

@@ -254,10 +254,12 @@ def load_training_state(checkpoint: Path) -> dict[str, Any]:
 
 def _check_version(folder: Path, version: int) -> None:
     if version > VERSION:
-        raise CheckpointError(f"{folder}: written by a newer version of gridcap (format {version})", "update gridcap")
+        raise CheckpointError(
+            f"{folder}: written by a newer version of gridcap (format version {version})", "update gridcap"
+        )
     if version < VERSION:
         raise CheckpointError(
-            f"{folder}: written by an older version of gridcap (format {version}, expected {VERSION})",
+            f"{folder}: written by an older version of gridcap (format version {version}, expected {VERSION})",
             "train again, or use the version of gridcap that wrote it",
         )
 

@@ -36,6 +36,15 @@ def value_at(config: BaseModel, key: str) -> Any:
     return value
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["trai.: {epochs: 2}", "se.:x: {t1: }", "data: {splixs.: {train: {a}}}", "data.images.x: 1", "a.b.c: 1"],
+)
+def test_unknown_keys_that_contain_dots_are_reported(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"^mine\.yaml: .*unknown key"):
+        load_config(write(text))
+
+
 def test_pipeline_yaml_in_the_current_folder_is_loaded_by_default() -> None:
     assert load_config() == PipelineConfig()
     write("seed: 7\n", "pipeline.yaml")

@@ -436,7 +436,7 @@ def test_older_format_version_is_rejected(save, run):
     assert tree["version"] == 4
     file.write_text(json.dumps({**tree, "version": 3}))
     with pytest.raises(
-        CheckpointError, match=r"step-00000001: written by an older version of gridcap \(format 3, expected 4\)"
+        CheckpointError, match=r"step-00000001: written by an older version of gridcap \(format version 3, expected 4\)"
     ) as caught:
         load_checkpoint(run)
     assert "train again" in caught.value.hint
