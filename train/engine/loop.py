@@ -242,6 +242,8 @@ class Trainer:
         """Validate, write a checkpoint, and log the row of an epoch."""
         job, run = self.job, self.run
         if job.val is not None:
+            if job.runtime.ranks.world_size > 1 and run.step > 0:
+                self._save()  # the end of another rank ends this one without a chance to save
             try:
                 row |= validate(run.eval_decoder, job.val, run.vocabulary, job.settings, job.runtime)
             except KeyboardInterrupt:

@@ -99,6 +99,7 @@ def test_item_11_folder_without_permission_is_a_store_error(
         return real(file, *arguments, **options)
 
     monkeypatch.setattr(os, "stat", fail)
+    monkeypatch.setattr(Path, "stat", fail)  # Python 3.10 keeps its own reference to os.stat
     with pytest.raises(StoreAccessError, match="permission denied"):
         FeatureStore(path)
 

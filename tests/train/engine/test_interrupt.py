@@ -1,11 +1,13 @@
 """The first stop signal waits until the current step is done; a second one does not."""
 
+import contextlib
 import signal
 
 import pytest
 
 import gridcap.train.engine.loop
-from gridcap.train.engine.checkpoint import find_checkpoint
+from gridcap.train.engine.checkpoint import find_checkpoint, load_training_state
+from gridcap.train.engine.distributed import Ranks
 from gridcap.train.engine.interrupt import defer_stop_signals
 from gridcap.train.engine.loop import fit
 
@@ -101,6 +103,31 @@ def test_item_31_stop_during_validation_keeps_the_trained_epoch(
     ]
     ours, theirs = (find_checkpoint(tmp_path / name, "last") / "model.safetensors" for name in ("run", "whole"))
     assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_item_31_several_ranks_save_the_epoch_before_validation(
+    tmp_path, new_config, train_data, val_data, monkeypatch
+):
+    """Another rank that is stopped during validation ends this one inside a collective, where it cannot save."""
+
+    def killed(*args):
+        raise SystemExit(1)
+
+    monkeypatch.setattr("gridcap.train.engine.loop.validate", killed)
+    for name, fake in (
+        ("all_reduce", lambda self, tensors: None),
+        ("broadcast", lambda self, tensors: None),
+        ("any", lambda self, value: value),
+        ("all_gather", lambda self, value: [value] * self.world_size),
+    ):
+        monkeypatch.setattr(Ranks, name, fake)
+    monkeypatch.setattr("gridcap.train.engine.loop.process_group", lambda *args: contextlib.nullcontext())
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        fit(new_config(tmp_path / "run"), train_data, val_data, False, progress=False)
+    state = load_training_state(find_checkpoint(tmp_path / "run", "last"))
+    assert state["step"] > 0
 
 
 def test_item_31_stop_during_a_checkpoint_completes_it(tmp_path, new_config, train_data, handlers, monkeypatch):
