@@ -25,6 +25,7 @@ from gridcap.common.errors import GridcapError, UserError
 from gridcap.common.files import sha256_of
 from gridcap.common.store.hdf5 import check_self_contained
 from gridcap.extract.importers.array_pickle import load_arrays
+from gridcap.extract.importers.npz import open_npz
 from gridcap.extract.importers.source import Source, SourceError, raise_system_error, reason_of, unique_keys
 
 DATASET_SUFFIXES = ("_grids", "_features")
@@ -52,8 +53,7 @@ def open_source(path: Path, on_file: Callable[[int], object] = lambda _: None) -
             case ".pkl" | ".pickle":
                 return _open_pickle(path)
             case ".npz":
-                with np.load(path, allow_pickle=False) as arrays:
-                    return _open_arrays({name: arrays[name] for name in arrays.files}, path, "arrays in one .npz")
+                return _open_arrays(open_npz(path), path, "arrays in one .npz")
             case ".h5" | ".hdf5":
                 return _open_hdf5(path)
     except FileNotFoundError as error:
