@@ -146,6 +146,7 @@ class Trainer:
         self.stream = CaptionStream(job.train, run.vocabulary, options)
         self.objective: Objective = build_objective(settings, job.train, run.vocabulary)
         self.log = RunLog(job.output, run.history, run.step) if job.runtime.ranks.is_main else None
+        self.pending_signal: Callable[[], Callable[[], None] | None] = lambda: None
 
     def print_summary(self, resumed: bool) -> None:
         """Print the size of the decoder and of the run, and where it resumes."""
@@ -172,10 +173,13 @@ class Trainer:
     def train(self) -> list[Row]:
         """Train until the last epoch, or until patience runs out, and return one row per epoch."""
         run, settings = self.run, self.job.settings
-        if settings.init_from is not None and self.job.val is not None and run.step == 0 and not run.history:
-            self._finish_epoch({"epoch": 0, "step": 0})
-        while (epoch := epochs_done(run.history)) < settings.epochs and not should_stop(run.history, settings.patience):
-            self._finish_epoch(self._train_epoch(epoch))
+        with defer_stop_signals() as self.pending_signal:
+            if settings.init_from is not None and self.job.val is not None and run.step == 0 and not run.history:
+                self._finish_epoch({"epoch": 0, "step": 0})
+            while (epoch := epochs_done(run.history)) < settings.epochs and not should_stop(
+                run.history, settings.patience
+            ):
+                self._finish_epoch(self._train_epoch(epoch))
         return run.history
 
     def close(self) -> None:
@@ -198,7 +202,7 @@ class Trainer:
             disable=not self.job.runtime.progress,
             leave=False,
         )
-        with defer_stop_signals() as pending_signal, bar:
+        with bar:
             batches = stream.epoch(epoch, first)
             for index in range(first, len(stream)):
                 started = time.perf_counter()
@@ -209,7 +213,7 @@ class Trainer:
                 if run.step % STEPS_PER_ROW == 0 or index == 0:
                     self._log_step(epoch, result)
                     check_finite(self.job, run, stats)
-                stop = self._agree_on_stop(pending_signal())
+                stop = self._agree_on_stop()
                 if stop or (index + 1 < len(stream) and self._checkpoint_is_due(saved)):
                     run.sums = stats.state_dict()
                     check_finite(self.job, run, stats)
@@ -225,14 +229,19 @@ class Trainer:
         run.sums = stats.state_dict()
         return {"epoch": epoch + 1, "step": run.step, **stats.row()}
 
-    def _agree_on_stop(self, stop: Callable[[], None] | None) -> Callable[[], None] | None:
-        """Return how to stop after this step if any rank received a stop signal.
+    def _agree_on_stop(self) -> Callable[[], None] | None:
+        """Return how to stop now if any rank received a stop signal.
 
-        All ranks stop after the same step, so that rank 0 can save a checkpoint of it.
+        All ranks stop at the same point, so that rank 0 can save a checkpoint of it.
         """
+        stop = self.pending_signal()
         if not self.job.runtime.ranks.any(stop is not None):
             return None
         return stop or _raise_keyboard_interrupt
+
+    def _stop_if_agreed(self) -> None:
+        if stop := self._agree_on_stop():
+            stop()
 
     def _log_step(self, epoch: int, result: StepResult) -> None:
         if self.log is not None:
@@ -245,18 +254,18 @@ class Trainer:
             if job.runtime.ranks.world_size > 1 and run.step > 0:
                 self._save()  # the end of another rank ends this one without a chance to save
             try:
-                row |= validate(run.eval_decoder, job.val, run.vocabulary, job.settings, job.runtime)
-            except KeyboardInterrupt:
+                row |= validate(
+                    run.eval_decoder, job.val, run.vocabulary, job.settings, job.runtime, self._stop_if_agreed
+                )
+            except BaseException:  # a signal, another rank that ended, or a store that cannot be read
                 self._save()  # resuming continues with this validation
                 raise
         run.sums = {}
         run.history.append(row)
         if messages := health_warnings(run.history):
             row["warnings"] = messages
-        with defer_stop_signals() as pending_signal:
-            self._save()
-        if stop := pending_signal():
-            stop()
+        self._save()
+        self._stop_if_agreed()
         if self.log is not None:
             self.log.log_epoch(run.history)
             plot_curves(run.history, read_rows(job.output / "steps.jsonl"), job.output / "curves.png")

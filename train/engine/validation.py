@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from gridcap.common.config import TrainConfig
@@ -19,9 +21,22 @@ from gridcap.train.objectives.loss import masked_cross_entropy, perplexity
 
 @torch.no_grad()
 def validate(
-    decoder: Decoder, data: CaptionedImages, vocabulary: Vocabulary, settings: TrainConfig, runtime: Runtime
+    decoder: Decoder,
+    data: CaptionedImages,
+    vocabulary: Vocabulary,
+    settings: TrainConfig,
+    runtime: Runtime,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Validate a decoder. The ranks share the images, and all of them return the same result.
+
+    Args:
+        decoder: decoder to validate.
+        data: images and their captions.
+        vocabulary: vocabulary of the decoder.
+        settings: batch size and maximum length.
+        runtime: hardware and ranks.
+        before_batch: called before each batch, equally often on all ranks; may raise to stop the validation.
 
     Returns:
         val_loss: nats per token over all references, EOS included.
@@ -39,14 +54,12 @@ def validate(
     stream = CaptionStream(data, vocabulary, options)
     total, entropy, tokens = 0.0, 0.0, 0
     captions: dict[int, str] = {}
-    batches = progress_bar(
-        stream.in_order(),
-        total=-(-len(stream) // ranks.world_size),
-        desc="validation",
-        disable=not runtime.progress,
-        leave=False,
-    )
-    for cpu_batch in batches:
+    batches = stream.in_order()
+    rounds = range(-(-len(stream) // ranks.world_size))  # the last one has no batch for some ranks
+    for _ in progress_bar(rounds, desc="validation", disable=not runtime.progress, leave=False):
+        before_batch()
+        if (cpu_batch := next(batches, None)) is None:
+            break
         batch = cpu_batch.to(device)
         grids, targets = batch.grids.float(), batch.tokens[..., 1:]
         with runtime.autocast():

@@ -4,12 +4,17 @@ import contextlib
 import signal
 
 import pytest
+import torch
 
 import gridcap.train.engine.loop
+from gridcap.train.data.vocabulary import Vocabulary
+from gridcap.train.decoders.build import build_decoder
 from gridcap.train.engine.checkpoint import find_checkpoint, load_training_state
 from gridcap.train.engine.distributed import Ranks
 from gridcap.train.engine.interrupt import defer_stop_signals
+from gridcap.train.engine.job import Runtime
 from gridcap.train.engine.loop import fit
+from gridcap.train.engine.validation import validate
 
 
 class _StopError(Exception):
@@ -141,3 +146,59 @@ def test_item_31_stop_during_a_checkpoint_completes_it(tmp_path, new_config, tra
     with pytest.raises(_StopError):
         fit(new_config(tmp_path / "run"), train_data, None, False, progress=False)
     assert find_checkpoint(tmp_path / "run", "last").name == "step-00000005"
+
+
+@pytest.mark.parametrize("batch", [0, 2], ids=["first batch", "later batch"])
+def test_item_31_signal_to_another_rank_during_validation_stops_all_with_the_trained_epoch(
+    tmp_path, new_config, train_data, val_data, handlers, monkeypatch, batch
+):
+    """`Ranks.any` is true on every rank after a signal to one of them."""
+    real, calls = gridcap.train.engine.loop.validate, []
+
+    def interrupted(*args):
+        *inputs, before_batch = args
+
+        def stop_at_batch():
+            calls.append(len(calls))
+            with monkeypatch.context() as patch:
+                patch.setattr(Ranks, "any", lambda self, value: calls[-1] == batch)
+                before_batch()
+
+        return real(*inputs, stop_at_batch)
+
+    config = new_config(tmp_path / "run", batch_size=2)
+    with monkeypatch.context() as patch:
+        patch.setattr("gridcap.train.engine.loop.validate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fit(config, train_data, val_data, False, progress=False)
+    steps = -(-len(train_data) // 2)
+    assert calls[-1] == batch
+    assert find_checkpoint(tmp_path / "run", "last").name == f"step-{steps:08}"
+    assert fit(config, train_data, val_data, True, progress=False)[0]["step"] == steps
+
+
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_item_31_all_ranks_agree_equally_often_during_validation(
+    tmp_path, new_config, val_data, train_data, monkeypatch, count
+):
+    """Otherwise a rank without a last batch would leave the others waiting."""
+    monkeypatch.setattr(Ranks, "all_gather", lambda self, value: [value])
+    vocabulary = Vocabulary.build([text for image in train_data.captions for text in image], None)
+    settings = new_config(tmp_path / "run", batch_size=2 * count).train
+    decoder = build_decoder(settings.decoder, len(vocabulary), (2, 2, 8))
+    calls = [[] for _ in range(count)]
+    for rank in range(count):
+        runtime = Runtime(torch.device("cpu"), ranks=Ranks(rank, count))
+        validate(decoder, val_data, vocabulary, settings, runtime, lambda rank=rank: calls[rank].append(1))
+    assert len(val_data) % (2 * count), "some ranks have fewer batches than others"
+    assert len({len(each) for each in calls}) == 1
+
+
+def test_item_31_failed_validation_keeps_the_trained_epoch(tmp_path, new_config, train_data, val_data, monkeypatch):
+    def fail(*args):
+        raise OSError("the share is gone")
+
+    monkeypatch.setattr("gridcap.train.engine.loop.validate", fail)
+    with pytest.raises(OSError, match="the share is gone"):
+        fit(new_config(tmp_path / "run"), train_data, val_data, False, progress=False)
+    assert find_checkpoint(tmp_path / "run", "last").name != "step-00000000"
