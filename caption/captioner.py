@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
@@ -14,7 +15,7 @@ from torch import Tensor
 from gridcap.caption.result import Caption
 from gridcap.common.config import CaptionConfig
 from gridcap.common.device import choose_device
-from gridcap.common.errors import ExtractionError, WeightsError
+from gridcap.common.errors import InvalidImageError, WeightsError
 from gridcap.common.image import decoder_name, load_image, load_view
 from gridcap.common.store.provenance import check_same_features
 from gridcap.common.store.quantize import as_stored
@@ -153,28 +154,48 @@ class Captioner:
             B captions in the order of the images.
 
         Raises:
-            InvalidImageError: a file cannot be used. To skip such files, call `preprocess` on each of them first.
-            ExtractionError: a feature value exceeds the range of the dtype.
+            InvalidImageError: a file cannot be used, or a feature value exceeds the range of the dtype. To skip such
+                files, call `preprocess` on each of them, then `caption_pixels`.
         """
-        pixels = np.stack([self.preprocess(path) for path in images])
-        return self.caption_pixels(pixels, settings, generator, [str(path) for path in images])
+        pixels = []
+        for path in images:
+            with _naming(path):
+                pixels.append(self.preprocess(path))
+        captions = []
+        for path, caption in zip(images, self.caption_pixels(np.stack(pixels), settings, generator), strict=True):
+            if isinstance(caption, InvalidImageError):
+                raise InvalidImageError(caption.reason, caption.hint, str(path))
+            captions.append(caption)
+        return captions
 
     def caption_pixels(
         self,
         pixels: np.ndarray,
         settings: CaptionConfig,
         generator: torch.Generator | None = None,
-        names: Sequence[str] = (),
-    ) -> list[Caption]:
-        """Caption a batch of preprocessed images, uint8 (B, side, side, 3), with names for errors; see `caption`."""
-        hypotheses = generate_captions(self._decoder, self._encode(pixels, names), settings, generator)
-        return [self._to_caption(hypothesis) for hypothesis in hypotheses]
+    ) -> list[Caption | InvalidImageError]:
+        """Caption a batch of preprocessed images.
+
+        Args:
+            pixels: uint8 (B, side, side, 3), from `preprocess`.
+            settings, generator: see `caption`.
+
+        Returns:
+            B captions, or the error for an image with a feature value that exceeds the range of the dtype.
+        """
+        grids, valid = self._encode(pixels)
+        results: list[Caption | InvalidImageError] = [self._out_of_range()] * len(pixels)
+        if valid.any():
+            hypotheses = generate_captions(self._decoder, grids[torch.from_numpy(valid)], settings, generator)
+            for position, hypothesis in zip(np.flatnonzero(valid), hypotheses, strict=True):
+                results[position] = self._to_caption(hypothesis)
+        return results
 
     def preprocess(self, image: Path) -> np.ndarray:
         """Return the encoder input of one image, uint8 (side, side, 3), RGB.
 
         Raises:
-            InvalidImageError: the file cannot be used.
+            InvalidImageError: the file cannot be used. The message is the reason alone, without the file name.
         """
         return load_image(image, self._encoder.side, self._resize_mode)
 
@@ -194,7 +215,8 @@ class Captioner:
         Raises:
             InvalidImageError: the file cannot be used.
         """
-        return load_view(image, self._encoder.side, self._resize_mode, max_size)
+        with _naming(image):
+            return load_view(image, self._encoder.side, self._resize_mode, max_size)
 
     def alternatives(self, image: Path, settings: CaptionConfig, seed: int = 0) -> list[Caption]:
         """Return several captions of one image, with the image.
@@ -210,7 +232,10 @@ class Captioner:
         Raises:
             InvalidImageError: the file cannot be used.
         """
-        grid = self._encode(self.preprocess(image)[None], [str(image)])
+        with _naming(image):
+            grid, valid = self._encode(self.preprocess(image)[None])
+            if not valid.all():
+                raise self._out_of_range()
         if settings.decoding == "beam":
             (hypotheses,) = generate_nbest(self._decoder, grid, settings)
         else:
@@ -221,20 +246,29 @@ class Captioner:
         display = self.display_image(image)
         return [replace(self._to_caption(hypothesis), image=display) for hypothesis in hypotheses]
 
-    def _encode(self, pixels: np.ndarray, names: Sequence[str]) -> Tensor:
-        """Encode uint8 (B, side, side, 3) to grids (B, P, C) on the device, rounded like the stored features."""
+    def _encode(self, pixels: np.ndarray) -> tuple[Tensor, np.ndarray]:
+        """Encode a batch of preprocessed images.
+
+        Args:
+            pixels: uint8 (B, side, side, 3).
+
+        Returns:
+            Grids (B, P, C) on the device, rounded like the stored features, and a boolean mask (B,) of those whose
+            values are in the range of the dtype.
+        """
         encoded = self._encoder.encode(pixels)
-        finite = np.isfinite(encoded).reshape(len(encoded), -1).all(1)
-        if not finite.all():
-            first = int(finite.argmin())
-            raise ExtractionError(
-                f"{names[first] if names else f'image {first} of the batch'}: a feature value exceeds the range of "
-                f"{encoded.dtype}, so the image cannot be captioned",
-                "train on float32 features (extract-features --dtype float32)",
-            )
+        valid = np.asarray(np.isfinite(encoded).reshape(len(encoded), -1).all(1))
+        if not valid.all():
+            encoded = np.where(valid[:, None, None, None], encoded, encoded.dtype.type(0))
         grids = torch.from_numpy(as_stored(encoded, self._stored_dtype))
         rows, columns, channels = self._encoder.grid_shape
-        return grids.to(self._device).float().reshape(len(grids), rows * columns, channels)
+        return grids.to(self._device).float().reshape(len(grids), rows * columns, channels), valid
+
+    def _out_of_range(self) -> InvalidImageError:
+        return InvalidImageError(
+            f"a feature value exceeds the range of {read_dtype(self._stored_dtype).name}, so it cannot be captioned",
+            "train on float32 features (extract-features --dtype float32)",
+        )
 
     def _to_caption(self, hypothesis: Hypothesis) -> Caption:
         vocabulary, (rows, columns, _) = self.checkpoint.vocabulary, self._encoder.grid_shape
@@ -245,6 +279,15 @@ class Captioner:
             log_prob=hypothesis.log_prob,
             attention=None if attention is None else attention.reshape(-1, rows, columns),
         )
+
+
+@contextlib.contextmanager
+def _naming(image: Path) -> Iterator[None]:
+    """Name the image in errors of the block."""
+    try:
+        yield
+    except InvalidImageError as error:
+        raise InvalidImageError(error.reason, error.hint, str(image)) from error
 
 
 def _weights_source(checkpoint: Path, provenance: Mapping[str, Any], weights: str | Path | None) -> str:

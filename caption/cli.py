@@ -17,8 +17,9 @@ from gridcap.common.captions.folder import list_images
 from gridcap.common.captions.records import is_utf8
 from gridcap.common.command import Uses, flag, pipeline_command, reject_ignored, reject_ignored_by_sampling
 from gridcap.common.config import CaptionConfig, PipelineConfig
-from gridcap.common.errors import EXIT_INVALID, UserError
+from gridcap.common.errors import EXIT_INVALID, InvalidImageError, UserError
 from gridcap.common.files import check_writable, write_json
+from gridcap.common.resources import PHOTO_BYTES, fit_in_memory
 from gridcap.common.text import escape_line, plural
 
 if TYPE_CHECKING:
@@ -180,7 +181,7 @@ def _caption_all(
     """Caption the images in batches; report and skip invalid ones. `folders` is the result of `_find_images`."""
     import torch
 
-    from gridcap.common.image import InvalidImageError, image_path
+    from gridcap.common.image import image_path
 
     def preprocess(path: Path) -> np.ndarray | InvalidImageError:
         try:
@@ -191,19 +192,28 @@ def _caption_all(
             return error
 
     generator, settings, paths = torch.Generator().manual_seed(config.seed), config.caption, [*folders]
-    with ThreadPoolExecutor(config.extract.num_workers or DEFAULT_WORKERS) as pool:
+    workers = config.extract.num_workers or fit_in_memory(DEFAULT_WORKERS, PHOTO_BYTES)
+    with ThreadPoolExecutor(workers) as pool:
         for start in range(0, len(paths), settings.batch_size):
             batch = paths[start : start + settings.batch_size]
             pixels: dict[Path, np.ndarray] = {}
             for path, result in zip(batch, pool.map(preprocess, batch), strict=True):
                 if isinstance(result, InvalidImageError):
-                    click.echo(f"{escape_line(str(path))}: invalid image, skipped: {result}", err=True)
+                    _report_invalid(path, result)
                 else:
                     pixels[path] = result
-            if pixels:
-                names = [escape_line(str(path)) for path in pixels]
-                captions = captioner.caption_pixels(np.stack([*pixels.values()]), settings, generator, names)
-                yield from zip(pixels, captions, strict=True)
+            if not pixels:
+                continue
+            captions = captioner.caption_pixels(np.stack([*pixels.values()]), settings, generator)
+            for path, caption in zip(pixels, captions, strict=True):
+                if isinstance(caption, InvalidImageError):
+                    _report_invalid(path, caption)
+                else:
+                    yield path, caption
+
+
+def _report_invalid(path: Path, error: InvalidImageError) -> None:
+    click.echo(f"{escape_line(str(path))}: invalid image, skipped: {error.reason}", err=True)
 
 
 def _write_outputs(

@@ -21,8 +21,8 @@ from PIL import Image
 from gridcap.caption.captioner import Captioner
 from gridcap.caption.result import Caption
 from gridcap.common.config import CaptionConfig
-from gridcap.common.errors import ExtractionError
-from gridcap.common.image import FORMATS, InvalidImageError
+from gridcap.common.errors import InvalidImageError
+from gridcap.common.image import FORMATS
 from gridcap.common.report.images import ReportImage
 from gridcap.common.report.page import describe_encoder, render_image
 
@@ -100,9 +100,9 @@ def make_page(captioners: Sequence[Captioner], names: Sequence[str], defaults: C
             _check_limits(Path(path))
             with lock:
                 results = [captioner.alternatives(Path(path), settings, int(seed)) for captioner in captioners]
-        except ExtractionError as error:
-            raise gr.Error(f"{error.message}.", print_exception=False) from None
-        except (InvalidImageError, _UploadError) as error:
+        except InvalidImageError as error:  # without the temporary name of the upload
+            raise gr.Error(f"This file cannot be captioned: {error.reason}.", print_exception=False) from None
+        except _UploadError as error:
             raise gr.Error(f"This file cannot be captioned: {error}.", print_exception=False) from None
         return [_render_captions(captions) for captions in results]
 

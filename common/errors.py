@@ -56,8 +56,22 @@ class StoreAccessError(StoreError):
     """A file of a feature store cannot be read on this system or by this version. The file itself may be intact."""
 
 
-class InvalidImageError(StoreError):
-    """The grid of an invalid image was requested from a feature store."""
+class InvalidImageError(GridcapError):
+    """An image cannot be used, or the grid of an invalid image was requested from a feature store.
+
+    Args:
+        reason: why the image is invalid, in a few words.
+        hint: one line that says what to do.
+        path: the image, if the reason does not name it.
+
+    Attributes:
+        reason: see above; the message is "<path>: <reason>".
+    """
+
+    def __init__(self, reason: str, hint: str = "replace the image, or leave it out", path: str = "") -> None:
+        super().__init__(f"{path}: {reason}" if path else reason, hint)
+        self.args = (reason, hint, path)
+        self.reason = reason
 
 
 class MismatchError(GridcapError):

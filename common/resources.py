@@ -1,4 +1,7 @@
-"""CPU cores and threads that this process may use: affinity, cgroup quota, and load. Linux; elsewhere, all cores."""
+"""CPU cores, threads, and memory that this process may use: affinity, cgroup limits, and load.
+
+Linux; elsewhere, all cores, and an unknown amount of memory.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,13 @@ from pathlib import Path
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 _PROC = Path("/proc")
 LOAD_WINDOW = 0.2  # seconds over which the load is measured
+PHOTO_BYTES = 3 * 24_000_000  # of a decoded photo of 24 megapixels, which each decoding thread holds
+BUFFER_SHARE = 4  # buffers of one kind use at most this fraction (1/4) of the available memory
+# Folder of cgroup v2 or v1: limit, current usage, and the field of memory.stat with reclaimable page cache.
+_MEMORY_FILES = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 
 
 def available_cores() -> int:
@@ -23,19 +33,67 @@ def available_cores() -> int:
 
 def cpu_quota() -> float | None:
     """Return the CPU quota of this process's cgroup in cores; None if there is none."""
-    quotas = [quota for folder in _cgroup_folders() if (quota := _quota_of(folder)) is not None]
+    quotas = [quota for folder in _cgroup_folders("cpu") if (quota := _quota_of(folder)) is not None]
     return min(quotas, default=None)
 
 
-def _cgroup_folders() -> Iterator[Path]:
-    """Yield the folders of this process's cgroup and its ancestors that may limit the CPU, for cgroup v1 and v2."""
+def available_memory() -> int | None:
+    """Return the bytes of memory that this process may still allocate; None if unknown.
+
+    The free memory of the machine, or what a limit of the process's cgroup (container, Slurm) leaves, if that is less.
+    Page cache counts as free.
+    """
+    free = [value for folder in _cgroup_folders("memory") if (value := _free_memory_of(folder)) is not None]
+    if (machine := _free_memory_of_machine()) is not None:
+        free.append(machine)
+    return min(free, default=None)
+
+
+def fit_in_memory(count: int, size: int) -> int:
+    """Return how many buffers to use: `count`, or fewer, but at least one, in a quarter of the available memory.
+
+    Args:
+        count: desired number of buffers.
+        size: bytes of one buffer.
+    """
+    available = available_memory()
+    return count if available is None else max(1, min(count, available // BUFFER_SHARE // max(1, size)))
+
+
+def _free_memory_of(folder: Path) -> int | None:
+    """Return the bytes that the limit of one cgroup leaves; None if it has no limit."""
+    for limit, usage, cache in _MEMORY_FILES:
+        try:
+            total = int((folder / limit).read_text())  # "max" is no number
+            used = int((folder / usage).read_text())
+        except (OSError, ValueError):
+            continue
+        return max(0, total - max(0, used - _read_field(folder / "memory.stat", cache)))
+    return None
+
+
+def _free_memory_of_machine() -> int | None:
+    kibibytes = _read_field(_PROC / "meminfo", "MemAvailable:")
+    return kibibytes * 1024 if kibibytes else None
+
+
+def _read_field(file: Path, name: str) -> int:
+    """Return the value of a line "name value ..."; 0 if there is none."""
+    try:
+        return next((int(line.split()[1]) for line in file.read_text().splitlines() if line.split()[:1] == [name]), 0)
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def _cgroup_folders(controller: str) -> Iterator[Path]:
+    """Yield the folders of this process's cgroup and of its ancestors that have a controller, for cgroup v1 and v2."""
     try:
         lines = (_PROC / "self" / "cgroup").read_text().splitlines()
     except OSError:
         return
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
         root = _CGROUP_ROOT / controllers if controllers else _CGROUP_ROOT
         folder = root / path.lstrip("/")

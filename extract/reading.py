@@ -19,7 +19,7 @@ from gridcap.common.config import PipelineConfig
 from gridcap.common.device import choose_device
 from gridcap.common.errors import ExtractionError, from_os_error, os_reason
 from gridcap.common.image import InvalidImageError, image_path, load_image
-from gridcap.common.resources import available_cores
+from gridcap.common.resources import PHOTO_BYTES, available_cores, fit_in_memory
 from gridcap.common.text import plural
 from gridcap.extract.images.nvjpeg import load_images_gpu
 from gridcap.extract.job import Extraction
@@ -66,12 +66,15 @@ class LoadedImages:
 
 
 def worker_count(config: PipelineConfig, on_gpu: bool) -> int:
-    """Return the number of decoding threads: one per core next to a GPU, a few next to an encoder on the CPU."""
+    """Return the number of decoding threads: one per core next to a GPU, a few next to an encoder on the CPU.
+
+    Unless the user sets it, the memory limits it too: each thread holds a decoded photo.
+    """
     if config.extract.num_workers is not None:
         return config.extract.num_workers
     if on_gpu and config.extract.jpeg_decoder == "pillow":
-        return max(DEFAULT_CPU_WORKERS, available_cores())
-    return DEFAULT_CPU_WORKERS
+        return fit_in_memory(max(DEFAULT_CPU_WORKERS, available_cores()), PHOTO_BYTES)
+    return fit_in_memory(DEFAULT_CPU_WORKERS, PHOTO_BYTES)
 
 
 class ImageReader:
@@ -105,6 +108,7 @@ class ImageReader:
     def batches(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, LoadedImages]]:
         """Yield batches with their images, in order; decoding runs ahead by a few batches."""
         pending: deque[tuple[Batch, Callable[[], LoadedImages]]] = deque()
+        ahead = fit_in_memory(BATCHES_AHEAD, self._plan.batch_size * 3 * self._side**2)
 
         def collect() -> tuple[Batch, LoadedImages]:
             batch, load = pending.popleft()
@@ -113,7 +117,7 @@ class ImageReader:
 
         for batch in batches:
             pending.append((batch, self.submit(range(batch.start, batch.stop), batch.shard)))
-            if len(pending) > BATCHES_AHEAD:
+            if len(pending) > ahead:
                 yield collect()
         while pending:
             yield collect()

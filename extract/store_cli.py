@@ -93,7 +93,7 @@ def import_features(config: PipelineConfig, dry_run: bool, **values: Any) -> Non
     split = options.split or output.stem
     records = None if options.annotations is None else _load_records(config, options.annotations, split)
     with progress_bar(unit="file", desc="open", leave=False) as bar:
-        source = open_source(options.source, bar.update)
+        source = open_source(options.source, bar.update, lambda message: click.secho(f"WARNING: {message}", err=True))
     pairs = match_keys(source, records)
     missing = len(records) - len(pairs) if records is not None else 0
     note = f"; {plural(missing, 'image')} of {options.annotations} without features" if missing else ""

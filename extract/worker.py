@@ -7,6 +7,7 @@ write, verify, and rename the shards (`writer.py`). Memory holds a few batches p
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
 from collections import deque
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from gridcap.common.device import choose_device
 from gridcap.common.errors import ExtractionError, OutOfMemoryError, explain_out_of_memory
 from gridcap.common.progress import progress_bar
+from gridcap.common.resources import fit_in_memory
 from gridcap.common.store.shard_writer import InvalidGridError
 from gridcap.extract.cluster.share import Share
 from gridcap.extract.encoding import ViewEncoder
@@ -68,7 +70,7 @@ class Worker:
         with (
             explain_errors(extraction),
             ImageReader(extraction, self._encoder.side, worker_count(extraction.config, on_gpu)) as reader,
-            _writer_threads(extraction, writer_count(on_gpu, len(shards))) as writers,
+            _writer_threads(extraction, self._count_writers(on_gpu, len(shards))) as writers,
             _switch_interval(on_gpu),
             _Progress(extraction, self._share, shards, self._show_progress) as progress,
         ):
@@ -76,6 +78,12 @@ class Worker:
             self._run(shards, reader, writers, progress)
         self._summary.waiting += reader.waiting.seconds + self._write_wait.seconds
         self._summary.running += time.perf_counter() - start
+
+    def _count_writers(self, on_gpu: bool, shards: int) -> int:
+        """Return the number of shards to write at a time, whose pending grids fit in memory."""
+        plan = self._extraction.plan
+        grid_bytes = math.prod(plan.provenance["grid_shape"]) * 4 * len(plan.provenance["views"])
+        return fit_in_memory(writer_count(on_gpu, shards), BATCHES_AHEAD * plan.batch_size * grid_bytes)
 
     def _run(
         self,

@@ -1,8 +1,9 @@
 """Decoding of one image file into a square array."""
 
+from gridcap.common.errors import InvalidImageError
 from gridcap.common.image.decode import FORMATS, MAX_PIXELS, decoder_name, load_rgb
 from gridcap.common.image.path import image_path
-from gridcap.common.image.reader import START_OF_SCAN, ImageReader, InvalidImageError
+from gridcap.common.image.reader import START_OF_SCAN, ImageReader
 from gridcap.common.image.resize import LETTERBOX_GRAY, load_image, load_view
 
 __all__ = [

@@ -13,8 +13,9 @@ import PIL
 from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TILELENGTH, TILEWIDTH, TiffImageFile
 
+from gridcap.common.errors import InvalidImageError
 from gridcap.common.image.metadata import apply_orientation, read_orientation, strip_metadata
-from gridcap.common.image.reader import ImageReader, InvalidImageError
+from gridcap.common.image.reader import ImageReader
 
 MAX_PIXELS = 89_478_485  # Pillow's limit, where it only warns: 256 MiB of RGB
 MAX_STRIPPED_BYTES = 3 * MAX_PIXELS

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from gridcap.common.image.reader import InvalidImageError
+from gridcap.common.errors import InvalidImageError
 
 INVALID_CHARACTERS = re.compile("[\0\ud800-\udfff]")
 

@@ -8,13 +8,11 @@ import stat
 import time
 from pathlib import Path
 
+from gridcap.common.errors import InvalidImageError
+
 MAX_SECONDS = 10  # CPU time per image; waiting for the disk does not count
 LARGE_READ = 1 << 16  # decoders read at least this much at once; header parsers read less
 START_OF_SCAN = b"\xff\xda"  # JPEG marker; within scan data, 0xff is followed by 0
-
-
-class InvalidImageError(Exception):
-    """An image that cannot be used. The message is a short reason."""
 
 
 class ImageReader(io.BufferedReader):

@@ -5,7 +5,8 @@ Supported sources:
     folder of .npy        TensorFlow's tutorial: `name.jpg.npy`
     folder of .npz        bottom-up attention: `<image id>.npz`, the array is named `feat` or the only one
     .pkl, .pickle         a dict of file name or image id -> array; only NumPy arrays and plain containers are
-                          unpickled, so no code in the file is executed
+                          unpickled, so no code in the file is executed; loaded into memory as a whole, because a
+                          pickle cannot be read piece by piece
     .h5, .hdf5            one dataset per image: `<image id>`, `<image id>_grids`, or `<image id>_features`; or one
                           dataset `features` for all images, with `file_name` or `image_id`
     .npz                  the arrays `features`, `file_name` or `image_id`, and optionally `scale`, a factor
@@ -23,22 +24,27 @@ import numpy as np
 
 from gridcap.common.errors import GridcapError, UserError
 from gridcap.common.files import sha256_of
+from gridcap.common.resources import available_memory
 from gridcap.common.store.hdf5 import check_self_contained
 from gridcap.extract.importers.array_pickle import load_arrays
 from gridcap.extract.importers.npz import open_npz
 from gridcap.extract.importers.source import Source, SourceError, raise_system_error, reason_of, unique_keys
 
+PICKLE_COPIES = 2  # the content of the file and the arrays, while it is loaded
 DATASET_SUFFIXES = ("_grids", "_features")
 CHUNK_CACHE_BYTES = 64 * 2**20  # images are read in the order of the captions file, and chunks may hold many rows
 SUPPORTED_HINT = "use a folder of .npy or .npz files, a .pkl, a .npz, or an .h5 file; see gridcap import --help"
 
 
-def open_source(path: Path, on_file: Callable[[int], object] = lambda _: None) -> Source:
+def open_source(
+    path: Path, on_file: Callable[[int], object] = lambda _: None, notify: Callable[[str], None] = lambda _: None
+) -> Source:
     """Detect the kind of a source and open it.
 
     Args:
         path: a folder or a file.
         on_file: called with 1 for each file of a folder when it has been hashed.
+        notify: receives a warning before a pickle is loaded that probably does not fit into memory.
 
     Raises:
         UserError: the path does not exist, or is not a supported source.
@@ -51,6 +57,7 @@ def open_source(path: Path, on_file: Callable[[int], object] = lambda _: None) -
             return _open_folder(path, on_file)
         match path.suffix.lower():
             case ".pkl" | ".pickle":
+                _warn_about_memory(path, notify)
                 return _open_pickle(path)
             case ".npz":
                 return _open_arrays(open_npz(path), path, "arrays in one .npz")
@@ -94,6 +101,15 @@ def _open_folder(folder: Path, on_file: Callable[[int], object]) -> Source:
             return np.asarray(loaded[name])
 
     return Source(list(by_key), read, f"folder of {files[0].suffix}", digest.hexdigest())
+
+
+def _warn_about_memory(path: Path, notify: Callable[[str], None]) -> None:
+    needed, available = PICKLE_COPIES * path.stat().st_size, available_memory()
+    if available is not None and needed > available:
+        notify(
+            f"{path}: a pickle is loaded as a whole and needs about {needed / 1e9:.1f} GB of memory, of which "
+            f"{available / 1e9:.1f} GB are available; .h5 and .npz files are read piece by piece"
+        )
 
 
 def _open_pickle(path: Path) -> Source:

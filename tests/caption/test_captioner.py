@@ -193,8 +193,17 @@ def test_display_image_shows_what_the_grid_covers(
 
 def test_invalid_image_raises_with_the_reason(fake: Any, scenes: Any, checkpoint: Any) -> None:
     folder = scenes(2, invalid=(1,))
-    with pytest.raises(InvalidImageError, match="not an image"):
-        Captioner.load(checkpoint(), device="cpu").caption(sorted(folder.iterdir()), BEAM)
+    captioner, photos = Captioner.load(checkpoint(), device="cpu"), sorted(folder.iterdir())
+    for call in (
+        lambda: captioner.caption(photos, BEAM),
+        lambda: captioner(photos),
+        lambda: captioner.alternatives(photos[1], BEAM),
+        lambda: captioner.display_image(photos[1]),
+    ):
+        with pytest.raises(InvalidImageError, match="not an image") as caught:
+            call()
+        assert str(caught.value) == f"{photos[1]}: not an image"
+        assert caught.value.reason == "not an image"
 
 
 # ------------------------------------------------------------------------------------------------- encoder weights

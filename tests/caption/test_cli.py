@@ -249,7 +249,7 @@ def test_file_name_that_is_not_utf8_is_reported_before_captioning(fake: Any, sce
     assert r"caf\udce9.jpg: the name is not UTF-8" in result.stderr
 
 
-def test_item_23_image_with_features_out_of_range_is_named(
+def test_item_23_image_with_features_out_of_range_is_invalid_and_named(
     fake: Any, scenes: Any, checkpoint: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = fake.encode
@@ -262,8 +262,9 @@ def test_item_23_image_with_features_out_of_range_is_named(
     monkeypatch.setattr(fake, "encode", encode)
     folder = scenes(3)
     result = run("--checkpoint", checkpoint(), folder)
-    assert result.exit_code == 1
-    assert f"error: {folder}/1.jpg: a feature value exceeds the range of float16" in result.stderr
+    assert result.exit_code == 3
+    assert [Path(path).name for path in lines(result)] == ["0.jpg", "2.jpg"]
+    assert f"{folder}/1.jpg: invalid image, skipped: a feature value exceeds the range of float16" in result.stderr
 
 
 def test_attention_is_kept_only_for_the_figure_and_the_report(

@@ -1,4 +1,4 @@
-"""Cores and threads: affinity, cgroup quota, and load."""
+"""Cores, threads, and memory: affinity, cgroup limits, and load."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 from gridcap.common import resources
-from gridcap.common.resources import available_cores, choose_threads, cores_used_by_others, cpu_quota
+from gridcap.common.resources import (
+    available_cores,
+    available_memory,
+    choose_threads,
+    cores_used_by_others,
+    cpu_quota,
+    fit_in_memory,
+)
 
 
 @pytest.fixture
@@ -31,7 +38,7 @@ def write_group(machine: Path, lines: str, **files: str) -> None:
         *folders, file = name.split("__")
         folder = machine.joinpath("cgroup", *folders)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / file.replace("cpu_", "cpu.", 1)).write_text(text)
+        (folder / file.replace("_", ".", 1)).write_text(text)
 
 
 def test_without_a_quota_the_affinity_counts(machine: Path) -> None:
@@ -104,3 +111,54 @@ def test_item_29_a_busy_neighbor_is_measured_but_not_this_process() -> None:
     finally:
         neighbor.kill()
         neighbor.communicate()
+
+
+MIB = 2**20
+
+
+def test_item_29_without_a_limit_the_free_memory_of_the_machine_counts(machine: Path) -> None:
+    assert available_memory() is None
+    (machine / "proc" / "meminfo").write_text("MemTotal: 9999 kB\nMemFree: 10 kB\nMemAvailable:     2048 kB\n")
+    write_group(machine, "0::/job\n", job__memory_max="max\n", job__memory_current="77\n")
+    assert available_memory() == 2 * MIB
+
+
+def test_item_29_the_tightest_memory_limit_counts_and_page_cache_is_free(machine: Path) -> None:
+    (machine / "proc" / "meminfo").write_text("MemAvailable: 9999999 kB\n")
+    files = {
+        "a__b__memory_max": f"{900 * MIB}\n",
+        "a__b__memory_current": f"{100 * MIB}\n",
+        "a__memory_max": f"{500 * MIB}\n",
+        "a__memory_current": f"{400 * MIB}\n",
+        "a__memory_stat": f"anon 1\ninactive_file {300 * MIB}\n",
+    }
+    write_group(machine, "0::/a/b\n", **files)
+    assert available_memory() == 400 * MIB
+
+
+def test_item_29_cgroup_v1_memory_limits_count(machine: Path) -> None:
+    files = {
+        "memory__job__memory_limit_in_bytes": f"{64 * MIB}\n",
+        "memory__job__memory_usage_in_bytes": f"{100 * MIB}\n",
+        "memory__job__memory_stat": f"inactive_file 0\ntotal_inactive_file {50 * MIB}\n",
+        "memory__memory_limit_in_bytes": "9223372036854771712\n",
+        "memory__memory_usage_in_bytes": "1\n",
+    }
+    write_group(machine, "4:memory:/job\n1:cpu:/x\n", **files)
+    assert available_memory() == 14 * MIB
+
+
+@pytest.mark.parametrize("text", ["", "x", "max"])
+def test_an_unreadable_memory_limit_is_ignored(machine: Path, text: str) -> None:
+    write_group(machine, "0::/job\n", job__memory_max=text, job__memory_current=text, job__memory_stat=text)
+    assert available_memory() is None
+
+
+@pytest.mark.parametrize(
+    ("available", "count"), [(None, 8), (0, 1), (4 * MIB, 1), (16 * MIB, 4), (31 * MIB, 7), (10**12, 8)]
+)
+def test_item_29_buffers_fit_in_a_quarter_of_the_memory(
+    monkeypatch: pytest.MonkeyPatch, available: int | None, count: int
+) -> None:
+    monkeypatch.setattr(resources, "available_memory", lambda: available)
+    assert fit_in_memory(8, MIB) == count

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from gridcap.common.config.train import Shuffle
+from gridcap.common.resources import fit_in_memory
 from gridcap.common.store.shard_format import ORIGINAL
 from gridcap.train.data.batch import CaptionBatch, pad_captions
 from gridcap.train.data.captioned import CaptionedImages
@@ -101,15 +102,22 @@ class CaptionStream:
     def _prefetch(self, indices: Iterator[np.ndarray], epoch: int | None) -> Iterator[CaptionBatch]:
         pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         pending: deque[Future[CaptionBatch]] = deque()
+        ahead = fit_in_memory(PREFETCH_BATCHES, self._batch_bytes())
         try:
             for images in indices:
                 pending.append(pool.submit(self._load, images, epoch))
-                if len(pending) > PREFETCH_BATCHES:
+                if len(pending) > ahead:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+    def _batch_bytes(self) -> int:
+        """Return the size of the grids of the largest batch of this rank."""
+        store, options = self.data.store, self.options
+        images = -(-options.batch_size // (options.ranks.world_size * options.grad_accum_steps))
+        return int(images * np.prod(store.grid_shape) * store.dtype.itemsize)
 
     def _load(self, images: np.ndarray, epoch: int | None) -> CaptionBatch:
         """Read a batch; an epoch of None selects the first captions and the original views."""

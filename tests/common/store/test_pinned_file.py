@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from gridcap.common.errors import InvalidImageError, StoreAccessError, StoreError
+from gridcap.common.errors import GridcapError, InvalidImageError, StoreAccessError, StoreError
 from gridcap.common.store.pinned_file import PinnedFile
 
 
@@ -48,6 +48,7 @@ def test_short_reads_are_continued(path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_file_is_closed_when_the_object_is_deleted(path: Path) -> None:
     """Stores that were never closed must not exhaust the descriptors of a long-running process."""
+    gc.collect()  # files of other tests
     before = len([*Path("/proc/self/fd").iterdir()])
     for _ in range(10):
         assert PinnedFile(path).read_into(memoryview(bytearray(1)), 0)
@@ -74,6 +75,6 @@ def test_missing_file_raises_store_error(tmp_path: Path, path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [StoreError, StoreAccessError, InvalidImageError])
-def test_item_27_store_errors_can_be_pickled(kind: type[StoreError]) -> None:
+def test_item_27_store_errors_can_be_pickled(kind: type[GridcapError]) -> None:
     copy = pickle.loads(pickle.dumps(kind("a message", "a hint")))
     assert (type(copy), copy.message, copy.hint, str(copy)) == (kind, "a message", "a hint", "a message")

@@ -18,6 +18,7 @@ import pytest
 from gridcap.common.captions.records import ImageRecord, id_from_name
 from gridcap.common.errors import FolderInUseError, GridcapError, MismatchError
 from gridcap.common.store.reader import FeatureStore
+from gridcap.extract.importers import sources
 from gridcap.extract.importers.features import ImportRequest, import_features
 from gridcap.extract.importers.matching import match_keys
 from gridcap.extract.importers.source import SourceError
@@ -422,3 +423,18 @@ def test_an_interrupted_import_resumes_with_the_missing_shards(tmp_path: Path) -
     with imported(tmp_path / "f.npz", tmp_path, records=None) as store:
         assert store.valid.all()
     assert shards[0].stat().st_mtime_ns == kept
+
+
+@pytest.mark.parametrize(("available", "warned"), [(100, True), (10**9, False), (None, False)])
+def test_item_30_a_pickle_larger_than_memory_is_announced_before_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, available: int | None, warned: bool
+) -> None:
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"a.jpg": grid(1)}))
+    events: list[str] = []
+    monkeypatch.setattr(sources, "available_memory", lambda: available)
+    load = sources.load_arrays
+    monkeypatch.setattr(sources, "load_arrays", lambda path: events.append("load") or load(path))
+    open_source(tmp_path / "a.pkl", notify=lambda message: events.append(f"warning: {message}"))
+    assert len(events) == 1 + warned
+    assert events[-1] == "load"
+    assert not warned or "a.pkl: a pickle is loaded as a whole" in events[0]
