@@ -76,6 +76,46 @@ def fetch(remote: Remote, path: Path, wait: Callable[[float], None] = time.sleep
         os.replace(part, path)
 
 
+def fetch_unverified(url: str, path: Path, check: Callable[[Path], None]) -> None:
+    """Download a file whose size and checksum are not known in advance. The caller holds its lock.
+
+    Args:
+        url: address.
+        path: destination.
+        check: called with the downloaded file before it gets its final name; raises an error if it is invalid.
+
+    Raises:
+        DownloadError: as for `fetch`.
+    """
+    part = path.with_name(f"{path.name}.part")
+    _fetch_part(Remote(url, size_of(url), ""), part, time.sleep)
+    try:
+        check(part)
+    except DownloadError:
+        part.unlink()
+        raise
+    fsync_path(part)
+    os.replace(part, path)
+
+
+def size_of(url: str) -> int:
+    """Ask the server for the size of a file, in bytes.
+
+    Raises:
+        DownloadError: no connection, no such file, or the server does not say.
+    """
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=TIMEOUT) as response:
+            length = response.headers.get("Content-Length", "")
+    except (OSError, http.client.HTTPException) as error:
+        raise download_error(url, error) from error
+    if not length.isdigit():
+        raise DownloadError(
+            f"{url}: the server does not state the size of the file", "try again later, or use --mirror"
+        )
+    return int(length)
+
+
 def _is_complete(remote: Remote, path: Path) -> bool:
     return path.is_file() and path.stat().st_size == remote.size
 
@@ -134,8 +174,9 @@ def _fetch_part(remote: Remote, part: Path, wait: Callable[[float], None]) -> No
                 _append(remote, part, bar.update)
             except (OSError, http.client.HTTPException) as error:
                 failures = 0 if _size(part) > size else failures + 1
-                if not _is_retryable(error) or failures == MAX_ATTEMPTS:
-                    raise _as_download_error(remote, part, error) from error
+                if not is_retryable(error) or failures == MAX_ATTEMPTS:
+                    received = f"; {_size(part)} of {remote.size} bytes received"
+                    raise download_error(remote.url, error, received) from error
             else:
                 # A server may end the transfer early without an error.
                 failures = 0 if _size(part) > size else failures + 1
@@ -170,7 +211,7 @@ def _append(remote: Remote, part: Path, progress: Callable[[int], object]) -> No
                 progress(len(block))
 
 
-def _is_retryable(error: Exception) -> bool:
+def is_retryable(error: Exception) -> bool:
     """Return whether another attempt may succeed: not with a full disk, a missing file, or an untrusted certificate."""
     if isinstance(error, urllib.error.HTTPError):
         return error.code >= 500 or error.code in TEMPORARY_STATUSES
@@ -189,25 +230,30 @@ def _cause(error: Exception) -> object:
     return error.reason if isinstance(error, urllib.error.URLError) else error
 
 
-def _as_download_error(remote: Remote, part: Path, error: Exception) -> Exception:
+def download_error(url: str, error: Exception, progress: str = "") -> Exception:
+    """Return the error to raise for a failed transfer: a DownloadError, or the error itself if it is not the network's.
+
+    Args:
+        url: address of the file.
+        error: as raised by urllib.
+        progress: what has been received, for the message.
+    """
     if not _is_network_error(error):
         return error  # a disk error has its own hint
     if isinstance(error, urllib.error.HTTPError):
         return DownloadError(
-            f"{remote.url}: the server responds {error.code} {error.reason}", "check the network and --mirror"
+            f"{url}: the server responds {error.code} {error.reason}", "check the network and --mirror"
         )
     cause = _cause(error)
     if isinstance(cause, ssl.SSLCertVerificationError):
         return DownloadError(
-            f"{remote.url}: the server's certificate is not trusted: {cause.verify_message}",
+            f"{url}: the server's certificate is not trusted: {cause.verify_message}",
             "check the clock and the CA certificates (SSL_CERT_FILE), or choose another server with --mirror",
         )
     reason = str(cause) or type(cause).__name__
     if isinstance(cause, ssl.SSLError):
         reason = f"TLS connection failed: {reason}"
-    return DownloadError(
-        f"{remote.url}: {reason}; {_size(part)} of {remote.size} bytes received", f"check the network, then {RERUN}"
-    )
+    return DownloadError(f"{url}: {reason}{progress}", f"check the network, then {RERUN}")
 
 
 def _verify(remote: Remote, part: Path) -> None:

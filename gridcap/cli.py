@@ -11,7 +11,7 @@ from gridcap.common.command import reword_help_option
 
 # Subcommand -> its module and click command, in the order in which users need them.
 COMMANDS = {
-    "download": "gridcap.extract.download_cli:main",
+    "download": "gridcap.extract.download.cli:main",
     "encoders": "gridcap.listings:encoders",
     "extract": "gridcap.extract.cli:main",
     "import": "gridcap.extract.store_cli:import_features",

@@ -36,7 +36,7 @@ OURS = {
 }
 NOT_RUN = {  # prefix of a command that is not run here -> reason
     "make ": "this test runs inside make; the demo has its own test, and bench takes minutes",
-    "gridcap download ": "needs a network; tests/extract/test_download.py uses a local server",
+    "gridcap download ": "needs a network; tests/extract/download/ uses a local server",
     "python -m bench": "takes minutes to hours; see tests/bench",
     "bench/gpu.sh": "needs a GPU",
 }

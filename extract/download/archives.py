@@ -1,50 +1,51 @@
-"""The archives of COCO 2014 and 2017, and of Karpathy's splits: download and unpacking.
-
-<output>/train2014/COCO_train2014_000000000009.jpg ...
-<output>/annotations/captions_train2014.json, dataset_coco.json
-"""
+"""Archives of datasets: download and unpacking."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import tarfile
 import zipfile
+import zlib
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import IO
 
-from gridcap.common.download import Remote, exclusive_lock, fetch
-from gridcap.common.errors import DownloadError, UserError
+from gridcap.common.download import Remote, exclusive_lock, fetch, size_of
+from gridcap.common.errors import DownloadError
 from gridcap.common.files import temporary_file
 from gridcap.common.progress import progress_bar
 from gridcap.common.text import plural
 
-OFFICIAL = "http://images.cocodataset.org"  # no https: its certificate is for another host; checksums protect instead
-KARPATHY = "https://cs.stanford.edu/people/karpathy/deepimagesent"
 SPACE_FACTOR = 1.02  # file systems round file sizes up
 
 
 @dataclass(frozen=True)
 class Archive:
-    """A zip file.
+    """A zip or .tar.gz file.
 
     Attributes:
+        server: address of the server.
         path: path on the server.
-        size, checksum: as for `Remote`.
+        size: size in bytes; None: as the server says.
+        checksum: as for `Remote`.
         prefixes: prefixes of the members to unpack: folders (ending in "/") or files.
         files: number of these members.
         unpacked: their approximate total size in bytes.
         folder: subfolder of <output> to unpack into.
-        server: address of the server.
     """
 
+    server: str
     path: str
-    size: int
+    size: int | None
     checksum: str
     prefixes: tuple[str, ...]
     files: int
     unpacked: int
     folder: str = ""
-    server: str = OFFICIAL
 
     @property
     def name(self) -> str:
@@ -52,8 +53,22 @@ class Archive:
         return PurePosixPath(self.path).name
 
     def remote(self, mirror: str | None) -> Remote:
-        """Return the file to download, from a mirror or the official server."""
-        return Remote(f"{(mirror or self.server).rstrip('/')}/{self.path}", self.size, self.checksum)
+        """Return the file to download, from a mirror or the official server.
+
+        Raises:
+            DownloadError: the size is unknown, and the server does not answer.
+        """
+        url = self.url(mirror)
+        return Remote(url, size_of(url) if self.size is None else self.size, self.checksum)
+
+    def url(self, mirror: str | None) -> str:
+        """Return the address, on a mirror or the official server."""
+        return f"{(mirror or self.server).rstrip('/')}/{self.path}"
+
+    @property
+    def approximate_size(self) -> int:
+        """Size in bytes; photos hardly compress."""
+        return self.unpacked if self.size is None else self.size
 
     def is_unpacked(self, to: Path) -> bool:
         """Return whether all members have been unpacked."""
@@ -67,83 +82,17 @@ class Archive:
         return int(path.is_file())
 
 
-IMAGES = {
-    ("2014", "train"): Archive(
-        "zips/train2014.zip",
-        13_510_573_713,
-        "md5:0da8c0bd3d6becc4dcb32757491aca88",
-        ("train2014/",),
-        82_783,
-        13_500_000_000,
-    ),
-    ("2014", "val"): Archive(
-        "zips/val2014.zip", 6_645_013_297, "md5:a3d79f5ed8d289b7a7554ce06a5782b3", ("val2014/",), 40_504, 6_640_000_000
-    ),
-    ("2017", "train"): Archive(
-        "zips/train2017.zip",
-        19_336_861_798,
-        "md5:cced6f7f71b7629ddf16f17bbcfab6b2",
-        ("train2017/",),
-        118_287,
-        19_300_000_000,
-    ),
-    ("2017", "val"): Archive(
-        "zips/val2017.zip", 815_585_330, "md5:442b8da7639aecaf257c1dceb8ba8c80", ("val2017/",), 5_000, 815_000_000
-    ),
-}
-ANNOTATIONS = {
-    "2014": Archive(
-        "annotations/annotations_trainval2014.zip",
-        252_872_794,
-        "md5:0a379cfc70b0e71301e0f377548639bd",
-        ("annotations/captions_train2014.json", "annotations/captions_val2014.json"),
-        2,
-        100_000_000,
-    ),
-    "2017": Archive(
-        "annotations/annotations_trainval2017.zip",
-        252_907_541,
-        "md5:f4bbac642086de4f52a3fdda2de5fa2c",
-        ("annotations/captions_train2017.json", "annotations/captions_val2017.json"),
-        2,
-        100_000_000,
-    ),
-}
-KARPATHY_SPLITS = Archive(
-    "caption_datasets.zip",
-    36_745_453,
-    "sha256:4cfd70132527b80933105e5829dc9034eaab9573482e2e680abbab6130244817",
-    ("dataset_coco.json",),
-    1,
-    150_000_000,
-    "annotations",
-    KARPATHY,
-)
-
-
-def select_archives(year: str, splits: tuple[str, ...], annotations_only: bool, karpathy: bool) -> list[Archive]:
-    """Return the requested archives, small ones first.
-
-    Raises:
-        UserError: Karpathy's splits were requested for another year than 2014.
-    """
-    if karpathy and year != "2014":
-        raise UserError("--karpathy: Karpathy's splits belong to COCO 2014", "omit --year, or use --year 2014")
-    images = [] if annotations_only else [IMAGES[year, split] for split in splits]
-    return [ANNOTATIONS[year], *([KARPATHY_SPLITS] if karpathy else []), *images]
-
-
 def space_needed(archives: list[Archive], to: Path, keep: bool) -> int:
     """Return the maximum disk space in bytes that downloading and unpacking will take."""
     missing = [archive for archive in archives if not archive.is_unpacked(to)]
-    zips = [archive.size - _downloaded(archive, to) for archive in missing]
+    zips = [archive.approximate_size - _downloaded(archive, to) for archive in missing]
     return int(SPACE_FACTOR * (sum(a.unpacked for a in missing) + (sum(zips) if keep else max(zips, default=0))))
 
 
 def _downloaded(archive: Archive, to: Path) -> int:
     """Return how many bytes of an archive have been downloaded."""
     sizes = [p.stat().st_size for p in (to / archive.name, to / f"{archive.name}.part") if p.exists()]
-    return min(archive.size, sum(sizes))
+    return min(archive.approximate_size, sum(sizes))
 
 
 def check_space(archives: list[Archive], to: Path, keep: bool) -> None:
@@ -195,20 +144,39 @@ def download(archive: Archive, to: Path, mirror: str | None, keep: bool) -> int:
 
 
 def _unpack(archive: Archive, path: Path, to: Path) -> int:
+    """Unpack the requested members and return their number."""
+    count = 0
     try:
-        with zipfile.ZipFile(path) as opened:
-            members = [m for m in opened.infolist() if m.filename.startswith(archive.prefixes) and not m.is_dir()]
-            for member in progress_bar(members, unit="file", desc=f"unpacking {archive.name}"):
-                if ".." in PurePosixPath(member.filename).parts:
-                    raise DownloadError(f"{path}: member {member.filename!r} leaves the folder", "check --mirror")
-                target = to / archive.folder / member.filename
-                if target.is_file() and target.stat().st_size == member.file_size:
+        with contextlib.closing(_members(path)) as members:
+            for name, size, content in progress_bar(members, unit="file", desc=f"unpacking {archive.name}"):
+                if not name.startswith(archive.prefixes):
+                    continue
+                if ".." in PurePosixPath(name).parts:
+                    raise DownloadError(f"{path}: member {name!r} leaves the folder", "check --mirror")
+                count += 1
+                target = to / archive.folder / name
+                if target.is_file() and target.stat().st_size == size:
                     continue
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with temporary_file(target) as temporary:  # no fsync per file: the next run checks the sizes
-                    with opened.open(member) as source, open(temporary, "wb") as copy:
+                    with content() as source, open(temporary, "wb") as copy:
                         shutil.copyfileobj(source, copy, 1 << 20)
                     os.replace(temporary, target)
-            return len(members)
-    except zipfile.BadZipFile as error:
-        raise DownloadError(f"{path}: corrupted zip file: {error}", "delete it, then rerun the command") from error
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError) as error:
+        raise DownloadError(f"{path}: corrupted archive: {error}", "delete it, then rerun the command") from error
+    return count
+
+
+def _members(path: Path) -> Generator[tuple[str, int, Callable[[], IO[bytes]]]]:
+    """Yield the name and size of each file in an archive, and a function that opens it."""
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path) as opened:
+            for member in opened.infolist():
+                if not member.is_dir():
+                    yield member.filename, member.file_size, partial(opened.open, member)
+        return
+    with tarfile.open(path, "r|gz") as stream:
+        for entry in stream:
+            content = stream.extractfile(entry) if entry.isfile() else None
+            if content is not None:
+                yield entry.name, entry.size, partial(contextlib.nullcontext, content)  # type: ignore[misc]

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import io
 import shutil
+import tarfile
 import threading
 import zipfile
 from functools import partial
@@ -13,10 +14,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-import gridcap.extract.coco
 from gridcap.common.config import load_config
-from gridcap.extract.coco import ANNOTATIONS, IMAGES, KARPATHY_SPLITS, select_archives, space_needed
-from gridcap.extract.download_cli import main
+from gridcap.extract.download import datasets
+from gridcap.extract.download.archives import Archive, space_needed
+from gridcap.extract.download.cli import main
+from gridcap.extract.download.datasets import OTHERS, coco
 
 MEMBERS = {
     "train2014.zip": {f"train2014/COCO_train2014_{i:012}.jpg": bytes([i]) * 500 for i in range(5)},
@@ -26,7 +28,11 @@ MEMBERS = {
         for kind in ("captions", "instances")
         for split in ("train", "val")
     },
-    "caption_datasets.zip": {"dataset_coco.json": b"splits", "dataset_flickr8k.json": b"others"},
+    "caption_datasets.zip": {
+        "dataset_coco.json": b"splits",
+        "dataset_flickr8k.json": b"8k",
+        "dataset_flickr30k.json": b"30k",
+    },
 }
 
 
@@ -48,18 +54,17 @@ def mirror(tmp_path, monkeypatch):
     """A server with tiny archives and a matching catalog; yields its address and its folder."""
     folder = tmp_path / "served"
 
-    def tiny(archive):
-        data = zipped(MEMBERS[archive.name])
-        path = folder / archive.path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-        files = sum(name.startswith(archive.prefixes) for name in MEMBERS[archive.name])
-        checksum = f"sha256:{hashlib.sha256(data).hexdigest()}"
-        return dataclasses.replace(archive, size=len(data), checksum=checksum, files=files, unpacked=2000)
+    def serve(path):
+        data = zipped(MEMBERS[Path(path).name])
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(data)
+        return len(data), f"sha256:{hashlib.sha256(data).hexdigest()}"
 
-    monkeypatch.setattr(gridcap.extract.coco, "IMAGES", {k: tiny(a) for k, a in IMAGES.items() if k[0] == "2014"})
-    monkeypatch.setattr(gridcap.extract.coco, "ANNOTATIONS", {"2014": tiny(ANNOTATIONS["2014"])})
-    monkeypatch.setattr(gridcap.extract.coco, "KARPATHY_SPLITS", tiny(KARPATHY_SPLITS))
+    images = {("2014", part): (*serve(f"zips/{part}2014.zip"), n, 2000) for part, n in (("train", 5), ("val", 3))}
+    monkeypatch.setattr(datasets, "COCO_IMAGES", images)
+    annotations = serve("annotations/annotations_trainval2014.zip")
+    monkeypatch.setattr(datasets, "COCO_ANNOTATIONS", {"2014": annotations})
+    monkeypatch.setattr(datasets, "KARPATHY_ZIP", ("server", "caption_datasets.zip", *serve("caption_datasets.zip")))
     monkeypatch.setattr("gridcap.common.download.time.sleep", lambda seconds: None)
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=folder))
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -70,14 +75,15 @@ def mirror(tmp_path, monkeypatch):
 
 
 def run(*arguments, status=0):
-    done = CliRunner().invoke(main, [str(a) for a in arguments])
+    done = CliRunner().invoke(main, ["coco", *map(str, arguments)])
     assert done.exit_code == status, done.output
     assert "Traceback" not in done.output
     return done.output
 
 
 def tree(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "pipeline.yaml"]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def expected_files(*names):
@@ -88,12 +94,12 @@ def test_files_are_unpacked_to_the_folders_in_pipeline_yaml(mirror, tmp_path):
     output = run("--mirror", mirror[0], "--karpathy")
     everything = expected_files("train2014.zip", "val2014.zip", "annotations_trainval2014.zip")
     assert tree(tmp_path / "data/coco") == everything | {"annotations/dataset_coco.json": b"splits"}
-    assert "done: data/coco: 11 files unpacked" in output
-    shutil.copy(Path(__file__).parents[2] / "pipeline.yaml", tmp_path)
-    for split in load_config().data.splits.values():
-        assert split.images.is_dir()
-        assert split.annotations is not None
-        assert split.annotations.is_file()
+    assert "done: data/coco: 11 files written" in output
+    for config in (Path(__file__).parents[3] / "pipeline.yaml", tmp_path / "data/coco/pipeline.yaml"):
+        for split in load_config(config).data.splits.values():
+            assert split.images.is_dir()
+            assert split.annotations is not None
+            assert split.annotations.is_file()
 
 
 def test_a_rerun_downloads_nothing(mirror, tmp_path):
@@ -148,26 +154,23 @@ def test_a_wrong_checksum_is_an_error_and_keeps_existing_files(mirror, tmp_path)
 def test_a_member_outside_the_folder_is_an_error(mirror, tmp_path, monkeypatch):
     data = zipped({"val2014/../../../evil.jpg": b"x"})
     (mirror[1] / "zips/val2014.zip").write_bytes(data)
-    archive = dataclasses.replace(
-        gridcap.extract.coco.IMAGES["2014", "val"],
-        size=len(data),
-        checksum=f"sha256:{hashlib.sha256(data).hexdigest()}",
-    )
-    monkeypatch.setitem(gridcap.extract.coco.IMAGES, ("2014", "val"), archive)
+    changed = (len(data), f"sha256:{hashlib.sha256(data).hexdigest()}", 1, 2000)
+    monkeypatch.setitem(datasets.COCO_IMAGES, ("2014", "val"), changed)
     assert "leaves the folder" in run("--mirror", mirror[0], "--splits", "val", status=1)
     assert not list(tmp_path.rglob("evil.jpg"))
 
 
 def test_disk_space_is_checked_before_the_download(mirror, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(gridcap.extract.coco.shutil, "disk_usage", lambda _: usage._replace(free=100))
+    monkeypatch.setattr("gridcap.extract.download.archives.shutil.disk_usage", lambda _: usage._replace(free=100))
     output = run("--mirror", mirror[0], status=1)
     assert "GB free" in output
     assert not (tmp_path / "data").exists()
 
 
 def test_required_disk_space_excludes_existing_files(mirror, tmp_path):
-    archives = select_archives("2014", ("train", "val"), False, False)
+    dataset = coco("2014", ("train", "val"), False, None)
+    archives = [dataclasses.replace(a, unpacked=2000) for a in (*dataset.annotations, *dataset.images)]
     sizes = [archive.size for archive in archives]
     assert space_needed(archives, tmp_path / "x", False) == int(1.02 * (3 * 2000 + max(sizes)))
     assert space_needed(archives, tmp_path / "x", True) == int(1.02 * (3 * 2000 + sum(sizes)))
@@ -179,7 +182,7 @@ def test_required_disk_space_excludes_existing_files(mirror, tmp_path):
     ("arguments", "message"),
     [
         (["--splits", "test"], "no captions for 'test'"),
-        (["--karpathy", "--year", "2017"], "belong to COCO 2014"),
+        (["--karpathy", "--year", "2017"], "all images of COCO 2014"),
         (["--year", "2015"], "2015"),
     ],
 )
@@ -188,10 +191,45 @@ def test_usage_errors(mirror, arguments, message):
 
 
 def test_official_addresses():
-    """The addresses are COCO's and Karpathy's own; sizes and checksums agree with other projects."""
-    archives = [*IMAGES.values(), *ANNOTATIONS.values(), KARPATHY_SPLITS]
-    urls = {archive.remote(None).url for archive in archives}
+    """The addresses, sizes, and checksums agree with other projects."""
+    catalog = [coco("2014", ("train", "val"), True, None), coco("2017", ("train",), False, None)]
+    catalog += [build() for build in OTHERS.values()]
+    archives = [archive for dataset in catalog for archive in (*dataset.annotations, *dataset.images)]
+    urls = {archive.url(None) for archive in archives}
     assert "http://images.cocodataset.org/zips/train2014.zip" in urls
     assert "http://images.cocodataset.org/annotations/annotations_trainval2017.zip" in urls
     assert "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip" in urls
+    assert "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/Flickr8k_Dataset.zip" in urls
     assert all(len(archive.checksum.partition(":")[2]) in (32, 64) for archive in archives)
+    assert all(dataset.terms for dataset in catalog)
+
+
+def test_options_of_coco_are_rejected_for_other_datasets():
+    for arguments in (["flickr8k", "--limit", "5"], ["nocaps", "--year", "2014"], ["flickr30k", "--karpathy"]):
+        done = CliRunner().invoke(main, arguments)
+        assert done.exit_code == 2
+        assert f"{arguments[1]} cannot be used with {arguments[0]}" in done.output
+
+
+def test_flickr_archives_are_unpacked_next_to_their_captions(mirror, tmp_path, monkeypatch):
+    """Flickr8k is a zip, Flickr30k a .tar.gz of unknown size; both use Karpathy's captions."""
+    url, folder = mirror
+    (folder / "8k.zip").write_bytes(zipped({"Flicker8k_Dataset/1.jpg": b"one", "__MACOSX/x": b"x"}))
+    with tarfile.open(folder / "30k.gz", "w:gz") as tar:
+        (tmp_path / "2.jpg").write_bytes(b"two")
+        tar.add(tmp_path / "2.jpg", "flickr30k-images/2.jpg")
+    for name, file, member in (
+        ("flickr8k", "8k.zip", "Flicker8k_Dataset/1.jpg"),
+        ("flickr30k", "30k.gz", "flickr30k-images/2.jpg"),
+    ):
+        checksum = f"md5:{hashlib.md5((folder / file).read_bytes()).hexdigest()}"
+        archive = Archive("server", file, None, checksum, (f"{Path(member).parent}/",), 1, 100)
+        dataset = dataclasses.replace(OTHERS[name](), images=(archive,))
+        monkeypatch.setitem(OTHERS, name, lambda dataset=dataset: dataset)
+        done = CliRunner().invoke(main, [name, "--mirror", url])
+        assert done.exit_code == 0, done.output
+        assert "non-commercial" in done.output
+        assert f"next: extract-features --config data/{name}/pipeline.yaml --split train" in done.output
+        assert sorted(tree(tmp_path / "data" / name)) == sorted([member, f"dataset_{name}.json"])
+        split = load_config(tmp_path / "data" / name / "pipeline.yaml").data.splits["test"]
+        assert (split.images / Path(member).name).is_file()
