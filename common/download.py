@@ -5,9 +5,7 @@ torch.hub, torchvision, and pooch do not resume an interrupted transfer, which m
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
 import hashlib
 import http.client
 import os
@@ -16,13 +14,18 @@ import ssl
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from gridcap.common.errors import DownloadError
 from gridcap.common.files import fsync_path
+from gridcap.common.lock import exclusive_lock
 from gridcap.common.progress import progress_bar
+
+T = TypeVar("T")
 
 BLOCK_SIZE = 1 << 20
 TIMEOUT = 60  # seconds without data
@@ -31,7 +34,6 @@ MAX_WAIT = 30.0  # seconds between attempts
 RERUN = "rerun the command to resume the download"
 NETWORK_ERRNOS = (errno.EHOSTUNREACH, errno.EHOSTDOWN, errno.ENETUNREACH, errno.ENETDOWN, errno.ENETRESET)
 TEMPORARY_STATUSES = (http.client.REQUEST_TIMEOUT, http.client.TOO_MANY_REQUESTS)
-UNSUPPORTED_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def fetch(remote: Remote, path: Path, wait: Callable[[float], None] = time.sleep
     """
     if _is_complete(remote, path):
         return
-    with exclusive_lock(path):
+    with download_lock(path):
         if _is_complete(remote, path):  # another process has just finished
             return
         part = path.with_name(f"{path.name}.part")
@@ -74,6 +76,14 @@ def fetch(remote: Remote, path: Path, wait: Callable[[float], None] = time.sleep
         _verify(remote, part)
         fsync_path(part)
         os.replace(part, path)
+
+
+def download_lock(path: Path) -> AbstractContextManager[None]:
+    """Hold the lock of a file to download; raise DownloadError if another process holds it."""
+    conflict = DownloadError(
+        f"{path}: another process is downloading this file", "wait until it has finished, then rerun the command"
+    )
+    return exclusive_lock(path.with_name(f".{path.name}.lock"), conflict)
 
 
 def fetch_unverified(url: str, path: Path, check: Callable[[Path], None]) -> None:
@@ -116,51 +126,29 @@ def size_of(url: str) -> int:
     return int(length)
 
 
-def _is_complete(remote: Remote, path: Path) -> bool:
-    return path.is_file() and path.stat().st_size == remote.size
+def retry_network_errors(attempt: Callable[[], T], attempts: int = 3, wait: Callable[[float], None] | None = None) -> T:
+    """Call a function that downloads something, repeatedly if the network fails in a way that may pass.
 
-
-@contextlib.contextmanager
-def exclusive_lock(path: Path) -> Iterator[None]:
-    """Hold a lock for writing a file. The system releases it when the process ends, however it ends.
+    Args:
+        attempt: the function.
+        attempts: maximum number of calls.
+        wait: called with the number of seconds before each retry; None: `time.sleep`.
 
     Raises:
-        DownloadError: another process holds the lock.
+        Exception: the error of the last call.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = path.with_name(f".{path.name}.lock")
-    while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+    for failures in range(1, attempts):
         try:
-            _lock(descriptor, path)
-            if _is_same_file(descriptor, lock):
-                try:
-                    yield
-                finally:
-                    lock.unlink(missing_ok=True)
-                return
-        finally:
-            os.close(descriptor)
+            return attempt()
+        except (OSError, http.client.HTTPException) as error:
+            if not is_retryable(error):
+                raise
+        (wait or time.sleep)(min(MAX_WAIT, 2.0**failures))
+    return attempt()
 
 
-def _lock(descriptor: int, path: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise DownloadError(
-            f"{path}: another process is downloading this file", "wait until it has finished, then rerun the command"
-        ) from error
-    except OSError as error:
-        if error.errno not in UNSUPPORTED_LOCK:
-            raise
-
-
-def _is_same_file(descriptor: int, path: Path) -> bool:
-    """Return whether a locked file still has its name: its previous owner may have removed it in between."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
+def _is_complete(remote: Remote, path: Path) -> bool:
+    return path.is_file() and path.stat().st_size == remote.size
 
 
 def _fetch_part(remote: Remote, part: Path, wait: Callable[[float], None]) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from gridcap.common.config import max_invalid_count
 from gridcap.common.errors import MismatchError
 from gridcap.common.files import publish_text, write_text
+from gridcap.common.lock import exclusive_lock
 from gridcap.common.store.provenance import MATCHED, differences
 from gridcap.common.text import plural
 from gridcap.extract.manifest import Image, ImageList
@@ -26,6 +27,7 @@ ARITHMETIC_KEYS = ("precision", "compile")
 BLOCK_SIZE = 65536  # images compared at a time
 MAX_EXAMPLES = 3
 SAVE_ATTEMPTS = 5
+LOCK = ".plan.lock"
 
 
 @dataclass(frozen=True)
@@ -159,12 +161,13 @@ def _write(plan: Plan, stored: Plan | None, folder: Path) -> bool:
     path = folder / FILE
     if stored is None and publish_text(path, plan.to_json()):
         return True
-    current = read_plan(folder)
-    if current.digest() == plan.digest():
-        return True
-    if stored is None or current.digest() != stored.digest():
-        return False
-    write_text(path, plan.to_json())
+    with exclusive_lock(folder / LOCK):  # comparing and replacing must not interleave with those of another process
+        current = read_plan(folder)
+        if current.digest() == plan.digest():
+            return True
+        if stored is None or current.digest() != stored.digest():
+            return False
+        write_text(path, plan.to_json())
     for part in set(stored.lists).difference(plan.lists):
         (folder / part.file).unlink(missing_ok=True)
     return True

@@ -14,9 +14,10 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from gridcap.common.download import Remote, exclusive_lock, fetch, size_of
+from gridcap.common.download import Remote, fetch, size_of
 from gridcap.common.errors import DownloadError
 from gridcap.common.files import temporary_file
+from gridcap.common.lock import exclusive_lock
 from gridcap.common.progress import progress_bar
 from gridcap.common.text import plural
 
@@ -128,7 +129,11 @@ def download(archive: Archive, to: Path, mirror: str | None, keep: bool) -> int:
     if archive.is_unpacked(to):
         return 0
     path = to / archive.name
-    with exclusive_lock(to / f"{archive.name}.unpack"):
+    conflict = DownloadError(
+        f"{to}: another process is downloading or unpacking {archive.name}",
+        "wait until it has finished, then rerun the command",
+    )
+    with exclusive_lock(to / f".{archive.name}.unpack.lock", conflict):
         if archive.is_unpacked(to):  # another process has just finished
             return 0
         fetch(archive.remote(mirror), path)

@@ -11,7 +11,7 @@ import yaml
 
 from gridcap.common.captions.split import load_split
 from gridcap.common.config import load_config
-from gridcap.common.download import exclusive_lock, fetch_unverified
+from gridcap.common.download import download_lock, fetch_unverified
 from gridcap.common.errors import AnnotationError, DownloadError
 from gridcap.common.files import write_text
 from gridcap.extract.download.datasets import Dataset
@@ -29,7 +29,7 @@ def download_annotations(dataset: Dataset, output: Path, mirror: str | None) -> 
     for name, url in dataset.annotation_files.items():
         file = output / name
         if not file.exists():
-            with exclusive_lock(file):
+            with download_lock(file):
                 fetch_unverified(_on_mirror(url, mirror), file, _check_json)
 
 

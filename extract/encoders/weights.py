@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torchvision import models
 
+from gridcap.common.download import retry_network_errors
 from gridcap.common.errors import WeightsError, first_line
 from gridcap.common.files import sha256_of
 from gridcap.common.scenes import calibration_batch
@@ -95,7 +96,7 @@ def _download(url: str, file: Path) -> str:
     if not file.exists():
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(file), hash_prefix=hash_in(file.name))
+            retry_network_errors(lambda: torch.hub.download_url_to_file(url, str(file), hash_prefix=hash_in(file.name)))
         except (urllib.error.URLError, http.client.HTTPException, OSError, RuntimeError) as error:
             reason = getattr(error, "reason", None) or f"{type(error).__name__}: {first_line(error)}"
             raise WeightsError(f"{file}: not found, and the download failed: {reason}", manual) from error

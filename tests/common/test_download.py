@@ -11,8 +11,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from gridcap.common.download import Remote, exclusive_lock, fetch
+from gridcap.common.download import Remote, fetch
 from gridcap.common.errors import DownloadError
+from gridcap.common.lock import exclusive_lock
 
 DATA = bytes(range(256)) * 8000  # 2 MB
 
@@ -224,11 +225,11 @@ def test_a_disk_error_is_not_called_a_network_error(server, waits, tmp_path, mon
 def test_item_01_a_second_process_cannot_download_the_same_file(server, waits, tmp_path):
     """Both would append to the same partial file."""
     program = (
-        "import sys\nfrom pathlib import Path\nfrom gridcap.common.download import exclusive_lock\n"
+        "import sys\nfrom pathlib import Path\nfrom gridcap.common.lock import exclusive_lock\n"
         "with exclusive_lock(Path(sys.argv[1])):\n    print('locked', flush=True)\n    sys.stdin.read()\n"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", program, str(tmp_path / "x.zip")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", program, str(tmp_path / ".x.zip.lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as other:
         assert other.stdout.readline() == b"locked\n"
         with pytest.raises(DownloadError, match="another process"):
@@ -240,7 +241,7 @@ def test_item_01_a_second_process_cannot_download_the_same_file(server, waits, t
 
 
 def test_item_01_a_file_that_another_process_has_just_finished_is_not_downloaded_again(server, waits, tmp_path):
-    with exclusive_lock(tmp_path / "x.zip"):
+    with exclusive_lock(tmp_path / ".x.zip.lock"):
         (tmp_path / "x.zip").write_bytes(DATA)
     fetch(server.remote(), tmp_path / "x.zip", waits.append)
     assert server.offsets == []

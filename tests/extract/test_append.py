@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from gridcap.common.captions.folder import list_images
 from gridcap.common.config import load_config
 from gridcap.common.errors import MismatchError
 from gridcap.common.store.reader import FeatureStore
+from gridcap.extract import planning
 from gridcap.extract.cluster.share import Share
 from gridcap.extract.job import Extraction, ExtractionRequest, prepare
 from gridcap.extract.run import extract_features
@@ -92,6 +94,37 @@ def test_item_13_processes_that_append_the_same_images_at_once_complete_the_stor
         ]
         assert any(run.result().complete for run in runs)
     assert_matches_photos(fake, folder, prepared[0].output)
+
+
+def test_item_13_processes_that_append_different_images_at_once_add_both(
+    fake: Any, photos: Any, job: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a lock, both would compare with the same plan, and one of them would overwrite the plan of the other."""
+    folder = photos(4)
+    extract_features(job(folder, extract__shard_size=2), show_progress=False)
+    prepared = []
+    for i in (4, 5):
+        write_image(folder / f"{i:04}.png", i)
+        records = [
+            r for r in list_images(folder).records if r.file_name not in {"0004.png", "0005.png"} - {f"{i:04}.png"}
+        ]
+        prepared.append(job(folder, records=records, append=True, extract__shard_size=2))
+    read = planning.read_plan
+
+    def read_slowly(folder: Path) -> Any:
+        plan = read(folder)
+        time.sleep(0.1)
+        return plan
+
+    with monkeypatch.context() as patch, ThreadPoolExecutor(2) as pool:
+        patch.setattr(planning, "read_plan", read_slowly)
+        saved = [*pool.map(Extraction.save, prepared)]
+    assert sorted(extraction.plan.images for extraction in saved) == [5, 6]
+    for extraction in saved:
+        extract_features(extraction, show_progress=False)
+    with FeatureStore(prepared[0].output) as store:
+        assert sorted(store.file_name) == [f"{i:04}.png" for i in range(6)]
+        assert store.valid.all()
 
 
 class ImageFolderChanges(RuleBasedStateMachine):

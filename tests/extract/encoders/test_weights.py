@@ -122,6 +122,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "torch" / "hub" / "checkpoints" / CONTENT_NAME
 
 
+@pytest.fixture(autouse=True)
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Wait times before retries, recorded instead of slept."""
+    recorded: list[float] = []
+    monkeypatch.setattr("gridcap.common.download.time.sleep", recorded.append)
+    return recorded
+
+
 @pytest.fixture
 def served_from(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Serve inception_v3's ImageNet weights from another address."""
@@ -186,11 +194,12 @@ def test_a_corrupted_file_in_the_cache_is_named(
 
 
 @pytest.fixture
-def broken_server() -> Iterator[Callable[[bytes], str]]:
-    """Start local servers that answer every request with the given bytes and close the connection."""
+def broken_server() -> Iterator[Callable[[list[bytes]], str]]:
+    """Start local servers that answer requests with the given bytes, the last ones repeatedly, and close."""
     sockets: list[socket.socket] = []
 
-    def serve(answer: bytes) -> str:
+    def serve(answers: list[bytes]) -> str:
+        remaining = list(answers)
         listener = socket.create_server(("127.0.0.1", 0))
         sockets.append(listener)
 
@@ -202,7 +211,7 @@ def broken_server() -> Iterator[Callable[[bytes], str]]:
                     return
                 with connection:
                     connection.recv(65536)
-                    connection.sendall(answer)
+                    connection.sendall(remaining.pop(0) if len(remaining) > 1 else remaining[0])
 
         threading.Thread(target=loop, daemon=True).start()
         return f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -224,11 +233,37 @@ def broken_server() -> Iterator[Callable[[bytes], str]]:
     ids=["closed", "unavailable", "truncated", "not HTTP", "truncated chunk"],
 )
 def test_a_failed_download_leaves_no_file(
-    cache: Path, served_from: Callable[[str], None], broken_server: Callable[[bytes], str], answer: bytes
+    cache: Path, served_from: Callable[[str], None], broken_server: Callable[[list[bytes]], str], answer: bytes
 ) -> None:
-    served_from(broken_server(answer))
+    served_from(broken_server([answer]))
     assert "download failed" in download_error(cache).message
     assert list(cache.parent.iterdir()) == []
+
+
+def test_item_23_a_download_is_repeated_after_a_network_error(
+    cache: Path,
+    served_from: Callable[[str], None],
+    broken_server: Callable[[list[bytes]], str],
+    waits: list[float],
+) -> None:
+    good = b"HTTP/1.0 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(CONTENT), CONTENT)
+    served_from(broken_server([b"HTTP/1.0 503 Service Unavailable\r\n\r\n", b"", good]))
+    assert identify_weights("inception_v3", "imagenet").file == cache
+    assert cache.read_bytes() == CONTENT
+    assert waits == [2, 4]
+
+
+@pytest.mark.parametrize("status", [b"404 Not Found", b"403 Forbidden"])
+def test_item_23_a_permanent_error_is_not_repeated(
+    cache: Path,
+    served_from: Callable[[str], None],
+    broken_server: Callable[[list[bytes]], str],
+    waits: list[float],
+    status: bytes,
+) -> None:
+    served_from(broken_server([b"HTTP/1.0 " + status + b"\r\n\r\n"]))
+    assert status.decode().partition(" ")[2] in download_error(cache).message
+    assert waits == []
 
 
 def test_without_a_network_the_error_explains_the_manual_download(
