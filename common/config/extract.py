@@ -25,7 +25,8 @@ class ExtractConfig(Section):
     encoder: EncoderName = Field("inception_v3", description="frozen encoder, from torchvision")
     weights: str = Field(
         "imagenet",
-        description="imagenet (downloaded once), random[:SEED] (demo and tests only), or a .pth or .safetensors file",
+        description="imagenet (downloaded once), random[:SEED] (demo and tests only), or a file: .pth, .safetensors, "
+        "or Keras's .h5 or .keras (inception_v3)",
     )
     resize_mode: ResizeMode = Field(
         "stretch", description="how images are made square: stretch, center crop, or letterbox (gray padding)"

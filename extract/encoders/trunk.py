@@ -14,11 +14,12 @@ from torchvision import models
 from gridcap.common.errors import WeightsError
 from gridcap.common.scenes import calibration_batch
 from gridcap.extract.encoders import weights
+from gridcap.extract.encoders.keras_weights import exclude_padding, is_keras_file, read_keras_weights
 from gridcap.extract.encoders.specs import ENCODERS, EncoderSpec
 from gridcap.extract.encoders.weights import WeightsIdentity, read_state_dict
 
 
-def build_trunk(encoder: str, identity: WeightsIdentity) -> nn.Sequential:
+def build_trunk(encoder: str, identity: WeightsIdentity) -> nn.Module:
     """Build a CNN up to its grid, in eval mode, float32, on the CPU.
 
     Raises:
@@ -31,6 +32,8 @@ def build_trunk(encoder: str, identity: WeightsIdentity) -> nn.Sequential:
         _initialize(trunk, int(identity.name.partition(":")[2]), spec)
     else:
         _load(trunk, encoder, identity)
+        if is_keras_file(identity.file):
+            return exclude_padding(trunk.eval())
     return trunk.eval()
 
 
@@ -38,7 +41,8 @@ def _load(trunk: nn.Sequential, encoder: str, identity: WeightsIdentity) -> None
     """Load the weights of the layers up to the grid."""
     assert identity.file is not None
     mismatch = f"{identity.file}: not weights of {encoder}"
-    state = read_state_dict(identity.file)
+    file = identity.file
+    state = read_keras_weights(file, encoder) if is_keras_file(file) else read_state_dict(file)
     layers = ENCODERS[encoder].layers
     try:
         missing, unexpected = trunk.load_state_dict(

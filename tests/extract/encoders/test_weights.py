@@ -87,8 +87,8 @@ def test_a_corrupted_file_raises(tmp_path: Path, name: str, content: bytes) -> N
 
 
 def test_a_text_file_is_not_a_state_dict(tmp_path: Path) -> None:
-    (tmp_path / "w.h5").write_text("hi\n")  # the unpickler raises KeyError(105)
-    assert weights_error("resnet50", tmp_path / "w.h5").message.endswith("w.h5: not a state dict of tensors")
+    (tmp_path / "w.pt").write_text("hi\n")  # the unpickler raises KeyError(105)
+    assert weights_error("resnet50", tmp_path / "w.pt").message.endswith("w.pt: not a state dict of tensors")
 
 
 @pytest.mark.parametrize("value", [[1, 2], {"a": 1}, {}, torch.zeros(3)])
