@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from bench.inputs import make_photos
+from bench.inputs import PHONE_SIZE, make_photos
 from bench.measure import Row, call_in_process, rate, run_rounds
 from gridcap.common.process import tune_process
 
@@ -36,6 +36,7 @@ def measure(work: Path, quick: bool) -> Iterator[Row]:
     if on_gpu:
         yield from _measure_gpu(photos, variants, quick, note)
         return
+    yield _measure_phone_photos(work, quick)
     values = run_rounds(1 if quick else 3, variants)
     yield Row(
         "extraction",
@@ -48,6 +49,26 @@ def measure(work: Path, quick: bool) -> Iterator[Row]:
         UPPER_BOUND,
         {"speedup": 4.5, "fraction of upper bound": 0.75},
         note,
+    )
+
+
+def _measure_phone_photos(work: Path, quick: bool) -> Row:
+    """Measure the decoding of photos of 12 megapixels with one thread."""
+    photos = make_photos(work / "phone", 4, PHONE_SIZE, noise_level=5)
+    size = next(photos.iterdir()).stat().st_size / 1e6
+    variants = {
+        name: partial(call_in_process, "bench.extraction:pillow_decoding", photos, name == "scaled")
+        for name in ("full", "scaled")
+    }
+    values = run_rounds(1 if quick else 3, variants)
+    return Row(
+        "extraction",
+        "decoding and resizing 12 megapixels",
+        "images/s",
+        values["scaled"],
+        values["full"],
+        baseline_name="extract.jpeg_scaled_decoding: false",
+        note=f"{PHONE_SIZE[0]} x {PHONE_SIZE[1]}, {size:.1f} MB each, one thread, Pillow",
     )
 
 
@@ -175,6 +196,16 @@ def decoding(photos: str) -> float:
     paths, device = sorted(Path(photos).iterdir())[:256], torch.device("cuda")
     load_images_gpu(paths, 299, "stretch", device)
     return rate(len(paths), partial(load_images_gpu, paths, 299, "stretch", device))
+
+
+def pillow_decoding(photos: str, scaled: bool) -> float:
+    """Return images per second of Pillow in one thread, including the resize."""
+    tune_process()
+    from gridcap.common.image import load_image
+
+    paths = sorted(Path(photos).iterdir())
+    load_image(paths[0], 299, "stretch", scaled)
+    return rate(len(paths), lambda: [load_image(path, 299, "stretch", scaled) for path in paths])
 
 
 def copying(photos: str) -> float:

@@ -11,6 +11,8 @@ from PIL import Image
 from gridcap.common.store.shard_format import GridLayout, ShardSpec
 from gridcap.common.store.shard_writer import ShardWriter
 
+SIZE = (640, 480)
+PHONE_SIZE = (4032, 3024)
 UNIQUE_PHOTOS = 50  # the other photos are hard links to these
 GRID = (8, 8, 2048)
 WORDS = [f"word{i}" for i in range(5000)]
@@ -25,17 +27,22 @@ _PROVENANCE = {
 }
 
 
-def make_photos(folder: Path, count: int) -> Path:
-    """Write `count` JPEG files of 640 x 480 pixels and about 150 kB each, as in COCO: smooth shapes with noise."""
+def make_photos(folder: Path, count: int, size: tuple[int, int] = SIZE, noise_level: float = 9) -> Path:
+    """Write `count` JPEG files, with smooth shapes and noise; the defaults give about 150 kB each, as in COCO.
+
+    Args:
+        folder: folder to create.
+        count: number of files.
+        size: width and height in pixels.
+        noise_level: standard deviation of the noise in gray levels, which determines the file size.
+    """
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for i in range(count):
         path = folder / f"{i:06}.jpg"
         if i < UNIQUE_PHOTOS:
-            smooth = Image.fromarray(rng.integers(0, 256, (48, 64, 3), np.uint8)).resize(
-                (640, 480), Image.Resampling.BICUBIC
-            )
-            noise = rng.normal(0, 9, (480, 640, 1))
+            smooth = Image.fromarray(rng.integers(0, 256, (48, 64, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)
+            noise = rng.normal(0, noise_level, (*size[::-1], 1))
             pixels = (np.asarray(smooth) + noise).clip(0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(path, quality=92)
         else:

@@ -72,10 +72,12 @@ class Captioner:
         name, dtype = provenance["encoder"], provenance["dtype"]
         preprocessing = provenance["preprocessing"]
         self._resize_mode = preprocessing["resize_mode"]
+        self._scaled_decoding = preprocessing.get("jpeg_scaled_decoding", False)
         self.trained_on_nvjpeg = preprocessing.get("decoder") == "nvjpeg"
         identity = identify_weights(name, _weights_source(checkpoint.path, provenance, weights))
         options = EncoderOptions(device=device, dtype=dtype)
         available = describe_features(name, identity, options, self._resize_mode, decoder_name())
+        available["preprocessing"]["jpeg_scaled_decoding"] = self._scaled_decoding
         if self.trained_on_nvjpeg:
             # Single photos are decoded by Pillow. Rejecting the mismatch would leave such decoders without any photo.
             available["preprocessing"]["decoder"] = "nvjpeg"
@@ -197,7 +199,7 @@ class Captioner:
         Raises:
             InvalidImageError: the file cannot be used. The message is the reason alone, without the file name.
         """
-        return load_image(image, self._encoder.side, self._resize_mode)
+        return load_image(image, self._encoder.side, self._resize_mode, self._scaled_decoding)
 
     def display_image(self, image: Path, max_size: int = 480) -> np.ndarray:
         """Return the part of an image that the grid covers, for display.

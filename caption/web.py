@@ -16,13 +16,12 @@ from typing import Any
 os.environ.update({"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"})
 
 import gradio as gr
-from PIL import Image
 
 from gridcap.caption.captioner import Captioner
 from gridcap.caption.result import Caption
 from gridcap.common.config import CaptionConfig
 from gridcap.common.errors import InvalidImageError
-from gridcap.common.image import FORMATS
+from gridcap.common.image import open_image
 from gridcap.common.report.images import ReportImage
 from gridcap.common.report.page import describe_encoder, render_image
 
@@ -198,7 +197,7 @@ def _check_limits(path: Path) -> None:
     if path.stat().st_size > MAX_BYTES:
         raise _UploadError(f"it is larger than {MAX_BYTES >> 20} MB")
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with path.open("rb") as file, open_image(file) as image:
             width, height = image.size
     except Exception:  # `load_image` reports invalid images with the reason
         return

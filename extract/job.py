@@ -155,6 +155,9 @@ def _requested_plan(request: ExtractionRequest, images: Iterable[Image], identit
     compiled = choose_compile(extract.compile, image_list.images, device)
     options = EncoderOptions(extract.precision, extract.device, extract.dtype, compiled)
     provenance = describe_features(extract.encoder, identity, options, extract.resize_mode, decoder)
+    provenance["preprocessing"]["jpeg_scaled_decoding"] = (
+        extract.jpeg_scaled_decoding and extract.jpeg_decoder == "pillow"  # nvJPEG always decodes the full size
+    )
     provenance["views"] = list(extract.views)
     # Rounding depends on the number of threads that share a sum, so it is part of the plan, and all workers use it.
     provenance["threads"] = request.threads or torch.get_num_threads() if device.type == "cpu" else None

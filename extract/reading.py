@@ -94,6 +94,7 @@ class ImageReader:
     def __init__(self, extraction: Extraction, side: int, num_workers: int) -> None:
         self._extraction, self._side = extraction, side
         self._config, self._plan = extraction.config, extraction.plan
+        self._scaled_decoding = extraction.plan.provenance["preprocessing"].get("jpeg_scaled_decoding", False)
         self._pool = ThreadPoolExecutor(num_workers, "read")
         self.waiting = Stopwatch()
 
@@ -155,7 +156,7 @@ class ImageReader:
             return path
         try:
             return retry_transient_errors(
-                lambda: load_image(path, self._side, self._config.extract.resize_mode), str(path)
+                lambda: load_image(path, self._side, self._config.extract.resize_mode, self._scaled_decoding), str(path)
             )
         except InvalidImageError as error:
             return str(error)

@@ -10,7 +10,10 @@ from gridcap.common.captions.limit import check_invalid
 from gridcap.common.captions.records import CaptionSet, ImageRecord, Problems, id_from_name, is_utf8
 from gridcap.common.errors import AnnotationError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jfif", ".mpo", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
+    *(".avif", ".heic", ".heif", ".jxl"),
+)
 NOT_FOLLOWED = "set data.follow_links=true to include them"
 NO_EXTENSION = "without an extension"
 LOOP = "they lead back to a parent folder"

@@ -40,6 +40,11 @@ class ExtractConfig(Section):
     jpeg_decoder: JpegDecoder = Field(
         "pillow", description="JPEG decoder: pillow, or nvjpeg (GPU; pixel values may differ slightly)"
     )
+    jpeg_scaled_decoding: bool = Field(
+        True,
+        description="reduce large JPEG files while they are decoded, to no less than twice the side of the encoder's "
+        "input (more than twice as fast for 12 megapixels; pixel values may differ slightly; pillow only)",
+    )
     dtype: StoredType = Field(
         "float16",
         description="dtype of the stored grids; uint8: half the size of float16, one scale per image and channel",

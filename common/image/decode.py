@@ -14,12 +14,11 @@ from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TILELENGTH, TILEWIDTH, TiffImageFile
 
 from gridcap.common.errors import InvalidImageError
+from gridcap.common.image.formats import MAX_PIXELS, open_image
 from gridcap.common.image.metadata import apply_orientation, read_orientation, strip_metadata
 from gridcap.common.image.reader import ImageReader
 
-MAX_PIXELS = 89_478_485  # Pillow's limit, where it only warns: 256 MiB of RGB
 MAX_STRIPPED_BYTES = 3 * MAX_PIXELS
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # for an EPS file, Pillow would run Ghostscript
 # Decoding one JPEG scan takes about 1.4 ns per pixel. The decoder gets so many scans per read that the reader can check
 # the time about once per second.
 SCANS_TIMES_PIXELS = 700_000_000
@@ -28,14 +27,16 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # ch
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # unusual metadata
 
 
-def load_rgb(path: Path) -> Image.Image:
+def load_rgb(path: Path, min_side: int | None = None) -> Image.Image:
     """Decode an image to RGB.
 
-    The EXIF orientation is applied, transparency is composited over white, 16-bit gray is scaled to 8 bits, and of an
-    animation the first frame is taken. Metadata never makes an image invalid.
+    The orientation is applied, transparency is composited over white, 16-bit gray and floating-point gray from 0 to 1
+    are scaled to 8 bits, and of an animation the first frame is taken. Metadata never makes an image invalid.
 
     Args:
-        path: JPEG, PNG, WebP, BMP, TIFF, or GIF file.
+        path: JPEG, MPO, PNG, WebP, BMP, TIFF, GIF, AVIF, HEIC, or JPEG XL file.
+        min_side: libjpeg may reduce a JPEG file to 1/2, 1/4, or 1/8 while it decodes it, as long as width and height
+            stay at least this long. None: full size.
 
     Raises:
         InvalidImageError: missing, empty, truncated, not an image, too large, an unsupported pixel type, or it takes
@@ -45,11 +46,11 @@ def load_rgb(path: Path) -> Image.Image:
     try:
         with ImageReader.open(path) as reader:
             try:
-                return _decode(reader)
+                return _decode(reader, min_side)
             except (InvalidImageError, MemoryError, Image.DecompressionBombError):
                 raise
             except Exception as error:
-                image = _decode_without_metadata(path, error)
+                image = _decode_without_metadata(path, error, min_side)
                 if image is None:
                     raise
                 return image
@@ -61,11 +62,13 @@ def load_rgb(path: Path) -> Image.Image:
         raise InvalidImageError(_describe(error)) from error
 
 
-def _decode(reader: ImageReader) -> Image.Image:
-    with Image.open(reader, formats=FORMATS) as image:
+def _decode(reader: ImageReader, min_side: int | None) -> Image.Image:
+    with open_image(reader) as image:
         _check_size(image)
         if image.format in ("JPEG", "MPO"):
             reader.max_scans = max(1, SCANS_TIMES_PIXELS // max(1, image.width * image.height))
+            if min_side is not None and min(image.size) >= 2 * min_side:
+                image.draft(None, (min_side, min_side))
         if isinstance(image, TiffImageFile):
             # Pillow's own method parses all EXIF directories after decoding, and fails if one is corrupted.
             image.load_end = lambda: None  # type: ignore[method-assign]
@@ -74,7 +77,7 @@ def _decode(reader: ImageReader) -> Image.Image:
         return apply_orientation(_to_rgb(image), orientation)
 
 
-def _decode_without_metadata(path: Path, error: Exception) -> Image.Image | None:
+def _decode_without_metadata(path: Path, error: Exception, min_side: int | None) -> Image.Image | None:
     """Decode an image whose metadata may be the reason for an error; None if it is not."""
     if isinstance(error, OSError) and (error.errno is not None or _is_truncated(error)):
         return None
@@ -84,7 +87,7 @@ def _decode_without_metadata(path: Path, error: Exception) -> Image.Image | None
     if stripped is None:
         return None
     try:
-        return apply_orientation(_decode(ImageReader(io.BytesIO(stripped.data))), stripped.orientation)
+        return apply_orientation(_decode(ImageReader(io.BytesIO(stripped.data)), min_side), stripped.orientation)
     except (InvalidImageError, MemoryError):
         raise
     except Exception:  # the pixels are corrupted as well: the first error is reported
@@ -110,7 +113,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "I":
         raise InvalidImageError("32-bit or signed integer pixels (convert the image to 8 or 16 bits per channel)")
     if image.mode == "F":
-        raise InvalidImageError("floating-point pixels (convert the image to 8 or 16 bits per channel)")
+        return _float_to_rgb(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -126,6 +129,20 @@ def _gray16_to_rgb(image: Image.Image) -> Image.Image:
         inverted = image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0  # white is zero
     gray = (np.asarray(image, np.uint32) >> (bits - 8)).clip(0, 255).astype(np.uint8)
     return Image.fromarray(255 - gray if inverted else gray).convert("RGB")
+
+
+def _float_to_rgb(image: Image.Image) -> Image.Image:
+    """Scale floating-point gray from 0 to 1, the common convention, to 8 bits; no file states its range.
+
+    Raises:
+        InvalidImageError: other values, such as 0 to 255, NaN, or physical units.
+    """
+    gray = np.asarray(image, np.float32)
+    if not (gray.min() >= 0 and gray.max() <= 1):  # also for NaN
+        raise InvalidImageError("floating-point pixels outside 0 to 1 (convert the image to 8 or 16 bits per channel)")
+    if isinstance(image, TiffImageFile) and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0:
+        gray = 1 - gray
+    return Image.fromarray(np.rint(255 * gray).astype(np.uint8)).convert("RGB")
 
 
 def _from_os_error(error: OSError, path: Path) -> Exception:

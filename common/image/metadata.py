@@ -26,7 +26,13 @@ JPEG_START_OF_SCAN = 0xDA
 
 
 def read_orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation of a decoded image, 1 (upright) to 8. Unreadable metadata counts as upright."""
+    """Return the EXIF orientation of a decoded image, 1 (upright) to 8. Unreadable metadata counts as upright.
+
+    libheif and libjxl rotate while they decode, by the orientation in the container, which takes precedence over EXIF.
+    A JPEG XL file that was made from a JPEG file without loss is decoded to that JPEG file, which is not rotated yet.
+    """
+    if image.format == "HEIF" or (image.format == "JXL" and not getattr(image, "jpeg", False)):
+        return 1
     try:
         exif = image.tag_v2 if isinstance(image, TiffImageFile) else image.getexif()
         return _valid_orientation(exif.get(ORIENTATION))

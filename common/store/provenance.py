@@ -11,6 +11,8 @@ from gridcap.common.errors import MismatchError
 # Keys that determine the values of a grid; stores that agree in all of them are interchangeable for a decoder.
 MATCHED = ("encoder", "layer", "weights", "preprocessing", "grid_shape", "dtype")
 
+RECORDED_LATER = {"jpeg_scaled_decoding": False}  # key -> value of stores that were written before it was recorded
+
 
 def differences(expected: Mapping[str, Any], actual: Mapping[str, Any], keys: Sequence[str] = MATCHED) -> list[str]:
     """Return the differences between two provenances, one line per value.
@@ -19,7 +21,8 @@ def differences(expected: Mapping[str, Any], actual: Mapping[str, Any], keys: Se
     """
     lines = []
     for key in keys:
-        a, b = expected.get(key), actual.get(key)
+        default = RECORDED_LATER.get(key)
+        a, b = expected.get(key, default), actual.get(key, default)
         if isinstance(a, dict) and isinstance(b, dict) and not (key == "weights" and a.get("sha256")):
             lines += [f"{key}.{line}" for line in differences(a, b, sorted({*a, *b}))]
             continue

@@ -133,7 +133,8 @@ class _Batch:
 
     def _decode_with_pillow(self, position: int, path: Path) -> None:
         try:
-            self.squares[position] = torch.from_numpy(load_image(path, self._side, self._resize_mode).copy())
+            square = load_image(path, self._side, self._resize_mode, scaled_decoding=False)
+            self.squares[position] = torch.from_numpy(square.copy())
         except InvalidImageError as error:
             self.invalid[position] = str(error)
 

@@ -177,6 +177,20 @@ def test_photos_are_resized_like_the_training_images(
     np.testing.assert_array_equal(captioner.preprocess(photo), load_image(photo, 299, resize_mode))
 
 
+@pytest.mark.parametrize("recorded", [None, False, True])
+def test_large_photos_are_decoded_like_the_training_images(
+    fake: Any, scenes: Any, checkpoint: Any, provenance_of: Any, recorded: bool | None
+) -> None:
+    provenance = provenance_of()
+    if recorded is not None:
+        provenance["preprocessing"] = {**provenance["preprocessing"], "jpeg_scaled_decoding": recorded}
+    (photo,) = scenes(1, size=(1300, 1210)).iterdir()
+    full, scaled = (load_image(photo, 299, "stretch", flag) for flag in (False, True))
+    assert (full != scaled).any()
+    captioner = Captioner.load(checkpoint(provenance=provenance), device="cpu")
+    np.testing.assert_array_equal(captioner.preprocess(photo), scaled if recorded else full)
+
+
 def test_display_image_shows_what_the_grid_covers(
     fake: Any, scenes: Any, checkpoint: Any, provenance_of: Any, tmp_path: Path
 ) -> None:

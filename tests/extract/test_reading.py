@@ -9,9 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import gridcap.extract.reading as reading_module
 from gridcap.common.errors import ExtractionError
+from gridcap.common.image import load_image
+from gridcap.common.store.reader import FeatureStore
 from gridcap.extract.reading import IO_ATTEMPTS, retry_transient_errors
 from gridcap.extract.run import extract_features
 from tests.extract.cli_helpers import SMALL, fails
@@ -36,6 +39,20 @@ def failing_reads(monkeypatch: pytest.MonkeyPatch, name: str, number: int, times
 
     monkeypatch.setattr(reading_module, "load_image", load)
     return reads
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_large_jpeg_files_are_decoded_as_the_provenance_says(fake: Any, job: Any, tmp_path: Path, scaled: bool) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (160, 200, 3), np.uint8)
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(noise).save(tmp_path / "photos" / "a.jpg")
+    extraction = job(tmp_path / "photos", extract__jpeg_scaled_decoding=scaled, extract__dtype="float32")
+    assert extraction.plan.provenance["preprocessing"]["jpeg_scaled_decoding"] is scaled
+    extract_features(extraction, show_progress=False)
+    full, reduced = (load_image(tmp_path / "photos" / "a.jpg", 16, "stretch", flag) for flag in (False, True))
+    assert (full != reduced).any()
+    with FeatureStore(extraction.output) as store:
+        np.testing.assert_array_equal(store[0], fake.grids(reduced if scaled else full)[0].astype("f4"))
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTUNREACH])

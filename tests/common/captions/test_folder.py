@@ -65,10 +65,10 @@ def test_names_are_sorted_by_full_path_and_can_be_iterated_again(tmp_path: Path)
 
 
 def test_item_18_skipped_files_are_counted_by_format(tmp_path: Path) -> None:
-    folder = create(tmp_path, "a.jpg", "b.jfif", "1.HEIC", "2.heic", "x.avif", "sub/notes.txt", "._a.jpg")
+    folder = create(tmp_path, "a.jpg", "b.jfif", "1.svg", "2.SVG", "x.eps", "sub/notes.txt", "._a.jpg")
     listed = list_images(folder)
     assert names_in(listed) == ["a.jpg", "b.jfif"]
-    assert listed.problems.lines() == ["skipped, not a supported image file: 2 .heic, 1 .avif, 1 .txt"]
+    assert listed.problems.lines() == ["skipped, not a supported image file: 2 .svg, 1 .eps, 1 .txt"]
     assert listed.problems.total == 0, "skipped files do not count towards max_invalid"
 
 
@@ -80,8 +80,8 @@ def test_item_18_skipped_files_of_many_types_are_all_counted(tmp_path: Path) -> 
 
 
 def test_item_18_a_folder_without_supported_images_says_what_it_contains(tmp_path: Path) -> None:
-    with pytest.raises(AnnotationError, match=r"contains no images.*2 \.heic"):
-        list_images(create(tmp_path, "1.heic", "2.heic"))
+    with pytest.raises(AnnotationError, match=r"contains no images.*2 \.svg"):
+        list_images(create(tmp_path, "1.svg", "2.svg"))
 
 
 @pytest.fixture

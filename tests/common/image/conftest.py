@@ -6,11 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pillow_heif
+import pillow_jxl  # noqa: F401  # registers JPEG XL for saving
 import pytest
 from PIL import Image
 
 from gridcap.common.image import InvalidImageError, load_image
 
+pillow_heif.register_heif_opener()  # for saving
 RED, GREEN, BLUE, YELLOW = (220, 30, 30), (20, 160, 60), (30, 50, 210), (240, 220, 20)
 
 

@@ -37,6 +37,11 @@ WHITE = (255, 255, 255)
         ("a.tif", {}, 0),
         ("a.tiff", {"compression": "tiff_lzw"}, 0),
         ("a.gif", {}, 0),
+        ("a.mpo", {"quality": 95, "subsampling": 0}, 6),
+        ("a.avif", {"quality": 95, "subsampling": "4:4:4"}, 6),
+        ("a.heic", {"quality": 95, "chroma": 444}, 6),
+        ("a.jxl", {"lossless": True}, 0),
+        ("a.jxl", {"lossless": True, "use_container": True}, 0),
     ],
 )
 def test_every_format_returns_the_saved_pixels(
@@ -129,7 +134,8 @@ def test_16_bit_gray_is_scaled_not_clipped(tmp_path: Path) -> None:
     ("pixels", "reason"),
     [
         (np.arange(256, dtype=np.int32).reshape(16, 16), "integer pixels"),
-        (np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16), "floating-point pixels"),
+        (np.linspace(-0.1, 1, 256, dtype=np.float32).reshape(16, 16), "floating-point pixels outside 0 to 1"),
+        (np.full((4, 4), np.nan, np.float32), "floating-point pixels"),
         (np.linspace(0, 255, 256, dtype=np.float32).reshape(16, 16), "floating-point pixels"),
     ],
 )
@@ -139,6 +145,11 @@ def test_item_07_integer_and_float_images_are_not_stored_as_black(
     Image.fromarray(pixels).save(tmp_path / "a.tif")
     assert Image.open(tmp_path / "a.tif").mode in ("I", "F")
     assert reason in invalid_reason(tmp_path / "a.tif")
+
+
+def test_floating_point_gray_from_0_to_1_is_scaled(tmp_path: Path) -> None:
+    Image.fromarray((np.arange(256) / 255).astype(np.float32).reshape(16, 16)).save(tmp_path / "a.tif")
+    np.testing.assert_array_equal(np.asarray(load_rgb(tmp_path / "a.tif"))[..., 1].ravel(), np.arange(256))
 
 
 def _write_gray_tiff(path: Path, bits: int, photometric: int, data: bytes) -> None:

@@ -35,6 +35,14 @@ def test_weights_are_compared_by_sha256_not_by_name(provenance: Provenance) -> N
     assert differences(provenance, other) == []
 
 
+def test_stores_written_before_scaled_decoding_were_decoded_in_full_size(provenance: Provenance) -> None:
+    full, scaled = deepcopy(provenance), deepcopy(provenance)
+    full["preprocessing"]["jpeg_scaled_decoding"] = False
+    scaled["preprocessing"]["jpeg_scaled_decoding"] = True
+    assert differences(provenance, full) == []
+    assert differences(provenance, scaled) == ["preprocessing.jpeg_scaled_decoding: expected false, got true"]
+
+
 @pytest.mark.parametrize(
     "changed", [c for n in range(1, 4) for c in itertools.combinations(CHANGES, n)] + [tuple(CHANGES)]
 )
