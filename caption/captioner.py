@@ -15,7 +15,7 @@ from torch import Tensor
 from gridcap.caption.result import Caption
 from gridcap.common.config import CaptionConfig
 from gridcap.common.device import choose_device
-from gridcap.common.errors import InvalidImageError, WeightsError
+from gridcap.common.errors import InvalidImageError, MismatchError, WeightsError
 from gridcap.common.image import decoder_name, load_image, load_view
 from gridcap.common.store.provenance import check_same_features
 from gridcap.common.store.quantize import as_stored
@@ -23,7 +23,7 @@ from gridcap.common.store.shard_format import read_dtype
 from gridcap.extract.encoders.grid_encoder import EncoderOptions, GridEncoder
 from gridcap.extract.encoders.provenance import describe_features
 from gridcap.extract.encoders.specs import ENCODERS
-from gridcap.extract.encoders.weights import identify_weights, imagenet_name
+from gridcap.extract.encoders.weights import identify_weights, imagenet_name, read_state_dict
 from gridcap.train.decoding.base import Hypothesis
 from gridcap.train.decoding.generate import generate_captions, generate_nbest
 from gridcap.train.engine.checkpoint import Checkpoint
@@ -81,7 +81,12 @@ class Captioner:
         if self.trained_on_nvjpeg:
             # Single photos are decoded by Pillow. Rejecting the mismatch would leave such decoders without any photo.
             available["preprocessing"]["decoder"] = "nvjpeg"
-        check_same_features(provenance, available, f"{checkpoint.path} was trained on", "this encoder produces")
+        try:
+            check_same_features(provenance, available, f"{checkpoint.path} was trained on", "this encoder produces")
+        except MismatchError:
+            if weights is not None and identity.file is not None:
+                read_state_dict(identity.file)  # a file that contains no weights at all has a better explanation
+            raise
         self._stored_dtype = np.dtype(dtype)
         self._encoder = GridEncoder(name, identity, replace(options, dtype=read_dtype(self._stored_dtype).name))
         self._device = choose_device(device)

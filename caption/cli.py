@@ -17,7 +17,7 @@ from gridcap.common.captions.folder import list_images
 from gridcap.common.captions.records import is_utf8
 from gridcap.common.command import Uses, flag, pipeline_command, reject_ignored, reject_ignored_by_sampling
 from gridcap.common.config import CaptionConfig, PipelineConfig
-from gridcap.common.errors import EXIT_INVALID, InvalidImageError, UserError
+from gridcap.common.errors import EXIT_INVALID, InvalidImageError, PathError, UserError
 from gridcap.common.files import check_writable, write_json
 from gridcap.common.resources import PHOTO_BYTES, fit_in_memory
 from gridcap.common.text import escape_line, plural
@@ -132,7 +132,7 @@ def _find_images(arguments: tuple[Path, ...], follow_links: bool) -> dict[Path, 
         elif argument.is_file():
             paths.setdefault(argument, None)
         else:
-            raise UserError(f"{escape_line(str(argument))}: no such file or folder", "check the path")
+            raise PathError(f"{escape_line(str(argument))}: no such file or folder", "check the path")
     return paths
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib.util
 import socket
+import threading
 from pathlib import Path
 
 import click
@@ -66,7 +67,10 @@ def main(
     page = make_page(captioners, [str(path) for path in checkpoints], config.caption, config.seed)
     url = serve(page, host, port)
     click.echo(f"serving at {url} (press Ctrl-C to stop)")
-    page.block_thread()
+    try:
+        threading.Event().wait()  # until Ctrl-C or a stop signal; Gradio's own loop hides both
+    finally:
+        page.close(verbose=False)
 
 
 def _check_address(host: str, port: int) -> None:

@@ -27,7 +27,6 @@ _MIN_IMAGES_TO_COMPILE = {"cpu": 20_000}
 
 
 SUPPORTED_DEVICES = ("cpu", "cuda")  # what the training step and the feature reader are written for
-_DEVICE_HINT = "use auto, cpu, or cuda"
 
 
 def choose_device(name: str) -> torch.device:
@@ -46,16 +45,23 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(f"--device {name}: {first_line(error)}", _DEVICE_HINT) from error
+        raise UserError(f"--device {name}: no such device", _device_hint()) from error
     if device.type not in SUPPORTED_DEVICES:
-        raise UserError(f"--device {name}: {device.type} devices are not supported", _DEVICE_HINT)
+        raise UserError(f"--device {name}: {device.type} devices are not supported", _device_hint())
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         if (out_of_memory := explain_out_of_memory(error)) is not None:
             raise out_of_memory from error
-        raise UserError(f"--device {name}: {first_line(error)}", _DEVICE_HINT) from error
+        raise UserError(f"--device {name}: {first_line(error)}", _device_hint()) from error
     return device
+
+
+def _device_hint() -> str:
+    import torch
+
+    available = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    return f"supported: auto, cpu, cuda, cuda:N; available on this machine: {', '.join(available)}"
 
 
 def choose_batch_size(setting: int | None, on_gpu: bool) -> int:

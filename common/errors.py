@@ -35,13 +35,20 @@ class GridcapError(Exception):
 
 
 class UserError(GridcapError):
-    """Usage error: an option, a path on the command line, or a combination of them is wrong."""
+    """Usage error: an option or a combination of options is wrong, whatever files exist."""
 
     exit_status = EXIT_USAGE
 
 
 class ConfigError(UserError):
     """The configuration contains an unknown key, an invalid value, or a contradiction."""
+
+
+class PathError(GridcapError):
+    """A path of the command line or the configuration does not exist, or is a file instead of a folder.
+
+    This is no usage error: a network file system may not be mounted yet, and the same command may succeed later.
+    """
 
 
 class AnnotationError(GridcapError):

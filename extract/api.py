@@ -7,7 +7,7 @@ from typing import Any
 
 from gridcap.common.captions.split import split_images
 from gridcap.common.config import SplitConfig, build_config
-from gridcap.common.errors import UserError
+from gridcap.common.errors import PathError, UserError
 
 
 def extract_features(
@@ -43,7 +43,8 @@ def extract_features(
         The index file, which ``FeatureStore`` opens.
 
     Raises:
-        UserError: an invalid setting or path.
+        UserError: an invalid setting.
+        PathError: there is no such image folder.
         AnnotationError: the captions file cannot be used.
         MismatchError: the store at `output` was started with other images or settings.
         ExtractionError: too many images are invalid, or there is not enough disk space.
@@ -56,7 +57,7 @@ def extract_features(
     if output.suffix != ".h5":
         raise UserError(f"output {output}: the index file must end in .h5", f"use {output.with_suffix('.h5')}")
     if not images.is_dir():
-        raise UserError(f"images {images}: no such folder of images", "pass the folder of the images")
+        raise PathError(f"images {images}: no such folder of images", "pass the folder of the images")
     config = build_config("extract", settings)
     captions = None if annotations is None else Path(annotations)
     split = SplitConfig(images=images, annotations=captions, limit=limit, skip=skip)

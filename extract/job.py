@@ -117,15 +117,17 @@ def prepare(request: ExtractionRequest) -> Extraction:
     """Identify the weights, downloading them unless it is a dry run, and resolve the plan. Nothing else is written.
 
     Raises:
+        AnnotationError: the image folder is empty.
         WeightsError: the weights are not available.
         UserError: the device is not available, or the folder of the shards is a file.
         MismatchError: the store on disk was planned differently.
     """
     config, folder = request.config, store_folder(request.output)
+    images = _Images(request.records)
+    next(iter(images), None)  # an empty image folder is reported before weights are downloaded
     identity = identify_weights(config.extract.encoder, config.extract.weights, download=not request.dry_run)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file, but the shards need a folder of this name", "choose another --output")
-    images = _Images(request.records)
     requested = _requested_plan(request, images, identity)
     if request.adapt_plan is not None:
         requested = request.adapt_plan(requested)

@@ -17,7 +17,7 @@ from gridcap.common.captions.records import ImageRecord, Problems
 from gridcap.common.captions.split import split_images
 from gridcap.common.command import reject_ignored
 from gridcap.common.config import PipelineConfig, SplitConfig
-from gridcap.common.errors import GridcapError, UserError
+from gridcap.common.errors import GridcapError, PathError, UserError
 from gridcap.extract.cluster.share import WHOLE, Share, find_share, local_device, local_rank
 
 SLURM_OPTIONS = ("num_jobs", "partition", "time", "gpus_per_task", "cpus_per_task", "mem", "wait")
@@ -119,7 +119,8 @@ def select_split(config: PipelineConfig, options: ExtractOptions) -> SplitSelect
     """Select the split and check its paths.
 
     Raises:
-        UserError: no such split, no such image folder, an unusable --output, or a --set key that would be ignored.
+        UserError: no such split, an unusable --output, or a --set key that would be ignored.
+        PathError: no such image folder.
     """
     name = split_name(vars(options))
     if name is None:
@@ -142,7 +143,7 @@ def select_split(config: PipelineConfig, options: ExtractOptions) -> SplitSelect
         raise UserError(f"--output {output}: is a folder, but the index is a file", "choose another --output")
     if not split.images.is_dir():
         problem = "is a file, not a folder of images" if split.images.is_file() else "no such folder of images"
-        raise UserError(f"{split.images}: {problem}", "check --images, or data.splits in pipeline.yaml")
+        raise PathError(f"{split.images}: {problem}", "check --images, or data.splits in pipeline.yaml")
     data = config.data.model_copy(update={"splits": {name: split}})
     return SplitSelection(config.model_copy(update={"data": data}), name, split, output)
 

@@ -15,7 +15,7 @@ MAX_LABEL = 26  # characters
 PHOTO_SIZE = 480  # pixels
 
 
-def plot_grids(store: FeatureStore, path: Path, images: Path | None = None, count: int = 6) -> int:
+def plot_grids(store: FeatureStore, path: Path, images: Path | None = None, count: int = 6) -> tuple[int, int]:
     """Plot the grids of some images: the mean over the channels, and the first three principal components.
 
     The principal components of the cells of the plotted images are shown as red, green, and blue: cells of similar
@@ -28,13 +28,14 @@ def plot_grids(store: FeatureStore, path: Path, images: Path | None = None, coun
         count: maximum number of images.
 
     Returns:
-        Number of images plotted.
+        Number of images plotted, and how many of their photos cannot be shown and are gray.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows = sample_rows(store, count)
     shape = store.grid_shape if len(store.grid_shape) == 3 else (1, 1, store.grid_shape[-1])
+    unreadable = 0
     grids = store[rows].astype(np.float32).reshape(len(rows), *shape)
     columns = ["photo", "mean over channels", "principal components"][0 if images else 1 :]
     figure = Figure(figsize=(2.2 * len(columns), 2.3 * len(rows) + 0.3), layout="constrained")
@@ -43,6 +44,8 @@ def plot_grids(store: FeatureStore, path: Path, images: Path | None = None, coun
     for line, row, grid, colors in zip(axes, rows, grids, _principal_colors(grids), strict=True):
         name = store.file_name[int(row)]
         photo = [] if images is None else [_load_photo(images, name)]
+        unreadable += any(each is None for each in photo)
+        photo = [np.full((1, 1, 3), 200, np.uint8) if each is None else each for each in photo]
         for axis, picture in zip(line, [*photo, grid.mean(-1), colors], strict=True):
             axis.imshow(picture, cmap="magma", interpolation="nearest")
             axis.set_xticks([])
@@ -54,15 +57,15 @@ def plot_grids(store: FeatureStore, path: Path, images: Path | None = None, coun
         axis.set_title(title, fontsize=9)
     with replacing(path) as temporary:
         figure.savefig(temporary, format=path.suffix.removeprefix(".").lower() or "png", dpi=120, facecolor="white")
-    return len(rows)
+    return len(rows), unreadable
 
 
-def _load_photo(images: Path, name: str) -> np.ndarray:
-    """Load a photo at reduced size; a gray pixel if it cannot be read."""
+def _load_photo(images: Path, name: str) -> np.ndarray | None:
+    """Load a photo at reduced size; None if it is missing or invalid."""
     try:
         photo = load_rgb(image_path(images, name, follow_links=True))
     except InvalidImageError:
-        return np.full((1, 1, 3), 200, np.uint8)
+        return None
     photo.thumbnail((PHOTO_SIZE, PHOTO_SIZE))
     return np.asarray(photo)
 

@@ -15,7 +15,8 @@ from gridcap.common.captions.records import ImageRecord
 from gridcap.common.captions.split import captions_only, load_split
 from gridcap.common.command import NO_SETTINGS, Uses, flag, pipeline_command, show_config
 from gridcap.common.config import PipelineConfig
-from gridcap.common.errors import EXIT_FAILURE, UserError
+from gridcap.common.errors import EXIT_FAILURE, PathError, UserError
+from gridcap.common.files import check_writable
 from gridcap.common.progress import progress_bar
 from gridcap.common.text import escape_line, plural
 
@@ -200,6 +201,7 @@ def inspect_features(
             for row, reason in store.invalid_reasons.items():
                 click.echo(f"{escape_line(store.file_name[row])}\t{escape_line(reason)}")
             return
+        check_writable(plot)
         for line in describe(store, summarize_store(store)):
             click.echo(line)
         if warning := file_limit_warning(store):
@@ -208,12 +210,15 @@ def inspect_features(
             return
         if not store.valid.any():
             raise UserError(f"--plot {plot}: {features} contains no valid image", "omit --plot")
-        count = plot_grids(store, plot, images)
+        count, unreadable = plot_grids(store, plot, images)
         click.echo(f"plotted {plural(count, 'image')}: {plot}")
+        if unreadable:
+            message = f"WARNING: {plural(unreadable, 'photo')} of {count} missing or invalid in {images}, shown in gray"
+            click.secho(message, fg="yellow", err=True)
 
 
 def _check_plot_options(invalid: bool, plot: Path | None, images: Path | None) -> None:
-    """Raise UserError for options that contradict each other or do not exist."""
+    """Raise UserError for options that contradict each other, and PathError if there is no image folder."""
     if plot is not None and invalid:
         raise UserError(f"--plot {plot}: ignored with --invalid", "omit one of them")
     if plot is not None and plot.suffix.lower() not in PICTURE_SUFFIXES:
@@ -222,4 +227,4 @@ def _check_plot_options(invalid: bool, plot: Path | None, images: Path | None) -
         raise UserError(f"--images {images}: only used with --plot", "add --plot grids.png, or omit --images")
     if images is not None and not images.is_dir():
         problem = "not a folder" if images.exists() else "no such folder"
-        raise UserError(f"--images {images}: {problem}", "pass the folder that the features were extracted from")
+        raise PathError(f"--images {images}: {problem}", "pass the folder that the features were extracted from")

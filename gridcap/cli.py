@@ -7,7 +7,7 @@ import importlib
 
 import click
 
-from gridcap.common.command import reword_help_option
+from gridcap.common.command import CONTEXT_SETTINGS, reword_help_option
 
 # Subcommand -> its module and click command, in the order in which users need them.
 COMMANDS = {
@@ -66,7 +66,7 @@ class LazyGroup(click.Group):
     "gridcap",
     cls=LazyGroup,
     epilog=EPILOG,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    context_settings=CONTEXT_SETTINGS,
 )
 @click.version_option(None, "--version", package_name="gridcap", prog_name="gridcap", help="show the version and exit")
 def main() -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import click
 
-from gridcap.common.command import PipelineCommand
+from gridcap.common.command import CONTEXT_SETTINGS, PipelineCommand
 from gridcap.common.config import read_recipe, recipe_names
 from gridcap.common.errors import UserError
 from gridcap.extract.encoders.specs import list_encoders
 
-_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 RECIPE_EXAMPLES = """
 gridcap recipes
 gridcap recipes top-down > mine.yaml               (a copy to edit, used as train-decoder --recipe mine.yaml)
@@ -20,7 +19,7 @@ gridcap encoders "resnet*"
 """
 
 
-@click.command("recipes", cls=PipelineCommand, epilog=RECIPE_EXAMPLES, context_settings=_SETTINGS)
+@click.command("recipes", cls=PipelineCommand, epilog=RECIPE_EXAMPLES, context_settings=CONTEXT_SETTINGS)
 @click.argument("name", required=False)
 def recipes(name: str | None) -> None:
     """List the built-in recipes, or print one.
@@ -37,7 +36,7 @@ def recipes(name: str | None) -> None:
         click.echo(f"{recipe:<{width}}  {description}")
 
 
-@click.command("encoders", cls=PipelineCommand, epilog=ENCODER_EXAMPLES, context_settings=_SETTINGS)
+@click.command("encoders", cls=PipelineCommand, epilog=ENCODER_EXAMPLES, context_settings=CONTEXT_SETTINGS)
 @click.argument("pattern", default="*")
 def encoders(pattern: str) -> None:
     """List the encoders with their grid shapes and input sizes.

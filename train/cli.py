@@ -159,8 +159,10 @@ def _with_train(config: PipelineConfig, **changes: Any) -> PipelineConfig:
 def _train(config: PipelineConfig, dry_run: bool, resume: bool) -> None:
     from gridcap.train.data.inputs import captions_for, warn_if_random
     from gridcap.train.data.vocabulary_check import build_vocabulary
+    from gridcap.train.engine.start import check_objective
 
     settings = config.train
+    check_objective(settings)  # before anything is loaded
     show_config(config, "train", full=dry_run)
     if settings.objective == "scst":
         reject_ignored(["train.label_smoothing", "train.scheduled_sampling"], "with SCST", "omit it")
@@ -174,9 +176,7 @@ def _train(config: PipelineConfig, dry_run: bool, resume: bool) -> None:
     warn_if_random(store)
     from gridcap.train.engine.job import check_disjoint
     from gridcap.train.engine.loop import fit
-    from gridcap.train.engine.start import check_objective
 
-    check_objective(settings)
     if val is not None:
         check_disjoint(train, val)
     if dry_run:

@@ -11,7 +11,7 @@ import click
 
 from gridcap.common.command import Uses, flag, pipeline_command, reject_ignored_by_sampling, show_config
 from gridcap.common.config import PipelineConfig
-from gridcap.common.errors import GridcapError, UserError
+from gridcap.common.errors import GridcapError, PathError, UserError
 from gridcap.common.files import check_writable
 from gridcap.common.store.provenance import check_same_features
 from gridcap.common.store.reader import FeatureStore
@@ -78,7 +78,7 @@ USES = Uses(("caption", "data", "train.device", "seed"), "caption.top_k=10")
 )
 @click.option(
     "--images",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    type=click.Path(path_type=Path),
     help="image folder for the report  [default: that of the store's split]",
 )
 @flag("--decoding", "caption.decoding")
@@ -166,6 +166,9 @@ def _check_paths(paths: _Paths) -> None:
         check_is_html(paths.report)
     if paths.images is not None and paths.report is None:
         raise UserError("--images requires --report", "add --report report.html, or omit --images")
+    if paths.images is not None and not paths.images.is_dir():
+        problem = "not a folder" if paths.images.exists() else "no such folder"
+        raise PathError(f"--images {paths.images}: {problem}", "pass the folder that the features were extracted from")
     if paths.output is not None and paths.output.suffix != ".json":
         raise UserError(f"--output {paths.output}: must end in .json", f"use --output {paths.output / 'test.json'}")
 

@@ -5,6 +5,7 @@ the default of a flag come from the configuration, so each is defined once.
 """
 
 from gridcap.common.command.command import (
+    CONTEXT_SETTINGS,
     NO_SETTINGS,
     PipelineCommand,
     Uses,
@@ -17,6 +18,7 @@ from gridcap.common.command.options import ConfigFlag, flag, subset_options
 from gridcap.common.command.settings import given_settings, reject_ignored, reject_ignored_by_sampling, reload_config
 
 __all__ = [
+    "CONTEXT_SETTINGS",
     "NO_SETTINGS",
     "ConfigFlag",
     "PipelineCommand",

@@ -110,6 +110,7 @@ class Uses:
     example: str
 
 
+CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 NO_SETTINGS = Uses((), "")  # the command has neither --config nor --set
 ALL_SETTINGS = Uses(tuple(PipelineConfig.model_fields), "train.max_grad_norm=1")
 
@@ -142,15 +143,15 @@ def pipeline_command(
             recipe = None if own_recipe is None else own_recipe(values)
             if uses is NO_SETTINGS:
                 return function(config=PipelineConfig(), **values)
-            return function(config=load_config(config_path, settings.flags, sets, recipe), **values)
+            return function(config=load_config(config_path, settings.flags, sets, recipe, settings.origins), **values)
 
         run.__doc__ = function.__doc__
         run.__click_params__ = list(getattr(function, "__click_params__", []))  # type: ignore[attr-defined]
         decorated: Any = run
         for decorator in _shared_options(name, uses):
             decorated = decorator(decorated)
-        settings = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": False}
-        return click.command(name, cls=PipelineCommand, epilog=examples, context_settings=settings)(decorated)
+        command = click.command(name, cls=PipelineCommand, epilog=examples, context_settings=CONTEXT_SETTINGS)
+        return command(decorated)
 
     return decorate
 

@@ -50,7 +50,7 @@ def given_settings() -> GivenSettings:
 def reload_config(path: Path) -> PipelineConfig:
     """Load the configuration of the running command again, with another file: that of the run to resume."""
     settings = given_settings()
-    return load_config(path, settings.flags, settings.sets)
+    return load_config(path, settings.flags, settings.sets, origins=settings.origins)
 
 
 def reject_ignored(keys: Sequence[str], why: str, hint: str) -> None:

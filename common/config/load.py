@@ -25,6 +25,7 @@ def load_config(
     flags: Mapping[str, Any] | None = None,
     sets: Sequence[str] = (),
     recipe: str | None = None,
+    origins: Mapping[str, str] | None = None,
 ) -> PipelineConfig:
     """Load the configuration: the file, overridden by the recipe, then by `--set`, then by flags.
 
@@ -34,9 +35,11 @@ def load_config(
         sets: texts "section.key=value" with the value in YAML.
         recipe: name of a built-in recipe, or YAML file with a `train` section. It replaces the `train` section of the
             file, except for paths and hardware settings.
+        origins: key -> the flag that sets it, for errors; by default, they say "command line".
 
     Raises:
-        ConfigError: an unreadable file, an unknown key, an invalid value, or a contradiction. The message names the
+        PathError: there is no such file.
+        ConfigError: an invalid file, an unknown key, an invalid value, or a contradiction. The message names the
             file and the key.
     """
     flags = flags or {}
@@ -46,13 +49,16 @@ def load_config(
     if recipe is not None:
         apply_recipe(tree, recipe)
     values = [_parse_set(text) for text in sets]
+    given = dict.fromkeys((key for key, _ in values), "command line")
+    given |= {key: (origins or {}).get(key, "command line") for key in flags}
     for key, _ in values:
         if key in flags:
-            raise ConfigError(f"{key} is given twice: by its flag and by --set", "give it once")
+            flag = (origins or {}).get(key, "its flag")
+            raise ConfigError(f"{key} is given twice: by {flag} and by --set", "give it once")
     values += flags.items()
     for key, value in sorted(values, key=lambda item: _is_family_option(item[0])):  # options after their family
         _set_value(tree, key, value)
-    return validate(tree, path, {key for key, _ in values})
+    return validate(tree, path, given)
 
 
 def build_config(section: str, settings: Mapping[str, Any], recipe: str | None = None) -> PipelineConfig:
@@ -76,7 +82,7 @@ def build_config(section: str, settings: Mapping[str, Any], recipe: str | None =
                 _set_value(tree, f"{key}.{name}", item)
         else:
             _set_value(tree, key, value)
-    return validate(tree, None, set(values), "settings")
+    return validate(tree, None, dict.fromkeys(values, "settings"))
 
 
 def _full_key(section: str, name: str) -> str:

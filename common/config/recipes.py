@@ -56,7 +56,7 @@ def apply_recipe(tree: dict[str, Any], recipe: str) -> None:
         raise ConfigError(f"{path}: {others[0]}: a recipe contains only the section train", hint)
     if not isinstance(values.get("train"), dict):
         raise ConfigError(f"{path}: a recipe needs a section train with keys", "see pipeline.yaml for the keys")
-    validate({"train": dict(values["train"])}, path, set())
+    validate({"train": dict(values["train"])}, path, {})
     previous = tree.get("train")
     kept = {key: previous[key] for key in RUN_SETTINGS if key in previous} if isinstance(previous, dict) else {}
     if values["train"].get("objective") != "scst":

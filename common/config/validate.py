@@ -14,16 +14,13 @@ from gridcap.common.config.pipeline import PipelineConfig
 from gridcap.common.errors import ConfigError
 
 
-def validate(
-    tree: dict[str, Any], path: Path | None, given: set[str], given_by: str = "command line"
-) -> PipelineConfig:
+def validate(tree: dict[str, Any], path: Path | None, given: Mapping[str, str]) -> PipelineConfig:
     """Return the typed configuration of a tree of values.
 
     Args:
         tree: section -> key -> value, as in the YAML file.
         path: the file that the values come from, for errors.
-        given: the keys that do not come from the file, for errors.
-        given_by: where they come from.
+        given: key that does not come from the file -> where it comes from, such as "--batch-size" or "command line".
 
     Raises:
         ConfigError: an unknown key, an invalid value, or a contradiction.
@@ -37,7 +34,7 @@ def validate(
     try:
         return PipelineConfig.model_validate(tree)
     except ValidationError as error:
-        raise _config_error(error, tree, lambda key: _source_of(key, path, given, given_by)) from error
+        raise _config_error(error, tree, lambda key: _source_of(key, path, given)) from error
 
 
 def _config_error(error: ValidationError, tree: Mapping[str, Any], source_of: Callable[[str], str]) -> ConfigError:
@@ -62,12 +59,14 @@ def _config_error(error: ValidationError, tree: Mapping[str, Any], source_of: Ca
     return ConfigError(f"{source}: {prefix}{message}{given}{more}", hint)
 
 
-def _source_of(key: str, path: Path | None, given: set[str], given_by: str) -> str:
-    if path is None or any(f"{key}.".startswith(f"{other}.") for other in given):
-        return given_by
-    if any(other.startswith(f"{key}.") for other in given):
-        return f"{given_by} and {path}"
-    return str(path)
+def _source_of(key: str, path: Path | None, given: Mapping[str, str]) -> str:
+    """Return where the value of a key comes from: the flag, the command line or settings as a whole, or the file."""
+    above = [origin for other, origin in given.items() if f"{key}.".startswith(f"{other}.")]
+    below = [origin for other, origin in given.items() if other.startswith(f"{key}.")]
+    if above:
+        return above[-1]
+    sources = [*dict.fromkeys(below), *([] if path is None else [str(path)])]
+    return " and ".join(sources) or ("settings" if "settings" in given.values() else "command line")
 
 
 def _unknown_key(key: str, source: str, tree: Mapping[str, Any]) -> ConfigError:

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from gridcap.common.errors import ConfigError
+from gridcap.common.errors import ConfigError, PathError
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -28,14 +28,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Return the sections in a YAML file; an empty file has none.
 
     Raises:
-        ConfigError: the path is wrong, or the file is not valid YAML or does not contain sections.
-        OSError: reading failed for another reason, which is not a usage error.
+        PathError: there is no such file.
+        ConfigError: the file is not valid YAML or does not contain sections.
+        OSError: reading failed.
     """
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a UTF-8 text file"
-        raise ConfigError(f"{path}: {reason}", "pass the path of a YAML file to --config or --recipe") from error
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        reason = (error.strerror or str(error)).lower()
+        raise PathError(f"{path}: {reason}", "pass the path of a YAML file to --config or --recipe") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path}: not a UTF-8 text file", "pass the path of a YAML file to --config or --recipe"
+        ) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         message = f"{path}: invalid YAML: {' '.join(str(error).split())}"
         raise ConfigError(message, "fix the file at this position") from error

@@ -22,7 +22,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from gridcap.common.errors import GridcapError, UserError
+from gridcap.common.errors import GridcapError, PathError, UserError
 from gridcap.common.files import sha256_of
 from gridcap.common.resources import available_memory
 from gridcap.common.store.hdf5 import check_self_contained
@@ -47,11 +47,14 @@ def open_source(
         notify: receives a warning before a pickle is loaded that probably does not fit into memory.
 
     Raises:
-        UserError: the path does not exist, or is not a supported source.
+        PathError: the path does not exist.
+        UserError: it is not a supported source.
         SourceError: the source is corrupted, has repeated keys, or is a pickle of more than arrays.
         GridcapError: the system cannot read the source.
         MemoryError: the source does not fit into memory.
     """
+    if not path.exists():
+        raise PathError(f"{path}: no such file or folder", SUPPORTED_HINT)
     try:
         if path.is_dir():
             return _open_folder(path, on_file)
@@ -63,8 +66,6 @@ def open_source(
                 return _open_arrays(open_npz(path), path, "arrays in one .npz")
             case ".h5" | ".hdf5":
                 return _open_hdf5(path)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file or folder", SUPPORTED_HINT) from error
     except GridcapError:
         raise
     except Exception as error:  # numpy, pickle, zipfile, and HDF5 raise many types for a corrupted file

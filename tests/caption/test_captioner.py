@@ -265,9 +265,17 @@ def test_different_weights_file_of_the_same_name_is_rejected(
     run = checkpoint(provenance=provenance_of(str(local_weights)))
     other = tmp_path / "other" / "mine.pth"
     other.parent.mkdir()
-    other.write_bytes(b"other weights")
+    torch.save({"a": torch.zeros(1)}, other)
     with pytest.raises(MismatchError, match=r"mine\.pth"):
         Captioner.load(run, device="cpu", weights=other)
+
+
+def test_item_23_a_photo_passed_as_weights_is_not_called_other_features(
+    fake: Any, checkpoint: Any, scenes: Any
+) -> None:
+    photo = next(scenes(1).iterdir())
+    with pytest.raises(WeightsError, match=f"{photo}: "):
+        Captioner.load(checkpoint(), device="cpu", weights=photo)
 
 
 def test_local_file_named_like_imagenet_weights_is_not_downloaded(

@@ -11,6 +11,7 @@ from typing import Any
 import click.testing
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from gridcap.caption.captioner import Captioner
@@ -366,9 +367,9 @@ def test_too_many_images_for_one_figure_is_a_usage_error(fake: Any, scenes: Any,
 # --------------------------------------------------------------------------------------------------------- usage errors
 
 
-def test_missing_path_is_a_usage_error(fake: Any, scenes: Any, checkpoint: Any) -> None:
+def test_missing_path_is_reported_before_captioning(fake: Any, scenes: Any, checkpoint: Any) -> None:
     result = run("--checkpoint", checkpoint(), scenes(1), "no/such/photo.jpg")
-    assert result.exit_code == 2
+    assert result.exit_code == 1
     assert "no/such/photo.jpg: no such file or folder" in result.stderr
     assert result.stdout == ""
 
@@ -391,7 +392,7 @@ def test_no_images_is_a_usage_error(fake: Any, checkpoint: Any) -> None:
 
 
 def test_other_weights_than_in_training_are_rejected(fake: Any, scenes: Any, checkpoint: Any, tmp_path: Path) -> None:
-    (tmp_path / "other.pth").write_bytes(b"other weights")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     result = run("--checkpoint", checkpoint(), scenes(1), "--weights", "other.pth")
     assert result.exit_code == 1
     assert "was trained on other features" in result.stderr

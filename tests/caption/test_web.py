@@ -7,12 +7,15 @@ import contextlib
 import io
 import os
 import select
+import signal
 import socket
 import struct
+import threading
 import urllib.parse
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -349,6 +352,26 @@ def test_port_in_use_is_a_usage_error(checkpoint: Any, monkeypatch: pytest.Monke
         other.listen()
         port = other.getsockname()[1]
         assert "pass another --port" in run("--checkpoint", checkpoint(), "--port", port, status=2)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_signal_closes_the_page_and_sets_the_exit_status(
+    fake: Any, checkpoint: Any, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Gradio's own loop prints a message of its own, and the status would be 0."""
+    closed: list[dict[str, Any]] = []
+
+    def start(*_: Any) -> str:
+        threading.Timer(0.2, os.kill, (os.getpid(), number)).start()
+        return "http://127.0.0.1:7860"
+
+    monkeypatch.setattr("gridcap.caption.web_cli._check_address", lambda *_: None)
+    monkeypatch.setattr("gridcap.caption.web.make_page", lambda *_: SimpleNamespace(close=lambda **o: closed.append(o)))
+    monkeypatch.setattr("gridcap.caption.web.serve", start)
+    output = run("--checkpoint", checkpoint(), "--device", "cpu", status=128 + number)
+    assert output.rstrip().endswith("interrupted; rerun the command")
+    assert "Keyboard interruption" not in output
+    assert closed == [{"verbose": False}]
 
 
 def test_missing_gradio_names_the_install_command(fake: Any, checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,11 +34,19 @@ def test_an_unavailable_device_is_an_error_with_its_name(name: str) -> None:
     assert "\n" not in caught.value.message
 
 
+def test_item_28_an_unknown_device_lists_what_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError) as caught:
+        choose_device("foo")
+    assert caught.value.message == "--device foo: no such device"
+    assert caught.value.hint.endswith("available on this machine: cpu, cuda:0, cuda:1")
+
+
 @pytest.mark.parametrize("name", ["mps", "mps:0", "xpu", "meta"])
 def test_item_28_a_device_type_that_is_not_supported_is_an_error(name: str) -> None:
     with pytest.raises(UserError, match=f"--device {name}: .* devices are not supported") as caught:
         choose_device(name)
-    assert caught.value.hint == "use auto, cpu, or cuda"
+    assert caught.value.hint.startswith("supported: auto, cpu, cuda, cuda:N; available on this machine: cpu")
 
 
 def test_item_16_a_full_gpu_is_not_a_wrong_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -305,10 +305,21 @@ def test_an_unknown_split_with_limit_is_reported_as_unknown(fake: Any, photos: A
     assert "no such split" in fails(2, "--split", "tset", "--limit", 5)
 
 
+def test_item_23_an_empty_image_folder_is_reported_before_weights_are_downloaded(
+    fake: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(*_: Any, **__: Any) -> None:
+        raise AssertionError("tried to download weights")
+
+    monkeypatch.setattr("gridcap.extract.job.identify_weights", download)
+    (tmp_path / "empty").mkdir()
+    assert "empty: contains no images" in fails(1, "--images", tmp_path / "empty", "--output", tmp_path / "x.h5")
+
+
 def test_a_missing_image_folder_is_an_error_that_names_it(fake: Any, tmp_path: Path) -> None:
-    assert "no/such/place" in fails(2, "--images", "no/such/place", *RANDOM)
+    assert "no/such/place" in fails(1, "--images", "no/such/place", *RANDOM)
     (tmp_path / "file.jpg").touch()
-    assert "file.jpg" in fails(2, "--images", "file.jpg", *RANDOM)
+    assert "file.jpg" in fails(1, "--images", "file.jpg", *RANDOM)
 
 
 def test_a_folder_without_images_is_an_error_that_names_it(fake: Any, tmp_path: Path) -> None:

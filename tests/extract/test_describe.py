@@ -14,6 +14,8 @@ from PIL import Image
 from gridcap.common.store.reader import FeatureStore
 from gridcap.extract.describe import describe, file_limit_warning, sample_rows, summarize_store
 from gridcap.extract.plot import plot_grids
+from gridcap.extract.store_cli import inspect_features
+from tests.extract.cli_helpers import run
 
 
 def test_statistics_are_computed_from_valid_rows(fake: Any, photos: Any, extracted: Any) -> None:
@@ -70,6 +72,22 @@ def test_sampling_is_deterministic(fake: Any, photos: Any, extracted: Any) -> No
         assert 4 not in rows
 
 
+def test_item_20_photos_that_a_plot_cannot_show_are_counted(
+    fake: Any, photos: Any, extracted: Any, tmp_path: Path
+) -> None:
+    folder = photos(4)
+    job, _ = extracted(folder)
+    (folder / "0001.png").unlink()
+    (folder / "0002.png").write_bytes(b"not an image")
+    plot = ("--plot", tmp_path / "a.png")
+    result = run(job.output, *plot, "--images", folder, command=inspect_features)
+    assert "WARNING: 2 photos of 4 missing or invalid" in result.stderr
+    assert "WARNING" not in run(job.output, *plot, command=inspect_features).stderr
+    result = run(job.output, "--plot", job.output / "a.png", command=inspect_features)
+    assert (result.exit_code, result.stdout) == (1, ""), "an output that cannot be written is reported at the start"
+    assert f"{job.output}" in result.stderr
+
+
 @pytest.mark.parametrize("with_images", [False, True])
 def test_a_plot_has_one_row_per_image(
     fake: Any, photos: Any, extracted: Any, tmp_path: Path, with_images: bool
@@ -79,8 +97,8 @@ def test_a_plot_has_one_row_per_image(
     if with_images:
         (folder / "0000.png").unlink()  # a missing photo is shown as a gray pixel
     with FeatureStore(job.output) as store:
-        assert plot_grids(store, tmp_path / "out.png", folder if with_images else None, count=3) == 3
-        assert plot_grids(store, tmp_path / "all.png", count=100) == 8
+        assert plot_grids(store, tmp_path / "out.png", folder if with_images else None, count=3) == (3, 0)
+        assert plot_grids(store, tmp_path / "all.png", count=100) == (8, 0)
     three, all_images = Image.open(tmp_path / "out.png"), Image.open(tmp_path / "all.png")
     assert all_images.height > 2 * three.height
     assert len(three.convert("RGB").getcolors(1 << 24)) > 20

@@ -10,7 +10,7 @@ import pytest
 import gridcap
 from demo.shapes import write_shapes
 from gridcap import Captioner, FeatureStore, extract_features, train_decoder
-from gridcap.common.errors import CheckpointError, ConfigError, MismatchError, UserError
+from gridcap.common.errors import CheckpointError, ConfigError, MismatchError, PathError, UserError
 
 SMALL_DECODER = {"family": "lstm", "embed_size": 8, "hidden_size": 8}
 
@@ -109,7 +109,7 @@ def test_limit_and_skip_select_disjoint_subsets(shapes: Path) -> None:
 
 
 def test_invalid_paths_are_errors(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="nowhere: no such folder of images"):
+    with pytest.raises(PathError, match="nowhere: no such folder of images"):
         extract_features("nowhere", "x.h5")
     with pytest.raises(UserError, match=r"must end in \.h5"):
         extract_features(tmp_path, "x.hdf5")

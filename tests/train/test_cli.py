@@ -415,8 +415,9 @@ def test_summary_says_if_no_epoch_improved(project, monkeypatch, invoke):
     ("arguments", "message", "status"),
     [
         (["--scst", "--recipe", "top-down", "--init-from", "runs/done"], "--scst and --recipe each select a recipe", 2),
-        (["--scst"], "SCST starts from a trained decoder", 2),
-        (["--scst", "--output", "runs/done"], "SCST starts from a trained decoder", 2),
+        (["--scst"], "SCST (--scst) starts from a trained decoder, but --init-from (init_from) is not given", 2),
+        (["--scst", "--output", "runs/done"], "SCST (--scst) starts from a trained decoder", 2),
+        (["--scst", "--features", "nowhere.h5"], "SCST (--scst) starts from a trained decoder", 2),
         (["--scst", "--init-from", "runs/nowhere"], "runs/nowhere: no such folder", 1),
         (["--init-from", "features"], "features: contains no checkpoint", 1),
     ],

@@ -10,7 +10,7 @@ import click
 from gridcap.common.captions.split import captions_only, load_split
 from gridcap.common.command import reject_ignored
 from gridcap.common.config import PipelineConfig
-from gridcap.common.errors import UserError
+from gridcap.common.errors import PathError, UserError
 from gridcap.common.store.reader import FeatureStore
 from gridcap.common.text import plural
 from gridcap.train.data.captioned import CaptionedImages
@@ -45,6 +45,7 @@ def join_captions(
 
     Raises:
         UserError: no captions are configured for the split.
+        PathError: the configured captions file does not exist.
         MismatchError: the store and the captions have no image in common.
     """
     if annotations is not None:
@@ -64,7 +65,7 @@ def join_captions(
             )
         name, split, config = match
         if split.annotations is not None and not split.annotations.exists():
-            raise UserError(
+            raise PathError(
                 f"{split.annotations}: no such file; it is configured as the captions of split {name!r}",
                 f"pass {option} FILE, or run the command in the folder that the path is relative to",
             )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +30,17 @@ class RunLog:
 
     def __init__(self, output: Path, history: list[Row], step: int) -> None:
         self._output = output
-        self._steps = output / "steps.jsonl"
+        self._steps, self._events = output / "steps.jsonl", output / "tensorboard"
         kept = [row for row in read_rows(self._steps) if row["step"] <= step]
         write_text(self._steps, _to_json_lines(kept))
         self._write_epochs(history)
-        self._tensorboard = SummaryWriter(output / "tensorboard", purge_step=step + 1)
+        with _naming(self._events):
+            self._tensorboard = SummaryWriter(self._events, purge_step=step + 1)
 
     def log_step(self, row: Row) -> None:
         """Append the row of a step."""
-        try:
-            with self._steps.open("a", encoding="utf-8") as file:
-                file.write(_to_json_lines([row]))
-        except OSError as error:
-            error.filename = error.filename or str(self._steps)  # the error for a full disk does not name the file
-            raise
+        with _naming(self._steps), self._steps.open("a", encoding="utf-8") as file:
+            file.write(_to_json_lines([row]))
         self._add_scalars("step", row, row["step"])
 
     def log_epoch(self, history: list[Row]) -> None:
@@ -51,16 +50,28 @@ class RunLog:
 
     def close(self) -> None:
         """Flush and close the TensorBoard file."""
-        self._tensorboard.close()
+        with _naming(self._events):
+            self._tensorboard.close()
 
     def _write_epochs(self, history: list[Row]) -> None:
         write_text(self._output / "metrics.jsonl", _to_json_lines(history))
 
     def _add_scalars(self, group: str, row: Row, step: int) -> None:
-        for name, value in row.items():
-            if isinstance(value, (int, float)) and name not in ("step", "epoch"):
-                self._tensorboard.add_scalar(f"{group}/{name}", value, step)
-        self._tensorboard.flush()
+        with _naming(self._events):
+            for name, value in row.items():
+                if isinstance(value, (int, float)) and name not in ("step", "epoch"):
+                    self._tensorboard.add_scalar(f"{group}/{name}", value, step)
+            self._tensorboard.flush()
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name a file in the system errors of the block: the error for a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def read_rows(file: Path) -> list[Row]:

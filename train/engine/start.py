@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def check_objective(settings: TrainConfig) -> None:
     """Raise a UserError if SCST has no decoder to start from."""
     if settings.objective == "scst" and settings.init_from is None:
         raise UserError(
-            "SCST starts from a trained decoder, and there is no init_from",
+            "SCST (--scst) starts from a trained decoder, but --init-from (init_from) is not given",
             "train a decoder with cross-entropy first, then pass it: --scst --init-from runs/mine",
         )
 
@@ -130,15 +131,32 @@ def _check_same_config(job: TrainingJob, saved: PipelineConfig) -> None:
     allowed = RESUMABLE_CHANGES
     if job.settings.schedule.kind == "cosine":
         allowed = allowed - {"epochs"}  # the schedule ends with the last epoch
-    old, new = saved.train.model_dump(), job.settings.model_dump()
-    changes = [f"train.{k}: {old[k]!r} then, {new[k]!r} now" for k in new.keys() - allowed if old[k] != new[k]]
+    family = saved.train.decoder.family, job.settings.decoder.family
+    if family[0] != family[1]:
+        allowed = allowed | {"decoder"}  # families have different keys
+    old, new = _flatten(saved.train.model_dump()), _flatten(job.settings.model_dump())
+    changes = [
+        f"train.{key}: {old.get(key, 'not set')!r} then, {new.get(key, 'not set')!r} now"
+        for key in sorted(old.keys() | new.keys())
+        if key.partition(".")[0] not in allowed and old.get(key, ...) != new.get(key, ...)
+    ]
+    if family[0] != family[1]:
+        changes.append(f"train.decoder.family: {family[0]!r} then, {family[1]!r} now")
     if saved.seed != job.config.seed:
         changes.append(f"seed: {saved.seed} then, {job.config.seed} now")
     if changes:
         raise MismatchError(
-            f"{job.output}: was started with another configuration: {'; '.join(sorted(changes))}",
+            f"{job.output}: was started with another configuration: {'; '.join(changes)}",
             "resume with the same settings, or choose another --output",
         )
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of a nested mapping by key, such as "decoder.hidden_size"."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
 
 
 def _check_same_fingerprint(job: TrainingJob, saved: dict[str, Any]) -> None:

@@ -297,7 +297,6 @@ def test_reject_ignored_names_the_flag_or_set_that_has_no_effect(args: tuple[str
         ("--no-such-flag",),
         ("--set", "extract.batchsize=3"),
         ("--batch-size", "3", "--set", "extract.batch_size=3"),
-        ("--config", "nowhere.yaml"),
     ],
 )
 def test_usage_errors_exit_with_2_before_the_command_runs(args: tuple[str, ...]) -> None:
@@ -540,7 +539,7 @@ command([])
 
 
 def test_item_16_a_locale_without_utf_8_is_an_error_with_a_remedy(tmp_path: Path) -> None:
-    code = "from gridcap.cli import main; main(['download', '--dry-run'])"
+    code = "from gridcap.cli import main; main(['encoders'])"
     environment = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
@@ -548,3 +547,16 @@ def test_item_16_a_locale_without_utf_8_is_an_error_with_a_remedy(tmp_path: Path
     assert done.returncode == 1
     assert done.stderr.startswith("error: the locale encodes file names in ascii, not in UTF-8")
     assert "PYTHONUTF8=1" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "source"),
+    [
+        (("--batch-size", "0"), "--batch-size: extract.batch_size: "),
+        (("--set", "extract.batch_size=0"), "command line: extract.batch_size: "),
+    ],
+)
+def test_item_23_an_invalid_value_names_the_flag_that_gives_it(args: tuple[str, ...], source: str) -> None:
+    result = run(raising(AssertionError("the command ran")), *args)
+    assert result.exit_code == 2
+    assert f"error: {source}" in result.stderr

@@ -17,7 +17,7 @@ from gridcap.common.config import (
     recipe_names,
 )
 from gridcap.common.config.train import RUN_SETTINGS
-from gridcap.common.errors import ConfigError
+from gridcap.common.errors import ConfigError, PathError
 
 ROOT = Path(__file__).parents[3]
 
@@ -212,5 +212,5 @@ def test_errors_outside_a_recipe_do_not_name_it() -> None:
 
 def test_a_folder_is_not_a_recipe() -> None:
     Path("mine").mkdir()
-    with pytest.raises(ConfigError, match=r"^mine: "):
+    with pytest.raises(PathError, match=r"^mine: "):
         load_config(recipe="mine")

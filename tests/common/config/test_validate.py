@@ -15,7 +15,7 @@ from gridcap.common.config import (
     max_invalid_count,
 )
 from gridcap.common.config.keys import RENAMED_KEYS, all_keys
-from gridcap.common.errors import ConfigError
+from gridcap.common.errors import ConfigError, PathError
 
 
 def write(text: str, name: str = "mine.yaml") -> Path:
@@ -265,7 +265,7 @@ def test_an_invalid_file_is_an_error_with_its_name(content: bytes, why: str) -> 
 
 
 def test_a_missing_file_is_an_error_with_its_name() -> None:
-    with pytest.raises(ConfigError, match=r"^nowhere\.yaml: No such file") as caught:
+    with pytest.raises(PathError, match=r"^nowhere\.yaml: no such file") as caught:
         load_config(Path("nowhere.yaml"))
     assert "--config" in caught.value.hint
 

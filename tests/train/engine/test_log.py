@@ -1,5 +1,7 @@
+import errno
 import json
 import math
+import os
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -151,3 +153,18 @@ def test_tensorboard_drops_steps_after_the_checkpoint(tmp_path):
     log.log_step(step(60, loss=1.0))
     log.close()
     assert board(tmp_path)["step/loss"] == [(20, 2.0), (40, 2.0), (60, 1.0)]
+
+
+@pytest.mark.parametrize("call", ["log_step", "log_epoch", "close"])
+def test_item_31_a_full_disk_names_the_tensorboard_folder(tmp_path, monkeypatch, call):
+    log = open_log(tmp_path)
+
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(log._tensorboard, "flush", fail)
+    monkeypatch.setattr(log._tensorboard, "close", fail)
+    arguments = {"log_step": [step(1)], "log_epoch": [[step(1)]], "close": []}[call]
+    with pytest.raises(OSError, match="No space") as caught:
+        getattr(log, call)(*arguments)
+    assert caught.value.filename == str(tmp_path / "tensorboard")

@@ -1,6 +1,7 @@
 import gc
 import json
 import math
+import re
 import threading
 
 import pytest
@@ -298,8 +299,13 @@ def test_resume_with_other_settings_is_rejected_by_name(tmp_path, new_config, tr
 
 def test_resume_with_another_decoder_is_rejected(tmp_path, new_config, train_data, tiny_decoders):
     train(new_config(tmp_path / "run", epochs=1), train_data)
-    with pytest.raises(MismatchError, match=r"train\.decoder"):
+    with pytest.raises(MismatchError) as caught:
         train(new_config(tmp_path / "run", decoder=tiny_decoders["lstm"]), train_data, resume=True)
+    assert caught.value.message.endswith("configuration: train.decoder.family: 'attention' then, 'lstm' now")
+    wider = tiny_decoders["attention"].model_copy(update={"dropout": 0.25})
+    with pytest.raises(MismatchError) as caught:
+        train(new_config(tmp_path / "run", decoder=wider), train_data, resume=True)
+    assert re.search(r"configuration: train\.decoder\.dropout: [0-9.]+ then, 0\.25 now$", caught.value.message)
 
 
 def test_resume_with_other_features_is_rejected_with_the_difference(tmp_path, new_config, train_data, new_data):
@@ -603,7 +609,7 @@ def test_init_from_with_other_features_is_rejected(tmp_path, new_config, new_dat
 def test_scst_requires_init_from(tmp_path, new_config, train_data):
     train(new_config(tmp_path / "run", epochs=1), train_data)
     for output in ("run", "new"):  # takes precedence over "already contains a run"
-        with pytest.raises(UserError, match="starts from a trained decoder") as caught:
+        with pytest.raises(UserError, match=r"--scst.*starts from a trained decoder, but --init-from") as caught:
             train(new_config(tmp_path / output, objective="scst"), train_data)
         assert "--init-from" in caught.value.hint
     assert not (tmp_path / "new").exists()
