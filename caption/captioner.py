@@ -17,6 +17,7 @@ from gridcap.common.config import CaptionConfig
 from gridcap.common.device import choose_device
 from gridcap.common.errors import InvalidImageError, MismatchError, WeightsError
 from gridcap.common.image import decoder_name, load_image, load_view
+from gridcap.common.retry import retry_transient_errors
 from gridcap.common.store.provenance import check_same_features
 from gridcap.common.store.quantize import as_stored
 from gridcap.common.store.shard_format import read_dtype
@@ -203,8 +204,11 @@ class Captioner:
 
         Raises:
             InvalidImageError: the file cannot be used. The message is the reason alone, without the file name.
+            ReadError: the disk or the network failed repeatedly.
         """
-        return load_image(image, self._encoder.side, self._resize_mode, self._scaled_decoding)
+        return retry_transient_errors(
+            lambda: load_image(image, self._encoder.side, self._resize_mode, self._scaled_decoding), str(image)
+        )
 
     def display_image(self, image: Path, max_size: int = 480) -> np.ndarray:
         """Return the part of an image that the grid covers, for display.
@@ -223,7 +227,9 @@ class Captioner:
             InvalidImageError: the file cannot be used.
         """
         with _naming(image):
-            return load_view(image, self._encoder.side, self._resize_mode, max_size)
+            return retry_transient_errors(
+                lambda: load_view(image, self._encoder.side, self._resize_mode, max_size), str(image)
+            )
 
     def alternatives(self, image: Path, settings: CaptionConfig, seed: int = 0) -> list[Caption]:
         """Return several captions of one image, with the image.

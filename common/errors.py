@@ -81,6 +81,10 @@ class InvalidImageError(GridcapError):
         self.reason = reason
 
 
+class ReadError(GridcapError):
+    """An image file cannot be read because of the disk or the network, which says nothing about the image."""
+
+
 class MismatchError(GridcapError):
     """Two things that must belong together do not, such as features and checkpoint, or plan and request."""
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,10 +15,10 @@ from torch import Tensor
 
 from gridcap.common.config import PipelineConfig
 from gridcap.common.device import choose_device
-from gridcap.common.errors import ExtractionError, from_os_error, os_reason
+from gridcap.common.errors import ExtractionError, ReadError
 from gridcap.common.image import InvalidImageError, image_path, load_image
 from gridcap.common.resources import PHOTO_BYTES, available_cores, fit_in_memory
-from gridcap.common.text import plural
+from gridcap.common.retry import retry_transient_errors
 from gridcap.extract.images.nvjpeg import load_images_gpu
 from gridcap.extract.job import Extraction
 from gridcap.extract.summary import Stopwatch
@@ -28,26 +26,6 @@ from gridcap.extract.writer import Batch
 
 BATCHES_AHEAD = 3
 DEFAULT_CPU_WORKERS = 4  # more would slow an encoder on the same CPU down
-IO_ATTEMPTS = 4
-IO_RETRY_DELAY = 0.5  # seconds before the first retry; doubled before each further one
-TRANSIENT_ERRORS = frozenset(
-    (
-        errno.EAGAIN,
-        errno.EINTR,
-        errno.EIO,
-        errno.ESTALE,
-        errno.ETIMEDOUT,
-        errno.EHOSTDOWN,
-        errno.EHOSTUNREACH,
-        errno.ENETDOWN,
-        errno.ENETUNREACH,
-        errno.ENETRESET,
-        errno.ECONNRESET,
-        errno.ECONNABORTED,
-        errno.ENOTCONN,
-        errno.EREMOTEIO if hasattr(errno, "EREMOTEIO") else errno.EIO,
-    )
-)
 
 T = TypeVar("T")
 
@@ -155,8 +133,8 @@ class ImageReader:
         if isinstance(path, str):
             return path
         try:
-            return retry_transient_errors(
-                lambda: load_image(path, self._side, self._config.extract.resize_mode, self._scaled_decoding), str(path)
+            return _retry(
+                lambda: load_image(path, self._side, self._config.extract.resize_mode, self._scaled_decoding), path
             )
         except InvalidImageError as error:
             return str(error)
@@ -173,36 +151,20 @@ class ImageReader:
         results = [self._path(row, shard) for row in rows]
         paths = [path if isinstance(path, Path) else None for path in results]
         device, resize_mode = choose_device(self._config.extract.device), self._config.extract.resize_mode
-        images, invalid = retry_transient_errors(
-            lambda: load_images_gpu(paths, self._side, resize_mode, device), str(self._extraction.images)
+        images, invalid = _retry(
+            lambda: load_images_gpu(paths, self._side, resize_mode, device), self._extraction.images
         )
         unread = {position: reason for position, reason in enumerate(results) if isinstance(reason, str)}
         return LoadedImages(images, invalid | unread)
 
 
-def retry_transient_errors(read: Callable[[], T], path: str) -> T:
-    """Call `read`, repeatedly if the operating system reports an error that may pass.
-
-    Args:
-        read: reads the file.
-        path: name for errors that do not contain one.
+def _retry(read: Callable[[], T], path: Path) -> T:
+    """Call `read`, repeatedly if the file system reports an error that may pass.
 
     Raises:
         ExtractionError: the error persists; names the file and the system's error.
     """
-    for attempt in range(IO_ATTEMPTS):
-        try:
-            return read()
-        except OSError as error:
-            is_transient = error.errno in TRANSIENT_ERRORS
-            if not is_transient or attempt == IO_ATTEMPTS - 1:
-                attempts, hint = "", from_os_error(error).hint
-                if is_transient:
-                    attempts = f" ({plural(attempt + 1, 'attempt')})"
-                    hint = "check the disk or the network share of the images, then rerun the command"
-                raise ExtractionError(
-                    f"{error.filename or path}: cannot be read: {os_reason(error)}{attempts}",
-                    f"{hint}; finished shards are kept",
-                ) from error
-            time.sleep(IO_RETRY_DELAY * 2**attempt)
-    raise AssertionError("unreachable")
+    try:
+        return retry_transient_errors(read, str(path))
+    except ReadError as error:
+        raise ExtractionError(error.message, f"{error.hint}; finished shards are kept") from error

@@ -17,6 +17,7 @@ from gridcap.common.errors import InvalidImageError
 from gridcap.common.image.formats import MAX_PIXELS, open_image
 from gridcap.common.image.metadata import apply_orientation, read_orientation, strip_metadata
 from gridcap.common.image.reader import ImageReader
+from gridcap.common.retry import is_transient
 
 MAX_STRIPPED_BYTES = 3 * MAX_PIXELS
 # Decoding one JPEG scan takes about 1.4 ns per pixel. The decoder gets so many scans per read that the reader can check
@@ -59,6 +60,8 @@ def load_rgb(path: Path, min_side: int | None = None) -> Image.Image:
     except OSError as error:
         raise _from_os_error(error, path) from error
     except Exception as error:  # Pillow's decoders raise many types for corrupted files
+        if is_transient(error):
+            raise
         raise InvalidImageError(_describe(error)) from error
 
 
@@ -79,7 +82,7 @@ def _decode(reader: ImageReader, min_side: int | None) -> Image.Image:
 
 def _decode_without_metadata(path: Path, error: Exception, min_side: int | None) -> Image.Image | None:
     """Decode an image whose metadata may be the reason for an error; None if it is not."""
-    if isinstance(error, OSError) and (error.errno is not None or _is_truncated(error)):
+    if is_transient(error) or (isinstance(error, OSError) and (error.errno is not None or _is_truncated(error))):
         return None
     if path.stat().st_size > MAX_STRIPPED_BYTES:
         return None
@@ -159,7 +162,7 @@ def _from_os_error(error: OSError, path: Path) -> Exception:
         return InvalidImageError("not a regular file")
     if error.errno in (errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP):
         return InvalidImageError(os.strerror(error.errno).lower())
-    if error.errno is not None:  # the machine's fault, such as a network folder that is gone
+    if error.errno is not None or is_transient(error):  # the machine's fault, such as a network folder that is gone
         error.filename = error.filename or str(path)  # the error for a failed read does not name the file
         return error
     return InvalidImageError(_describe(error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -14,9 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
+import gridcap.caption.captioner as captioner_module
 from gridcap.caption.captioner import Captioner
 from gridcap.caption.cli import main
 from gridcap.caption.result import Caption
+from gridcap.common import retry
 from gridcap.common.config import CaptionConfig
 
 
@@ -53,7 +56,7 @@ def test_folders_are_searched_and_images_are_captioned_once(fake: Any, scenes: A
     assert list(lines(result)) == [str(folder / n) for n in ("2.jpg", "0.jpg", "deep/1.JPG")]
 
 
-@pytest.mark.parametrize("suffix", [".heic", ".avif", ".txt"])
+@pytest.mark.parametrize("suffix", [".svg", ".txt"])
 def test_item_18_files_of_unsupported_formats_are_reported(
     fake: Any, scenes: Any, checkpoint: Any, suffix: str
 ) -> None:
@@ -100,6 +103,30 @@ def test_unwritable_output_is_reported_before_captioning(
     result = run("--checkpoint", checkpoint(), scenes(1), flag, tmp_path / "file" / name)
     assert result.exit_code == 1
     assert "a file exists where a folder is needed" in result.stderr
+
+
+@pytest.mark.parametrize(("failures", "status"), [(retry.ATTEMPTS - 1, 0), (retry.ATTEMPTS, 1)])
+def test_a_failed_read_is_retried_and_names_the_image(
+    fake: Any, scenes: Any, checkpoint: Any, monkeypatch: pytest.MonkeyPatch, failures: int, status: int
+) -> None:
+    real, reads = captioner_module.load_image, []
+
+    def load(path: Path, *arguments: Any) -> np.ndarray:
+        if path.name == "1.jpg":
+            reads.append(path)
+            if len(reads) <= failures:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return real(path, *arguments)
+
+    monkeypatch.setattr(captioner_module, "load_image", load)
+    monkeypatch.setattr(retry, "DELAY", 0)
+    folder = scenes(3)
+    result = run("--checkpoint", checkpoint(), folder)
+    assert result.exit_code == status
+    if status:
+        assert f"{folder / '1.jpg'}: cannot be read: stale file handle (5 attempts)" in result.stderr
+    else:
+        assert len(lines(result)) == 3
 
 
 def test_captions_do_not_depend_on_batch_size_or_workers(fake: Any, scenes: Any, checkpoint: Any) -> None:

@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 import gridcap.extract.reading as reading_module
+from gridcap.common import retry
 from gridcap.common.errors import ExtractionError
 from gridcap.common.image import load_image
 from gridcap.common.store.reader import FeatureStore
-from gridcap.extract.reading import IO_ATTEMPTS, retry_transient_errors
 from gridcap.extract.run import extract_features
 from tests.extract.cli_helpers import SMALL, fails
 from tests.extract.store_helpers import assert_matches_photos, no_temporaries
@@ -23,7 +23,7 @@ from tests.extract.store_helpers import assert_matches_photos, no_temporaries
 
 @pytest.fixture(autouse=True)
 def _no_delay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading_module, "IO_RETRY_DELAY", 0)
+    monkeypatch.setattr(retry, "DELAY", 0)
 
 
 def failing_reads(monkeypatch: pytest.MonkeyPatch, name: str, number: int, times: int) -> list[Path]:
@@ -59,10 +59,10 @@ def test_large_jpeg_files_are_decoded_as_the_provenance_says(fake: Any, job: Any
 def test_item_23_a_transient_read_error_is_retried(
     fake: Any, photos: Any, extracted: Any, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    reads = failing_reads(monkeypatch, "0003.png", number, IO_ATTEMPTS - 1)
+    reads = failing_reads(monkeypatch, "0003.png", number, retry.ATTEMPTS - 1)
     folder = photos(5)
     extraction, _ = extracted(folder)
-    assert len(reads) == IO_ATTEMPTS
+    assert len(reads) == retry.ATTEMPTS
     assert_matches_photos(fake, folder, extraction.output)
 
 
@@ -72,9 +72,9 @@ def test_item_23_a_persistent_read_error_names_the_image(
     reads = failing_reads(monkeypatch, "0003.png", errno.EIO, 100)
     folder = photos(5)
     error = fails(1, "--images", folder, *SMALL)
-    assert f"{folder / '0003.png'}: cannot be read: input/output error (4 attempts)" in error
+    assert f"{folder / '0003.png'}: cannot be read: input/output error (5 attempts)" in error
     assert "check the disk or the network share" in error
-    assert len(reads) == IO_ATTEMPTS
+    assert len(reads) == retry.ATTEMPTS
     assert no_temporaries(tmp_path / "features")
 
 
@@ -86,11 +86,3 @@ def test_item_23_an_error_that_does_not_pass_is_not_retried(
         extract_features(job(photos(5)), show_progress=False)
     assert "ulimit -n" in caught.value.hint
     assert len(reads) == 1
-
-
-def test_the_file_name_of_the_error_takes_precedence() -> None:
-    def read() -> None:
-        raise OSError(errno.EACCES, os.strerror(errno.EACCES), "inner.jpg")
-
-    with pytest.raises(ExtractionError, match=r"^inner\.jpg: cannot be read: permission denied$"):
-        retry_transient_errors(read, "folder")
