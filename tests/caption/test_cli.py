@@ -78,7 +78,7 @@ def test_item_18_jfif_files_are_captioned(fake: Any, scenes: Any, checkpoint: An
 
 def test_item_18_folder_without_supported_images_is_an_error(fake: Any, checkpoint: Any, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "a.heic").write_bytes(b"a photo")
+    (tmp_path / "photos" / "a.svg").write_bytes(b"a photo")
     result = run("--checkpoint", checkpoint(), "photos")
     assert result.exit_code != 0
     assert "photos: " in result.stderr
