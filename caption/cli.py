@@ -108,7 +108,7 @@ def main(config: PipelineConfig, dry_run: bool, **options: Any) -> None:
     for path, caption in _caption_all(captioner, paths, config):
         captions[path] = caption if shows_attention else replace(caption, attention=None)  # maps take much memory
         click.echo(f"{escape_line(str(path))}\t{caption.text}")
-    _write_outputs(captioner, captions, request, config.caption)
+    _write_outputs(captioner, captions, request, config)
     if len(captions) < len(paths):
         sys.exit(EXIT_INVALID)
 
@@ -217,14 +217,14 @@ def _report_invalid(path: Path, error: InvalidImageError) -> None:
 
 
 def _write_outputs(
-    captioner: Captioner, captions: dict[Path, Caption], request: CaptionRequest, settings: CaptionConfig
+    captioner: Captioner, captions: dict[Path, Caption], request: CaptionRequest, config: PipelineConfig
 ) -> None:
     if request.output is not None:
         entries = [
             {"file_name": str(path), "caption": caption.text, "log_prob": caption.log_prob}
             for path, caption in captions.items()
         ]
-        write_json(request.output, entries)
+        write_json(request.output, {"settings": _settings(request, config), "captions": entries})
         click.echo(f"captions: {request.output}", err=True)
     if not captions and (request.attention or request.report):
         click.echo("note: there is no valid image to show, so no attention maps and no report are written", err=True)
@@ -232,8 +232,19 @@ def _write_outputs(
         _write_attention(captioner, captions, request.attention)
         click.echo(f"attention maps: {request.attention}", err=True)
     if request.report is not None and captions:
-        _write_report(captioner, captions, settings, request.report)
+        _write_report(captioner, captions, config.caption, request.report)
         click.echo(f"report: {request.report}", err=True)
+
+
+def _settings(request: CaptionRequest, config: PipelineConfig) -> dict[str, Any]:
+    """Return the settings that determine the captions, as plain values."""
+    return {
+        "checkpoints": [str(path) for path in request.checkpoints],
+        "weights": None if request.weights is None else str(request.weights),
+        "decoding": config.caption.model_dump(mode="json"),
+        "device": config.extract.device,
+        "seed": config.seed,
+    }
 
 
 def _write_attention(captioner: Captioner, captions: dict[Path, Caption], path: Path) -> None:

@@ -108,7 +108,7 @@ def _evaluate(config: PipelineConfig, dry_run: bool, paths: _Paths) -> None:
     from gridcap.train.engine.checkpoint import find_checkpoint, run_folder
     from gridcap.train.ensemble import load_ensemble
     from gridcap.train.evaluate import EvaluationOptions, evaluate
-    from gridcap.train.evaluation import write_evaluation
+    from gridcap.train.evaluation import evaluation_files, write_evaluation
     from gridcap.train.metrics.statistics import NOVEL_CAPTIONS
     from gridcap.train.report import ReportContext, find_images, write_evaluation_report
 
@@ -130,7 +130,7 @@ def _evaluate(config: PipelineConfig, dry_run: bool, paths: _Paths) -> None:
         report = "" if paths.report is None else f" and {paths.report}"
         click.echo(f"dry run: would evaluate {subject} on {plural(len(data), 'image')} into {output}{report}")
         return
-    check_writable(output, paths.report)
+    check_writable(*evaluation_files(output), paths.report)
     training, reason = _training_captions(loaded.config)
     options = EvaluationOptions(config.train.device, config.seed, training, keep_attention=paths.report is not None)
     result = evaluate(loaded, data, config.caption, options)
@@ -139,7 +139,10 @@ def _evaluate(config: PipelineConfig, dry_run: bool, paths: _Paths) -> None:
     settings = {
         "checkpoints": [str(folder) for folder in folders],
         "features": str(paths.features),
+        "annotations": None if paths.annotations is None else str(paths.annotations),
         "decoding": config.caption.model_dump(mode="json"),
+        "data": config.data.model_dump(mode="json"),
+        "device": config.train.device,
         "seed": config.seed,
     }
     written = write_evaluation(result, output, settings)

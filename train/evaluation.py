@@ -62,6 +62,11 @@ class Evaluation:
         return text.getvalue()
 
 
+def evaluation_files(path: Path) -> list[Path]:
+    """Return the files that `write_evaluation` writes."""
+    return [path, *(path.with_name(f"{path.stem}.{end}") for end in ("scores.csv", "coco-results.json"))]
+
+
 def write_evaluation(evaluation: Evaluation, path: Path, settings: Mapping[str, Any]) -> list[Path]:
     """Write an evaluation as three files.
 
@@ -74,11 +79,11 @@ def write_evaluation(evaluation: Evaluation, path: Path, settings: Mapping[str, 
         `path`; <stem>.scores.csv (UTF-8, one line per image); and <stem>.coco-results.json
         ([{"image_id": ..., "caption": ...}], the results format of pycocotools and the COCO server).
     """
-    scores, results = (path.with_name(f"{path.stem}.{end}") for end in ("scores.csv", "coco-results.json"))
+    _, scores, results = files = evaluation_files(path)
     write_json(path, {"settings": dict(settings), **evaluation.as_json()})
     write_text(scores, evaluation.as_csv())
     write_json(results, [{"image_id": i, "caption": text} for i, text in evaluation.captions.items()])
-    return [path, scores, results]
+    return files
 
 
 def _format_score(score: float | None) -> str:

@@ -245,7 +245,7 @@ def test_only_invalid_images_is_status_3(fake: Any, scenes: Any, checkpoint: Any
     )
     assert result.exit_code == 3
     assert result.stdout == ""
-    assert json.loads(Path("captions.json").read_text()) == []
+    assert json.loads(Path("captions.json").read_text())["captions"] == []
     assert not Path("a.png").exists()
 
 
@@ -313,7 +313,10 @@ def test_attention_is_kept_only_for_the_figure_and_the_report(
 def test_output_file_contains_the_printed_captions(fake: Any, scenes: Any, checkpoint: Any) -> None:
     folder = scenes(3, invalid=(1,))
     result = run("--checkpoint", checkpoint(), folder, "--output", "new/captions.json")
-    entries = json.loads(Path("new/captions.json").read_text())
+    written = json.loads(Path("new/captions.json").read_text())
+    assert written["settings"]["seed"] == 0
+    assert written["settings"]["decoding"]["beam_size"] == 3
+    entries = written["captions"]
     assert {e["file_name"]: e["caption"] for e in entries} == lines(result)
     assert all(e["log_prob"] < 0 for e in entries)
 
