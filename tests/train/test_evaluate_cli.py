@@ -54,6 +54,10 @@ def test_output_selects_the_json_file(project, invoke):
         1,
     )
     assert {p.name for p in (project / "out").iterdir()} == {"e.json", "e.scores.csv", "e.coco-results.json"}
+    settings = json.loads((project / "out" / "e.json").read_text())["settings"]
+    assert settings["decoding"]["beam_size"] == 1
+    assert settings["data"]["splits"]["test"]["annotations"] == "test.json"
+    assert (settings["device"], settings["seed"]) == ("cpu", 1)
     assert "beam 1" in output
     assert not (project / "runs" / "done" / "evaluation").exists()
 
@@ -93,6 +97,8 @@ def test_unwritable_output_is_reported_before_decoding(project, invoke, monkeypa
     monkeypatch.setattr("gridcap.train.evaluate.evaluate", lambda *_, **__: pytest.fail("captions were decoded"))
     command = (evaluate_decoder, "--checkpoint", "runs/done", "--features", "features/test.h5")
     assert "a file exists where a folder is needed" in invoke(*command, "--output", "test.json/e.json", status=1)
+    (project / "e.scores.csv").mkdir()
+    assert "e.scores.csv: " in invoke(*command, "--output", "e.json", status=1)
 
 
 @pytest.mark.parametrize("output", ["out", "features", "e.csv"])
@@ -173,7 +179,7 @@ def test_item_23_evaluation_from_another_folder_suggests_annotations(project, in
     (project / "elsewhere").mkdir()
     monkeypatch.chdir(project / "elsewhere")
     given = ("--checkpoint", project / "runs" / "done", "--features", project / "features" / "test.h5")
-    output = invoke(evaluate_decoder, *given, status=2)
+    output = invoke(evaluate_decoder, *given, status=1)
     assert "test.json: no such file" in output
     assert "pass --annotations FILE" in output
 
