@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gridcap.common.image.views import SelectedView, select_view
 from gridcap.common.store.shard_format import ORIGINAL, read_dtype
 from gridcap.extract.encoders.grid_encoder import EncoderOptions, GridEncoder
 from gridcap.extract.job import Extraction
@@ -47,11 +49,25 @@ class ViewEncoder:
         return self._encoder.side
 
     def submit(self, images: np.ndarray | Tensor) -> dict[str, PendingGrids]:
-        """Encode uint8 images (B, side, side, 3); returns view -> grids (B, *grid), which may still be computed."""
-        self.encoded += len(images)
-        return {view: self._encoder.submit(images if view == ORIGINAL else _mirror(images)) for view in self._views}
+        """Encode uint8 images (V, B, side, side, 3), the originals and their decoded views (see `decoded_views`).
+
+        Returns:
+            View -> grids (B, *grid), which may still be computed.
+        """
+        self.encoded += images.shape[1]
+        decoded = dict(zip([ORIGINAL, *(view.name for view in decoded_views(self._views))], images, strict=True))
+        return {view: self._encoder.submit(_pixels(view, decoded)) for view in self._views}
 
 
-def _mirror(images: np.ndarray | Tensor) -> np.ndarray | Tensor:
-    """Flip images (B, H, W, 3) horizontally."""
-    return images.flip(2) if isinstance(images, Tensor) else np.ascontiguousarray(images[:, :, ::-1])
+def decoded_views(names: Sequence[str]) -> list[SelectedView]:
+    """Return the views that are made while an image is decoded; the others are functions of its square."""
+    return [view for name in names if (view := select_view(name)).of_square is None]
+
+
+def _pixels(view: str, decoded: Mapping[str, np.ndarray | Tensor]) -> np.ndarray | Tensor:
+    if view in decoded:
+        return decoded[view]
+    of_square = select_view(view).of_square
+    assert of_square is not None
+    pixels: np.ndarray | Tensor = of_square(decoded[ORIGINAL])
+    return pixels

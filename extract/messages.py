@@ -56,7 +56,7 @@ def _describe_features(extraction: Extraction) -> str:
     parts += ["compiled"] if provenance["compile"] else []
     parts += [plural(provenance["threads"], "thread")] if provenance["threads"] else []
     parts.append(f"stored as {provenance['dtype']}")
-    parts += [f"views {' and '.join(provenance['views'])}"] if len(provenance["views"]) > 1 else []
+    parts += [f"views {', '.join(provenance['views'])}"] if len(provenance["views"]) > 1 else []
     return ", ".join(parts)
 
 

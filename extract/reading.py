@@ -16,9 +16,10 @@ from torch import Tensor
 from gridcap.common.config import PipelineConfig
 from gridcap.common.device import choose_device
 from gridcap.common.errors import ExtractionError, ReadError
-from gridcap.common.image import InvalidImageError, image_path, load_image
+from gridcap.common.image import InvalidImageError, image_path, load_image, load_views
 from gridcap.common.resources import PHOTO_BYTES, available_cores, fit_in_memory
 from gridcap.common.retry import retry_transient_errors
+from gridcap.extract.encoding import decoded_views
 from gridcap.extract.images.nvjpeg import load_images_gpu
 from gridcap.extract.job import Extraction
 from gridcap.extract.summary import Stopwatch
@@ -35,7 +36,7 @@ class LoadedImages:
     """Decoded images.
 
     Attributes:
-        images: uint8 (B, side, side, 3); zeros for invalid images.
+        images: uint8 (V, B, side, side, 3), the originals and their decoded views; zeros for invalid images.
         invalid: position in the batch -> reason.
     """
 
@@ -73,6 +74,7 @@ class ImageReader:
         self._extraction, self._side = extraction, side
         self._config, self._plan = extraction.config, extraction.plan
         self._scaled_decoding = extraction.plan.provenance["preprocessing"].get("jpeg_scaled_decoding", False)
+        self._views = decoded_views(extraction.plan.provenance["views"])
         self._pool = ThreadPoolExecutor(num_workers, "read")
         self.waiting = Stopwatch()
 
@@ -87,7 +89,7 @@ class ImageReader:
     def batches(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, LoadedImages]]:
         """Yield batches with their images, in order; decoding runs ahead by a few batches."""
         pending: deque[tuple[Batch, Callable[[], LoadedImages]]] = deque()
-        ahead = fit_in_memory(BATCHES_AHEAD, self._plan.batch_size * 3 * self._side**2)
+        ahead = fit_in_memory(BATCHES_AHEAD, self._plan.batch_size * 3 * self._side**2 * (1 + len(self._views)))
 
         def collect() -> tuple[Batch, LoadedImages]:
             batch, load = pending.popleft()
@@ -111,14 +113,14 @@ class ImageReader:
         futures = [self._pool.submit(self._load, row, shard) for row in rows]
 
         def collect() -> LoadedImages:
-            images = np.zeros((len(futures), self._side, self._side, 3), np.uint8)
+            images = np.zeros((1 + len(self._views), len(futures), self._side, self._side, 3), np.uint8)
             invalid: dict[int, str] = {}
             for position, future in enumerate(futures):
                 image = future.result()
                 if isinstance(image, str):
                     invalid[position] = image
                 else:
-                    images[position] = image
+                    images[:, position] = image
             return LoadedImages(images, invalid)
 
         return collect
@@ -128,14 +130,16 @@ class ImageReader:
         return self._plan.images_of(shard, self._extraction.folder)[row - self._plan.rows_of(shard).start][1]
 
     def _load(self, row: int, shard: int) -> np.ndarray | str:
-        """Return an image, or the reason why it is invalid."""
+        """Return an image and its decoded views, (V, side, side, 3), or the reason why it is invalid."""
         path = self._path(row, shard)
         if isinstance(path, str):
             return path
+        resize_mode, scaled = self._config.extract.resize_mode, self._scaled_decoding
         try:
-            return _retry(
-                lambda: load_image(path, self._side, self._config.extract.resize_mode, self._scaled_decoding), path
-            )
+            if self._views:
+                name = self.file_name(row, shard)
+                return _retry(lambda: load_views(path, self._side, resize_mode, scaled, self._views, name), path)
+            return _retry(lambda: load_image(path, self._side, resize_mode, scaled), path)[None]
         except InvalidImageError as error:
             return str(error)
 
@@ -155,7 +159,7 @@ class ImageReader:
             lambda: load_images_gpu(paths, self._side, resize_mode, device), self._extraction.images
         )
         unread = {position: reason for position, reason in enumerate(results) if isinstance(reason, str)}
-        return LoadedImages(images, invalid | unread)
+        return LoadedImages(images[None], invalid | unread)
 
 
 def _retry(read: Callable[[], T], path: Path) -> T:

@@ -90,9 +90,10 @@ class _ShardRetry:
         valid = {row - rows.start: image for row, image in loaded.items() if isinstance(image, np.ndarray)}
         if valid:
             # The batch has its original size and order, so that the grids are byte-identical to a first run.
-            images = np.zeros((len(rows), *next(iter(valid.values())).shape), np.uint8)
+            views, *square = next(iter(valid.values())).shape
+            images = np.zeros((views, len(rows), *square), np.uint8)
             for position, image in valid.items():
-                images[position] = image
+                images[:, position] = image
             for view, pending in encoder.submit(images).items():
                 grids = pending.result()
                 for position in valid:
@@ -104,7 +105,7 @@ class _ShardRetry:
         return len(valid)
 
     def _load(self, batch: Batch) -> dict[int, np.ndarray | str]:
-        """Read the invalid rows of a batch again: row of the shard -> image or reason."""
+        """Read the invalid rows of a batch again: row of the shard -> image (V, side, side, 3) or reason."""
         rows = [
             row
             for row in range(batch.start - self._first, batch.stop - self._first)
@@ -114,4 +115,4 @@ class _ShardRetry:
             return {}
         loaded = self._reader.submit([self._first + row for row in rows], self._shard)()
         images = loaded.images.cpu().numpy() if isinstance(loaded.images, Tensor) else loaded.images
-        return {row: loaded.invalid.get(position, images[position]) for position, row in enumerate(rows)}
+        return {row: loaded.invalid.get(position, images[:, position]) for position, row in enumerate(rows)}

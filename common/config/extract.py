@@ -12,10 +12,10 @@ from gridcap.common.config.section import Section
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 StoredType = Literal["float16", "float32", "uint8"]
-View = Literal["original", "hflip"]
 ResizeMode = Literal["stretch", "crop", "letterbox"]
 Compile = Literal["auto", "on", "off"]
 JpegDecoder = Literal["pillow", "nvjpeg"]
+ORIGINAL = "original"  # the view that every store has
 EncoderName = Literal["inception_v3", "resnet50", "resnet101", "resnet152"]
 
 
@@ -49,8 +49,10 @@ class ExtractConfig(Section):
         "float16",
         description="dtype of the stored grids; uint8: half the size of float16, one scale per image and channel",
     )
-    views: tuple[View, ...] = Field(
-        ("original",), description="views stored per image: original, or original,hflip (adds the mirrored image)"
+    views: tuple[str, ...] = Field(
+        ("original",),
+        description="views stored per image, from which training samples: original first, then hflip (mirrored), "
+        "five-crop (5 views), random-crop:N (N views)",
     )
     shard_size: PositiveInt = Field(1024, description="images per shard")
     batch_size: PositiveInt | None = Field(
@@ -76,8 +78,12 @@ class ExtractConfig(Section):
 
     @field_validator("views")
     @classmethod
-    def _original_first(cls, value: tuple[View, ...]) -> tuple[View, ...]:
-        if value[:1] != ("original",) or len(set(value)) < len(value):
+    def _expand_views(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if value != (ORIGINAL,):
+            from gridcap.common.image.views import expand_views  # with Pillow, which takes time to load
+
+            value = expand_views(value)
+        if value[:1] != (ORIGINAL,) or len(set(value)) < len(value):
             raise ValueError("must start with original and contain no view twice")
         return value
 
@@ -97,7 +103,12 @@ class ExtractConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _nvjpeg_needs_gpu(self) -> ExtractConfig:
+    def _nvjpeg_is_possible(self) -> ExtractConfig:
         if self.jpeg_decoder == "nvjpeg" and self.device == "cpu":
             raise ValueError("jpeg_decoder nvjpeg requires a GPU, but device is cpu: use pillow")
+        if self.jpeg_decoder == "nvjpeg" and self.views != (ORIGINAL,):
+            from gridcap.common.image.views import select_view
+
+            if cropped := [view for view in self.views if select_view(view).of_square is None]:
+                raise ValueError(f"view {cropped[0]} requires jpeg_decoder: pillow")
         return self

@@ -5,7 +5,7 @@ from gridcap.common.image.decode import decoder_name, load_rgb
 from gridcap.common.image.formats import MAX_PIXELS, open_image
 from gridcap.common.image.path import image_path
 from gridcap.common.image.reader import START_OF_SCAN, ImageReader
-from gridcap.common.image.resize import LETTERBOX_GRAY, load_image, load_view
+from gridcap.common.image.resize import LETTERBOX_GRAY, load_image, load_view, load_views
 
 __all__ = [
     "LETTERBOX_GRAY",
@@ -18,5 +18,6 @@ __all__ = [
     "load_image",
     "load_rgb",
     "load_view",
+    "load_views",
     "open_image",
 ]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from gridcap.common.image.decode import load_rgb
+from gridcap.common.image.views import SelectedView
 
 LETTERBOX_GRAY = 128
 MIN_OVERSAMPLING = 2  # scaled JPEG decoding keeps at least this many pixels per pixel of the square, per axis
@@ -36,7 +39,29 @@ def load_image(path: Path, side: int, resize_mode: str, scaled_decoding: bool = 
         InvalidImageError, OSError: as for `load_rgb`.
     """
     image = load_rgb(path, MIN_OVERSAMPLING * side if scaled_decoding else None)
-    return stretch(image, side) if resize_mode == "stretch" else np.asarray(_crop_or_pad(image, side, resize_mode))
+    return _to_square(image, side, resize_mode)
+
+
+def load_views(
+    path: Path, side: int, resize_mode: str, scaled_decoding: bool, views: Sequence[SelectedView], file_name: str
+) -> np.ndarray:
+    """Decode an image once and resize it and its views to squares.
+
+    Args:
+        path, side, resize_mode, scaled_decoding: as for `load_image`.
+        views: V views that are functions of the image.
+        file_name: name of the image, which determines random views.
+
+    Returns:
+        uint8 (1 + V, side, side, 3), RGB; the original first.
+
+    Raises:
+        InvalidImageError, OSError: as for `load_rgb`.
+    """
+    min_side = math.ceil(MIN_OVERSAMPLING * side / min((view.min_share for view in views), default=1))
+    image = load_rgb(path, min_side if scaled_decoding else None)
+    images = [image, *(view.apply(image, file_name) for view in views)]
+    return np.stack([_to_square(view, side, resize_mode) for view in images])
 
 
 def load_view(path: Path, side: int, resize_mode: str, max_side: int) -> np.ndarray:
@@ -59,6 +84,10 @@ def load_view(path: Path, side: int, resize_mode: str, max_side: int) -> np.ndar
         image = _crop_or_pad(image, side, resize_mode)
     image.thumbnail((max_side, max_side))
     return np.asarray(image)
+
+
+def _to_square(image: Image.Image, side: int, resize_mode: str) -> np.ndarray:
+    return stretch(image, side) if resize_mode == "stretch" else np.asarray(_crop_or_pad(image, side, resize_mode))
 
 
 def stretch(image: Image.Image, side: int) -> np.ndarray:

@@ -47,7 +47,7 @@ def test_views_are_a_list_that_starts_with_original(fake: Any, photos: Any, no_l
     folder = photos(3)
     result = run("--images", folder, *SMALL, "--views", "original,hflip")
     assert result.exit_code == 0, result.output
-    assert "views original and hflip" in result.stdout
+    assert "views original, hflip" in result.stdout
     with FeatureStore(tmp_path / "features" / "photos.h5") as store:
         assert store.views == ("original", "hflip")
     for wrong in ("hflip", "original,upside-down", "original,original"):
