@@ -118,7 +118,7 @@ def test_views_are_made_from_one_decoded_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resize_mode: str
 ) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)
-    Image.fromarray(noise).resize((1600, 1200)).save(tmp_path / "a.jpg")
+    Image.fromarray(noise).resize((1792, 1280)).save(tmp_path / "a.jpg")
     sizes, real = [], resize.load_rgb
 
     def load_rgb(path: Path, min_side: int | None) -> Image.Image:
@@ -129,13 +129,13 @@ def test_views_are_made_from_one_decoded_image(
     monkeypatch.setattr(resize, "load_rgb", load_rgb)
     views = [select_view("five-crop-1"), select_view("five-crop-5")]
     squares = load_views(tmp_path / "a.jpg", 64, resize_mode, True, views, "a.jpg")
-    assert sizes == [(200, 150)], "at least 2 x 64 / 0.875 pixels"
+    assert sizes == [(224, 160)], "at least 2 x 64 / 0.875 pixels"
     assert squares.shape == (3, 64, 64, 3)
     original = load_image(tmp_path / "a.jpg", 64, resize_mode)
     assert abs(squares[0].astype(int) - original).mean() < 0.5
     assert abs(squares[1].astype(int) - squares[2]).mean() > 1
     full = load_views(tmp_path / "a.jpg", 64, resize_mode, False, views, "a.jpg")
-    assert sizes[-1] == (1600, 1200)
+    assert sizes[-1] == (1792, 1280)
     assert abs(full.astype(int) - squares).mean() < 1.5
 
 
