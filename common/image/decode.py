@@ -175,7 +175,11 @@ def _is_truncated(error: Exception) -> bool:
 def _describe(error: Exception) -> str:
     if isinstance(error, Image.DecompressionBombError):
         return "too many pixels"
-    return "truncated" if _is_truncated(error) else f"unreadable ({type(error).__name__}: {error})"[:200]
+    if _is_truncated(error):
+        return "truncated"
+    return f"unreadable ({type(error).__name__}: {' '.join(str(error).split())})"[
+        :200
+    ]  # some messages have several lines
 
 
 def decoder_name() -> str:

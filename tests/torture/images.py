@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pillow_heif
+import pillow_jxl  # noqa: F401  # registers JPEG XL
 from PIL import Image
 
 from gridcap.common.image import InvalidImageError, load_image
@@ -37,10 +39,16 @@ _KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {  # name -> mode, suffix, 
     "bitmap": ("RGB", "bmp", {}),
     "still": ("P", "gif", {}),
     "moving": ("P", "gif", {"save_all": True}),
+    "stereo": ("RGB", "mpo", {"save_all": True}),
+    "phone": ("RGB", "heic", {}),
+    "av1": ("RGB", "avif", {}),
+    "xl": ("RGB", "jxl", {}),
+    "xl-container": ("RGBA", "jxl", {"lossless": True, "use_container": True}),
 }
 
 
 def _prepare(folder: Path) -> None:
+    pillow_heif.register_heif_opener()
     for i, (name, (mode, suffix, options)) in enumerate(_KINDS.items()):
         pictures = [render(all_scenes()[7 * i + k], np.random.default_rng(i), 72).resize((72, 56)) for k in range(2)]
         frames = [_in_mode(picture, mode) for picture in pictures]
@@ -117,4 +125,4 @@ def mutate_bytes(content: bytes, other: bytes, rng: np.random.Generator) -> byte
     return io.BytesIO(bytes(changed)).getvalue()
 
 
-PART = Part("corrupted JPEG, PNG, WebP, TIFF, GIF, or BMP", 20_000, 300, _prepare, _run)
+PART = Part("corrupted JPEG, PNG, WebP, TIFF, GIF, BMP, MPO, HEIC, AVIF, or JPEG XL", 20_000, 300, _prepare, _run)

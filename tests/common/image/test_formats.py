@@ -79,7 +79,7 @@ def test_damaged_files_are_invalid(tmp_path: Path, quarters: Any, invalid_reason
     data = (tmp_path / name).read_bytes()
     for length in (16, len(data) // 3, len(data) * 2 // 3):
         (tmp_path / name).write_bytes(data[:length])
-        assert invalid_reason(tmp_path / name)
+        assert len(invalid_reason(tmp_path / name).splitlines()) == 1
 
 
 @pytest.mark.parametrize("size", [(8, 8), (256, 256), (300, 200), (640, 480), (90, 51), (1000, 3000), (160, 90)])
