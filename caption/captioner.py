@@ -15,16 +15,17 @@ from torch import Tensor
 from gridcap.caption.result import Caption
 from gridcap.common.config import CaptionConfig
 from gridcap.common.device import choose_device
-from gridcap.common.errors import InvalidImageError, MismatchError, WeightsError
+from gridcap.common.errors import InvalidImageError, MismatchError, UserError, WeightsError
 from gridcap.common.image import decoder_name, load_image, load_view
 from gridcap.common.retry import retry_transient_errors
 from gridcap.common.store.provenance import check_same_features
 from gridcap.common.store.quantize import as_stored
 from gridcap.common.store.shard_format import read_dtype
 from gridcap.extract.encoders.grid_encoder import EncoderOptions, GridEncoder
+from gridcap.extract.encoders.keras_weights import is_keras_file
 from gridcap.extract.encoders.provenance import describe_features
-from gridcap.extract.encoders.specs import ENCODERS
-from gridcap.extract.encoders.weights import identify_weights, imagenet_name, read_state_dict
+from gridcap.extract.encoders.registry import Encoder, EncoderSettings, find_encoder
+from gridcap.extract.encoders.weights import read_state_dict
 from gridcap.train.decoding.base import Hypothesis
 from gridcap.train.decoding.generate import generate_captions, generate_nbest
 from gridcap.train.engine.checkpoint import Checkpoint
@@ -64,20 +65,15 @@ class Captioner:
     def __init__(self, checkpoint: Checkpoint, device: str = "auto", weights: str | Path | None = None) -> None:
         self.checkpoint = checkpoint
         self.provenance = provenance = checkpoint.provenance
-        if provenance["encoder"] not in ENCODERS:
-            raise WeightsError(
-                f"{checkpoint.path}: trained on features of {provenance['encoder']} "
-                f"({provenance['weights']['name']}), which is not a Gridcap encoder",
-                "to caption new photos, train on features from extract-features",
-            )
+        encoder = _find_encoder(checkpoint)
         name, dtype = provenance["encoder"], provenance["dtype"]
         preprocessing = provenance["preprocessing"]
         self._resize_mode = preprocessing["resize_mode"]
         self._scaled_decoding = preprocessing.get("jpeg_scaled_decoding", False)
         self.trained_on_nvjpeg = preprocessing.get("decoder") == "nvjpeg"
-        identity = identify_weights(name, _weights_source(checkpoint.path, provenance, weights))
+        identity = encoder.identify_weights(_weights_source(checkpoint.path, provenance, encoder, weights))
         options = EncoderOptions(device=device, dtype=dtype)
-        available = describe_features(name, identity, options, self._resize_mode, decoder_name())
+        available = describe_features(encoder, identity, options, self._resize_mode, decoder_name())
         available["preprocessing"]["jpeg_scaled_decoding"] = self._scaled_decoding
         if self.trained_on_nvjpeg:
             # Single photos are decoded by Pillow. Rejecting the mismatch would leave such decoders without any photo.
@@ -85,11 +81,12 @@ class Captioner:
         try:
             check_same_features(provenance, available, f"{checkpoint.path} was trained on", "this encoder produces")
         except MismatchError:
-            if weights is not None and identity.file is not None:
+            if weights is not None and identity.file is not None and not is_keras_file(identity.file):
                 read_state_dict(identity.file)  # a file that contains no weights at all has a better explanation
             raise
         self._stored_dtype = np.dtype(dtype)
-        self._encoder = GridEncoder(name, identity, replace(options, dtype=read_dtype(self._stored_dtype).name))
+        read_as = replace(options, dtype=read_dtype(self._stored_dtype).name)
+        self._encoder = GridEncoder(name, identity, read_as, _encoder_settings(provenance))
         self._device = choose_device(device)
         self._decoder = checkpoint.decoder.to(self._device)
 
@@ -303,15 +300,43 @@ def _naming(image: Path) -> Iterator[None]:
         raise InvalidImageError(error.reason, error.hint, str(image)) from error
 
 
-def _weights_source(checkpoint: Path, provenance: Mapping[str, Any], weights: str | Path | None) -> str:
-    """Return the weights argument for `identify_weights`: the given file, "imagenet", or a random seed."""
+def _encoder_settings(provenance: Mapping[str, Any]) -> EncoderSettings:
+    """Return the settings of the encoder that made the features."""
+    preprocessing = provenance["preprocessing"]
+    mean, std = tuple(preprocessing["mean"]), tuple(preprocessing["std"])
+    return EncoderSettings(provenance["layer"], preprocessing["side"], mean, std)
+
+
+def _find_encoder(checkpoint: Checkpoint) -> Encoder:
+    """Return the encoder that made the features of a checkpoint.
+
+    Raises:
+        WeightsError: the features were imported, or the encoder belongs to a package that is not installed.
+    """
+    provenance = checkpoint.provenance
+    name, weights = provenance["encoder"], provenance["weights"]["name"]
+    what = f"{checkpoint.path}: trained on features of {name} ({weights})"
+    if "side" not in provenance["preprocessing"]:
+        raise WeightsError(
+            f"{what}, which is not a Gridcap encoder", "to caption new photos, train on features from extract-features"
+        )
+    try:
+        return find_encoder(name, _encoder_settings(provenance))
+    except UserError as error:
+        raise WeightsError(f"{what}, which is not available: {error.message}", error.hint) from error
+
+
+def _weights_source(
+    checkpoint: Path, provenance: Mapping[str, Any], encoder: Encoder, weights: str | Path | None
+) -> str:
+    """Return the weights argument for `Encoder.identify_weights`: the given file, or the recorded weights."""
     name = provenance["weights"]["name"]
     if weights is not None:
         return str(weights)
     if provenance["weights"]["random"]:
         return str(name)
-    if name == imagenet_name(provenance["encoder"]):
-        return "imagenet"
+    if (argument := encoder.weights_argument(name)) is not None:
+        return argument
     raise WeightsError(
         f"{checkpoint}: trained on features from the local weights file {name}",
         f"pass that file: --weights path/to/{name}",

@@ -12,7 +12,7 @@ from torch import Tensor
 from gridcap.common.image.views import SelectedView, select_view
 from gridcap.common.store.shard_format import ORIGINAL, read_dtype
 from gridcap.extract.encoders.grid_encoder import EncoderOptions, GridEncoder
-from gridcap.extract.job import Extraction
+from gridcap.extract.job import Extraction, encoder_settings
 from gridcap.extract.staging import PendingGrids
 
 
@@ -37,7 +37,7 @@ class ViewEncoder:
         dtype = read_dtype(np.dtype(extract.dtype)).name  # the shard writer quantizes to uint8
         compiled = bool(plan.provenance["compile"])
         options = EncoderOptions(extract.precision, extract.device, dtype, compiled, plan.batch_size)
-        return GridEncoder(extract.encoder, self._extraction.identity, options)
+        return GridEncoder(extract.encoder, self._extraction.identity, options, encoder_settings(extract))
 
     @property
     def side(self) -> int:

@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 
 from gridcap.common.captions.records import ImageRecord
-from gridcap.common.config import PipelineConfig
+from gridcap.common.config import ExtractConfig, PipelineConfig
 from gridcap.common.device import choose_batch_size, choose_compile, choose_device
 from gridcap.common.errors import MismatchError, UserError
 from gridcap.common.image import decoder_name
 from gridcap.extract.encoders.grid_encoder import EncoderOptions
 from gridcap.extract.encoders.provenance import describe_features
-from gridcap.extract.encoders.weights import WeightsIdentity, identify_weights
+from gridcap.extract.encoders.registry import Encoder, EncoderSettings, find_encoder
+from gridcap.extract.encoders.weights import WeightsIdentity
 from gridcap.extract.images.nvjpeg import nvjpeg_name
 from gridcap.extract.manifest import Image, ImageList
 from gridcap.extract.plan import FILE, Plan, read_plan, store_folder
@@ -125,10 +126,11 @@ def prepare(request: ExtractionRequest) -> Extraction:
     config, folder = request.config, store_folder(request.output)
     images = _Images(request.records)
     next(iter(images), None)  # an empty image folder is reported before weights are downloaded
-    identity = identify_weights(config.extract.encoder, config.extract.weights, download=not request.dry_run)
+    encoder = find_encoder(config.extract.encoder, encoder_settings(config.extract))
+    identity = encoder.identify_weights(config.extract.weights, download=not request.dry_run)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file, but the shards need a folder of this name", "choose another --output")
-    requested = _requested_plan(request, images, identity)
+    requested = _requested_plan(request, images, encoder, identity)
     if request.adapt_plan is not None:
         requested = request.adapt_plan(requested)
     auto_keys = {"compile"} if config.extract.compile == "auto" else set()
@@ -149,14 +151,21 @@ def prepare(request: ExtractionRequest) -> Extraction:
     return Extraction(config, request.images, request.output, identity, plan_request, resolve_plan(plan_request))
 
 
-def _requested_plan(request: ExtractionRequest, images: Iterable[Image], identity: WeightsIdentity) -> Plan:
+def encoder_settings(extract: ExtractConfig) -> EncoderSettings:
+    """Return the part of the configuration that changes the encoder."""
+    return EncoderSettings(extract.layer, extract.image_size, extract.mean, extract.std)
+
+
+def _requested_plan(
+    request: ExtractionRequest, images: Iterable[Image], encoder: Encoder, identity: WeightsIdentity
+) -> Plan:
     extract = request.config.extract
     device = choose_device(extract.device)
     decoder = nvjpeg_name(device) if extract.jpeg_decoder == "nvjpeg" else decoder_name()
     image_list = ImageList.from_images(images, extract.shard_size)
     compiled = choose_compile(extract.compile, image_list.images, device)
     options = EncoderOptions(extract.precision, extract.device, extract.dtype, compiled)
-    provenance = describe_features(extract.encoder, identity, options, extract.resize_mode, decoder)
+    provenance = describe_features(encoder, identity, options, extract.resize_mode, decoder)
     provenance["preprocessing"]["jpeg_scaled_decoding"] = (
         extract.jpeg_scaled_decoding and extract.jpeg_decoder == "pillow"  # nvJPEG always decodes the full size
     )

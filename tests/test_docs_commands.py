@@ -20,7 +20,7 @@ from click.testing import CliRunner
 
 import gridcap.extract.encoders.grid_encoder as encoder_module
 from demo.shapes import write_shapes
-from gridcap.extract.encoders.specs import ENCODERS, EncoderSpec
+from gridcap.extract.encoders.specs import CNNS, CnnSpec
 
 ROOT = Path(__file__).parents[1]
 PAGES = (
@@ -151,5 +151,5 @@ def test_every_page_with_commands_is_tested() -> None:
 
 def test_the_encoder_example_matches_the_registry() -> None:
     (code,) = blocks("docs/extending.md", "python")
-    shown = eval("{" + code + "}", {"EncoderSpec": EncoderSpec})
-    assert shown["resnet50"] == ENCODERS["resnet50"]
+    shown = eval("{" + code + "}", {"CnnSpec": CnnSpec})
+    assert shown["resnet50"] == CNNS["resnet50"]

@@ -16,17 +16,29 @@ ResizeMode = Literal["stretch", "crop", "letterbox"]
 Compile = Literal["auto", "on", "off"]
 JpegDecoder = Literal["pillow", "nvjpeg"]
 ORIGINAL = "original"  # the view that every store has
-EncoderName = Literal["inception_v3", "resnet50", "resnet101", "resnet152"]
+Channels = tuple[float, float, float]
 
 
 class ExtractConfig(Section):
     """Stage one: images to feature grids."""
 
-    encoder: EncoderName = Field("inception_v3", description="frozen encoder, from torchvision")
+    encoder: str = Field(
+        "inception_v3", description="frozen encoder: inception_v3, resnet50, timm/NAME, ...; see gridcap encoders"
+    )
     weights: str = Field(
         "imagenet",
         description="imagenet (downloaded once), random[:SEED] (demo and tests only), or a file: .pth, .safetensors, "
-        "or Keras's .h5 or .keras (inception_v3)",
+        "or Keras's .h5 or .keras (inception_v3); for timm also a tag",
+    )
+    layer: str | None = Field(
+        None, description="layer whose output is the grid, for example Mixed_6e (default: the last feature map)"
+    )
+    image_size: PositiveInt | None = Field(
+        None, description="side of the square input images in pixels (default: that of the encoder)"
+    )
+    mean: Channels | None = Field(None, description="per-channel mean of the input in [0, 1] (default: the encoder's)")
+    std: Channels | None = Field(
+        None, description="per-channel standard deviation of the input in [0, 1] (default: the encoder's)"
     )
     resize_mode: ResizeMode = Field(
         "stretch", description="how images are made square: stretch, center crop, or letterbox (gray padding)"
@@ -92,8 +104,6 @@ class ExtractConfig(Section):
     def _known_weights(cls, value: str) -> str:
         if value.startswith("random") and not re.fullmatch(r"random(:\d+)?", value) and not Path(value).exists():
             raise ValueError("must be imagenet, random, random:SEED with an integer seed, or a file")
-        if not value.startswith(("imagenet", "random")) and not Path(value).suffix and not Path(value).exists():
-            raise ValueError("must be imagenet, random, random:SEED, or the path of a .pth or .safetensors file")
         return value
 
     @model_validator(mode="after")

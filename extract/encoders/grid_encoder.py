@@ -1,4 +1,4 @@
-"""GridEncoder: a frozen CNN that maps images to feature grids."""
+"""GridEncoder: a frozen encoder that maps images to feature grids."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from torch.nn import functional
 
 from gridcap.common.device import choose_device, choose_precision
 from gridcap.common.errors import UserError, explain_out_of_memory, first_line
+from gridcap.extract.encoders.folding import fold_if_equal, probe
 from gridcap.extract.encoders.packed import can_pack, pack_convolutions
-from gridcap.extract.encoders.specs import find_encoder
-from gridcap.extract.encoders.trunk import build_trunk, fold_batch_norm, normalize
-from gridcap.extract.encoders.weights import WeightsIdentity, identify_weights
+from gridcap.extract.encoders.registry import DEFAULTS, EncoderSettings, find_encoder
+from gridcap.extract.encoders.trunk import normalize
+from gridcap.extract.encoders.weights import WeightsIdentity
 from gridcap.extract.staging import PendingGrids, Staging
 
 
@@ -41,15 +42,16 @@ class EncoderOptions:
 
 
 class GridEncoder:
-    """A frozen CNN, cut at its last feature grid.
+    """A frozen encoder with its weights, optimized for the device.
 
     Args:
         name: name of the encoder, see `gridcap encoders`.
-        weights: "imagenet" (downloaded once into torch's cache), "random", "random:SEED", a file with a state dict,
-            or the result of `identify_weights`.
+        weights: "imagenet" (downloaded once), "random", "random:SEED", a file, or the result of `identify_weights`.
         options: device, precision, and dtype of the grids.
+        settings: layer, image size, and normalization, if they differ from the encoder's defaults.
 
     Attributes:
+        spec: input and output of the encoder.
         side: side of the square input images, in pixels.
         grid_shape: (rows, columns, channels) of a grid.
         device: the torch device.
@@ -75,26 +77,27 @@ class GridEncoder:
         name: str = "inception_v3",
         weights: str | WeightsIdentity = "imagenet",
         options: EncoderOptions = EncoderOptions(),
+        settings: EncoderSettings = DEFAULTS,
     ) -> None:
-        self.spec = find_encoder(name)
+        encoder = find_encoder(name, settings)
+        self.spec = encoder.spec
         self.device = choose_device(options.device)
         self.side = self.spec.side
         self.grid_shape = self.spec.grid_shape
         self._precision = choose_precision(options.precision, self.device)
         self._dtype: torch.dtype = getattr(torch, options.dtype)
-        identity = weights if isinstance(weights, WeightsIdentity) else identify_weights(name, weights)
-        trunk: nn.Module = build_trunk(name, identity)
-        fold_batch_norm(trunk)
-        trunk.requires_grad_(False)
-        trunk.to(self.device, self._precision).to(memory_format=torch.channels_last)
+        identity = weights if isinstance(weights, WeightsIdentity) else encoder.identify_weights(weights)
+        example = normalize(probe(self.side), self.spec, torch.float32)
+        network = fold_if_equal(encoder.build(identity), example)
+        network.requires_grad_(False)
+        network.to(self.device, self._precision).to(memory_format=torch.channels_last)
         if self.device.type == "cpu" and not options.compiled and can_pack(self._precision):
-            blank = torch.zeros(1, self.side, self.side, 3, dtype=torch.uint8)
-            trunk = pack_convolutions(trunk, normalize(blank, self.spec, self._precision), options.batch_size)
-        self._trunk: Callable[[Tensor], Tensor] = trunk
+            network = pack_convolutions(network, example.to(self._precision), options.batch_size)
+        self._network: Callable[[Tensor], Tensor] = network
         self._staging = Staging(self.device) if self.device.type == "cuda" else None
         self._fixed_batch = options.batch_size if options.compiled else None
         if options.compiled:
-            self._trunk = _compile(trunk, self.device)
+            self._network = _compile(network, self.device)
             self._warm_up(name, options.batch_size)
 
     def _warm_up(self, name: str, batch_size: int) -> None:
@@ -153,15 +156,15 @@ class GridEncoder:
             if count > self._fixed_batch:
                 raise ValueError(f"batch of {count} images, but the encoder was compiled for {self._fixed_batch}")
             images = functional.pad(images, (0, 0, 0, 0, 0, 0, 0, self._fixed_batch - count))
-        grids: Tensor = self._trunk(normalize(images, self.spec, self._precision))[:count]
-        return grids.permute(0, 2, 3, 1).to(self._dtype).contiguous()
+        grids: Tensor = self._network(normalize(images, self.spec, self._precision))[:count]
+        return grids.to(self._dtype).contiguous()
 
 
-def _compile(trunk: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Compile the trunk for one batch size; on a CPU with frozen, repacked weights.
+def _compile(network: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Compile the network for one batch size; on a CPU with frozen, repacked weights.
 
     "max-autotune" would choose kernels by timing, so two runs could round differently. "reduce-overhead" would replay
     CUDA graphs, which overwrite grids that are still being copied to the host.
     """
     options: dict[str, Any] = {"freezing": True} if device.type == "cpu" else {}
-    return torch.compile(trunk, dynamic=False, options=options)
+    return torch.compile(network, dynamic=False, options=options)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-import torchvision
-
 from gridcap.common.device import choose_device, choose_precision
 from gridcap.extract.encoders.grid_encoder import EncoderOptions
-from gridcap.extract.encoders.specs import ENCODERS
+from gridcap.extract.encoders.registry import Encoder
 from gridcap.extract.encoders.weights import WeightsIdentity
 
 # Increment for every change to the last bits of a grid: how images are resized, how convolutions are computed.
@@ -18,12 +15,12 @@ ARITHMETIC = "arithmetic 2"
 
 
 def describe_features(
-    encoder: str, identity: WeightsIdentity, options: EncoderOptions, resize_mode: str, decoder: str
+    encoder: Encoder, identity: WeightsIdentity, options: EncoderOptions, resize_mode: str, decoder: str
 ) -> dict[str, Any]:
     """Return the provenance of grids.
 
     Args:
-        encoder: a key of ENCODERS.
+        encoder: the encoder, from `find_encoder`.
         identity: the weights, from `identify_weights`.
         options: as for `GridEncoder`.
         resize_mode: how images are made square: "stretch", "crop", or "letterbox".
@@ -32,12 +29,12 @@ def describe_features(
     Raises:
         UserError: the device does not exist, or it does not support the precision.
     """
-    spec = ENCODERS[encoder]
+    spec = encoder.spec
     library, _, version = decoder.partition(" ")
     precision = choose_precision(options.precision, choose_device(options.device))
     return {
-        "encoder": encoder,
-        "layer": spec.layers[-1],
+        "encoder": spec.name,
+        "layer": spec.layer,
         "weights": identity.as_dict(),
         "preprocessing": {
             "decoder": library,
@@ -53,8 +50,7 @@ def describe_features(
         "compile": options.compiled,
         "versions": {
             library: version,
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
+            **encoder.versions,
             "gridcap": ARITHMETIC,
         },
     }

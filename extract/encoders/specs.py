@@ -1,17 +1,14 @@
-"""Built-in encoders: torchvision CNNs, cut at their last feature grid. Importing this module does not load torch."""
+"""torchvision's CNNs, cut at their last feature grid. Importing this module does not load torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
-
-from gridcap.common.errors import UserError
 
 
 @dataclass(frozen=True)
-class EncoderSpec:
+class CnnSpec:
     """A torchvision CNN: how to build it, where to cut it, and the input it expects.
 
     Attributes:
@@ -59,12 +56,12 @@ _INCEPTION_LAYERS = (
 )
 
 
-def _resnet(name: str, weights: str) -> EncoderSpec:
-    return EncoderSpec(name, weights, _RESNET_LAYERS, 256, (8, 8, 2048), _IMAGENET_MEAN, _IMAGENET_STD)
+def _resnet(name: str, weights: str) -> CnnSpec:
+    return CnnSpec(name, weights, _RESNET_LAYERS, 256, (8, 8, 2048), _IMAGENET_MEAN, _IMAGENET_STD)
 
 
 _SPECS = (
-    EncoderSpec(
+    CnnSpec(
         "inception_v3",
         "Inception_V3_Weights.IMAGENET1K_V1",
         _INCEPTION_LAYERS,
@@ -80,20 +77,5 @@ _SPECS = (
     _resnet("resnet101", "ResNet101_Weights.IMAGENET1K_V1"),
     _resnet("resnet152", "ResNet152_Weights.IMAGENET1K_V1"),
 )
-ENCODERS: dict[str, EncoderSpec] = {spec.name: spec for spec in _SPECS}
-
-
-def find_encoder(name: str) -> EncoderSpec:
-    """Return a built-in encoder.
-
-    Raises:
-        UserError: there is no encoder of this name.
-    """
-    if name not in ENCODERS:
-        raise UserError(f"encoder {name!r}: unknown name", f"use one of {', '.join(ENCODERS)}")
-    return ENCODERS[name]
-
-
-def list_encoders(pattern: str = "*") -> list[EncoderSpec]:
-    """Return the encoders whose name matches a shell-style pattern such as "resnet*", sorted by name."""
-    return [ENCODERS[name] for name in sorted(ENCODERS) if fnmatchcase(name, pattern)]
+CNNS: dict[str, CnnSpec] = {spec.name: spec for spec in _SPECS}
+TORCHVISION_NAMES = tuple(CNNS)

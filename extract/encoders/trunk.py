@@ -1,4 +1,4 @@
-"""Construction of the trunk, a CNN up to its feature grid: weights, normalization, BatchNorm folding."""
+"""Construction of the trunk, a torchvision CNN up to its feature grid, and normalization of its input."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections import OrderedDict
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision import models
 
 from gridcap.common.errors import WeightsError
 from gridcap.common.scenes import calibration_batch
 from gridcap.extract.encoders import weights
 from gridcap.extract.encoders.keras_weights import exclude_padding, is_keras_file, read_keras_weights
-from gridcap.extract.encoders.specs import ENCODERS, EncoderSpec
+from gridcap.extract.encoders.registry import EncoderSpec
+from gridcap.extract.encoders.specs import CNNS, CnnSpec
 from gridcap.extract.encoders.weights import WeightsIdentity, read_state_dict
 
 
@@ -25,7 +25,7 @@ def build_trunk(encoder: str, identity: WeightsIdentity) -> nn.Module:
     Raises:
         WeightsError: the weights do not match the encoder.
     """
-    spec = ENCODERS[encoder]
+    spec = CNNS[encoder]
     model = models.get_model(encoder, weights=None, **spec.arguments)
     trunk = nn.Sequential(OrderedDict((name, getattr(model, name)) for name in spec.layers))
     if identity.file is None:
@@ -43,7 +43,7 @@ def _load(trunk: nn.Sequential, encoder: str, identity: WeightsIdentity) -> None
     mismatch = f"{identity.file}: not weights of {encoder}"
     file = identity.file
     state = read_keras_weights(file, encoder) if is_keras_file(file) else read_state_dict(file)
-    layers = ENCODERS[encoder].layers
+    layers = CNNS[encoder].layers
     try:
         missing, unexpected = trunk.load_state_dict(
             {name: value for name, value in state.items() if name.partition(".")[0] in layers}, strict=False
@@ -62,7 +62,7 @@ def _load(trunk: nn.Sequential, encoder: str, identity: WeightsIdentity) -> None
 
 
 @torch.no_grad()
-def _initialize(trunk: nn.Sequential, seed: int, spec: EncoderSpec) -> None:
+def _initialize(trunk: nn.Sequential, seed: int, spec: CnnSpec) -> None:
     """Initialize with random weights that preserve the layout of an image.
 
     Convolutions are Kaiming uniform (He et al. 2015, arXiv:1502.01852). BatchNorm statistics come from a fixed batch
@@ -86,7 +86,7 @@ def _initialize(trunk: nn.Sequential, seed: int, spec: EncoderSpec) -> None:
     torch.set_num_threads(threads)
 
 
-def normalize(images: Tensor, spec: EncoderSpec, dtype: torch.dtype) -> Tensor:
+def normalize(images: Tensor, spec: CnnSpec | EncoderSpec, dtype: torch.dtype) -> Tensor:
     """Normalize images as the encoder was trained.
 
     Args:
@@ -103,14 +103,3 @@ def normalize(images: Tensor, spec: EncoderSpec, dtype: torch.dtype) -> Tensor:
     mean = torch.tensor(spec.mean, device=images.device) * 255
     scale = 1 / (torch.tensor(spec.std, device=images.device) * 255)
     return ((images.float() - mean) * scale).to(dtype).permute(0, 3, 1, 2)
-
-
-def fold_batch_norm(module: nn.Module) -> None:
-    """Fold each BatchNorm into the preceding convolution, in place: same function, a quarter less memory traffic."""
-    children = list(module.named_children())
-    for (name, layer), (norm_name, norm) in zip(children, children[1:], strict=False):
-        if isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-            setattr(module, name, fuse_conv_bn_eval(layer, norm))
-            setattr(module, norm_name, nn.Identity())
-    for _, child in children:
-        fold_batch_norm(child)

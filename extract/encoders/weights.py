@@ -19,7 +19,8 @@ from gridcap.common.download import retry_network_errors
 from gridcap.common.errors import WeightsError, first_line
 from gridcap.common.files import sha256_of
 from gridcap.common.scenes import calibration_batch
-from gridcap.extract.encoders.specs import ENCODERS
+from gridcap.extract.encoders.registry import find_encoder
+from gridcap.extract.encoders.specs import CNNS
 
 CALIBRATION_IMAGES = 32
 # Part of the identity of random weights: another text is another identity.
@@ -52,10 +53,32 @@ class WeightsIdentity:
 
 
 def identify_weights(encoder: str, weights: str, download: bool = True) -> WeightsIdentity:
-    """Locate the weights without building the encoder; download them once if needed.
+    """Locate the weights of an encoder without loading them; see `Encoder.identify_weights`.
+
+    Raises:
+        UserError: there is no encoder of this name.
+        WeightsError: the weights are not available.
+    """
+    return find_encoder(encoder).identify_weights(weights, download)
+
+
+def identify_file(weights: str) -> WeightsIdentity:
+    """Return the identity of a weights file.
+
+    Raises:
+        WeightsError: there is no such file.
+    """
+    file = Path(weights)
+    if not file.is_file():
+        raise WeightsError(f"{file}: weights file not found", "pass --weights imagenet, random, or the path of a file")
+    return WeightsIdentity(file.name, sha256_of(file), False, file)
+
+
+def identify_cnn_weights(encoder: str, weights: str, download: bool = True) -> WeightsIdentity:
+    """Locate the weights of a torchvision CNN without building it; download them once if needed.
 
     Args:
-        encoder: a key of ENCODERS.
+        encoder: name of the CNN.
         weights: "imagenet", "random", "random:SEED", or a file.
         download: download ImageNet weights that are not in torch's cache. If False, the identity of missing weights
             has the name "imagenet (not downloaded yet)" and no SHA-256.
@@ -66,7 +89,7 @@ def identify_weights(encoder: str, weights: str, download: bool = True) -> Weigh
     if match := re.fullmatch(r"random(?::(\d+))?", weights):
         seed = int(match[1] or 0)
         recipe = hashlib.sha256(f"{RANDOM_RECIPE}; {encoder}, seed {seed}".encode())
-        recipe.update(calibration_batch(CALIBRATION_IMAGES, ENCODERS[encoder].side).data)
+        recipe.update(calibration_batch(CALIBRATION_IMAGES, CNNS[encoder].side).data)
         return WeightsIdentity(f"random:{seed}", recipe.hexdigest(), True, None)
     if weights == "imagenet":
         url = imagenet_url(encoder)
@@ -74,20 +97,17 @@ def identify_weights(encoder: str, weights: str, download: bool = True) -> Weigh
         if not download and not file.exists():
             return WeightsIdentity("imagenet (not downloaded yet)", "", False, None)
         return WeightsIdentity(imagenet_name(encoder), _download(url, file), False, file)
-    file = Path(weights)
-    if not file.is_file():
-        raise WeightsError(f"{file}: weights file not found", "pass --weights imagenet, random, or the path of a file")
-    return WeightsIdentity(file.name, sha256_of(file), False, file)
+    return identify_file(weights)
 
 
 def imagenet_name(encoder: str) -> str:
     """Return the name of torchvision's ImageNet weights in the provenance."""
-    return f"imagenet ({ENCODERS[encoder].weights.rpartition('.')[2]})"
+    return f"imagenet ({CNNS[encoder].weights.rpartition('.')[2]})"
 
 
 def imagenet_url(encoder: str) -> str:
     """Return the address of torchvision's ImageNet weights."""
-    return str(models.get_weight(ENCODERS[encoder].weights).url)
+    return str(models.get_weight(CNNS[encoder].weights).url)
 
 
 def _download(url: str, file: Path) -> str:

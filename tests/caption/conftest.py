@@ -12,19 +12,21 @@ import torch
 from PIL import Image
 
 import gridcap.caption.captioner as captioner_module
+import gridcap.extract.encoders.torchvision as torchvision_module
 from gridcap.common.config import PipelineConfig, load_config
 from gridcap.common.image import decoder_name
 from gridcap.common.process import keep_large_buffers
 from gridcap.extract.encoders.grid_encoder import EncoderOptions
 from gridcap.extract.encoders.provenance import describe_features
-from gridcap.extract.encoders.weights import identify_weights
+from gridcap.extract.encoders.registry import find_encoder
+from gridcap.extract.encoders.weights import identify_cnn_weights
 from gridcap.train.data.vocabulary import EOS, Vocabulary
 from gridcap.train.decoders.base import Decoder
 from gridcap.train.decoders.build import build_decoder
 from gridcap.train.engine.checkpoint import CheckpointContents, save_checkpoint
 
 WORDS = ["a", "large", "small", "red", "blue", "ring", "cross", "in", "the", "corner"]
-_identify_once = functools.cache(identify_weights)  # slow: random weights are calibrated on rendered scenes
+_identify_once = functools.cache(identify_cnn_weights)  # slow: random weights are calibrated on rendered scenes
 
 
 class FakeEncoder:
@@ -33,7 +35,7 @@ class FakeEncoder:
     side = 299
     grid_shape = (8, 8, 2048)
 
-    def __init__(self, name: str, identity: Any, options: EncoderOptions) -> None:
+    def __init__(self, name: str, identity: Any, options: EncoderOptions, settings: Any = None) -> None:
         self._dtype = options.dtype
         self._projection = np.random.default_rng(0).normal(size=(3, 2048))
 
@@ -59,7 +61,7 @@ def _working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeEncoder]:
     """Replace the CNN with FakeEncoder."""
     monkeypatch.setattr(captioner_module, "GridEncoder", FakeEncoder)
-    monkeypatch.setattr(captioner_module, "identify_weights", _identify_once)
+    monkeypatch.setattr(torchvision_module, "identify_cnn_weights", _identify_once)
     return FakeEncoder
 
 
@@ -67,7 +69,7 @@ def features_of(weights: str = "random", **change: Any) -> dict[str, Any]:
     """Return the provenance of inception_v3 features."""
     identity = _identify_once("inception_v3", weights)
     provenance = describe_features(
-        "inception_v3", identity, EncoderOptions("float32", "cpu"), "stretch", decoder_name()
+        find_encoder("inception_v3"), identity, EncoderOptions("float32", "cpu"), "stretch", decoder_name()
     )
     return provenance | change
 

@@ -20,7 +20,7 @@ from gridcap.common.image import InvalidImageError, load_image
 from gridcap.common.store.quantize import as_stored
 from gridcap.extract.encoders.grid_encoder import EncoderOptions, GridEncoder
 from gridcap.extract.encoders.provenance import describe_features
-from gridcap.extract.encoders.specs import ENCODERS
+from gridcap.extract.encoders.registry import find_encoder
 from gridcap.extract.encoders.weights import identify_weights
 from gridcap.train.decoding.beam import BeamOptions, beam_search
 from gridcap.train.decoding.generate import generate_captions
@@ -82,7 +82,7 @@ def test_length_penalty_is_applied(fake: Any, scenes: Any, checkpoint: Any) -> N
 def test_real_encoder_gives_the_same_captions_as_step_by_step_decoding(
     scenes: Any, checkpoint: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = ENCODERS["inception_v3"]
+    spec = find_encoder("inception_v3").spec
     built: list[GridEncoder] = []
 
     class RecordingEncoder(GridEncoder):
@@ -93,7 +93,9 @@ def test_real_encoder_gives_the_same_captions_as_step_by_step_decoding(
     monkeypatch.setattr("gridcap.extract.encoders.weights.CALIBRATION_IMAGES", 4)  # saves several seconds
     monkeypatch.setattr("gridcap.caption.captioner.GridEncoder", RecordingEncoder)
     identity = identify_weights("inception_v3", "random:5")
-    provenance = describe_features("inception_v3", identity, EncoderOptions("float32", "cpu"), "crop", "pillow 1")
+    provenance = describe_features(
+        find_encoder("inception_v3"), identity, EncoderOptions("float32", "cpu"), "crop", "pillow 1"
+    )
     run, photos = checkpoint(provenance=provenance), sorted(scenes(2, size=(80, 60)).iterdir())
     captions = Captioner.load(run, device="cpu").caption(photos, BEAM)
     assert built[0].spec == spec
@@ -294,7 +296,7 @@ def test_local_file_named_like_imagenet_weights_is_not_downloaded(
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("layer", "Mixed_7b"), ("grid_shape", [7, 7, 2048]), ("decoder", "opencv"), ("resize", "nearest")],
+    [("grid_shape", [7, 7, 2048]), ("decoder", "opencv"), ("resize", "nearest")],
 )
 def test_features_of_another_layer_shape_or_preprocessing_are_rejected(
     fake: Any, checkpoint: Any, provenance_of: Any, sign: Any, key: str, value: Any

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from PIL import Image
 
+import gridcap.extract.encoders.torchvision as torchvision_module
 import gridcap.extract.encoding as encoding_module
 import gridcap.extract.indexing as indexing_module
 import gridcap.extract.job as job_module
@@ -20,13 +21,13 @@ from gridcap.common.config import load_config
 from gridcap.common.process import keep_large_buffers
 from gridcap.extract.encoders.grid_encoder import EncoderOptions
 from gridcap.extract.encoders.provenance import describe_features
-from gridcap.extract.encoders.weights import identify_weights
+from gridcap.extract.encoders.weights import identify_cnn_weights
 from gridcap.extract.job import Extraction, ExtractionRequest, prepare
 from gridcap.extract.run import extract_features
 from gridcap.extract.staging import PendingGrids
 
 GRID = (2, 2, 3)
-_identify_once = functools.cache(identify_weights)  # rendering the scenes for random weights is slow
+_identify_once = functools.cache(identify_cnn_weights)  # rendering the scenes for random weights is slow
 
 
 class FakeEncoder:
@@ -37,7 +38,7 @@ class FakeEncoder:
     built = 0
     batches: list[int] = []  # noqa: RUF012  # size of each encoded batch, over all instances
 
-    def __init__(self, name: str, identity: Any, options: EncoderOptions) -> None:
+    def __init__(self, name: str, identity: Any, options: EncoderOptions, settings: Any = None) -> None:
         self._dtype = options.dtype
         type(self).built += 1
 
@@ -87,7 +88,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeEncoder]:
 
     monkeypatch.setattr(encoding_module, "GridEncoder", Fake)
     monkeypatch.setattr(job_module, "describe_features", describe)
-    monkeypatch.setattr(job_module, "identify_weights", _identify_once)
+    monkeypatch.setattr(torchvision_module, "identify_cnn_weights", _identify_once)
     return Fake
 
 

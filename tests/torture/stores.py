@@ -31,7 +31,7 @@ class MeanEncoder:
     side = 16
     grid_shape = GRID
 
-    def __init__(self, name: str, identity: Any, options: EncoderOptions) -> None:
+    def __init__(self, name: str, identity: Any, options: EncoderOptions, settings: Any = None) -> None:
         self._dtype = options.dtype
 
     def submit(self, images: np.ndarray) -> PendingGrids:

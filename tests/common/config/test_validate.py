@@ -107,7 +107,7 @@ def test_an_option_of_another_family_names_the_family_that_has_it() -> None:
         ("data: {splits: {train: {}}}", "data.splits.train.images"),
         ("data: {splits: {train: {images: x, limit: 0}}}", "data.splits.train.limit"),
         ("data: {splits: {train: {images: x, skip: -1}}}", "data.splits.train.skip"),
-        ("extract: {encoder: vgg16}", "extract.encoder"),
+        ("extract: {image_size: 0}", "extract.image_size"),
         ("extract: {weights: random:x}", "extract.weights"),
         ("extract: {dtype: float8}", "extract.dtype"),
         ("extract: {shard_size: 0}", "extract.shard_size"),

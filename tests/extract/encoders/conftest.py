@@ -15,7 +15,7 @@ from torchvision.transforms import functional
 
 from gridcap.common.scenes import Scene, calibration_batch, render
 from gridcap.extract.encoders.grid_encoder import EncoderOptions, GridEncoder
-from gridcap.extract.encoders.specs import ENCODERS
+from gridcap.extract.encoders.specs import CNNS
 
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
@@ -115,5 +115,5 @@ def random_encoder() -> GridEncoder:
 @pytest.fixture
 def short_inception(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reduce inception_v3 to its first layers and small images: random weights take one second instead of ten."""
-    spec = ENCODERS["inception_v3"]
-    monkeypatch.setitem(ENCODERS, "inception_v3", dataclasses.replace(spec, layers=spec.layers[:9], side=75))
+    spec = CNNS["inception_v3"]
+    monkeypatch.setitem(CNNS, "inception_v3", dataclasses.replace(spec, layers=spec.layers[:9], side=75))

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.inception import BasicConv2d, InceptionA
 
+from gridcap.extract.encoders.folding import fold_batch_norm
 from gridcap.extract.encoders.packed import PackedConvolution, can_pack, pack_convolutions
-from gridcap.extract.encoders.trunk import fold_batch_norm
 
 pytestmark = pytest.mark.skipif(not can_pack(torch.float32), reason="torch without oneDNN or without its operators")
 

@@ -7,6 +7,7 @@ import pytest
 from gridcap.common.errors import UserError
 from gridcap.extract.encoders.grid_encoder import EncoderOptions
 from gridcap.extract.encoders.provenance import describe_features
+from gridcap.extract.encoders.registry import find_encoder
 from gridcap.extract.encoders.weights import identify_weights
 
 
@@ -15,7 +16,7 @@ def test_the_provenance_contains_everything_that_affects_the_values() -> None:
         values = {"resize_mode": "stretch", "precision": "float32", "dtype": "float16", "weights": "random"} | change
         identity = identify_weights("inception_v3", values["weights"])
         options = EncoderOptions(values["precision"], "cpu", values["dtype"])
-        return describe_features("inception_v3", identity, options, values["resize_mode"], "pillow 1.2.3")
+        return describe_features(find_encoder("inception_v3"), identity, options, values["resize_mode"], "pillow 1.2.3")
 
     plain = describe()
     assert plain["encoder"] == "inception_v3"
@@ -27,7 +28,7 @@ def test_the_provenance_contains_everything_that_affects_the_values() -> None:
     assert plain["compile"] is False
     identity = identify_weights("inception_v3", "random")
     compiled = EncoderOptions("float32", "cpu", compiled=True)
-    described = describe_features("inception_v3", identity, compiled, "stretch", "pillow 1.2.3")
+    described = describe_features(find_encoder("inception_v3"), identity, compiled, "stretch", "pillow 1.2.3")
     assert described == {**plain, "compile": True}
     for change in (
         {"resize_mode": "crop"},
@@ -41,4 +42,4 @@ def test_the_provenance_contains_everything_that_affects_the_values() -> None:
 def test_an_unknown_device_is_a_usage_error() -> None:
     identity = identify_weights("resnet50", "random")
     with pytest.raises(UserError, match="--device nonsense"):
-        describe_features("resnet50", identity, EncoderOptions(device="nonsense"), "stretch", "pillow 1")
+        describe_features(find_encoder("resnet50"), identity, EncoderOptions(device="nonsense"), "stretch", "pillow 1")

@@ -12,47 +12,16 @@ from torch import nn
 from torchvision import models
 
 from gridcap.common.errors import WeightsError
-from gridcap.extract.encoders.specs import ENCODERS
-from gridcap.extract.encoders.trunk import fold_batch_norm, normalize
+from gridcap.extract.encoders.specs import CNNS
+from gridcap.extract.encoders.trunk import normalize
 from tests.extract.encoders.conftest import load, save_hollow_state, scene
 
 
-def test_folding_batch_norm_preserves_the_function() -> None:
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(8, 8, 3, padding=1, bias=False)
-            self.bn = nn.BatchNorm2d(8, eps=0.001)
-            self.down = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.relu(self.bn(self.conv(x))) + self.down(x)
-
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), Block(), nn.BatchNorm2d(8))
-        for module in network.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                nn.init.uniform_(module.weight, 0.5, 2)
-                nn.init.normal_(module.bias)
-                nn.init.normal_(module.running_mean)
-                nn.init.uniform_(module.running_var, 0.2, 3)
-        x = torch.randn(2, 3, 9, 9)
-    network.eval()
-    with torch.no_grad():
-        before = network(x)
-        fold_batch_norm(network)
-        after = network(x)
-    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
-    remaining = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert len(remaining) == 1, "all but the last, which does not follow a convolution, are folded"
-
-
-@pytest.mark.parametrize("name", list(ENCODERS))
+@pytest.mark.parametrize("name", list(CNNS))
 def test_bfloat16_pixels_are_rounded_float32_pixels(name: str) -> None:
     every = torch.arange(256, dtype=torch.uint8)[None, :, None, None].expand(1, 256, 1, 3)
-    exact = normalize(every, ENCODERS[name], torch.float32)
-    assert torch.equal(normalize(every, ENCODERS[name], torch.bfloat16), exact.bfloat16())
+    exact = normalize(every, CNNS[name], torch.float32)
+    assert torch.equal(normalize(every, CNNS[name], torch.bfloat16), exact.bfloat16())
 
 
 @pytest.mark.usefixtures("short_inception")

@@ -17,7 +17,7 @@ from torch import nn
 
 import gridcap.extract.encoders.weights as weights_module
 from gridcap.common.errors import WeightsError
-from gridcap.extract.encoders.specs import ENCODERS
+from gridcap.extract.encoders.specs import CNNS
 from gridcap.extract.encoders.weights import identify_weights
 from tests.extract.encoders.conftest import load
 
@@ -281,6 +281,6 @@ def test_without_a_network_the_error_explains_the_manual_download(
     assert f"https://download.pytorch.org/models/{CONTENT_NAME}" in error.hint
 
 
-@pytest.mark.parametrize("name", list(ENCODERS))
+@pytest.mark.parametrize("name", list(CNNS))
 def test_imagenet_file_names_contain_a_checksum(name: str) -> None:
     assert re.fullmatch(r"[0-9a-f]{8}", weights_module.hash_in(weights_module.imagenet_url(name).rpartition("/")[2]))
