@@ -20,7 +20,6 @@ from click.testing import CliRunner
 
 import gridcap.extract.encoders.grid_encoder as encoder_module
 from demo.shapes import write_shapes
-from gridcap.extract.encoders.specs import CNNS, CnnSpec
 
 ROOT = Path(__file__).parents[1]
 PAGES = (
@@ -147,9 +146,3 @@ def test_every_command_runs(folders: dict[str, Path], monkeypatch: pytest.Monkey
 def test_every_page_with_commands_is_tested() -> None:
     pages = {str(path.relative_to(ROOT)) for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
     assert {page for page in pages if blocks(page, "sh", "bash")} == set(PAGES)
-
-
-def test_the_encoder_example_matches_the_registry() -> None:
-    (code,) = blocks("docs/extending.md", "python")
-    shown = eval("{" + code + "}", {"CnnSpec": CnnSpec})
-    assert shown["resnet50"] == CNNS["resnet50"]

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 from torch import nn
 
 from gridcap.common.errors import UserError, WeightsError
+from gridcap.common.store.reader import FeatureStore
+from gridcap.extract.api import extract_features
 from gridcap.extract.encoders import registry
 from gridcap.extract.encoders.grid_encoder import EncoderOptions, GridEncoder
 from gridcap.extract.encoders.registry import (
@@ -149,3 +154,22 @@ def test_an_entry_point_is_loaded_when_its_encoder_is_used(monkeypatch: pytest.M
     assert "plugin" not in registry._REGISTERED
     assert find_encoder("plugin").spec.side == 8
     del registry._REGISTERED["plugin"]
+
+
+def test_the_example_in_the_docs_works_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "extending.md").read_text(encoding="utf-8")
+    section = page.partition("## An encoder")[2].partition("\n## ")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    (tmp_path / "my_encoder.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    point = metadata.EntryPoint("color_statistics", "my_encoder", registry.GROUP)
+    monkeypatch.setattr(registry, "_entry_points", lambda: {"color_statistics": point})
+    monkeypatch.setattr(registry, "_REGISTERED", dict(registry._REGISTERED))
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(3):
+        Image.new("RGB", (64, 48), (80 * i, 0, 0)).save(photos / f"{i}.png")
+    extract_features(photos, tmp_path / "store.h5", encoder="color_statistics", progress=False)
+    with FeatureStore(tmp_path / "store.h5") as store:
+        assert store.grid_shape == (8, 8, 6)
+        assert store.provenance["versions"]["my_encoder"] == "1.0"
