@@ -32,7 +32,7 @@ def open_image(file: io.BufferedReader) -> Image.Image:
 
     Raises:
         InvalidImageError: the format needs a package that is not installed, which the reason names, or a JPEG XL file
-            has too many pixels.
+            is unreadable or has too many pixels.
         PIL.UnidentifiedImageError: not an image in a supported format.
     """
     header = file.peek(HEADER_BYTES)[:HEADER_BYTES]
@@ -48,7 +48,11 @@ def open_image(file: io.BufferedReader) -> Image.Image:
         file.seek(0)
         if width * height > MAX_PIXELS:
             raise InvalidImageError("too many pixels")
-        return Image.open(file, formats=_require("JXL", "pillow_jxl", lambda _: None, "gridcap[jxl]"))
+        formats = _require("JXL", "pillow_jxl", lambda _: None, "gridcap[jxl]")
+        try:
+            return Image.open(file, formats=formats)
+        except RuntimeError as error:  # libjxl's message is about building libjxl
+            raise InvalidImageError("unreadable JPEG XL file") from error
     return Image.open(file, formats=BASE_FORMATS)
 
 
