@@ -162,6 +162,8 @@ def _from_os_error(error: OSError, path: Path) -> Exception:
         return InvalidImageError("not a regular file")
     if error.errno in (errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP):
         return InvalidImageError(os.strerror(error.errno).lower())
+    if error.errno == errno.EINVAL:  # a corrupted file that refers to a negative position
+        return InvalidImageError(_describe(error))
     if error.errno is not None or is_transient(error):  # the machine's fault, such as a network folder that is gone
         error.filename = error.filename or str(path)  # the error for a failed read does not name the file
         return error

@@ -278,6 +278,17 @@ def test_item_23_a_failed_read_names_the_image(tmp_path: Path, monkeypatch: pyte
     assert caught.value.filename == str(tmp_path / "a.png")
 
 
+def test_a_file_that_refers_to_an_impossible_position_is_invalid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, invalid_reason: Any
+) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.tif")
+    monkeypatch.setattr("gridcap.common.image.decode.ImageReader.seek", fail)
+    assert "Invalid argument" in invalid_reason(tmp_path / "a.tif")
+
+
 @pytest.mark.parametrize("link", [False, True])
 def test_named_pipes_and_devices_are_invalid_without_waiting(tmp_path: Path, invalid_reason: Any, link: bool) -> None:
     os.mkfifo(tmp_path / "a.jpg")
