@@ -285,7 +285,7 @@ class Captioner:
         attention = hypothesis.attention
         return Caption(
             text=vocabulary.decode(hypothesis.tokens),
-            tokens=[vocabulary.tokens[token] for token in hypothesis.tokens],
+            tokens=vocabulary.texts(hypothesis.tokens),
             log_prob=hypothesis.log_prob,
             attention=None if attention is None else attention.reshape(-1, rows, columns),
         )

@@ -79,7 +79,7 @@ def reject_validation_settings(settings: TrainConfig) -> None:
 
 
 def with_decoder_of(config: PipelineConfig, source: Path, recipe: str | None) -> PipelineConfig:
-    """Return the configuration with the decoder, vocabulary, and maximum length of another run.
+    """Return the configuration with the decoder, tokenizer, vocabulary, and maximum length of another run.
 
     Raises:
         CheckpointError: there is no checkpoint in `source`.
@@ -93,5 +93,10 @@ def with_decoder_of(config: PipelineConfig, source: Path, recipe: str | None) ->
             f"--init-from {source} and --recipe {recipe} have different decoders",
             "omit one of the two, or use a recipe that does not set the decoder",
         )
-    changes = {"decoder": saved.decoder, "vocabulary": saved.vocabulary, "max_length": saved.max_length}
+    changes = {
+        "decoder": saved.decoder,
+        "vocabulary": saved.vocabulary,
+        "tokenizer": saved.tokenizer,
+        "max_length": saved.max_length,
+    }
     return config.model_copy(update={"train": config.train.model_copy(update=changes)})

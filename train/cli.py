@@ -47,14 +47,14 @@ def _recipe_name(values: dict[str, Any]) -> str | None:
 def _check_init_from() -> None:
     """Reject settings that would contradict the decoder of --init-from."""
     parameters = click.get_current_context().params
-    fixed = ("train.decoder", "train.vocabulary", "train.max_length")
+    fixed = ("train.decoder", "train.tokenizer", "train.vocabulary", "train.max_length")
     conflicts = [text for text in parameters["sets"] if text.startswith(fixed)]
     if parameters["decoder"] is not None:
         conflicts.append("--decoder")
     if parameters["init_from"] is not None and conflicts:
         raise ConfigError(
-            f"--init-from provides the decoder, the vocabulary, and max_length, but the command line also sets "
-            f"{conflicts[0]}",
+            "--init-from provides the decoder, the tokenizer, the vocabulary, and max_length, but the command line "
+            f"also sets {conflicts[0]}",
             "omit one of the two",
         )
 
@@ -158,7 +158,7 @@ def _with_train(config: PipelineConfig, **changes: Any) -> PipelineConfig:
 
 def _train(config: PipelineConfig, dry_run: bool, resume: bool) -> None:
     from gridcap.train.data.inputs import captions_for, warn_if_random
-    from gridcap.train.data.vocabulary_check import build_vocabulary
+    from gridcap.train.data.vocabulary_check import check_vocabulary
     from gridcap.train.engine.start import check_objective
 
     settings = config.train
@@ -181,7 +181,8 @@ def _train(config: PipelineConfig, dry_run: bool, resume: bool) -> None:
         check_disjoint(train, val)
     if dry_run:
         if settings.init_from is None and not resume:  # otherwise, the vocabulary is that of the checkpoint
-            build_vocabulary((caption for image in train.captions for caption in image), settings)
+            for line in check_vocabulary(train, val, settings).lines(settings.max_unk):
+                click.echo(line)
         epochs = plural(settings.epochs, "epoch")
         click.echo(f"dry run: would train {settings.decoder.family} for {epochs} into {settings.output}")
         return

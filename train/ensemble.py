@@ -40,9 +40,12 @@ def load_ensemble(paths: Sequence[Path]) -> Checkpoint:
 def _check_same_vocabulary(first: Checkpoint, other: Checkpoint) -> None:
     """Raise a MismatchError that states the first difference."""
     ours, theirs = first.vocabulary.tokens, other.vocabulary.tokens
-    if ours == theirs:
+    tokenizers = [checkpoint.vocabulary.tokenizer for checkpoint in (first, other)]
+    if tokenizers[0].to_json() != tokenizers[1].to_json():
+        difference = f"tokenizer {tokenizers[0].name} vs. {tokenizers[1].name}"
+    elif ours == theirs:
         return
-    if len(ours) != len(theirs):
+    elif len(ours) != len(theirs):
         difference = f"{len(ours)} tokens vs. {len(theirs)}"
     else:
         i = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)

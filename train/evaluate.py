@@ -72,12 +72,14 @@ def evaluate(
     attention = {}
     if options.keep_attention:
         attention = {
-            i: ([vocabulary.tokens[token] for token in hypothesis.tokens], hypothesis.attention)
+            i: (vocabulary.texts(hypothesis.tokens), hypothesis.attention)
             for i, hypothesis in zip(ids, hypotheses, strict=True)
         }
-    scores = score_captions(captions, references)
+    tokenizer = vocabulary.tokenizer.scoring
+    scores = score_captions(captions, references, tokenizer)
     scores.values = {"perplexity": perplexity(loss), **scores.values}
-    statistics = caption_statistics(captions, references, len(vocabulary) - len(SPECIALS), options.training_captions)
+    size = len(vocabulary) - len(SPECIALS)
+    statistics = caption_statistics(captions, references, size, options.training_captions, tokenizer)
     if NOVEL_CAPTIONS not in statistics:
         scores.unavailable[NOVEL_CAPTIONS] = "requires the captions that the decoder was trained on"
     return Evaluation(captions, names, references, scores, statistics, attention)

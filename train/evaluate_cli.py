@@ -211,13 +211,14 @@ def _print_results(result: Evaluation) -> None:
     """Print the metrics, the caption statistics, warnings, and the metrics that are not available."""
     for name, value in result.scores.values.items():
         click.echo(f"  {name:<17} {value:8.4f}")
-    statistics = result.statistics
+    statistics, unit = result.statistics, result.scores.unit
     novel = statistics.get("novel_captions")
+    mean, reference = statistics["mean_length"], statistics["mean_reference_length"]
     lines = {
-        "distinct words": f"{statistics['distinct_words']:8} of {statistics['vocabulary_words']} in the vocabulary",
+        f"distinct {unit}s": f"{statistics['distinct_words']:8} of {statistics['vocabulary_words']} in the vocabulary",
         "distinct captions": f"{statistics['distinct_captions']:8.1%} of the captions",
         "novel captions": "" if novel is None else f"{novel:8.1%} not among the training captions",
-        "mean length": f"{statistics['mean_length']:8.2f} words; references: {statistics['mean_reference_length']:.2f}",
+        "mean length": f"{mean:8.2f} {unit}s; references: {reference:.2f}",
     }
     click.echo("")
     for name, text in lines.items():

@@ -5,7 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from gridcap.common.config.decoders import AttentionConfig, DecoderConfig
 from gridcap.common.config.section import Section
@@ -15,15 +23,18 @@ Optimizer = Literal["adam", "adamw"]
 ScheduleKind = Literal["constant", "step", "cosine", "noam"]
 Objective = Literal["cross-entropy", "scst"]
 Shuffle = Literal["rows", "blocks"]
+TokenizerKind = Literal["words", "characters", "bpe", "auto"]
 
 
 class VocabularyConfig(Section):
     """The vocabulary, counted over the training split only."""
 
     max_size: int | None = Field(
-        5000, ge=5, description="maximum vocabulary size, special tokens included; null: unlimited"
+        5000, ge=5, description="maximum vocabulary size, special tokens included; null: unlimited (not with bpe)"
     )
-    min_count: PositiveInt = Field(1, description="minimum count of a word (5 is common in the literature)")
+    min_count: PositiveInt = Field(
+        1, description="minimum count of a word, or of a merge of bpe (5 is common in the literature)"
+    )
 
 
 class ScheduleConfig(Section):
@@ -89,9 +100,16 @@ class TrainConfig(Section):
         description="training objective: cross-entropy, or scst (CIDEr-D reward, starts from init_from)",
     )
     decoder: DecoderConfig = Field(AttentionConfig(), description="decoder family and its settings")
+    tokenizer: TokenizerKind | Path = Field(
+        "words",
+        union_mode="left_to_right",
+        description="units that captions consist of: words, characters, bpe (subwords; vocabulary.max_size sets their "
+        "number), auto (words, or what fits a language without spaces), or the path of a tokenizer.json",
+    )
     vocabulary: VocabularyConfig = VocabularyConfig()
     min_vocabulary: NonNegativeInt = Field(
-        20, description="minimum number of words in the vocabulary; with fewer, training does not start"
+        20,
+        description="minimum number of words (or other units) in the vocabulary; with fewer, training does not start",
     )
     max_unk: float = Field(
         0.3,
@@ -135,6 +153,13 @@ class TrainConfig(Section):
         "auto", description="training precision; auto: bfloat16 if the hardware supports it, else float32"
     )
     device: str = Field("auto", description="device: auto, cpu, cuda, cuda:1, ...")
+
+    @field_validator("tokenizer")
+    @classmethod
+    def _tokenizer_is_a_choice_or_a_json_file(cls, value: TokenizerKind | Path) -> TokenizerKind | Path:
+        if isinstance(value, Path) and value.suffix != ".json":
+            raise ValueError(f"choose words, characters, bpe, auto, or the path of a tokenizer.json, not {value}")
+        return value
 
 
 # Settings of a run rather than of a recipe: paths, hardware, and limits of checks. A recipe leaves them unchanged.

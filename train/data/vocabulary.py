@@ -1,107 +1,111 @@
-"""Word-level vocabulary: captions <-> token ids."""
+"""Vocabulary: captions <-> token ids."""
 
 from __future__ import annotations
 
 import json
-import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from gridcap.common.errors import CheckpointError
 from gridcap.common.files import write_json
+from gridcap.train.data.tokenizers.base import UNKNOWN, Tokenizer, tokenizer_from_json
+from gridcap.train.data.tokenizers.words import WORDS
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
-SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>")
+SPECIALS = ("<pad>", "<bos>", "<eos>", UNKNOWN)
 
-_FORMAT, _VERSION = "gridcap-vocabulary", 2  # version 1 called the tokens "words"
-
-# Python's \w does not include combining marks; a letter or digit keeps the marks that follow it.
-MARKS = re.escape("".join(chr(c) for c in range(0x300, 0x10000) if unicodedata.category(chr(c))[0] == "M"))
-_PART = rf"[^\W_](?:[^\W_]|[{MARKS}])*"
-_WORD = re.compile(rf"{_PART}(?:'{_PART})*")
-
-
-def tokenize(caption: str) -> list[str]:
-    """Return the lowercase words of a caption, without punctuation.
-
-    "dog's" is one word, "t-shirt" is two ("t", "shirt").
-    """
-    return _WORD.findall(unicodedata.normalize("NFC", caption.lower().replace("’", "'")))
-
-
-def count_words(captions: Iterable[str]) -> Counter[str]:
-    """Count the words of captions."""
-    return Counter(word for caption in captions for word in tokenize(caption))
+_FORMAT, _VERSION = "gridcap-vocabulary", 3  # version 2 had no tokenizer, and split words such as "t-shirt"
 
 
 class Vocabulary:
-    """Mapping between words and token ids: PAD 0, BOS 1, EOS 2, UNK 3, then words by decreasing frequency.
+    """Mapping between units of a tokenizer and token ids: PAD 0, BOS 1, EOS 2, UNK 3, then units by frequency.
 
     Args:
         tokens: all V entries; the first four are `SPECIALS`.
+        tokenizer: tokenizer of the captions.
 
     Raises:
         ValueError: the special tokens are missing, or an entry is repeated.
     """
 
-    def __init__(self, tokens: Sequence[str]) -> None:
+    def __init__(self, tokens: Sequence[str], tokenizer: Tokenizer = WORDS) -> None:
         if tuple(tokens[: len(SPECIALS)]) != SPECIALS or len(set(tokens)) != len(tokens):
             raise ValueError(f"a vocabulary starts with {SPECIALS} and has no repeated entries")
         self.tokens = list(tokens)
-        self._ids = {token: i for i, token in enumerate(self.tokens)}
+        self.tokenizer = tokenizer
+        # Without the special tokens: a caption that contains "<eos>" does not end there.
+        self._ids = {token: i for i, token in enumerate(self.tokens) if i >= len(SPECIALS)}
 
     @classmethod
-    def build(cls, captions: Iterable[str], max_size: int | None = 5000, min_count: int = 1) -> Vocabulary:
-        """Build a vocabulary from the most frequent words; ties are broken alphabetically.
+    def build(
+        cls,
+        captions: Iterable[str],
+        max_size: int | None = 5000,
+        min_count: int = 1,
+        tokenizer: Tokenizer = WORDS,
+    ) -> Vocabulary:
+        """Build a vocabulary from the most frequent units; ties are broken alphabetically.
 
         Args:
             captions: captions of the training split.
             max_size: maximum size, including the special tokens; None for no limit.
-            min_count: minimum number of occurrences of a word.
+            min_count: minimum number of occurrences of a unit.
+            tokenizer: tokenizer of the captions.
 
         Raises:
-            ValueError: `max_size` leaves no room for words.
+            ValueError: `max_size` leaves no room for units.
         """
-        return cls.from_counts(count_words(captions), max_size, min_count)
+        counts = Counter(unit for caption in captions for unit in tokenizer.split(caption))
+        return cls.from_counts(counts, max_size, min_count, tokenizer)
 
     @classmethod
-    def from_counts(cls, counts: Counter[str], max_size: int | None, min_count: int) -> Vocabulary:
-        """Build a vocabulary from word counts, as `build` does."""
+    def from_counts(
+        cls, counts: Counter[str], max_size: int | None, min_count: int, tokenizer: Tokenizer = WORDS
+    ) -> Vocabulary:
+        """Build a vocabulary from counts of units, as `build` does."""
         if max_size is not None and max_size <= len(SPECIALS):
             raise ValueError(f"max_size {max_size} leaves no room for words besides the {len(SPECIALS)} special tokens")
-        ranked = sorted((w for w, n in counts.items() if n >= min_count), key=lambda w: (-counts[w], w))
-        return cls([*SPECIALS, *ranked[: None if max_size is None else max_size - len(SPECIALS)]])
+        ranked = sorted(
+            (unit for unit, n in counts.items() if n >= min_count and unit not in SPECIALS),
+            key=lambda unit: (-counts[unit], unit),
+        )
+        return cls([*SPECIALS, *ranked[: None if max_size is None else max_size - len(SPECIALS)]], tokenizer)
 
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def __contains__(self, token: str) -> bool:
-        return token in self._ids
+    def __contains__(self, unit: str) -> bool:
+        return unit in self._ids
 
     def encode(self, caption: str, max_length: int) -> list[int]:
-        """Return the token ids of a caption: BOS, at most `max_length` words (UNK for unknown ones), EOS.
+        """Return the token ids of a caption: BOS, at most `max_length` units (UNK for unknown ones), EOS.
 
         A longer caption is cut and gets no EOS; otherwise, the decoder would learn to stop in the middle of a sentence.
         """
-        words = tokenize(caption)
-        ids = [BOS, *(self._ids.get(word, UNK) for word in words[:max_length])]
-        return ids if len(words) > max_length else [*ids, EOS]
+        units = self.tokenizer.split(caption)
+        ids = [BOS, *(self._ids.get(unit, UNK) for unit in units[:max_length])]
+        return ids if len(units) > max_length else [*ids, EOS]
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """Return the text of token ids: the entries before the first EOS, without BOS and PAD, joined by spaces."""
-        words = []
+        """Return the text of the token ids before the first EOS, without BOS and PAD."""
+        units = []
         for token in tokens:
             if token == EOS:
                 break
             if token not in (PAD, BOS):
-                words.append(self.tokens[token])
-        return " ".join(words)
+                units.append(self.tokens[token])
+        return self.tokenizer.join(units)
+
+    def texts(self, tokens: Iterable[int]) -> list[str]:
+        """Return the text of each token id on its own, such as the labels of attention maps."""
+        units = (self.tokens[token] for token in tokens)
+        return [self.tokenizer.join([unit]) or unit for unit in units]
 
     def save(self, path: Path) -> None:
-        """Write the vocabulary as JSON."""
-        write_json(path, {"format": _FORMAT, "version": _VERSION, "tokens": self.tokens})
+        """Write the vocabulary and its tokenizer as JSON."""
+        tokenizer = self.tokenizer.to_json()
+        write_json(path, {"format": _FORMAT, "version": _VERSION, "tokenizer": tokenizer, "tokens": self.tokens})
 
     @classmethod
     def load(cls, path: Path) -> Vocabulary:
@@ -109,12 +113,19 @@ class Vocabulary:
 
         Raises:
             CheckpointError: the file is corrupted, or of another version.
+            UserError: the tokenizer needs a library that is not installed.
             OSError: the file cannot be read.
         """
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
-            if saved["version"] != _VERSION:
-                raise ValueError(f"version {saved['version']}; this version of gridcap reads version {_VERSION}")
-            return cls([str(token) for token in saved["tokens"]])
-        except (ValueError, KeyError, TypeError) as error:
+            version = saved["version"]
+            if version == _VERSION:
+                return cls([str(token) for token in saved["tokens"]], tokenizer_from_json(saved["tokenizer"]))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path}: not a valid vocabulary file: {error}", "use another checkpoint") from error
+        age = "an older" if isinstance(version, int) and version < _VERSION else "a newer"
+        raise CheckpointError(
+            f"{path}: written by {age} version of gridcap, with other words (format version {version}, expected "
+            f"{_VERSION})",
+            "train again, or use the version of gridcap that wrote it",
+        )

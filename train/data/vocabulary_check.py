@@ -2,63 +2,126 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Iterable
-
-import click
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from gridcap.common.config.train import TrainConfig
 from gridcap.common.errors import UserError
 from gridcap.common.text import plural
-from gridcap.train.data.vocabulary import SPECIALS, Vocabulary, count_words
+from gridcap.train.data.captioned import CaptionedImages
+from gridcap.train.data.tokenizers.base import Tokenizer
+from gridcap.train.data.tokenizers.choose import make_tokenizer
+from gridcap.train.data.tokenizers.subwords import Subwords
+from gridcap.train.data.vocabulary import SPECIALS, Vocabulary
 
-# Thai, Lao, Burmese, Khmer, Japanese kana, and Chinese characters: scripts without spaces between words.
-_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]")
-_MAX_SEGMENTED_LENGTH = 8  # mean characters per word; unsegmented captions are far above, segmented ones far below
-_SEGMENT = "segment the captions first: put a space between words, for example with jieba, MeCab, or PyThaiNLP"
+
+@dataclass(frozen=True)
+class CheckedVocabulary:
+    """A vocabulary that a decoder can learn from.
+
+    Attributes:
+        vocabulary: the vocabulary with its tokenizer.
+        train_unk: share of the units of the training captions that are UNK.
+        val_unk: the same of the validation captions, if there are any.
+    """
+
+    vocabulary: Vocabulary
+    train_unk: float
+    val_unk: float | None = None
+
+    def lines(self, max_unk: float) -> list[str]:
+        """Return one line for the log, and a warning if too many units of the validation captions are UNK."""
+        tokenizer = self.vocabulary.tokenizer
+        text = f"vocabulary: {plural(_size(self.vocabulary), tokenizer.unit)} ({tokenizer.name}), "
+        text += f"UNK: {self.train_unk:.1%} of the training captions"
+        if self.val_unk is None:
+            return [text]
+        lines = [f"{text}, {self.val_unk:.1%} of the validation captions"]
+        if self.val_unk > max_unk:
+            lines.append(
+                f"WARNING: {self.val_unk:.0%} of the {tokenizer.unit}s of the validation captions are not in the "
+                "vocabulary: check that they are in the language of the training captions"
+            )
+        return lines
 
 
-def build_vocabulary(captions: Iterable[str], settings: TrainConfig) -> Vocabulary:
-    """Build the vocabulary of the training captions and check that a decoder can learn from it.
-
-    Prints a warning if the captions are in a script without spaces and are not segmented into words.
+def check_vocabulary(
+    train: CaptionedImages, val: CaptionedImages | None, settings: TrainConfig, given: Vocabulary | None = None
+) -> CheckedVocabulary:
+    """Build the vocabulary of a run, or check that a given one fits its captions.
 
     Args:
-        captions: captions of the training split.
-        settings: `vocabulary`, and the limits `min_vocabulary` and `max_unk`.
+        train: training images.
+        val: validation images, if any.
+        settings: `tokenizer`, `vocabulary`, and the limits `min_vocabulary` and `max_unk`.
+        given: vocabulary of `init_from`.
 
     Raises:
-        UserError: the vocabulary has too few words, or too many words of the captions are UNK.
+        UserError: the tokenizer does not fit the captions, the vocabulary has too few units, or too many units of the
+            training captions are UNK.
     """
-    counts = count_words(captions)
-    vocabulary = Vocabulary.from_counts(counts, settings.vocabulary.max_size, settings.vocabulary.min_count)
-    unsegmented = is_unsegmented(counts)
-    if unsegmented:
-        click.secho(f"WARNING: whole captions count as one word; {_SEGMENT}", fg="yellow", err=True)
-    words, total = len(vocabulary) - len(SPECIALS), counts.total()
-    unknown = sum(n for word, n in counts.items() if word not in vocabulary)
-    if words < settings.min_vocabulary:
-        raise UserError(
-            f"the vocabulary has {plural(words, 'word')}, fewer than {settings.min_vocabulary} (train.min_vocabulary)",
-            _SEGMENT if unsegmented else _hint(settings, "use more captions"),
-        )
-    if unknown > settings.max_unk * total:
-        raise UserError(
-            f"{unknown / total:.0%} of the words of the training captions are not in the vocabulary of "
-            f"{plural(words, 'word')}, more than {settings.max_unk:.0%} (train.max_unk)",
-            _SEGMENT if unsegmented else _hint(settings, "use captions with fewer rare words"),
-        )
-    return vocabulary
+    captions = [caption for image in train.captions for caption in image]
+    if given is None:
+        vocabulary, train_unk = build_vocabulary(captions, settings)
+    else:
+        vocabulary, train_unk = given, unk_share(count_units(captions, given.tokenizer), given)
+        if train_unk > settings.max_unk:
+            raise UserError(
+                _too_many_unknown(train_unk, vocabulary, settings),
+                "use captions like those that the decoder of init_from was trained on, or train a new decoder",
+            )
+    if val is None:
+        return CheckedVocabulary(vocabulary, train_unk)
+    counts = count_units([caption for image in val.captions for caption in image], vocabulary.tokenizer)
+    return CheckedVocabulary(vocabulary, train_unk, unk_share(counts, vocabulary))
 
 
-def is_unsegmented(counts: Counter[str]) -> bool:
-    """Return whether most words are long runs of a script without spaces, such as Chinese, Japanese, or Thai."""
-    unspaced = {word: n for word, n in counts.items() if _UNSPACED.search(word)}
-    total = sum(unspaced.values())
-    if 2 * total <= counts.total():
-        return False
-    return sum(len(word) * n for word, n in unspaced.items()) > _MAX_SEGMENTED_LENGTH * total
+def build_vocabulary(captions: Sequence[str], settings: TrainConfig) -> tuple[Vocabulary, float]:
+    """Return the vocabulary of the training captions and their share of UNK, as `check_vocabulary` does."""
+    tokenizer = make_tokenizer(captions, settings)
+    counts = count_units(captions, tokenizer)
+    min_count = settings.vocabulary.min_count
+    if settings.tokenizer == "bpe" and isinstance(tokenizer, Subwords):
+        # Trained with the size and the minimum count. Units that no training caption needs are kept for new words.
+        counts.update(dict.fromkeys(tokenizer.units(), 0))
+        min_count = 0
+    vocabulary = Vocabulary.from_counts(counts, settings.vocabulary.max_size, min_count, tokenizer)
+    if _size(vocabulary) < settings.min_vocabulary:
+        raise UserError(
+            f"the vocabulary has {plural(_size(vocabulary), tokenizer.unit)}, fewer than {settings.min_vocabulary} "
+            "(train.min_vocabulary)",
+            _hint(settings, "use more captions"),
+        )
+    share = unk_share(counts, vocabulary)
+    if share > settings.max_unk:
+        raise UserError(
+            _too_many_unknown(share, vocabulary, settings),
+            _hint(settings, "set train.tokenizer: bpe, or use captions with fewer rare words"),
+        )
+    return vocabulary, share
+
+
+def count_units(captions: Sequence[str], tokenizer: Tokenizer) -> Counter[str]:
+    """Count the units of captions."""
+    return Counter(unit for caption in captions for unit in tokenizer.split(caption))
+
+
+def unk_share(counts: Counter[str], vocabulary: Vocabulary) -> float:
+    """Return the share of the counted units that are not in the vocabulary."""
+    return sum(n for unit, n in counts.items() if unit not in vocabulary) / max(1, counts.total())
+
+
+def _size(vocabulary: Vocabulary) -> int:
+    return len(vocabulary) - len(SPECIALS)
+
+
+def _too_many_unknown(share: float, vocabulary: Vocabulary, settings: TrainConfig) -> str:
+    unit = vocabulary.tokenizer.unit
+    return (
+        f"{share:.0%} of the {unit}s of the training captions are not in the vocabulary of "
+        f"{plural(_size(vocabulary), unit)}, more than {settings.max_unk:.0%} (train.max_unk)"
+    )
 
 
 def _hint(settings: TrainConfig, otherwise: str) -> str:

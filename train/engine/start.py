@@ -12,7 +12,7 @@ from gridcap.common.config import PipelineConfig, TrainConfig
 from gridcap.common.errors import CheckpointError, MismatchError, UserError, explain_out_of_memory
 from gridcap.common.store.provenance import check_same_features
 from gridcap.train.data.vocabulary import Vocabulary
-from gridcap.train.data.vocabulary_check import build_vocabulary
+from gridcap.train.data.vocabulary_check import check_vocabulary
 from gridcap.train.decoders.base import Decoder
 from gridcap.train.decoders.build import build_decoder
 from gridcap.train.engine.checkpoint import POINTERS, find_checkpoint, load_checkpoint, load_training_state
@@ -71,11 +71,19 @@ def start_run(job: TrainingJob) -> RunState:
                 f"{loaded.path}: its decoder differs from train.decoder",
                 "set train.decoder to the decoder of the run in init_from",
             )
+        _print_vocabulary(job, loaded.vocabulary)
         return _new_state(job, loaded.decoder, loaded.vocabulary)
-    captions = [caption for image in job.train.captions for caption in image]
-    vocabulary = build_vocabulary(captions, settings)
+    vocabulary = _print_vocabulary(job)
     torch.manual_seed(job.config.seed)
     return _new_state(job, build_decoder(settings.decoder, len(vocabulary), store.grid_shape), vocabulary)
+
+
+def _print_vocabulary(job: TrainingJob, given: Vocabulary | None = None) -> Vocabulary:
+    """Return the vocabulary of a new run, after `check_vocabulary`, and print its size and the share of UNK."""
+    checked = check_vocabulary(job.train, job.val, job.settings, given)
+    for line in checked.lines(job.settings.max_unk):
+        job.runtime.print(line)
+    return checked.vocabulary
 
 
 def resume_run(job: TrainingJob) -> RunState:

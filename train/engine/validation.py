@@ -77,7 +77,7 @@ def validate(
     row = {
         "val_loss": total / tokens,
         "val_perplexity": perplexity(total / tokens),
-        "val_cider": cider(captions, {i: data.captions[i] for i in captions}),
+        "val_cider": cider(captions, {i: data.captions[i] for i in captions}, vocabulary.tokenizer.scoring),
         "val_duplicate_share": duplicate_share(captions.values()),
     }
     return row | ({"val_attention_entropy": entropy / tokens} if decoder.has_attention else {})

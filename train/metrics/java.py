@@ -1,4 +1,4 @@
-"""The Java programs of pycocoevalcap: Stanford's PTB tokenizer, METEOR, and SPICE."""
+"""The Java programs of pycocoevalcap: METEOR and SPICE."""
 
 from __future__ import annotations
 
@@ -13,48 +13,12 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import pycocoevalcap.tokenizer.ptbtokenizer as ptb
-
 Texts = Mapping[int, Sequence[str]]
 ImageScores = tuple[float, list[float]]  # of all images together, and of each image
 
 
 class JavaError(Exception):
     """A Java program is missing or failed; the message is the reason."""
-
-
-def ptb_tokenize_java(texts: Sequence[str]) -> list[str]:
-    """Tokenize captions with Stanford's PTB tokenizer, as on the COCO evaluation server.
-
-    pycocoevalcap's wrapper writes its input into the package folder, which may be read-only; this uses a temporary
-    folder.
-
-    Args:
-        texts: captions without line breaks.
-
-    Returns:
-        For each caption, its lowercase tokens without punctuation, joined by spaces.
-
-    Raises:
-        JavaError: Java is missing or failed.
-    """
-    _require_java()
-    jar = Path(ptb.__file__).with_name(ptb.STANFORD_CORENLP_3_4_1_JAR)
-    command = ["java", "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            source = Path(folder) / "captions.txt"
-            source.write_bytes("\n".join(texts).encode())
-            done = subprocess.run([*command, str(source)], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise JavaError(f"the PTB tokenizer failed ({_describe(error)})") from error
-    lines = done.stdout.decode(errors="replace").split("\n")
-    if len(lines) < len(texts):
-        raise JavaError(f"the PTB tokenizer returned {len(lines)} lines for {len(texts)} captions")
-    return [
-        " ".join(token for token in line.rstrip().split(" ") if token not in ptb.PUNCTUATIONS)
-        for line in lines[: len(texts)]
-    ]
 
 
 def meteor(references: Texts, candidates: Texts) -> ImageScores:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from gridcap.train.data.vocabulary import tokenize
+from gridcap.train.data.tokenizers.base import Tokenizer
+from gridcap.train.data.tokenizers.words import WORDS
 
 NOVEL_CAPTIONS = "novel_captions"
 
@@ -14,14 +15,16 @@ def caption_statistics(
     references: Mapping[int, Sequence[str]],
     vocabulary_words: int,
     training_captions: Collection[str] | None,
+    tokenizer: Tokenizer = WORDS,
 ) -> dict[str, float]:
-    """Compute statistics of captions. Words are those of `gridcap.train.data.vocabulary.tokenize`.
+    """Compute statistics of captions.
 
     Args:
         captions: image id -> caption.
         references: image id -> captions.
-        vocabulary_words: number of words in the decoder's vocabulary, without special tokens.
+        vocabulary_words: number of units in the decoder's vocabulary, without special tokens.
         training_captions: captions that the decoder was trained on, or None if they are not available.
+        tokenizer: tokenizer whose units count as words.
 
     Returns:
         distinct_words: number of distinct words in the captions.
@@ -32,8 +35,8 @@ def caption_statistics(
         mean_length: words per caption.
         mean_reference_length: words per reference.
     """
-    tokenized = [tuple(tokenize(text)) for text in captions.values()]
-    lengths = [len(tokenize(text)) for texts in references.values() for text in texts]
+    tokenized = [tuple(tokenizer.split(text)) for text in captions.values()]
+    lengths = [len(tokenizer.split(text)) for texts in references.values() for text in texts]
     statistics: dict[str, float] = {
         "distinct_words": len({word for words in tokenized for word in words}),
         "vocabulary_words": vocabulary_words,
@@ -41,7 +44,7 @@ def caption_statistics(
     }
     if training_captions is not None:
         generated = set(tokenized)
-        known = {words for text in training_captions if (words := tuple(tokenize(text))) in generated}
+        known = {words for text in training_captions if (words := tuple(tokenizer.split(text))) in generated}
         statistics[NOVEL_CAPTIONS] = sum(words not in known for words in tokenized) / len(tokenized)
     return statistics | {
         "mean_length": sum(map(len, tokenized)) / len(tokenized),

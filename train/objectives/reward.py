@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
 from pycocoevalcap.bleu.bleu_scorer import cook_refs, cook_test
 
 from gridcap.train.data.captioned import CaptionedImages
-from gridcap.train.data.vocabulary import EOS, PAD, Vocabulary, tokenize
+from gridcap.train.data.vocabulary import BOS, EOS, PAD, UNK, Vocabulary
 from gridcap.train.metrics.ciderd import CiderD
 
 
@@ -23,15 +23,22 @@ class CaptionReward:
     the n-grams that contain it.
 
     Args:
-        references: token ids of each caption of each image, without BOS and EOS. Out-of-vocabulary words need ids of
-            their own instead of UNK, because two different unknown words must not match.
+        references: units of each caption of each image, without BOS and EOS, such as token ids. Out-of-vocabulary words
+            need ids of their own instead of UNK, because two different unknown words must not match.
         bleu_weight: weight of BLEU-4 relative to CIDEr-D.
+        to_units: converts the token ids of a caption, without EOS, to such units; None compares token ids.
 
     Raises:
         ValueError: an image has no references.
     """
 
-    def __init__(self, references: Sequence[Sequence[Sequence[int]]], bleu_weight: float = 0.0) -> None:
+    def __init__(
+        self,
+        references: Sequence[Sequence[Sequence[int]]],
+        bleu_weight: float = 0.0,
+        to_units: Callable[[list[int]], list[Hashable]] | None = None,
+    ) -> None:
+        self._to_units = to_units
         with_eos = [[[*caption, EOS] for caption in captions] for captions in references]
         self._ciderd = CiderD(with_eos)
         self._bleu_weight = bleu_weight
@@ -43,15 +50,21 @@ class CaptionReward:
         """Return the reward for the images of a data set, addressed by their position in it.
 
         References are never truncated: truncated ones would reward captions that end in the middle of a sentence, and
-        evaluation uses whole references. Out-of-vocabulary words get ids from the vocabulary size on, so that they
-        never match a generated token but contribute to the length and n-gram counts as in evaluation.
+        evaluation uses whole references. Captions are compared as in evaluation: as text, split by the tokenizer of the
+        metrics, so the reward is the metric for subwords too. Out-of-vocabulary words never match a generated token but
+        contribute to the length and n-gram counts.
         """
-        ids = {word: i for i, word in enumerate(vocabulary.tokens)}
+        tokenizer = vocabulary.tokenizer.scoring
+        ids: dict[Hashable, int] = {special: special for special in (PAD, BOS, EOS, UNK)}  # keeps words off these ids
         references = [
-            [[ids.setdefault(word, len(ids)) for word in tokenize(caption)] for caption in captions]
+            [[ids.setdefault(word, len(ids)) for word in tokenizer.split(caption)] for caption in captions]
             for captions in data.captions
         ]
-        return cls(references, bleu_weight)
+
+        def to_units(tokens: list[int]) -> list[Hashable]:
+            return [ids.get(word, f"?{word}") for word in tokenizer.split(vocabulary.decode(tokens))]
+
+        return cls(references, bleu_weight, to_units)
 
     def __call__(self, images: Sequence[int] | np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """Return the rewards of a batch.
@@ -64,7 +77,7 @@ class CaptionReward:
             (B, K) float32: CIDEr-D (0 to 10) + bleu_weight * BLEU-4 (0 to 1); 0 for an empty caption.
         """
         b, k = tokens.shape[:2]
-        captions = [_strip_padding(row) for row in tokens.reshape(b * k, -1).tolist()]
+        captions = [self._units(row) for row in tokens.reshape(b * k, -1).tolist()]
         rewards = self._ciderd.scores(np.repeat(images, k), captions)
         if self._bleu_weight > 0:
             cooked = {image: cook_refs(self._texts[image]) for image in {int(i) for i in images}}
@@ -73,20 +86,14 @@ class CaptionReward:
             )
         return rewards.reshape(b, k).astype(np.float32)
 
-
-def _strip_padding(row: list[int]) -> list[int]:
-    """Return the tokens up to and including EOS; empty if EOS is the only token."""
-    caption = []
-    for token in row:
-        if token == PAD:
-            break
-        caption.append(token)
-        if token == EOS:
-            break
-    return [] if caption == [EOS] else caption
+    def _units(self, row: list[int]) -> list[Hashable]:
+        """Return the units up to and including EOS; empty if EOS is the only one."""
+        length = next((i for i, token in enumerate(row) if token in (PAD, EOS)), len(row))
+        units: list[Hashable] = [*row[:length]] if self._to_units is None else self._to_units(row[:length])
+        return [*units, EOS] if units and EOS in row[length : length + 1] else units
 
 
-def _to_text(caption: Sequence[int]) -> str:
+def _to_text(caption: Sequence[Hashable]) -> str:
     return " ".join(map(str, caption))
 
 

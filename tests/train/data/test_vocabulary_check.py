@@ -1,47 +1,31 @@
 """Checks of the training vocabulary."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from gridcap.common.config.train import TrainConfig
 from gridcap.common.errors import UserError
-from gridcap.train.data.vocabulary import SPECIALS, count_words
-from gridcap.train.data.vocabulary_check import build_vocabulary, is_unsegmented
+from gridcap.train.data.tokenizers.characters import Characters
+from gridcap.train.data.vocabulary import SPECIALS, Vocabulary
+from gridcap.train.data.vocabulary_check import build_vocabulary, check_vocabulary
 
 ENGLISH = [f"a word{i} and a word{i + 1}" for i in range(20)]
 CHINESE = [f"一只棕色的狗在绿色的草地上奔跑{chr(0x4E00 + i)}" for i in range(40)]
-JAPANESE = [f"緑の芝生の上を走っている茶色い犬{chr(0x3042 + i)}" for i in range(40)]
-THAI = [f"สุนัขสีน้ำตาลกำลังวิ่งอยู่บนสนามหญ้าสีเขียว{chr(0x0E01 + i)}" for i in range(40)]
 
 
-def settings(min_count, **limits):
-    return TrainConfig(vocabulary={"min_count": min_count}, **limits)
+def settings(min_count=1, **values):
+    return TrainConfig(vocabulary={"min_count": min_count}, **values)
+
+
+def images(captions):
+    return SimpleNamespace(captions=[(caption,) for caption in captions])
 
 
 def test_vocabulary_equals_plain_build():
-    vocabulary = build_vocabulary(ENGLISH, TrainConfig())
-    assert len(vocabulary) == len(SPECIALS) + 23
-
-
-@pytest.mark.parametrize("captions", [CHINESE, JAPANESE, THAI], ids=["Chinese", "Japanese", "Thai"])
-def test_item_21_unsegmented_captions_warn_and_are_rejected(captions, capsys):
-    with pytest.raises(UserError) as caught:
-        build_vocabulary(captions, settings(2))
-    assert "0 words, fewer than 20" in caught.value.message
-    assert "segment" in caught.value.hint
-    assert "whole captions count as one word" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "caption",
-    [
-        "一只 棕色 的 狗 在 绿色 的 草地 上 奔跑",
-        "緑 の 芝生 の 上 を 走っ て いる 犬",
-        "สุนัข สีน้ำตาล วิ่ง บน สนามหญ้า",
-        "a brown dog runs",
-    ],
-)
-def test_segmented_captions_do_not_warn(caption):
-    assert not is_unsegmented(count_words([caption]))
+    vocabulary, unk = build_vocabulary(ENGLISH, TrainConfig())
+    assert vocabulary.tokens == Vocabulary.build(ENGLISH).tokens
+    assert unk == 0
 
 
 def test_item_21_vocabulary_of_special_tokens_only_is_rejected():
@@ -57,4 +41,52 @@ def test_item_21_too_many_unknown_words_are_rejected():
         build_vocabulary(captions, settings(2, min_vocabulary=10))
     assert "of the words of the training captions are not in the vocabulary of 21 words" in caught.value.message
     assert "min_count" in caught.value.hint
-    assert len(build_vocabulary(captions, settings(2, min_vocabulary=10, max_unk=1))) == 25
+    vocabulary, unk = build_vocabulary(captions, settings(2, min_vocabulary=10, max_unk=1))
+    assert len(vocabulary) == 25
+    assert unk == pytest.approx(302 / 400)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "message"),
+    [
+        ("characters", "5 characters, fewer than 20"),
+        ("bpe", "subwords, fewer than 20"),
+        ("auto", "words, fewer than 20"),
+    ],
+)
+def test_the_check_applies_to_every_tokenizer(tokenizer, message):
+    with pytest.raises(UserError) as caught:
+        build_vocabulary(["一只狗在跑"] * 9, settings(tokenizer=tokenizer))
+    assert message in caught.value.message
+
+
+def test_min_count_applies_to_merges_of_bpe_and_not_to_its_units():
+    captions = [*ENGLISH, "a zebra"]
+    few, many = (build_vocabulary(captions, settings(n, tokenizer="bpe")) for n in (15, 1))
+    assert len(few[0]) < len(many[0])
+    assert few[1] == many[1] == 0, "rare words consist of characters"
+
+
+def test_size_and_unk_are_printed_for_both_splits():
+    checked = check_vocabulary(images(ENGLISH), images(["a word1 and a zebra"]), TrainConfig())
+    assert checked.lines(0.3) == [
+        "vocabulary: 23 words (PTB, in Python), UNK: 0.0% of the training captions, 20.0% of the validation captions"
+    ]
+    checked = check_vocabulary(images(CHINESE), None, TrainConfig(tokenizer="characters"))
+    assert checked.lines(0.3) == ["vocabulary: 51 characters (characters), UNK: 0.0% of the training captions"]
+
+
+def test_validation_captions_in_another_language_give_a_warning():
+    _, warning = check_vocabulary(images(ENGLISH), images(["ein Hund rennt"]), TrainConfig()).lines(0.3)
+    assert warning.startswith("WARNING: 100% of the words of the validation captions are not in the vocabulary")
+
+
+def test_a_given_vocabulary_is_kept_and_must_fit_the_captions():
+    given = Vocabulary.build(CHINESE, tokenizer=Characters())
+    checked = check_vocabulary(images(CHINESE[:3]), None, settings(tokenizer="characters"), given)
+    assert checked.vocabulary is given
+    with pytest.raises(UserError) as caught:
+        check_vocabulary(images(ENGLISH), None, settings(), given)
+    assert "100% of the characters of the training captions" in caught.value.message
+    assert "init_from" in caught.value.hint
+    assert len(given) > len(SPECIALS)

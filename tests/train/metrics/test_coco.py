@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gridcap.train.data.tokenizer import ptb_tokenize
-from gridcap.train.metrics import coco, java
+from gridcap.train.metrics import java
 from gridcap.train.metrics.coco import cider, score_captions
 
 REFERENCES = {
@@ -72,11 +71,10 @@ def test_all_scores_increase_with_better_captions():
 
 
 @pytest.mark.usefixtures("no_java")
-def test_without_java_our_tokenizer_is_used_and_missing_metrics_have_a_reason():
+def test_without_java_metrics_that_need_it_have_a_reason():
     scores = score_captions({i: f"{text}." for i, text in PERFECT.items()}, REFERENCES)
     assert set(scores.values) == WITHOUT_JAVA
     assert scores.values["BLEU-4"] == pytest.approx(1, abs=1e-6), "the full stop is not a token"
-    assert "gridcap" in scores.tokenizer
     assert set(scores.unavailable) == {"METEOR", "SPICE"}
     assert all("java" in reason.lower() for reason in scores.unavailable.values())
 
@@ -107,8 +105,8 @@ def java_scores():
         return score_captions({**PERFECT, 3: f"{PERFECT[3].upper()}!"}, REFERENCES)
 
 
-def test_with_java_the_ptb_tokenizer_is_used_and_meteor_is_computed(java_scores):
-    assert "PTB" in java_scores.tokenizer
+def test_with_java_meteor_is_computed(java_scores):
+    assert java_scores.tokenizer == "PTB, in Python"
     assert set(java_scores.values) == WITHOUT_JAVA | {"METEOR"}
     assert java_scores.values["METEOR"] == pytest.approx(1, abs=1e-6)
     assert java_scores.values["BLEU-4"] == pytest.approx(1, abs=1e-6), "case and the exclamation mark do not count"
@@ -138,14 +136,6 @@ def test_failing_java_only_omits_java_metrics():
     assert set(results[0].values) == WITHOUT_JAVA
     assert results[0].values["BLEU-4"] == pytest.approx(1, abs=1e-6)
     assert set(results[0].unavailable) == {"METEOR", "SPICE"}
-
-
-@pytest.mark.usefixtures("failing_java")
-def test_item_22_failing_java_falls_back_to_our_tokenizer_with_the_reason():
-    name, _, tokenized = coco._tokenize({1: ["a dog"]}, {1: ["a dog"]})
-    assert tokenized == {1: ["a dog"]}
-    assert "gridcap" in name
-    assert "the PTB tokenizer failed (could not reserve enough space)" in name
 
 
 # --- scores per image ---
@@ -203,102 +193,6 @@ def test_spice_per_image_follows_the_order_of_the_captions(monkeypatch):
     assert {i: each["SPICE"] for i, each in scores.per_image.items()} == {30: 0.3, 10: 0.1, 20: 0.2}
 
 
-# --- our tokenizer and Stanford's ---
-
-SAME = [
-    "A man riding a wave on top of a surfboard.",
-    "A woman's hand, holding a half-eaten hot dog!",
-    "",
-    "There are 2 dogs, 3 cats and 1,000 birds; it's 10:30 p.m.",
-    'Two men (one in red) play "frisbee".',
-    "A sign that says 'STOP' on a pole",
-    "“Curly quotes” and ‘single’ ones",
-    "The man who’s sitting doesn’t move…",
-    "A black & white photo: a t-shirt - with dots",
-    "A 1950's style car -- it’s PARKED near St. Mary's in the U.S.",
-    "They can't, won't and cannot; I'm gonna go, they'll've left",
-    "Fruits, vegetables, etc. on 5th Ave.",
-    "$5.00 and 50% off #1 @ home",
-    "24/7 store, half/whole, 1/2 pizza",
-    "A café au lait, naïve ½ cup",
-    "the dogs' bowls and the ladies’ room",
-    "rock 'n' roll o'clock 'tis ma'am",
-    "AT&T and A&W, B & B",
-    "what?! no!!",
-    "A cat.A dog ,a bird,a fish",
-    "[left] {right} <b>bold</b> x_y a * b = c",
-    "women`s semi truck w/ trailer",
-    "e-mail foo@bar.com at www.site.com",
-    "a t.v. and a T.V. on a stand.",
-    '-5 degrees +3 4x4 3-d 12" 5\'4"',
-    "日本 の Mr. Smith vs. Dr. Jones",
-    "x's and o's, y'all",
-    "#hashtag No. 5 wait...what",
-    "It's 90° ~ £5 €6",
-]
-DIFFERENT = {  # known differences: our tokens, Java's tokens
-    "smile :) there": ("smile -rrb- there", "smile :-rrb- there"),
-    "is it ok?yes": ("is it ok yes", "is it ok?yes"),
-    "1½ cups": ("1½ cups", "1 1/2 cups"),
-    "from 10 a.m.-5 p.m.": ("from 10 a.m. -5 p.m.", "from 10 a.m.-5 p.m."),
-    "a dog 😀 there": ("a dog 😀 there", "a dog there"),
-}
-
-
-def ours(text):
-    return " ".join(ptb_tokenize(text))
-
-
-def test_tokens_follow_penn_treebank_rules():
-    assert ours("A man's T-shirt, isn't it?") == "a man 's t-shirt is n't it"
-    assert ours("“The dogs’ bowl” (red) & 3.5 ft. of rope...") == "the dogs bowl -lrb- red -rrb- & 3.5 ft. of rope"
-    assert ours("?!.,:;-- ''") == "?!"
-    assert ours("नमस्ते") == "नमस्ते", "combining vowel signs belong to the word"
-
-
-@pytest.mark.usefixtures("java_scores")
-def test_our_tokenizer_agrees_with_stanfords_on_typical_captions():
-    name, truth, _ = coco._tokenize({0: SAME, 1: list(DIFFERENT)}, {0: [""], 1: ["a"]})
-    assert "PTB" in name
-    assert [ours(text) for text in SAME] == truth[0]
-    tokens = {text: (ours(text), java) for text, java in zip(DIFFERENT, truth[1], strict=True)}
-    assert tokens == DIFFERENT, "the docstrings of ptb_tokenize and score_captions list the differences"
-
-
-@pytest.mark.usefixtures("java_scores")
-def test_scores_are_equal_with_and_without_java(monkeypatch):
-    references = {i: [SAME[i], SAME[(i * 7 + 3) % len(SAME)]] for i in range(len(SAME))}
-    captions = {i: SAME[(i * 5 + 1) % len(SAME)] if i % 3 else SAME[i][:25] for i in range(len(SAME))}
-    monkeypatch.setattr(coco, "_add_java", lambda *_: None)
-    with_java = score_captions(captions, references)
-    monkeypatch.setenv("PATH", "")
-    own = score_captions(captions, references)
-    assert with_java.tokenizer != own.tokenizer
-    assert own.values == pytest.approx(with_java.values)
-    assert own.values["CIDEr"] == pytest.approx(cider(captions, references))
-    assert own.values["CIDEr"] > 1
-
-
-@pytest.mark.parametrize("end", ["\n", "\r\n", "\x0b", "\x85", "\u2028", "\u2029"])
-@pytest.mark.usefixtures("java_scores")
-def test_line_breaks_in_captions_do_not_shift_later_captions(end, monkeypatch):
-    monkeypatch.setattr(coco, "_add_java", lambda *_: None)
-    captions = {**GOOD, 1: f"{GOOD[1][:7]}{end}{GOOD[1][8:]}"}
-    scores = score_captions(captions, {**REFERENCES, 1: [f"A{end}brown dog", *REFERENCES[1]]})
-    assert "PTB" in scores.tokenizer
-    assert scores.per_image == score_captions(GOOD, {**REFERENCES, 1: ["a brown dog", *REFERENCES[1]]}).per_image
-
-
-@pytest.mark.usefixtures("java_scores")
-def test_item_22_read_only_site_packages_do_not_change_the_tokenizer(monkeypatch):
-    def fail(*args, **kwargs):
-        raise PermissionError("read-only site-packages")
-
-    monkeypatch.setattr(coco, "_add_java", lambda *_: None)
-    monkeypatch.setattr("pycocoevalcap.tokenizer.ptbtokenizer.tempfile.NamedTemporaryFile", fail)
-    assert score_captions(GOOD, REFERENCES).tokenizer.startswith("PTB")
-
-
 def test_item_22_spice_writes_to_a_temporary_folder_if_its_own_is_read_only(monkeypatch):
     from pycocoevalcap.spice import spice
 
@@ -310,3 +204,19 @@ def test_item_22_spice_writes_to_a_temporary_folder_if_its_own_is_read_only(monk
         assert all(folder.parent.is_dir() for folder in folders)
     assert before == (spice.TEMP_DIR, spice.CACHE_DIR)
     assert not folders[0].parent.exists()
+
+
+@pytest.mark.usefixtures("java_scores")
+def test_java_changes_no_score(monkeypatch):
+    monkeypatch.setattr(java, "spice_models_installed", lambda: False)
+    with_java = score_captions(GOOD, REFERENCES).values
+    monkeypatch.setenv("PATH", "")
+    assert score_captions(GOOD, REFERENCES).values.items() <= with_java.items()
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\x0b", "\x85", "\u2028", "\u2029"])
+@pytest.mark.usefixtures("no_java")
+def test_line_breaks_in_captions_are_spaces(end):
+    captions = {**GOOD, 1: f"{GOOD[1][:7]}{end}{GOOD[1][8:]}"}
+    scores = score_captions(captions, {**REFERENCES, 1: [f"A{end}brown dog", *REFERENCES[1]]})
+    assert scores.per_image == score_captions(GOOD, {**REFERENCES, 1: ["a brown dog", *REFERENCES[1]]}).per_image

@@ -1,0 +1,1 @@
+"""Tokenizers: caption <-> units (words, characters, or subwords)."""
