@@ -58,7 +58,7 @@ USES = Uses(("data", "extract", "seed"), "extract.resize_mode=crop")
 @click.option(
     "--annotations",
     type=click.Path(path_type=Path),
-    help="captions file: COCO JSON, Karpathy JSON, or CSV image,caption  [data.splits.<split>.annotations]",
+    help="captions file: COCO or Karpathy JSON, table, JSON Lines, Parquet, ...  [data.splits.<split>.annotations]",
 )
 @subset_options
 @click.option(

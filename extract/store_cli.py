@@ -61,7 +61,9 @@ class _ImportOptions:
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="index file of the store, ending in .h5")
 @click.option(
-    "--annotations", type=click.Path(path_type=Path), help="captions file of the images: COCO JSON, Karpathy JSON, CSV"
+    "--annotations",
+    type=click.Path(path_type=Path),
+    help="captions file of the images; see docs/captions.md",
 )
 @click.option("--split", help="name of the split  [default: the name of --output]")
 @click.option(

@@ -2,91 +2,52 @@
 
 from __future__ import annotations
 
-import json
+import importlib
+import pkgutil
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
-from shlex import quote
-from typing import Any
 
-from gridcap.common.captions.coco import read_coco
-from gridcap.common.captions.karpathy import is_karpathy, read_karpathy
+from gridcap.common.captions import formats
 from gridcap.common.captions.records import CaptionSet
-from gridcap.common.captions.table import read_table
+from gridcap.common.captions.source import CaptionsFile, CaptionsFormat, Columns
 from gridcap.common.errors import AnnotationError
+from gridcap.common.text import escape_line
 
-SUPPORTED = "use COCO captions JSON, a Karpathy split file (dataset_*.json), or CSV with the columns image,caption"
-TABLE_SUFFIXES = (".csv", ".txt")
-JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
+SHOWN_LINES, SHOWN_CHARACTERS = 3, 100
 
 
-def read_captions(path: Path, part: str = "train") -> CaptionSet:
-    """Read a captions file. The format is detected from its name and content.
+@cache
+def captions_formats() -> tuple[CaptionsFormat, ...]:
+    """Return all supported formats: `FORMAT` of each module of `gridcap.common.captions.formats`."""
+    names = sorted(module.name for module in pkgutil.iter_modules(formats.__path__))
+    return tuple(importlib.import_module(f"{formats.__name__}.{name}").FORMAT for name in names)
+
+
+def read_captions(path: Path, part: str = "train", columns: Columns | None = None) -> CaptionSet:
+    """Read a captions file. The format is detected from its content.
 
     Args:
-        path: COCO captions JSON, a Karpathy split file, or a CSV file with the columns image,caption.
-        part: part of a Karpathy split file: train (includes restval), val, or test; a leading "karpathy-" is ignored.
+        path: the file; see docs/captions.md for the supported formats.
+        part: part of a file that contains several (Karpathy, a split column, Flickr8k): train, val, or test, or a
+            value of the split column; a leading "karpathy-" is ignored. Train includes Karpathy's restval.
+        columns: columns of a table, JSON list, or Parquet file; None: by their names.
 
     Raises:
         AnnotationError: unreadable file or unsupported format.
     """
-    text = _read_text(path)
-    suffix = path.suffix.lower()
-    if suffix in TABLE_SUFFIXES:
-        return read_table(text, path)
-    is_json = suffix == ".json" or text.lstrip()[:1] in ("{", "[")
-    if not is_json or suffix in JSON_LINES_SUFFIXES:
-        raise AnnotationError(f"{path}: unsupported captions format {suffix or '(no extension)'}", SUPPORTED)
-    tree = _parse_json(text, path)
-    if is_karpathy(tree):
-        return read_karpathy(tree, path, part)
-    return read_coco(tree, path)
+    file = CaptionsFile(path, part, columns or Columns())
+    for captions_format in captions_formats():
+        if captions_format.sniff(file):
+            return replace(captions_format.read(file), format=captions_format.name)
+    raise _unsupported(file)
 
 
-def _read_text(path: Path) -> str:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise AnnotationError(f"{path}: {error.strerror}", "check the path of the captions file") from error
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        encoding = _guess_encoding(content)
-        if encoding is None:
-            raise AnnotationError(f"{path}: not a text file (byte {error.start} is not UTF-8)", SUPPORTED) from error
-        raise _encoding_error(path, encoding) from error
-    if "\0" in text[:4]:  # ASCII characters encoded as UTF-16 are valid UTF-8
-        raise _encoding_error(path, "UTF-16")
-    return text
-
-
-def _guess_encoding(content: bytes) -> str | None:
-    """Guess the encoding of text that is not UTF-8; None if it is not text."""
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in content[:2]:
-        return "UTF-16"
-    controls = set(range(32)) - set(b"\t\n\f\r")
-    return None if controls & set(content) else "CP1252"
-
-
-def _encoding_error(path: Path, encoding: str) -> AnnotationError:
-    name = {"CP1252": "probably CP1252 (Windows) or Latin-1"}.get(encoding, encoding)
+def _unsupported(file: CaptionsFile) -> AnnotationError:
+    names = "; ".join(f"{captions_format.name} ({captions_format.example})" for captions_format in captions_formats())
+    lines = [] if file.path.is_dir() else [line for line in file.text.splitlines() if line.strip()][:SHOWN_LINES]
+    shown = " / ".join(escape_line(line[:SHOWN_CHARACTERS]) for line in lines) or "(nothing)"
     return AnnotationError(
-        f"{path}: not UTF-8 text; the encoding is {name}",
-        f"convert the file: iconv -f {encoding} -t UTF-8 {quote(path.name)} > {quote('utf8_' + path.name)}",
+        f"{file.path}: unsupported captions format {file.suffix or '(no extension)'}; it begins with: {shown}",
+        f"supported formats: {names}",
     )
-
-
-def _parse_json(text: str, path: Path) -> dict[str, Any]:
-    """Parse JSON that contains a list of images, as COCO and Karpathy files do."""
-    try:
-        tree = json.loads(text)
-    except json.JSONDecodeError as error:
-        position = f"line {error.lineno}, column {error.colno}: {error.msg}"
-        raise AnnotationError(
-            f"{path}: not valid JSON: {position}", "if the file is truncated, download or write it again"
-        ) from error
-    except (ValueError, RecursionError) as error:  # an integer with thousands of digits, or deep nesting
-        raise AnnotationError(f"{path}: not valid JSON: {error}", SUPPORTED) from error
-    if not isinstance(tree, dict) or not isinstance(tree.get("images"), list):
-        raise AnnotationError(
-            f"{path}: no list of images: neither a COCO captions file nor a Karpathy split file", SUPPORTED
-        )
-    return tree

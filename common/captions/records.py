@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from gridcap.common.text import escape_line, plural
 
 MAX_EXAMPLES = 3  # per kind of problem
 MAX_KINDS = 8  # file extensions that are counted separately in a message
+INTEGER = re.compile("-?[0-9]{1,19}")
 NO_ID = "image without a 64-bit integer id"
 
 
@@ -25,11 +27,13 @@ class ImageRecord:
         image_id: 64-bit integer id.
         file_name: path relative to the image folder, separated by "/".
         captions: the K captions; may be empty.
+        group: key that near-duplicate images share; empty if unknown.
     """
 
     image_id: int
     file_name: str
     captions: tuple[str, ...] = ()
+    group: str = ""
 
 
 @dataclass
@@ -41,12 +45,14 @@ class Problems:
         examples: kind -> the first examples.
         skipped: file extension -> number of files that are not supported images (".heic" -> 3); never fatal.
         skipped_folders: reason -> number of linked folders; never fatal.
+        notes: what was skipped or interpreted on purpose -> number of items; never fatal.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
     skipped: Counter[str] = field(default_factory=Counter)
     skipped_folders: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
 
     @property
     def total(self) -> int:
@@ -66,6 +72,7 @@ class Problems:
         self.examples.clear()
         self.skipped.clear()
         self.skipped_folders.clear()
+        self.notes.clear()
 
     def lines(self) -> list[str]:
         """Return one line per kind, such as "3 x empty caption (annotation 17, annotation 90, ...)"."""
@@ -80,15 +87,25 @@ class Problems:
             lines.append(f"skipped, not a supported image file: {', '.join(kinds)}")
         for reason, count in self.skipped_folders.items():
             lines.append(f"skipped: {plural(count, 'linked folder')} ({reason})")
+        lines += [f"{count} x {note}" for note, count in self.notes.items()]
         return lines
 
 
 @dataclass(frozen=True)
 class CaptionSet:
-    """The images of one split in file order, and the problems found while reading them."""
+    """The images of one split in file order, and the problems found while reading them.
+
+    Attributes:
+        records: the images.
+        problems: invalid items.
+        format: name of the format of the captions file; empty for an image folder.
+        columns: role (image, caption, split, group) -> names of the columns it was read from, if the format has any.
+    """
 
     records: list[ImageRecord]
     problems: Problems
+    format: str = ""
+    columns: dict[str, str] = field(default_factory=dict)
 
 
 def id_from_name(file_name: str) -> int:
@@ -148,6 +165,21 @@ def clean_caption(caption: object, source: str, problems: Problems) -> str | Non
 def is_image_id(value: object) -> TypeGuard[int]:
     """Return whether a value is an integer that fits the 64-bit ids of a store."""
     return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
+
+
+def as_image_id(value: object) -> int | None:
+    """Return the 64-bit id in an integer, an integral float, or a text; None if there is none.
+
+    The id of a text that is not an integer is derived from the text.
+    """
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, str):
+        text = value.strip()
+        if not text or not is_utf8(text):
+            return None
+        value = int(text) if INTEGER.fullmatch(text) else id_from_name(text)
+    return value if is_image_id(value) else None
 
 
 def is_utf8(text: str) -> bool:

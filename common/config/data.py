@@ -16,7 +16,7 @@ class SplitConfig(Section):
 
     images: Path = Field(description="folder with the images")
     annotations: Path | None = Field(
-        None, description="captions file: COCO JSON, Karpathy's dataset_coco.json, or CSV image,caption"
+        None, description="captions file: COCO or Karpathy JSON, table, JSON Lines, Parquet, ...; see docs/captions.md"
     )
     limit: PositiveInt | None = Field(None, description="use a seeded random subset of this many images")
     skip: int = Field(

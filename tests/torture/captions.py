@@ -67,6 +67,10 @@ def _karpathy() -> dict[str, Any]:
     return {"images": images, "dataset": "coco"}
 
 
+def _list() -> list[dict[str, Any]]:
+    return [{"image": f"{i}.jpg", "caption": ["a thing"] * (i % 3), "split": "train"} for i in range(6)]
+
+
 def _config() -> dict[str, Any]:
     return {"seed": 1, "data": {"splits": {"train": {"images": "a", "annotations": "b"}}}, "train": {"epochs": 2}}
 
@@ -101,13 +105,13 @@ def _mutate_repeatedly(tree: Any, rng: np.random.Generator) -> Any:
 
 
 def _run(folder: Path, rng: np.random.Generator) -> str:
-    kind = ("coco", "karpathy", "csv", "yaml")[int(rng.integers(4))]
-    path = folder / f"case.{'json' if kind in ('coco', 'karpathy') else kind}"
+    kind = ("coco", "karpathy", "list", "csv", "yaml")[int(rng.integers(5))]
+    path = folder / f"case.{'json' if kind in ('coco', 'karpathy', 'list') else kind}"
     if kind == "csv":
         text = "image,caption\n" + "".join(f'{i}.jpg,"a ""thing"", {i}"\n' for i in range(20))
         content = text.encode()
     else:
-        tree = _mutate_repeatedly({"coco": _coco, "karpathy": _karpathy, "yaml": _config}[kind](), rng)
+        tree = _mutate_repeatedly({"coco": _coco, "karpathy": _karpathy, "list": _list, "yaml": _config}[kind](), rng)
         try:
             content = (json.dumps(tree) if kind != "yaml" else yaml.safe_dump(tree)).encode("utf-8", "surrogatepass")
         except (RecursionError, ValueError, yaml.YAMLError):  # too deeply nested for the writer

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gridcap.common.captions.read import read_captions
+from gridcap.common.captions.read import captions_formats, read_captions
 from gridcap.common.captions.records import Problems
 from gridcap.common.errors import AnnotationError
 
@@ -22,9 +22,9 @@ from gridcap.common.errors import AnnotationError
         (b'{"images": [' + b"1" * 5000 + b"]}", "not valid JSON"),
         (b'{"images": "caf\xe9"}', "not UTF-8"),
         (b"\xff\xd8\xff\xe0\0 a JPEG", "not a text file"),
-        (b"[1, 2]", "no list of images"),
-        (b'{"annotations": []}', "no list of images"),
-        (b'{"images": {}}', "no list of images"),
+        (b"[1, 2]", "unsupported captions format"),
+        (b'{"annotations": []}', "unsupported captions format"),
+        (b'{"images": {}}', "unsupported captions format"),
         (b'{"images": [], "annotations": {}}', "annotations is not a list"),
     ],
 )
@@ -53,21 +53,24 @@ def test_json_is_recognized_without_its_extension(tmp_path: Path, name: str) -> 
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("results.token", "1000.jpg#0\tA child in a pink dress ."),
-        ("captions.tsv", "image\tcaption\n1.jpg\ta dog"),
-        ("captions.jsonl", '{"image": "1.jpg", "caption": "a dog"}\n{"image": "2.jpg", "caption": "a cat"}'),
-        ("captions.xml", "<captions/>"),
+        ("captions.xml", "<captions/>\n<more>\t</more>"),
         ("captions", "1.jpg a dog"),
+        ("captions.jsonl", "a dog"),
+        ("captions.json", "[1, 2]"),
     ],
 )
-def test_item_23_an_unsupported_format_is_named_with_the_supported_ones(tmp_path: Path, name: str, text: str) -> None:
+def test_item_23_an_unsupported_format_shows_its_first_lines_and_the_supported_ones(
+    tmp_path: Path, name: str, text: str
+) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(AnnotationError, match="unsupported captions format") as caught:
         read_captions(tmp_path / name)
     assert name in caught.value.message
+    assert text.partition("\n")[0] in caught.value.message
+    assert "\t" not in caught.value.message
     assert "download" not in caught.value.hint
-    for supported in ("COCO", "Karpathy", "CSV"):
-        assert supported in caught.value.hint
+    for captions_format in captions_formats():
+        assert captions_format.name in caught.value.hint
 
 
 @pytest.mark.parametrize("name", ["captions.csv", "captions.json", "captions.txt"])

@@ -1,22 +1,45 @@
-"""COCO captions files."""
+"""COCO captions files, also those of STAIR, nocaps, and VizWiz."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from gridcap.common.captions.records import (
     NO_ID,
     CaptionSet,
     Problems,
+    as_image_id,
     check_file_name,
     clean_caption,
-    is_image_id,
     join_captions,
 )
+from gridcap.common.captions.source import CaptionsFile
 from gridcap.common.errors import AnnotationError
+
+REJECTED = ("is_rejected", "is_precanned")  # VizWiz: spam, and "Quality issues are too severe ..."
+
+
+class Coco:
+    """COCO captions JSON."""
+
+    name: ClassVar[str] = "COCO captions JSON, also STAIR, nocaps, VizWiz"
+    example: ClassVar[str] = '{"images": [...], "annotations": [...]}'
+
+    def sniff(self, file: CaptionsFile) -> bool:
+        """Return whether the JSON has a list of images without sentences."""
+        tree = file.tree
+        return (
+            isinstance(tree, dict)
+            and isinstance(tree.get("images"), list)
+            and not any(isinstance(entry, dict) and "sentences" in entry for entry in tree["images"])
+        )
+
+    def read(self, file: CaptionsFile) -> CaptionSet:
+        """Read all images; the file has one part."""
+        return read_coco(file.tree, file.path)
 
 
 def read_coco(tree: dict[str, Any], path: Path) -> CaptionSet:
@@ -54,12 +77,13 @@ def read_coco(tree: dict[str, Any], path: Path) -> CaptionSet:
 def _valid_images(entries: list[Any], path: Path, problems: Problems) -> list[tuple[int, str]]:
     images: list[tuple[int, str]] = []
     for entry in entries:
-        if not isinstance(entry, dict) or not is_image_id(entry.get("id")):
+        image_id = as_image_id(entry.get("id")) if isinstance(entry, dict) else None
+        if image_id is None:
             problems.add(NO_ID, entry)
         elif not isinstance(entry.get("file_name"), str) or not entry["file_name"]:
             problems.add("image without a file name", entry["id"])
         else:
-            images.append((entry["id"], check_file_name(entry["file_name"], path)))
+            images.append((image_id, check_file_name(entry["file_name"], path)))
     return images
 
 
@@ -74,16 +98,22 @@ def _valid_annotations(entries: object, known: set[int], path: Path, problems: P
         )
     valid, seen = [], set()
     for number, entry in enumerate(entries):
+        image_id = as_image_id(entry.get("image_id")) if isinstance(entry, dict) else None
         if not isinstance(entry, dict) or "caption" not in entry:
             problems.add("annotation without a caption", entry)
-        elif not is_image_id(entry.get("image_id")) or entry["image_id"] not in known:
+        elif image_id is None or image_id not in known:
             problems.add("annotation for an unknown image", entry.get("image_id"))
         elif not isinstance(entry.get("id", 0), int):
             problems.add("annotation whose id is not an integer", entry["id"])
         elif entry.get("id") in seen:
             problems.add("duplicate annotation id", entry.get("id"))
+        elif any(entry.get(key) is True for key in REJECTED):
+            problems.notes["caption skipped because the file marks it as rejected or precanned"] += 1
         else:
             if "id" in entry:
                 seen.add(entry["id"])
-            valid.append({"id": f"number {number}", **entry})
+            valid.append({"id": f"number {number}", **entry, "image_id": image_id})
     return valid
+
+
+FORMAT = Coco()

@@ -6,25 +6,41 @@ Source: Karpathy and Fei-Fei (2015), https://cs.stanford.edu/people/karpathy/dee
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from gridcap.common.captions.records import (
     NO_ID,
     CaptionSet,
     Problems,
+    as_image_id,
     check_file_name,
     clean_caption,
-    is_image_id,
     join_captions,
 )
+from gridcap.common.captions.source import CaptionsFile
 from gridcap.common.errors import AnnotationError
 
 PARTS = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}
 
 
-def is_karpathy(tree: dict[str, Any]) -> bool:
-    """Return whether parsed JSON has the layout of a Karpathy split file."""
-    return any(isinstance(entry, dict) and "sentences" in entry for entry in tree["images"])
+class Karpathy:
+    """Karpathy split JSON."""
+
+    name: ClassVar[str] = "Karpathy split JSON"
+    example: ClassVar[str] = 'dataset_coco.json: {"images": [{"sentences": [...], "split": "train"}]}'
+
+    def sniff(self, file: CaptionsFile) -> bool:
+        """Return whether the JSON has a list of images with sentences."""
+        tree = file.tree
+        return (
+            isinstance(tree, dict)
+            and isinstance(tree.get("images"), list)
+            and any(isinstance(entry, dict) and "sentences" in entry for entry in tree["images"])
+        )
+
+    def read(self, file: CaptionsFile) -> CaptionSet:
+        """Read one part."""
+        return read_karpathy(file.tree, file.path, file.part)
 
 
 def read_karpathy(tree: dict[str, Any], path: Path, part: str) -> CaptionSet:
@@ -56,8 +72,8 @@ def read_karpathy(tree: dict[str, Any], path: Path, part: str) -> CaptionSet:
         name = check_file_name(entry.get("filename"), path)
         if folder := entry.get("filepath"):
             name = check_file_name(f"{folder}/{name}", path)
-        image_id = entry.get("cocoid", entry.get("imgid"))
-        if not is_image_id(image_id):
+        image_id = as_image_id(entry.get("cocoid", entry.get("imgid")))
+        if image_id is None:
             problems.add(NO_ID, name)
             continue
         images.append((image_id, name))
@@ -65,3 +81,6 @@ def read_karpathy(tree: dict[str, Any], path: Path, part: str) -> CaptionSet:
         cleaned = [clean_caption(sentence, name, problems) for sentence in sentences]
         captions.setdefault(image_id, [caption for caption in cleaned if caption])
     return join_captions(images, captions, problems)
+
+
+FORMAT = Karpathy()
