@@ -191,7 +191,8 @@ class Captioner:
         grids, valid = self._encode(pixels)
         results: list[Caption | InvalidImageError] = [self._out_of_range()] * len(pixels)
         if valid.any():
-            hypotheses = generate_captions(self._decoder, grids[torch.from_numpy(valid)], settings, generator)
+            to_units = self.checkpoint.vocabulary.scoring_units
+            hypotheses = generate_captions(self._decoder, grids[torch.from_numpy(valid)], settings, generator, to_units)
             for position, hypothesis in zip(np.flatnonzero(valid), hypotheses, strict=True):
                 results[position] = self._to_caption(hypothesis)
         return results
@@ -247,11 +248,12 @@ class Captioner:
             if not valid.all():
                 raise self._out_of_range()
         if settings.decoding == "beam":
-            (hypotheses,) = generate_nbest(self._decoder, grid, settings)
+            to_units = self.checkpoint.vocabulary.scoring_units
+            (hypotheses,) = generate_nbest(self._decoder, grid, settings, to_units=to_units)
         else:
             generator = torch.Generator().manual_seed(seed)
             samples = generate_captions(self._decoder, grid.expand(settings.beam_size, -1, -1), settings, generator)
-            distinct = {tuple(sample.tokens): sample for sample in samples}
+            distinct = {self.checkpoint.vocabulary.decode(sample.tokens): sample for sample in samples}
             hypotheses = sorted(distinct.values(), key=lambda hypothesis: -hypothesis.log_prob)
         display = self.display_image(image)
         return [replace(self._to_caption(hypothesis), image=display) for hypothesis in hypotheses]

@@ -91,20 +91,20 @@ def _decode(
 ) -> tuple[list[Hypothesis], float]:
     """Return a caption per image, and the mean loss per token of all references under teacher forcing, in nats."""
     device = choose_device(options.device)
-    decoder = checkpoint.decoder.to(device)
+    decoder, vocabulary = checkpoint.decoder.to(device), checkpoint.vocabulary
     max_captions = max(len(captions) for captions in data.captions)
     stream_options = StreamOptions(decoding.batch_size, max_captions, checkpoint.config.train.max_length)
     generator = torch.Generator().manual_seed(options.seed)
     hypotheses: list[Hypothesis] = []
     total, tokens = 0.0, 0
     with progress_bar(total=len(data), unit="image", desc="captions", disable=not options.progress, leave=False) as bar:
-        for batch in CaptionStream(data, checkpoint.vocabulary, stream_options).in_order():
+        for batch in CaptionStream(data, vocabulary, stream_options).in_order():
             moved = batch.to(device)
             grids = moved.grids.float()
             logits, _ = decoder(decoder.encode(grids), moved.tokens[..., :-1], moved.target_index)
             targets = moved.tokens[..., 1:].flatten()[moved.target_index]
             loss, count = masked_cross_entropy(logits, targets)
             total, tokens = total + loss.item(), tokens + int(count)
-            hypotheses += generate_captions(decoder, grids, decoding, generator)
+            hypotheses += generate_captions(decoder, grids, decoding, generator, vocabulary.scoring_units)
             bar.update(len(batch.images))
     return hypotheses, total / tokens

@@ -97,6 +97,10 @@ class Vocabulary:
                 units.append(self.tokens[token])
         return self.tokenizer.join(units)
 
+    def scoring_units(self, tokens: Iterable[int]) -> list[str]:
+        """Return the units that metrics and rewards compare: those of the text of the token ids."""
+        return self.tokenizer.scoring.split(self.decode(tokens))
+
     def texts(self, tokens: Iterable[int]) -> list[str]:
         """Return the text of each token id on its own, such as the labels of attention maps."""
         units = (self.tokens[token] for token in tokens)

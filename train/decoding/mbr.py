@@ -7,20 +7,20 @@ single most likely hypothesis.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
 from gridcap.train.metrics.ciderd import ORDERS, SIGMA
 
 
-def rerank_mbr(captions: Sequence[Sequence[int]]) -> list[int]:
+def rerank_mbr(captions: Sequence[Sequence[Hashable]]) -> list[int]:
     """Return the indices of an image's captions, sorted by decreasing `mean_similarity`; ties keep their order."""
     order: list[int] = np.argsort(-mean_similarity(captions), kind="stable").tolist()
     return order
 
 
-def mean_similarity(captions: Sequence[Sequence[int]]) -> np.ndarray:
+def mean_similarity(captions: Sequence[Sequence[Hashable]]) -> np.ndarray:
     """Return the mean similarity of each caption to the others.
 
     The similarity is CIDEr-D (arXiv:1411.5726, section 7) with equal n-gram weights: the mean over n = 1 ... 4 of the
@@ -28,7 +28,7 @@ def mean_similarity(captions: Sequence[Sequence[int]]) -> np.ndarray:
     exp(-(difference in length)^2 / (2 * 6^2)).
 
     Args:
-        captions: K captions as token ids.
+        captions: K captions as token ids, or as words.
 
     Returns:
         (K,) float64 in [0, 1]; 0 for a single caption.

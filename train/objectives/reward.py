@@ -62,7 +62,7 @@ class CaptionReward:
         ]
 
         def to_units(tokens: list[int]) -> list[Hashable]:
-            return [ids.get(word, f"?{word}") for word in tokenizer.split(vocabulary.decode(tokens))]
+            return [ids.get(word, f"?{word}") for word in vocabulary.scoring_units(tokens)]
 
         return cls(references, bleu_weight, to_units)
 

@@ -53,6 +53,18 @@ def test_mbr_reorders_hypotheses_by_mean_similarity():
     assert changed > 3, "the setting has an effect"
 
 
+def test_mbr_compares_units_of_the_text_rather_than_tokens():
+    settings = CaptionConfig(beam_size=6, max_length=11, mbr=True)
+    halves = lambda tokens: [token // 2 for token in tokens]  # noqa: E731
+    changed = 0
+    for seed in range(5):
+        decoder = random_chain(seed, tokens=8)
+        (reranked,) = generate_nbest(decoder, grids(0), settings, to_units=halves)
+        assert (np.diff(mean_similarity([halves(h.tokens) for h in reranked])) <= 1e-12).all()
+        changed += reranked[0] != generate_captions(decoder, grids(0), settings)[0]
+    assert changed, "the units have an effect"
+
+
 SAMPLE = CaptionConfig(decoding="sample", max_length=MAX_LENGTH)
 
 
