@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import io
 import math
 import textwrap
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
@@ -24,6 +28,12 @@ TITLE_LINE_INCHES = 0.17
 TITLE_CHARACTER_INCHES = 0.1  # mean width of a character at 10 points, bold
 TOKEN_INCHES = 0.28
 DPI = 110
+# Fonts for scripts that matplotlib's own font lacks, on Linux, Windows, and macOS; the installed ones are used.
+FALLBACK_FONTS = (
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Microsoft YaHei", "Yu Gothic", "PingFang SC"),
+    *("Hiragino Sans", "Noto Sans Thai", "Leelawadee UI", "Thonburi", "Noto Sans Devanagari", "Nirmala UI"),
+    "Arial Unicode MS",
+)
 MAX_HEIGHT = 60_000  # pixels; matplotlib and JPEG allow less than 65,536
 
 
@@ -54,14 +64,15 @@ def plot_attention(items: Sequence[AttentionPanels], path: Path) -> None:
         path: figure to write; its suffix selects the format (any that matplotlib supports).
     """
     figure = _figure(items)
-    with replacing(path) as temporary:
+    with replacing(path) as temporary, _one_warning_for_missing_glyphs():
         figure.savefig(temporary, format=path.suffix.removeprefix(".").lower(), facecolor="white")
 
 
 def render_attention(item: AttentionPanels) -> bytes:
     """Return the panels of one image as a PNG file."""
     buffer = io.BytesIO()
-    _figure([item]).savefig(buffer, format="png", facecolor="white")
+    with _one_warning_for_missing_glyphs():
+        _figure([item]).savefig(buffer, format="png", facecolor="white")
     return buffer.getvalue()
 
 
@@ -78,6 +89,29 @@ def upsample(weights: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.asarray(relative.resize((width, height), Image.Resampling.BICUBIC)).clip(0, 1)
 
 
+@functools.cache
+def _fonts() -> list[str]:
+    """Return the fonts of captions, in order of preference."""
+    return ["DejaVu Sans", *(name for name in FALLBACK_FONTS if name in font_manager.get_font_names())]
+
+
+@contextlib.contextmanager
+def _one_warning_for_missing_glyphs() -> Iterator[None]:
+    """Replace matplotlib's warnings about each character without a glyph by one."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    others = [warning for warning in caught if "missing from font" not in str(warning.message)]
+    if len(others) < len(caught):
+        warnings.warn(
+            "no installed font has some of the characters of the captions: install one, such as Noto Sans CJK, or use "
+            "the HTML report",
+            stacklevel=4,
+        )
+    for warning in others:
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
 def _figure(items: Sequence[AttentionPanels]) -> Figure:
     rows = [math.ceil((1 + len(item.tokens)) / MAX_COLUMNS) for item in items]
     columns = min(MAX_COLUMNS, 1 + max(len(item.tokens) for item in items))
@@ -92,7 +126,7 @@ def _figure(items: Sequence[AttentionPanels]) -> Figure:
     blocks = np.atleast_1d(np.array(figure.subfigures(len(items), 1, height_ratios=heights), dtype=object))
     for block, item, title, count in zip(blocks, items, titles, rows, strict=True):
         # File names and captions may contain "$" and must not be parsed as formulas.
-        block.suptitle(title, fontsize=10, x=0.01, ha="left", weight="bold", parse_math=False)
+        block.suptitle(title, fontsize=10, x=0.01, ha="left", weight="bold", family=_fonts(), parse_math=False)
         _draw_panels(block.subplots(count, columns, squeeze=False).ravel(), item)
     return figure
 
@@ -106,4 +140,4 @@ def _draw_panels(axes: Any, item: AttentionPanels) -> None:
     for axis, token, weights in zip(axes[1:], item.tokens, item.attention, strict=False):
         axis.imshow(gray, cmap="gray", vmin=0, vmax=255)
         axis.imshow(upsample(weights, height, width), cmap="inferno", alpha=0.6, vmin=0, vmax=1)
-        axis.set_title(token, fontsize=10, pad=2, parse_math=False)
+        axis.set_title(token, fontsize=10, pad=2, family=_fonts(), parse_math=False)

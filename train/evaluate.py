@@ -78,7 +78,7 @@ def evaluate(
     tokenizer = vocabulary.tokenizer.scoring
     scores = score_captions(captions, references, tokenizer)
     scores.values = {"perplexity": perplexity(loss), **scores.values}
-    size = len(vocabulary) - len(SPECIALS)
+    size = len(vocabulary) - len(SPECIALS) if tokenizer is vocabulary.tokenizer else None
     statistics = caption_statistics(captions, references, size, options.training_captions, tokenizer)
     if NOVEL_CAPTIONS not in statistics:
         scores.unavailable[NOVEL_CAPTIONS] = "requires the captions that the decoder was trained on"

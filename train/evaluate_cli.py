@@ -213,9 +213,11 @@ def _print_results(result: Evaluation) -> None:
         click.echo(f"  {name:<17} {value:8.4f}")
     statistics, unit = result.statistics, result.scores.unit
     novel = statistics.get("novel_captions")
+    size = statistics.get("vocabulary_words")
+    of_vocabulary = "" if size is None else f" of {size} in the vocabulary"
     mean, reference = statistics["mean_length"], statistics["mean_reference_length"]
     lines = {
-        f"distinct {unit}s": f"{statistics['distinct_words']:8} of {statistics['vocabulary_words']} in the vocabulary",
+        f"distinct {unit}s": f"{statistics['distinct_words']:8}{of_vocabulary}",
         "distinct captions": f"{statistics['distinct_captions']:8.1%} of the captions",
         "novel captions": "" if novel is None else f"{novel:8.1%} not among the training captions",
         "mean length": f"{mean:8.2f} {unit}s; references: {reference:.2f}",

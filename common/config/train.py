@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import (
     Field,
@@ -154,11 +154,11 @@ class TrainConfig(Section):
     )
     device: str = Field("auto", description="device: auto, cpu, cuda, cuda:1, ...")
 
-    @field_validator("tokenizer")
+    @field_validator("tokenizer", mode="before")
     @classmethod
-    def _tokenizer_is_a_choice_or_a_json_file(cls, value: TokenizerKind | Path) -> TokenizerKind | Path:
-        if isinstance(value, Path) and value.suffix != ".json":
-            raise ValueError(f"choose words, characters, bpe, auto, or the path of a tokenizer.json, not {value}")
+    def _tokenizer_is_a_choice_or_a_json_file(cls, value: object) -> object:
+        if value not in get_args(TokenizerKind) and not str(value).endswith(".json"):
+            raise ValueError("choose words, characters, bpe, auto, or the path of a tokenizer.json")
         return value
 
 

@@ -128,6 +128,13 @@ def test_failed_write_leaves_no_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_item_21_characters_without_a_font_give_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gridcap.caption.attention_maps._fonts", lambda: ["DejaVu Sans"])
+    with pytest.warns(UserWarning, match="Noto Sans CJK") as caught:
+        plot_attention([dataclasses.replace(panels(2), tokens=["一只", "狗"], title="一只狗")], tmp_path / "a.png")
+    assert len(caught) == 1
+
+
 # ----------------------------------------------------------------------------------------------------------- upsample
 
 

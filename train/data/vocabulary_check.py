@@ -33,7 +33,10 @@ class CheckedVocabulary:
     def lines(self, max_unk: float) -> list[str]:
         """Return one line for the log, and a warning if too many units of the validation captions are UNK."""
         tokenizer = self.vocabulary.tokenizer
-        text = f"vocabulary: {plural(_size(self.vocabulary), tokenizer.unit)} ({tokenizer.name}), "
+        name = tokenizer.name
+        if tokenizer.scoring is not tokenizer:
+            name += f"; metrics compare {tokenizer.scoring.unit}s: {tokenizer.scoring.name}"
+        text = f"vocabulary: {plural(_size(self.vocabulary), tokenizer.unit)} ({name}), "
         text += f"UNK: {self.train_unk:.1%} of the training captions"
         if self.val_unk is None:
             return [text]

@@ -13,7 +13,7 @@ NOVEL_CAPTIONS = "novel_captions"
 def caption_statistics(
     captions: Mapping[int, str],
     references: Mapping[int, Sequence[str]],
-    vocabulary_words: int,
+    vocabulary_words: int | None,
     training_captions: Collection[str] | None,
     tokenizer: Tokenizer = WORDS,
 ) -> dict[str, float]:
@@ -22,13 +22,13 @@ def caption_statistics(
     Args:
         captions: image id -> caption.
         references: image id -> captions.
-        vocabulary_words: number of units in the decoder's vocabulary, without special tokens.
+        vocabulary_words: number of words in the decoder's vocabulary, without special tokens; None for subwords.
         training_captions: captions that the decoder was trained on, or None if they are not available.
         tokenizer: tokenizer whose units count as words.
 
     Returns:
         distinct_words: number of distinct words in the captions.
-        vocabulary_words: as given.
+        vocabulary_words: as given, unless None.
         distinct_captions: number of distinct captions / number of captions.
         novel_captions: share of the captions that are not among the training captions, compared word by word; only if
             `training_captions` is given.
@@ -39,9 +39,10 @@ def caption_statistics(
     lengths = [len(tokenizer.split(text)) for texts in references.values() for text in texts]
     statistics: dict[str, float] = {
         "distinct_words": len({word for words in tokenized for word in words}),
-        "vocabulary_words": vocabulary_words,
         "distinct_captions": len(set(tokenized)) / len(tokenized),
     }
+    if vocabulary_words is not None:
+        statistics["vocabulary_words"] = vocabulary_words
     if training_captions is not None:
         generated = set(tokenized)
         known = {words for text in training_captions if (words := tuple(tokenizer.split(text))) in generated}

@@ -101,7 +101,7 @@ def test_item_21_words_are_rejected_for_captions_without_spaces(captions):
     with pytest.raises(UserError) as caught:
         make_tokenizer(captions, TrainConfig())
     assert "whole captions count as one word" in caught.value.message
-    assert "train.tokenizer: auto" in caught.value.hint
+    assert "--set train.tokenizer=auto" in caught.value.hint
 
 
 def test_languages_are_told_apart_by_script():

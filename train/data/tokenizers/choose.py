@@ -31,7 +31,7 @@ def make_tokenizer(captions: Sequence[str], settings: TrainConfig) -> Tokenizer:
         if not isinstance(scoring, Words):
             raise UserError(
                 "the captions have no spaces between words, so whole captions count as one word",
-                f"set train.tokenizer: auto (here: {scoring.name}), characters, or bpe; or segment the captions first",
+                f"--set train.tokenizer=auto (here: {scoring.name}), characters, or bpe; or segment the captions first",
             )
         return scoring
     if choice == "characters":

@@ -23,7 +23,7 @@ class Subwords:
         UserError: the library tokenizers is not installed.
     """
 
-    unit, name = "subword", "subwords by Hugging Face tokenizers"
+    unit, name = "subword", "Hugging Face tokenizers"
 
     def __init__(self, model: str, scoring: Tokenizer) -> None:
         library = _library()
