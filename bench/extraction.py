@@ -110,7 +110,7 @@ def gridcap(photos: str, store: str) -> float:
     """Return images per second of extract-features, without startup."""
     tune_process()
     from bench.device import has_gpu
-    from gridcap.common.captions.folder import FolderImages
+    from gridcap.common.captions.images import SourceImages
     from gridcap.common.config import load_config
     from gridcap.extract.job import ExtractionRequest, prepare
     from gridcap.extract.run import extract_features
@@ -119,7 +119,7 @@ def gridcap(photos: str, store: str) -> float:
     config = load_config(None, {"extract.weights": "random", **fastest})
     folder = Path(store)
     images = Path(photos)
-    request = ExtractionRequest(config, "bench", FolderImages(images), images, folder / "bench.h5")
+    request = ExtractionRequest(config, "bench", SourceImages(images), images, folder / "bench.h5")
     summary = extract_features(prepare(request), show_progress=False)
     shutil.rmtree(folder)
     return summary.encoded / summary.running

@@ -77,7 +77,7 @@ class FakeEncoder:
 def extraction(folder: str, images: int) -> tuple[float, float]:
     """Return seconds and peak memory in MiB of extraction with the fake encoder."""
     tune_process()
-    from gridcap.common.captions.folder import FolderImages
+    from gridcap.common.captions.images import SourceImages
     from gridcap.common.config import load_config
     from gridcap.extract.job import ExtractionRequest, prepare
     from gridcap.extract.run import extract_features
@@ -85,7 +85,7 @@ def extraction(folder: str, images: int) -> tuple[float, float]:
     photos = make_photos(Path(folder) / "photos", images)
     setattr(gridcap.extract.encoding, "GridEncoder", FakeEncoder)  # noqa: B010 (mypy rejects the assignment)
     config = load_config(None, {"extract.weights": "random", "extract.device": "cpu"})
-    request = ExtractionRequest(config, "scaling", FolderImages(photos), photos, Path(folder) / "scaling.h5")
+    request = ExtractionRequest(config, "scaling", SourceImages(photos), photos, Path(folder) / "scaling.h5")
     start = time.perf_counter()
     extract_features(prepare(request), show_progress=False)
     return time.perf_counter() - start, _peak_memory()

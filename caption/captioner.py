@@ -18,6 +18,7 @@ from gridcap.common.device import choose_device
 from gridcap.common.errors import InvalidImageError, MismatchError, UserError, WeightsError
 from gridcap.common.image import decoder_name, load_image, load_view
 from gridcap.common.retry import retry_transient_errors
+from gridcap.common.sources.registry import ImageFile
 from gridcap.common.store.provenance import check_same_features
 from gridcap.common.store.quantize import as_stored
 from gridcap.common.store.shard_format import read_dtype
@@ -197,7 +198,7 @@ class Captioner:
                 results[position] = self._to_caption(hypothesis)
         return results
 
-    def preprocess(self, image: Path) -> np.ndarray:
+    def preprocess(self, image: ImageFile) -> np.ndarray:
         """Return the encoder input of one image, uint8 (side, side, 3), RGB.
 
         Raises:
@@ -208,7 +209,7 @@ class Captioner:
             lambda: load_image(image, self._encoder.side, self._resize_mode, self._scaled_decoding), str(image)
         )
 
-    def display_image(self, image: Path, max_size: int = 480) -> np.ndarray:
+    def display_image(self, image: ImageFile, max_size: int = 480) -> np.ndarray:
         """Return the part of an image that the grid covers, for display.
 
         That is the whole image in its own aspect ratio if it is stretched for the encoder, or the cropped or padded
@@ -294,7 +295,7 @@ class Captioner:
 
 
 @contextlib.contextmanager
-def _naming(image: Path) -> Iterator[None]:
+def _naming(image: ImageFile) -> Iterator[None]:
     """Name the image in errors of the block."""
     try:
         yield

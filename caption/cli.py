@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,13 +13,14 @@ import click
 import numpy as np
 
 from gridcap.caption.options import show_dry_run, warn_if_random, weights_option
-from gridcap.common.captions.folder import list_images
+from gridcap.common.captions.images import list_images
 from gridcap.common.captions.records import is_utf8
 from gridcap.common.command import Uses, flag, pipeline_command, reject_ignored, reject_ignored_by_sampling
 from gridcap.common.config import CaptionConfig, PipelineConfig
 from gridcap.common.errors import EXIT_INVALID, InvalidImageError, PathError, UserError
 from gridcap.common.files import check_writable, write_json
 from gridcap.common.resources import PHOTO_BYTES, fit_in_memory
+from gridcap.common.sources.registry import ImageFile, ImageSource, find_source, open_source
 from gridcap.common.text import escape_line, plural
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """
 caption-images --checkpoint runs/mine photo.jpg
-caption-images --checkpoint runs/mine holiday/ --output captions.json
+caption-images --checkpoint runs/mine holiday/ --output captions.json         (or holiday.zip, shards/*.tar, s3://...)
 caption-images --checkpoint runs/mine photo.jpg --attention attention.png --beam-size 5
 caption-images --checkpoint runs/mine holiday/ --report report.html           (interactive attention maps)
 caption-images --checkpoint runs/a --checkpoint runs/b photo.jpg              (ensemble)
@@ -88,7 +89,7 @@ class CaptionRequest:
 @flag("--num-workers", "extract.num_workers")
 @flag("--device", "extract.device")
 def main(config: PipelineConfig, dry_run: bool, **options: Any) -> None:
-    """Caption image files, or all images in folders and subfolders.
+    """Caption image files, or all images in folders and archives.
 
     Prints one line per image: path, tab, caption. Invalid images are reported and skipped. Exit status: 0 all images
     captioned, 1 failure, 2 usage error, 3 some images invalid.
@@ -97,43 +98,62 @@ def main(config: PipelineConfig, dry_run: bool, **options: Any) -> None:
     reject_ignored_by_sampling(config.caption.decoding)
     if config.caption.decoding == "beam":
         reject_ignored(["seed"], "with beam search", "omit it, or pass --decoding sample")
-    paths = _find_images(request.images, config.data.follow_links)
-    _check_outputs(request, len(paths))
+    images = _find_images(request.images, config.data.follow_links)
+    _check_outputs(request, len(images))
     if dry_run:
-        show_dry_run(config, request.checkpoints, f"caption {plural(len(paths), 'image')} with {{}}")
+        show_dry_run(config, request.checkpoints, f"caption {plural(len(images), 'image')} with {{}}")
         return
     captioner = _load_captioner(config, request)
-    captions: dict[Path, Caption] = {}
+    captions: dict[_Image, Caption] = {}
     shows_attention = request.attention is not None or request.report is not None
-    for path, caption in _caption_all(captioner, paths, config):
-        captions[path] = caption if shows_attention else replace(caption, attention=None)  # maps take much memory
-        click.echo(f"{escape_line(str(path))}\t{caption.text}")
+    for image, caption in _caption_all(captioner, images, config):
+        captions[image] = caption if shows_attention else replace(caption, attention=None)  # maps take much memory
+        click.echo(f"{escape_line(str(image))}\t{caption.text}")
     _write_outputs(captioner, captions, request, config)
-    if len(captions) < len(paths):
+    if len(captions) < len(images):
         sys.exit(EXIT_INVALID)
 
 
-def _find_images(arguments: tuple[Path, ...], follow_links: bool) -> dict[Path, Path | None]:
-    """Return the given files and the images in the given folders; report other files in these folders.
+@dataclass(frozen=True)
+class _Image:
+    """An image to caption.
 
-    Returns:
-        Image -> the given folder that contains it, or None for a given file.
+    Attributes:
+        path: for the output; unique.
+        source: the folder or archive that contains it; None for a file on the command line.
+        name: its name in the source.
     """
-    paths: dict[Path, Path | None] = {}
+
+    path: Path
+    source: ImageSource | None = None
+    name: str = ""
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def locate(self) -> ImageFile:
+        """Return the file; raises InvalidImageError if its name is not allowed."""
+        return self.path if self.source is None else self.source.locate(self.name)
+
+
+def _find_images(arguments: tuple[Path, ...], follow_links: bool) -> list[_Image]:
+    """Return the given files and the images in the given folders and archives; report other files in these."""
+    images: dict[Path, _Image] = {}
     for argument in arguments:
         if not is_utf8(str(argument)):
             raise UserError(f"{escape_line(str(argument))}: the name is not UTF-8", "rename the file or folder")
-        if argument.is_dir():
-            images = list_images(argument, follow_links=follow_links)
-            for record in images.records:
-                paths.setdefault(argument / record.file_name, argument)
-            for line in images.problems.lines():
+        if find_source(argument) is not None:
+            source, listed = open_source(argument, follow_links), list_images(argument, follow_links=follow_links)
+            for record in listed.records:
+                image = _Image(argument / record.file_name, source, record.file_name)
+                images.setdefault(image.path, image)
+            for line in listed.problems.lines():
                 click.echo(f"note: {escape_line(str(argument))}: {line}", err=True)
         elif argument.is_file():
-            paths.setdefault(argument, None)
+            images.setdefault(argument, _Image(argument))
         else:
             raise PathError(f"{escape_line(str(argument))}: no such file or folder", "check the path")
-    return paths
+    return [*images.values()]
 
 
 def _check_outputs(request: CaptionRequest, count: int) -> None:
@@ -176,40 +196,36 @@ def _load_captioner(config: PipelineConfig, request: CaptionRequest) -> Captione
 
 
 def _caption_all(
-    captioner: Captioner, folders: Mapping[Path, Path | None], config: PipelineConfig
-) -> Iterator[tuple[Path, Caption]]:
-    """Caption the images in batches; report and skip invalid ones. `folders` is the result of `_find_images`."""
+    captioner: Captioner, images: Sequence[_Image], config: PipelineConfig
+) -> Iterator[tuple[_Image, Caption]]:
+    """Caption the images in batches; report and skip invalid ones."""
     import torch
 
-    from gridcap.common.image import image_path
-
-    def preprocess(path: Path) -> np.ndarray | InvalidImageError:
+    def preprocess(image: _Image) -> np.ndarray | InvalidImageError:
         try:
-            if (folder := folders[path]) is not None:
-                image_path(folder, path.relative_to(folder).as_posix(), config.data.follow_links)
-            return captioner.preprocess(path)
+            return captioner.preprocess(image.locate())
         except InvalidImageError as error:
             return error
 
-    generator, settings, paths = torch.Generator().manual_seed(config.seed), config.caption, [*folders]
+    generator, settings = torch.Generator().manual_seed(config.seed), config.caption
     workers = config.extract.num_workers or fit_in_memory(DEFAULT_WORKERS, PHOTO_BYTES)
     with ThreadPoolExecutor(workers) as pool:
-        for start in range(0, len(paths), settings.batch_size):
-            batch = paths[start : start + settings.batch_size]
-            pixels: dict[Path, np.ndarray] = {}
-            for path, result in zip(batch, pool.map(preprocess, batch), strict=True):
+        for start in range(0, len(images), settings.batch_size):
+            batch = images[start : start + settings.batch_size]
+            pixels: dict[_Image, np.ndarray] = {}
+            for image, result in zip(batch, pool.map(preprocess, batch), strict=True):
                 if isinstance(result, InvalidImageError):
-                    _report_invalid(path, result)
+                    _report_invalid(image.path, result)
                 else:
-                    pixels[path] = result
+                    pixels[image] = result
             if not pixels:
                 continue
             captions = captioner.caption_pixels(np.stack([*pixels.values()]), settings, generator)
-            for path, caption in zip(pixels, captions, strict=True):
+            for image, caption in zip(pixels, captions, strict=True):
                 if isinstance(caption, InvalidImageError):
-                    _report_invalid(path, caption)
+                    _report_invalid(image.path, caption)
                 else:
-                    yield path, caption
+                    yield image, caption
 
 
 def _report_invalid(path: Path, error: InvalidImageError) -> None:
@@ -217,12 +233,12 @@ def _report_invalid(path: Path, error: InvalidImageError) -> None:
 
 
 def _write_outputs(
-    captioner: Captioner, captions: dict[Path, Caption], request: CaptionRequest, config: PipelineConfig
+    captioner: Captioner, captions: dict[_Image, Caption], request: CaptionRequest, config: PipelineConfig
 ) -> None:
     if request.output is not None:
         entries = [
-            {"file_name": str(path), "caption": caption.text, "log_prob": caption.log_prob}
-            for path, caption in captions.items()
+            {"file_name": str(image), "caption": caption.text, "log_prob": caption.log_prob}
+            for image, caption in captions.items()
         ]
         write_json(request.output, {"settings": _settings(request, config), "captions": entries})
         click.echo(f"captions: {request.output}", err=True)
@@ -247,18 +263,18 @@ def _settings(request: CaptionRequest, config: PipelineConfig) -> dict[str, Any]
     }
 
 
-def _write_attention(captioner: Captioner, captions: dict[Path, Caption], path: Path) -> None:
+def _write_attention(captioner: Captioner, captions: dict[_Image, Caption], path: Path) -> None:
     from gridcap.caption.attention_maps import AttentionPanels, plot_attention
 
     items = []
     for image, caption in captions.items():
         assert caption.attention is not None, "the command checks that the decoder has attention"
-        title = f"{image.name}: {caption.text}"
-        items.append(AttentionPanels(captioner.display_image(image), caption.tokens, caption.attention, title))
+        title = f"{image.path.name}: {caption.text}"
+        items.append(AttentionPanels(captioner.display_image(image.locate()), caption.tokens, caption.attention, title))
     plot_attention(items, path)
 
 
-def _write_report(captioner: Captioner, captions: dict[Path, Caption], settings: CaptionConfig, path: Path) -> None:
+def _write_report(captioner: Captioner, captions: dict[_Image, Caption], settings: CaptionConfig, path: Path) -> None:
     from gridcap.common.report.images import MAX_SIDE, ReportImage
     from gridcap.common.report.page import describe_encoder, write_report
 
@@ -269,7 +285,11 @@ def _write_report(captioner: Captioner, captions: dict[Path, Caption], settings:
     }
     images = (
         ReportImage(
-            str(image), captioner.display_image(image, MAX_SIDE), caption.text, caption.tokens, caption.attention
+            str(image),
+            captioner.display_image(image.locate(), MAX_SIDE),
+            caption.text,
+            caption.tokens,
+            caption.attention,
         )
         for image, caption in captions.items()
     )

@@ -7,7 +7,8 @@ from typing import Any
 
 from gridcap.common.captions.split import split_images
 from gridcap.common.config import SplitConfig, build_config
-from gridcap.common.errors import PathError, UserError
+from gridcap.common.errors import UserError
+from gridcap.common.sources.registry import open_source
 
 
 def extract_features(
@@ -30,7 +31,7 @@ def extract_features(
         PosixPath('features/photos.h5')
 
     Args:
-        images: folder of the images.
+        images: folder, list (.txt, .csv), .zip, .tar, or .parquet file of the images, or URL of one of them.
         output: index file of the store, ending in ``.h5``; the shards are in a folder of the same name.
         annotations: captions file that lists the images; None: all images in the folder.
         limit: use a seeded random subset of this many images.
@@ -44,7 +45,7 @@ def extract_features(
 
     Raises:
         UserError: an invalid setting.
-        PathError: there is no such image folder.
+        PathError: there is no such folder or file of images.
         AnnotationError: the captions file cannot be used.
         MismatchError: the store at `output` was started with other images or settings.
         ExtractionError: too many images are invalid, or there is not enough disk space.
@@ -56,8 +57,7 @@ def extract_features(
     images, output = Path(images), Path(output)
     if output.suffix != ".h5":
         raise UserError(f"output {output}: the index file must end in .h5", f"use {output.with_suffix('.h5')}")
-    if not images.is_dir():
-        raise PathError(f"images {images}: no such folder of images", "pass the folder of the images")
+    open_source(images)  # raises an error before anything is written
     config = build_config("extract", settings)
     captions = None if annotations is None else Path(annotations)
     split = SplitConfig(images=images, annotations=captions, limit=limit, skip=skip)

@@ -54,7 +54,12 @@ USES = Uses(("data", "extract", "seed"), "extract.resize_mode=crop")
 
 @pipeline_command("extract-features", EXAMPLES, split_keys, uses=USES)
 @click.option("--split", help="name of the split: train, val, test, karpathy-train, ..., or a new name")
-@click.option("--images", type=click.Path(path_type=Path), help="folder of the images  [data.splits.<split>.images]")
+@click.option(
+    "--images",
+    type=click.Path(path_type=Path),
+    help="folder, list (.txt, .csv), .zip, .tar, or .parquet file of the images, or a URL  "
+    "[data.splits.<split>.images]",
+)
 @click.option(
     "--annotations",
     type=click.Path(path_type=Path),

@@ -17,7 +17,8 @@ from gridcap.common.captions.records import ImageRecord, Problems
 from gridcap.common.captions.split import split_images
 from gridcap.common.command import reject_ignored
 from gridcap.common.config import PipelineConfig, SplitConfig
-from gridcap.common.errors import GridcapError, PathError, UserError
+from gridcap.common.errors import GridcapError, UserError
+from gridcap.common.sources.registry import open_source
 from gridcap.extract.cluster.share import WHOLE, Share, find_share, local_device, local_rank
 
 SLURM_OPTIONS = ("num_jobs", "partition", "time", "gpus_per_task", "cpus_per_task", "mem", "wait")
@@ -82,10 +83,17 @@ def split_name(values: Mapping[str, Any]) -> str | None:
     elif values["output"] is not None:
         name = values["output"].stem
     elif values["images"] is not None:
-        name = values["images"].resolve().name
+        name = _name_of(values["images"])
     else:
         return None
     return name if values["images"] is None else name.replace(".", "-")
+
+
+def _name_of(images: Path) -> str:
+    """Return the name of a folder or archive; for a range or pattern of files, that of their folder."""
+    if images.is_dir() or not images.suffix:
+        return images.resolve().name
+    return images.stem if images.stem.isprintable() and not set(images.stem) & set("*{") else images.parent.name
 
 
 def split_keys(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,11 +149,21 @@ def select_split(config: PipelineConfig, options: ExtractOptions) -> SplitSelect
         )
     if output.is_dir():
         raise UserError(f"--output {output}: is a folder, but the index is a file", "choose another --output")
-    if not split.images.is_dir():
-        problem = "is a file, not a folder of images" if split.images.is_file() else "no such folder of images"
-        raise PathError(f"{split.images}: {problem}", "check --images, or data.splits in pipeline.yaml")
+    _check_source(split.images, config.extract.jpeg_decoder)
     data = config.data.model_copy(update={"splits": {name: split}})
     return SplitSelection(config.model_copy(update={"data": data}), name, split, output)
+
+
+def _check_source(images: Path, jpeg_decoder: str) -> None:
+    """Check that the images can be read.
+
+    Raises:
+        PathError: there is no such folder or archive.
+        UserError: nvJPEG was requested for an archive.
+    """
+    source = open_source(images)
+    if jpeg_decoder == "nvjpeg" and not images.is_dir():
+        raise UserError(f"{source}: nvjpeg reads images from folders only", "use --jpeg-decoder pillow, or unpack it")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from gridcap.common.files import replacing
-from gridcap.common.image import InvalidImageError, image_path, load_rgb
+from gridcap.common.image import InvalidImageError, load_rgb
+from gridcap.common.sources.registry import open_source
 from gridcap.common.store.reader import FeatureStore
 from gridcap.extract.describe import sample_rows
 
@@ -63,7 +64,7 @@ def plot_grids(store: FeatureStore, path: Path, images: Path | None = None, coun
 def _load_photo(images: Path, name: str) -> np.ndarray | None:
     """Load a photo at reduced size; None if it is missing or invalid."""
     try:
-        photo = load_rgb(image_path(images, name, follow_links=True))
+        photo = load_rgb(open_source(images, follow_links=True).locate(name))
     except InvalidImageError:
         return None
     photo.thumbnail((PHOTO_SIZE, PHOTO_SIZE))

@@ -16,9 +16,10 @@ from torch import Tensor
 from gridcap.common.config import PipelineConfig
 from gridcap.common.device import choose_device
 from gridcap.common.errors import ExtractionError, ReadError
-from gridcap.common.image import InvalidImageError, image_path, load_image, load_views
+from gridcap.common.image import InvalidImageError, load_image, load_views
 from gridcap.common.resources import PHOTO_BYTES, available_cores, fit_in_memory
 from gridcap.common.retry import retry_transient_errors
+from gridcap.common.sources.registry import ImageFile, open_source
 from gridcap.extract.encoding import decoded_views
 from gridcap.extract.images.nvjpeg import load_images_gpu
 from gridcap.extract.job import Extraction
@@ -75,6 +76,7 @@ class ImageReader:
         self._config, self._plan = extraction.config, extraction.plan
         self._scaled_decoding = extraction.plan.provenance["preprocessing"].get("jpeg_scaled_decoding", False)
         self._views = decoded_views(extraction.plan.provenance["views"])
+        self._source = open_source(extraction.images, self._config.data.follow_links)
         self._pool = ThreadPoolExecutor(num_workers, "read")
         self.waiting = Stopwatch()
 
@@ -143,11 +145,10 @@ class ImageReader:
         except InvalidImageError as error:
             return str(error)
 
-    def _path(self, row: int, shard: int) -> Path | str:
-        """Return the path of an image, or the reason why it is invalid."""
+    def _path(self, row: int, shard: int) -> ImageFile | str:
+        """Return the file of an image, or the reason why it is invalid."""
         try:
-            name = self.file_name(row, shard)
-            return image_path(self._extraction.images, name, self._config.data.follow_links)
+            return self._source.locate(self.file_name(row, shard))
         except InvalidImageError as error:
             return str(error)
 
@@ -162,7 +163,7 @@ class ImageReader:
         return LoadedImages(images[None], invalid | unread)
 
 
-def _retry(read: Callable[[], T], path: Path) -> T:
+def _retry(read: Callable[[], T], path: ImageFile) -> T:
     """Call `read`, repeatedly if the file system reports an error that may pass.
 
     Raises:

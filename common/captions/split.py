@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gridcap.common.captions.folder import FolderImages, list_images
+from gridcap.common.captions.images import SourceImages, list_images
 from gridcap.common.captions.limit import check_invalid
 from gridcap.common.captions.read import read_captions
 from gridcap.common.captions.records import CaptionSet, ImageRecord, Problems
@@ -69,7 +69,7 @@ def split_images(
         AnnotationError: as for `load_split`; for a folder, during iteration.
     """
     if split.annotations is None and split.limit is None and not split.skip:
-        images = FolderImages(split.images, max_invalid, follow_links)
+        images = SourceImages(split.images, max_invalid, follow_links)
         return images, images.problems
     loaded = load_split(split, name, seed, max_invalid, follow_links)
     return loaded.records, loaded.problems

@@ -14,7 +14,7 @@ from gridcap.common.config.section import Section
 class SplitConfig(Section):
     """Images and captions of one split."""
 
-    images: Path = Field(description="folder with the images")
+    images: Path = Field(description="folder, list, zip, tar, or Parquet file with the images, or a URL")
     annotations: Path | None = Field(
         None, description="captions file: COCO or Karpathy JSON, table, JSON Lines, Parquet, ...; see docs/captions.md"
     )

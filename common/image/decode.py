@@ -18,6 +18,7 @@ from gridcap.common.image.formats import MAX_PIXELS, open_image
 from gridcap.common.image.metadata import apply_orientation, read_orientation, strip_metadata
 from gridcap.common.image.reader import ImageReader
 from gridcap.common.retry import is_transient
+from gridcap.common.sources.registry import ImageFile
 
 MAX_STRIPPED_BYTES = 3 * MAX_PIXELS
 # Decoding one JPEG scan takes about 1.4 ns per pixel. The decoder gets so many scans per read that the reader can check
@@ -28,7 +29,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # ch
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # unusual metadata
 
 
-def load_rgb(path: Path, min_side: int | None = None) -> Image.Image:
+def load_rgb(path: ImageFile, min_side: int | None = None) -> Image.Image:
     """Decode an image to RGB.
 
     The orientation is applied, transparency is composited over white, 16-bit gray and floating-point gray from 0 to 1
@@ -80,11 +81,11 @@ def _decode(reader: ImageReader, min_side: int | None) -> Image.Image:
         return apply_orientation(_to_rgb(image), orientation)
 
 
-def _decode_without_metadata(path: Path, error: Exception, min_side: int | None) -> Image.Image | None:
+def _decode_without_metadata(path: ImageFile, error: Exception, min_side: int | None) -> Image.Image | None:
     """Decode an image whose metadata may be the reason for an error; None if it is not."""
     if is_transient(error) or (isinstance(error, OSError) and (error.errno is not None or _is_truncated(error))):
         return None
-    if path.stat().st_size > MAX_STRIPPED_BYTES:
+    if isinstance(path, Path) and path.stat().st_size > MAX_STRIPPED_BYTES:
         return None
     stripped = strip_metadata(path.read_bytes())
     if stripped is None:
@@ -148,7 +149,11 @@ def _float_to_rgb(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.rint(255 * gray).astype(np.uint8)).convert("RGB")
 
 
-def _from_os_error(error: OSError, path: Path) -> Exception:
+def _is_empty(path: ImageFile) -> bool:
+    return path.stat().st_size == 0 if isinstance(path, Path) else not path.read_bytes()
+
+
+def _from_os_error(error: OSError, path: ImageFile) -> Exception:
     """Return the reason why an image is invalid, or the error itself if it is not the image's fault."""
     if isinstance(error, FileNotFoundError):
         return InvalidImageError("missing")
@@ -157,7 +162,7 @@ def _from_os_error(error: OSError, path: Path) -> Exception:
     if isinstance(error, PermissionError):
         return InvalidImageError("no permission to read")
     if isinstance(error, UnidentifiedImageError):
-        return InvalidImageError("empty file" if path.stat().st_size == 0 else "not an image")
+        return InvalidImageError("empty file" if _is_empty(path) else "not an image")
     if error.errno in (errno.ENXIO, errno.ENODEV):  # a socket, or a device without a driver
         return InvalidImageError("not a regular file")
     if error.errno in (errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP):

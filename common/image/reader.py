@@ -6,9 +6,9 @@ import io
 import os
 import stat
 import time
-from pathlib import Path
 
 from gridcap.common.errors import InvalidImageError
+from gridcap.common.sources.registry import ImageFile, Member
 
 MAX_SECONDS = 10  # CPU time per image; waiting for the disk does not count
 LARGE_READ = 1 << 16  # decoders read at least this much at once; header parsers read less
@@ -37,13 +37,15 @@ class ImageReader(io.BufferedReader):
         self.max_scans: int | None = None
 
     @classmethod
-    def open(cls, path: Path) -> ImageReader:
-        """Open a regular file.
+    def open(cls, path: ImageFile) -> ImageReader:
+        """Open a regular file, or a member of an archive.
 
         Raises:
             InvalidImageError: not a regular file.
             OSError: the file cannot be opened.
         """
+        if isinstance(path, Member):
+            return cls(io.BytesIO(path.read_bytes()))
         reader = cls(io.FileIO(path, opener=_open_nonblocking))
         if not stat.S_ISREG(os.fstat(reader.fileno()).st_mode):
             reader.close()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from gridcap.common.image.decode import load_rgb
 from gridcap.common.image.views import SelectedView
+from gridcap.common.sources.registry import ImageFile
 
 LETTERBOX_GRAY = 128
 MIN_OVERSAMPLING = 2  # scaled JPEG decoding keeps at least this many pixels per pixel of the square, per axis
@@ -19,7 +19,7 @@ MIN_OVERSAMPLING = 2  # scaled JPEG decoding keeps at least this many pixels per
 MAX_TORCH_PIXELS = 1 << 22
 
 
-def load_image(path: Path, side: int, resize_mode: str, scaled_decoding: bool = True) -> np.ndarray:
+def load_image(path: ImageFile, side: int, resize_mode: str, scaled_decoding: bool = True) -> np.ndarray:
     """Decode an image and resize it to a square.
 
     Resizing is bilinear with antialiasing, equal to Pillow's to one gray level (two for a few pixels of noise).
@@ -43,7 +43,7 @@ def load_image(path: Path, side: int, resize_mode: str, scaled_decoding: bool = 
 
 
 def load_views(
-    path: Path, side: int, resize_mode: str, scaled_decoding: bool, views: Sequence[SelectedView], file_name: str
+    path: ImageFile, side: int, resize_mode: str, scaled_decoding: bool, views: Sequence[SelectedView], file_name: str
 ) -> np.ndarray:
     """Decode an image once and resize it and its views to squares.
 
@@ -64,7 +64,7 @@ def load_views(
     return np.stack([_to_square(view, side, resize_mode) for view in images])
 
 
-def load_view(path: Path, side: int, resize_mode: str, max_side: int) -> np.ndarray:
+def load_view(path: ImageFile, side: int, resize_mode: str, max_side: int) -> np.ndarray:
     """Decode what `load_image` covers of an image, for display.
 
     A stretched image keeps its aspect ratio here; otherwise the cropped or padded square is returned.

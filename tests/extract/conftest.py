@@ -16,7 +16,7 @@ import gridcap.extract.encoders.torchvision as torchvision_module
 import gridcap.extract.encoding as encoding_module
 import gridcap.extract.indexing as indexing_module
 import gridcap.extract.job as job_module
-from gridcap.common.captions.folder import list_images
+from gridcap.common.captions.images import list_images
 from gridcap.common.config import load_config
 from gridcap.common.process import keep_large_buffers
 from gridcap.extract.encoders.grid_encoder import EncoderOptions

@@ -311,7 +311,7 @@ def test_item_23_an_empty_image_folder_is_reported_before_weights_are_downloaded
     def download(*_: Any, **__: Any) -> None:
         raise AssertionError("tried to download weights")
 
-    monkeypatch.setattr("gridcap.extract.job.identify_weights", download)
+    monkeypatch.setattr("gridcap.extract.encoders.torchvision.identify_cnn_weights", download)
     (tmp_path / "empty").mkdir()
     assert "empty: contains no images" in fails(1, "--images", tmp_path / "empty", "--output", tmp_path / "x.h5")
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gridcap.common.captions.folder import list_images
+from gridcap.common.captions.images import list_images
 from gridcap.common.image import load_views
 from gridcap.common.image.views import select_view
 from gridcap.common.store.quantize import as_stored

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gridcap.common.captions.folder import list_images
+from gridcap.common.captions.images import list_images
 from gridcap.common.errors import ExtractionError
 from gridcap.common.store.reader import FeatureStore
 from gridcap.common.store.shard_reader import ShardReader

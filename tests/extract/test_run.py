@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gridcap.common.captions.folder import list_images
+from gridcap.common.captions.images import list_images
 from gridcap.common.errors import ExtractionError, MismatchError
 from gridcap.common.files import this_machine
 from gridcap.common.store.reader import FeatureStore

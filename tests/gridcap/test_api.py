@@ -109,7 +109,7 @@ def test_limit_and_skip_select_disjoint_subsets(shapes: Path) -> None:
 
 
 def test_invalid_paths_are_errors(tmp_path: Path) -> None:
-    with pytest.raises(PathError, match="nowhere: no such folder of images"):
+    with pytest.raises(PathError, match="nowhere: no such folder or archive of images"):
         extract_features("nowhere", "x.h5")
     with pytest.raises(UserError, match=r"must end in \.h5"):
         extract_features(tmp_path, "x.hdf5")

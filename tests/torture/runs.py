@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gridcap.common.captions.folder import FolderImages
+from gridcap.common.captions.images import SourceImages
 from gridcap.common.config import load_config
 from gridcap.common.store.reader import FeatureStore
 from gridcap.train.data.inputs import join_captions
@@ -22,7 +22,7 @@ def prepare(folder: Path) -> None:
     """Write a store and its captions file."""
     photos = write_photos(folder / "photos")
     extract_all(photos, folder / "train.h5")
-    records = list(FolderImages(photos))
+    records = list(SourceImages(photos))
     captions = [
         {"id": 3 * n + k, "image_id": r.image_id, "caption": f"a {WORDS[n % 8]} {WORDS[(n + k) % 8]} thing"}
         for n, r in enumerate(records)

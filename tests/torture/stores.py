@@ -10,7 +10,7 @@ from PIL import Image
 
 import gridcap.extract.encoding
 import gridcap.extract.job
-from gridcap.common.captions.folder import FolderImages
+from gridcap.common.captions.images import SourceImages
 from gridcap.common.config import load_config
 from gridcap.extract.cluster.share import WHOLE, Share
 from gridcap.extract.encoders.grid_encoder import EncoderOptions, GridEncoder
@@ -75,7 +75,7 @@ def make_job(photos: Path, output: Path) -> Extraction:
         "extract.num_workers": 2,
     }
     config = load_config(None, {**flags, "extract.precision": "float32", "extract.device": "cpu"})
-    return prepare(ExtractionRequest(config, "torture", FolderImages(photos), photos, output, threads=1))
+    return prepare(ExtractionRequest(config, "torture", SourceImages(photos), photos, output, threads=1))
 
 
 def extract_all(photos: Path, output: Path, share: Share = WHOLE) -> Summary:

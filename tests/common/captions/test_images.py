@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from gridcap.common.captions.folder import LOOP, NO_EXTENSION, NOT_FOLLOWED, FolderImages, list_images
+from gridcap.common.captions.images import SourceImages, list_images
 from gridcap.common.captions.records import CaptionSet, id_from_name
-from gridcap.common.errors import AnnotationError
+from gridcap.common.errors import AnnotationError, PathError
+from gridcap.common.sources.folder import LOOP, NOT_FOLLOWED
+from gridcap.common.sources.registry import NO_EXTENSION
 
 
 def create(folder: Path, *names: str) -> Path:
@@ -34,7 +36,7 @@ def test_a_folder_lists_its_images_sorted_and_without_captions(tmp_path: Path) -
 def test_a_missing_or_empty_folder_raises_an_error_with_its_name(tmp_path: Path, exists: bool) -> None:
     if exists:
         (tmp_path / "photos").mkdir()
-    with pytest.raises(AnnotationError, match="photos"):
+    with pytest.raises(AnnotationError if exists else PathError, match="photos"):
         list_images(tmp_path / "photos")
 
 
@@ -57,7 +59,7 @@ def test_a_file_name_that_is_not_utf8_is_counted(tmp_path: Path) -> None:
 
 def test_names_are_sorted_by_full_path_and_can_be_iterated_again(tmp_path: Path) -> None:
     names = ["a/x.jpg", "a-b/x.jpg", "a.jpg", "b.PNG", "a/y/z.gif", "é.webp", "A.bmp"]
-    images = FolderImages(create(tmp_path, *names, "notes.txt", ".jpg", "a/nothing"))
+    images = SourceImages(create(tmp_path, *names, "notes.txt", ".jpg", "a/nothing"))
     assert [image.file_name for image in images] == sorted(names)
     skipped = dict(images.problems.skipped)
     assert list(images) == list(images)

@@ -1,0 +1,1 @@
+"""Image sources: folders, lists, archives, and object storage. See `registry.open_source`."""
