@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import re
+import sqlite3
 import tarfile
 import threading
 import zipfile
@@ -24,6 +26,7 @@ from gridcap.common.captions.images import SourceImages, list_images
 from gridcap.common.captions.records import id_from_name
 from gridcap.common.errors import AnnotationError, GridcapError, InvalidImageError, PathError
 from gridcap.common.image import load_image
+from gridcap.common.sources import registry
 from gridcap.common.sources.registry import open_source, url_of
 
 NAMES = ("a/1.jpg", "a/2.jpg", "a-b/3.png", "4.webp")
@@ -338,3 +341,16 @@ def test_reading_is_safe_for_threads(tmp_path: Path) -> None:
         source = open_source(path)
         with ThreadPoolExecutor(8) as pool:
             assert list(pool.map(lambda name, s=source: s.locate(name).read_bytes(), files)) == list(files.values())
+
+
+def test_the_module_in_the_documentation_adds_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "extending.md").read_text(encoding="utf-8")
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "@register_source" in block)
+    monkeypatch.setattr(registry, "_SOURCES", [*registry._SOURCES])
+    open_source(tmp_path)  # loads the modules
+    exec(compile(code, "sqlite.py", "exec"), {"__name__": "sqlite"})
+    with contextlib.closing(sqlite3.connect(tmp_path / "photos.sqlite")) as database:
+        database.execute("CREATE TABLE photos (name TEXT, content BLOB)")
+        database.executemany("INSERT INTO photos VALUES (?, ?)", [(name, encoded(name)) for name in NAMES])
+        database.commit()
+    assert contents(tmp_path / "photos.sqlite") == {name: encoded(name) for name in NAMES}
