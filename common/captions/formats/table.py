@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from gridcap.common.captions.folder import IMAGE_SUFFIXES
 from gridcap.common.captions.records import CaptionSet, Problems
 from gridcap.common.captions.rows import RowColumns, find_columns, missing_columns, read_rows
 from gridcap.common.captions.source import SNIFFED_BYTES, CaptionsFile
 from gridcap.common.errors import AnnotationError
+from gridcap.common.sources.registry import IMAGE_SUFFIXES
 
 DELIMITERS = (",", "\t", "|", ";")
 TABLE_SUFFIXES = (".csv", ".tsv")

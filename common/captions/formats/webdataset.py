@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any, ClassVar
 
-from gridcap.common.captions.folder import IMAGE_SUFFIXES
 from gridcap.common.captions.records import CaptionSet, Problems
 from gridcap.common.captions.rows import CAPTION_COLUMNS, RowColumns, read_rows
 from gridcap.common.captions.source import CaptionsFile, decode
 from gridcap.common.errors import AnnotationError
+from gridcap.common.sources.registry import IMAGE_SUFFIXES
 
 MAGIC, MAGIC_POSITION = b"ustar", 257
 MAX_MEMBER_BYTES = 1 << 24
