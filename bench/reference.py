@@ -1,8 +1,8 @@
 """The Att2in2 decoder of the widely used self-critical training code, for comparison.
 
 The code is the one cited by Luo 2020, "A Better Variant of Self-Critical Sequence Training" (arXiv:2003.09971). Unlike
-Gridcap's `att2in`, its grid is not normalized, cells have no positional embedding, the initial state is zero, token
-embeddings pass a ReLU, and UNK can be generated. It is trained with `recipes/att2in.yaml`.
+Gridcap's `att2in`, its grid is not normalized, cells have no positional embedding, the initial state is zero, and token
+embeddings pass a ReLU. It is trained with `recipes/att2in.yaml`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import gridcap.train.decoders.build
-import gridcap.train.decoding.base
 from gridcap.common.config import AttentionConfig
-from gridcap.train.data.vocabulary import BOS, PAD
 from gridcap.train.decoders.attention import AttentionDecoder
 from gridcap.train.decoders.base import Memory, State
 
@@ -38,4 +36,3 @@ class Att2in2(AttentionDecoder):
 def patch_attention_decoder() -> None:
     """Make `build_decoder` return `Att2in2` for the attention family in this process."""
     gridcap.train.decoders.build.AttentionDecoder = Att2in2  # type: ignore[attr-defined]
-    gridcap.train.decoding.base.FORBIDDEN_TOKENS = (PAD, BOS)  # type: ignore[assignment]

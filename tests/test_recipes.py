@@ -91,7 +91,7 @@ def test_decoders_match_their_papers(load):
     assert all(isinstance(decoder[name], AttentionConfig) for name in attentive)
     assert [decoder[name].cell for name in attentive] == ["gru", "lstm", "att2in", "top-down"]
     xu = decoder["soft-attention"]
-    assert (xu.context_gate, xu.output_layer, xu.attention_reg) == (True, "deep", 1.0)
+    assert (xu.context_gate, xu.output_layer, xu.attention_reg) == (True, "deep", 64.0)
     assert isinstance(decoder["transformer"], TransformerConfig)
 
 

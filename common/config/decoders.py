@@ -51,7 +51,7 @@ class AttentionConfig(AnyDecoderConfig):
         "deep", description="input of the output layer: hidden (state) or deep (state, context, last token)"
     )
     attention_reg: NonNegativeFloat = Field(
-        0.0, description="weight of doubly stochastic attention regularization (Xu et al. 2015)"
+        0.0, description="weight of the doubly stochastic penalty per caption; 64 is that of the code of Xu et al. 2015"
     )
 
 

@@ -7,6 +7,7 @@ cache its casts of the weights and repeats them at every step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from gridcap.train.data.vocabulary import BOS, PAD, UNK
 
-FORBIDDEN_TOKENS = (PAD, BOS, UNK)
+NEVER_GENERATED = (UNK,)  # in addition to PAD and BOS, which have no meaning within a caption
 
 
 @dataclass(frozen=True)
@@ -34,31 +35,33 @@ class Hypothesis:
     attention: np.ndarray | None
 
 
-def mask_special_tokens(logits: Tensor) -> Tensor:
-    """Return a float32 copy of the logits with PAD, BOS, and UNK set to -inf.
+def mask_forbidden(logits: Tensor, forbidden: Sequence[int] = NEVER_GENERATED) -> Tensor:
+    """Return a float32 copy of the logits with PAD, BOS, and the forbidden tokens set to -inf.
 
     Args:
         logits: (..., V).
+        forbidden: ids of further tokens that must not be generated.
 
     Returns:
         (..., V) float32; differentiable.
     """
     masked = logits.to(torch.float32, copy=True)
-    for token in FORBIDDEN_TOKENS:
+    for token in (PAD, BOS, *forbidden):
         masked[..., token] = -torch.inf
     return masked
 
 
-def token_log_probs(logits: Tensor) -> Tensor:
-    """Return the log-probabilities used for decoding: the softmax over all tokens except PAD, BOS, and UNK.
+def token_log_probs(logits: Tensor, forbidden: Sequence[int] = NEVER_GENERATED) -> Tensor:
+    """Return the log-probabilities used for decoding: the softmax over all tokens except PAD, BOS, and forbidden ones.
 
     The excluded tokens have log-probability -inf. Code that gathers them (for padding) must replace the result with
     `masked_fill`, because -inf * 0 is NaN.
 
     Args:
         logits: (..., V), not modified.
+        forbidden: ids of further tokens that must not be generated.
 
     Returns:
         (..., V) float32; differentiable.
     """
-    return mask_special_tokens(logits).log_softmax(-1)
+    return mask_forbidden(logits, forbidden).log_softmax(-1)

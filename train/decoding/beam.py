@@ -12,7 +12,7 @@ from torch import Tensor
 from gridcap.train.data.vocabulary import BOS, EOS, PAD
 from gridcap.train.decoders.base import Decoder, State
 from gridcap.train.decoders.packed import packed
-from gridcap.train.decoding.base import Hypothesis, token_log_probs
+from gridcap.train.decoding.base import NEVER_GENERATED, Hypothesis, token_log_probs
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,14 @@ class BeamOptions:
             arXiv:1609.08144, without its constants).
         block_trigrams: never generate a trigram that the hypothesis already contains (Paulus et al. 2017,
             arXiv:1705.04304, section 2.5). EOS is never blocked.
+        forbidden: ids of tokens, besides PAD and BOS, that are never generated.
     """
 
     beam_size: int
     max_length: int
     length_penalty: float = 0.0
     block_trigrams: bool = False
+    forbidden: tuple[int, ...] = NEVER_GENERATED
 
 
 class _Candidates(NamedTuple):
@@ -73,8 +75,8 @@ def beam_search_nbest(
 ) -> list[list[Hypothesis]]:
     """Return the n-best hypotheses per image, best first.
 
-    The beams of all images advance in one batch. PAD, BOS, and UNK are never generated. If no beam of an image
-    reaches EOS, the best unfinished hypothesis is returned.
+    The beams of all images advance in one batch. If no beam of an image reaches EOS, the best unfinished hypothesis is
+    returned.
 
     Args:
         decoder: decoder in evaluation mode.
@@ -97,7 +99,7 @@ def beam_search_nbest(
     with packed(decoder, b * k):
         for length in range(options.max_length + 1):
             logits, state, attention = decoder.step(tokens, state, memory)
-            log_probs = token_log_probs(logits)
+            log_probs = token_log_probs(logits, options.forbidden)
             if options.block_trigrams:
                 log_probs = _block_trigrams(log_probs, prefixes)
             candidates = _top_candidates(scores, log_probs, 2 * k)

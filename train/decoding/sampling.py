@@ -10,7 +10,7 @@ from torch import Tensor
 from gridcap.train.data.vocabulary import BOS, EOS, PAD
 from gridcap.train.decoders.base import Decoder, Memory
 from gridcap.train.decoders.packed import packed
-from gridcap.train.decoding.base import Hypothesis, token_log_probs
+from gridcap.train.decoding.base import NEVER_GENERATED, Hypothesis, token_log_probs
 
 _NOISE_BITS = 31
 _MIN_TEMPERATURE = 1e-6  # lower temperatures change no float32 result and would overflow the division
@@ -27,12 +27,14 @@ class SamplingOptions:
         top_k: sample from the k most likely tokens (more if tokens tie with the k-th).
         top_p: sample from the smallest set of most likely tokens with at least this total probability (Holtzman
             et al. 2019, arXiv:1904.09751).
+        forbidden: ids of tokens, besides PAD and BOS, that are never sampled.
     """
 
     max_length: int
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
+    forbidden: tuple[int, ...] = NEVER_GENERATED
 
 
 @dataclass
@@ -58,7 +60,7 @@ def sample_tokens(
     options: SamplingOptions,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Sample captions of all images in one batch. PAD, BOS, and UNK are never sampled.
+    """Sample captions of all images in one batch.
 
     Args:
         decoder: decoder in the mode (training or evaluation) to sample in.
@@ -122,7 +124,7 @@ def _sample(decoder: Decoder, memory: Memory, noise: Tensor, options: SamplingOp
     with packed(decoder, b * k):
         for i in range(steps):
             logits, state, attention = decoder.step(tokens, state, memory)
-            log_probs = token_log_probs(logits)
+            log_probs = token_log_probs(logits, options.forbidden)
             tokens = _choose(_truncate(log_probs, options), noise[..., i])
             if i == steps - 1:  # maximum length reached: only EOS is allowed here, other captions are cut
                 ended = ended | (tokens != EOS)

@@ -89,22 +89,25 @@ class _SmoothedCrossEntropy(torch.autograd.Function):
 
 
 def attention_reg(attention: Tensor, targets: Tensor) -> Tensor:
-    """Return the doubly stochastic attention penalty (Xu et al. 2015, arXiv:1502.03044, eq. 14).
+    """Return the doubly stochastic attention penalty (Xu et al. 2015, arXiv:1502.03044, section 4.2.1, equation 14).
 
     It encourages a decoder to attend to every cell over the course of a caption: (1 - attention weight of a cell summed
-    over the caption) squared, averaged over the cells.
+    over the caption) squared, averaged over the cells and summed over the captions.
+
+    The code released with the paper averages over the cells, too, but its loss is the mean over the batch of the
+    log-probabilities of captions, to which it adds the sum over the batch of the penalties. For a batch of N captions,
+    its weight of 1 therefore corresponds to a weight of N here, where both are sums.
 
     Args:
         attention: (B, K, T, P) float; sums to 1 over the P cells.
         targets: (B, K, T) int64, PAD at padding.
 
     Returns:
-        (), the sum over captions, each weighted by its number of tokens. Divided by the total number of tokens, it is a
-        weighted mean over captions on the scale of the mean loss per token, as in the code released with the paper.
+        (), the sum over captions; captions that are all padding do not count.
     """
     mask = targets != PAD
     cell_totals = (attention.float() * mask[..., None]).sum(2)
-    return ((1 - cell_totals).square().mean(-1) * mask.sum(-1)).sum()
+    return ((1 - cell_totals).square().mean(-1) * mask.any(-1)).sum()
 
 
 def perplexity(loss: float) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gridcap.train.data.batch import CaptionBatch
 from gridcap.train.data.vocabulary import BOS, PAD
 from gridcap.train.decoders.base import Decoder
-from gridcap.train.decoding.base import mask_special_tokens
+from gridcap.train.decoding.base import mask_forbidden
 from gridcap.train.decoding.sampling import SamplingOptions, sample_tokens
 from gridcap.train.objectives.base import Terms
 from gridcap.train.objectives.reward import CaptionReward
@@ -44,8 +44,8 @@ class SelfCritical:
     term_names: tuple[str, ...] = ("tokens", "captions", "reward", "baseline", "advantage")
 
     def __init__(self, reward: CaptionReward, samples: int, max_length: int, temperature: float = 1.0) -> None:
-        self._reward, self._samples, self._max_length = reward, samples, max_length
-        self._temperature = temperature
+        self._reward, self._samples = reward, samples
+        self._options = SamplingOptions(max_length, temperature)
 
     def __call__(self, decoder: Decoder, batch: CaptionBatch, epoch: int) -> tuple[Tensor, Terms]:
         """Compute the loss as defined by `Objective`.
@@ -56,8 +56,7 @@ class SelfCritical:
         grids = batch.grids.float()
         _disable_dropout(decoder)
         with torch.no_grad():
-            options = SamplingOptions(self._max_length, self._temperature)
-            sampled = sample_tokens(decoder, decoder.encode(grids), self._samples, options)
+            sampled = sample_tokens(decoder, decoder.encode(grids), self._samples, self._options)
         torch.clear_autocast_cache()  # before torch 2.10, weights cast without gradient would be reused below
         with ThreadPoolExecutor(1, thread_name_prefix="reward") as thread:
             future = thread.submit(self._reward, batch.images, sampled.cpu().numpy())
@@ -91,7 +90,7 @@ class SelfCritical:
         """
         inputs = torch.cat([torch.full_like(sampled[..., :1], BOS), sampled[..., :-1]], -1)
         logits, _ = decoder(decoder.encode(grids), inputs, positions)
-        scaled = mask_special_tokens(logits) / self._temperature
+        scaled = mask_forbidden(logits, self._options.forbidden) / self._options.temperature
         return -F.cross_entropy(scaled, sampled.flatten()[positions], reduction="none")
 
 

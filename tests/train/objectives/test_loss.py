@@ -136,7 +136,18 @@ def test_attention_penalty_equals_the_formula_of_xu():
     targets = torch.tensor([[[5, 2, PAD], [7, 8, 2]]])
     first = ((1 - 1.6) ** 2 + (1 - 0.4) ** 2) / 2
     second = ((1 - 1.2) ** 2 + (1 - 1.8) ** 2) / 2
-    assert attention_reg(attention, targets).item() == pytest.approx(2 * first + 3 * second)
+    assert attention_reg(attention, targets).item() == pytest.approx(first + second)
+
+
+def test_attention_penalty_is_that_of_the_released_code_at_its_batch_size():
+    """cost = (-log p of each caption).mean() + ((1 - alphas.sum(time)) ** 2).sum(batch).mean(cells)."""
+    captions = 64
+    alphas = torch.randn(captions, 1, 7, 5, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    targets = torch.full((captions, 1, 7), 5)
+    nll = torch.rand(captions, generator=torch.Generator().manual_seed(1))
+    released = nll.mean() + ((1 - alphas[:, 0].sum(1)) ** 2).sum(0).mean()
+    ours = nll.sum() + captions * attention_reg(alphas, targets)
+    torch.testing.assert_close(ours, captions * released)
 
 
 def test_attention_that_sums_to_one_per_cell_has_no_penalty():
