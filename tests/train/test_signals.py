@@ -20,6 +20,16 @@ NO_VALIDATION = ("--set", "data.features_dir=elsewhere", "--features", "features
 TIMEOUT = 300  # seconds
 
 
+@pytest.fixture(autouse=True)
+def _hangup_is_not_ignored():
+    """Restore the default of SIGHUP, which nohup ignores: child processes inherit it."""
+    before = signal.getsignal(signal.SIGHUP)
+    if before is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def environment(**variables):
     cleared = {k: v for k, v in os.environ.items() if not k.startswith(("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_"))}
     return cleared | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])} | variables
