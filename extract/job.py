@@ -165,7 +165,9 @@ def _requested_plan(
     image_list = ImageList.from_images(images, extract.shard_size)
     compiled = choose_compile(extract.compile, image_list.images, device)
     options = EncoderOptions(extract.precision, extract.device, extract.dtype, compiled)
-    provenance = describe_features(encoder, identity, options, extract.resize_mode, decoder)
+    provenance = describe_features(
+        encoder, identity, options, encoder.spec.resolve_resize_mode(extract.resize_mode), decoder
+    )
     provenance["preprocessing"]["jpeg_scaled_decoding"] = (
         extract.jpeg_scaled_decoding and extract.jpeg_decoder == "pillow"  # nvJPEG always decodes the full size
     )

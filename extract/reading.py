@@ -74,7 +74,9 @@ class ImageReader:
     def __init__(self, extraction: Extraction, side: int, num_workers: int) -> None:
         self._extraction, self._side = extraction, side
         self._config, self._plan = extraction.config, extraction.plan
-        self._scaled_decoding = extraction.plan.provenance["preprocessing"].get("jpeg_scaled_decoding", False)
+        preprocessing = extraction.plan.provenance["preprocessing"]
+        self._resize_mode: str = preprocessing["resize_mode"]
+        self._scaled_decoding = preprocessing.get("jpeg_scaled_decoding", False)
         self._views = decoded_views(extraction.plan.provenance["views"])
         self._source = open_source(extraction.images, self._config.data.follow_links)
         self._pool = ThreadPoolExecutor(num_workers, "read")
@@ -136,7 +138,7 @@ class ImageReader:
         path = self._path(row, shard)
         if isinstance(path, str):
             return path
-        resize_mode, scaled = self._config.extract.resize_mode, self._scaled_decoding
+        resize_mode, scaled = self._resize_mode, self._scaled_decoding
         try:
             if self._views:
                 name = self.file_name(row, shard)
@@ -155,7 +157,7 @@ class ImageReader:
     def _load_on_gpu(self, rows: Sequence[int], shard: int) -> LoadedImages:
         results = [self._path(row, shard) for row in rows]
         paths = [path if isinstance(path, Path) else None for path in results]
-        device, resize_mode = choose_device(self._config.extract.device), self._config.extract.resize_mode
+        device, resize_mode = choose_device(self._config.extract.device), self._resize_mode
         images, invalid = _retry(
             lambda: load_images_gpu(paths, self._side, resize_mode, device), self._extraction.images
         )

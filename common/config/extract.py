@@ -12,7 +12,7 @@ from gridcap.common.config.section import Section
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 StoredType = Literal["float16", "float32", "uint8"]
-ResizeMode = Literal["stretch", "crop", "letterbox"]
+ResizeMode = Literal["stretch", "crop", "letterbox", "timm"]
 Compile = Literal["auto", "on", "off"]
 JpegDecoder = Literal["pillow", "nvjpeg"]
 ORIGINAL = "original"  # the view that every store has
@@ -41,7 +41,9 @@ class ExtractConfig(Section):
         None, description="per-channel standard deviation of the input in [0, 1] (default: the encoder's)"
     )
     resize_mode: ResizeMode = Field(
-        "stretch", description="how images are made square: stretch, center crop, or letterbox (gray padding)"
+        "stretch",
+        description="how images are made square: stretch, center crop, letterbox (gray padding), or timm (the model's "
+        "evaluation transform, crop included)",
     )
     precision: Precision = Field(
         "auto", description="encoder precision; auto: bfloat16 if the hardware supports it, else float32"
@@ -116,6 +118,8 @@ class ExtractConfig(Section):
     def _nvjpeg_is_possible(self) -> ExtractConfig:
         if self.jpeg_decoder == "nvjpeg" and self.device == "cpu":
             raise ValueError("jpeg_decoder nvjpeg requires a GPU, but device is cpu: use pillow")
+        if self.jpeg_decoder == "nvjpeg" and self.resize_mode == "timm":
+            raise ValueError("resize_mode timm requires jpeg_decoder: pillow")
         if self.jpeg_decoder == "nvjpeg" and self.views != (ORIGINAL,):
             from gridcap.common.image.views import select_view
 

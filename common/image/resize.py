@@ -28,7 +28,8 @@ def load_image(path: ImageFile, side: int, resize_mode: str, scaled_decoding: bo
         path: image file, see `load_rgb`.
         side: side of the square in pixels.
         resize_mode: "stretch" (the whole image without its aspect ratio, as Keras and TensorFlow do), "crop" (center
-            crop), or "letterbox" (the whole image with gray bars).
+            crop), "letterbox" (the whole image with gray bars), or "timm:INTERPOLATION:CROP" (timm's evaluation
+            transform: the center of an image whose shorter side is `side` / CROP, for example "timm:bicubic:0.875").
         scaled_decoding: whether libjpeg may reduce a large JPEG file while it decodes it, to no less than twice `side`.
             It takes less than half of the time for a photo of 12 megapixels, and pixel values may differ slightly.
 
@@ -105,6 +106,8 @@ def stretch(image: Image.Image, side: int) -> np.ndarray:
 
 def _crop_or_pad(image: Image.Image, side: int, resize_mode: str) -> Image.Image:
     """Return the center square, or the whole image between gray bars."""
+    if resize_mode.startswith("timm:"):
+        return _crop_like_timm(image, side, resize_mode)
     if resize_mode == "crop":
         return ImageOps.fit(image, (side, side), Image.Resampling.BILINEAR)
     scale = side / max(image.size)
@@ -113,3 +116,14 @@ def _crop_or_pad(image: Image.Image, side: int, resize_mode: str) -> Image.Image
     resized = image.resize((width, height), Image.Resampling.BILINEAR)
     square.paste(resized, ((side - width) // 2, (side - height) // 2))
     return square
+
+
+def _crop_like_timm(image: Image.Image, side: int, resize_mode: str) -> Image.Image:
+    """Resize the shorter side and cut out the center, as `timm.data.transforms_factory.transforms_imagenet_eval`."""
+    _, interpolation, crop = resize_mode.split(":")
+    short = math.floor(side / float(crop))
+    width, height = image.size
+    size = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
+    resized = image.resize(size, Image.Resampling[interpolation.upper()])
+    left, top = (round((length - side) / 2) for length in size)
+    return resized.crop((left, top, left + side, top + side))

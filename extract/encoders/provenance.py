@@ -23,7 +23,7 @@ def describe_features(
         encoder: the encoder, from `find_encoder`.
         identity: the weights, from `identify_weights`.
         options: as for `GridEncoder`.
-        resize_mode: how images are made square: "stretch", "crop", or "letterbox".
+        resize_mode: how images are made square: from `EncoderSpec.resolve_resize_mode`.
         decoder: image decoding library and its version, such as "pillow 11.0.0".
 
     Raises:

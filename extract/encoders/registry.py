@@ -60,8 +60,8 @@ class EncoderSpec:
         side: side of the square input images, in pixels.
         grid_shape: (rows, columns, channels) of a grid.
         mean, std: per-channel normalization of values in [0, 1].
-        interpolation: interpolation of `resize_mode` "timm": "bilinear", "bicubic", ...
-        crop_pct: share of the shorter side that `resize_mode` "timm" keeps.
+        interpolation, crop_pct: interpolation ("bilinear", "bicubic", ...) and share of the shorter side that is kept
+            with `resize_mode` "timm"; None: the encoder has no such transform.
     """
 
     name: str
@@ -70,8 +70,22 @@ class EncoderSpec:
     grid_shape: tuple[int, int, int]
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # ImageNet
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    interpolation: str = "bilinear"
-    crop_pct: float = 1.0
+    interpolation: str | None = None
+    crop_pct: float | None = None
+
+    def resolve_resize_mode(self, resize_mode: str) -> str:
+        """Return the mode for `load_image`; "timm" becomes "timm:INTERPOLATION:CROP".
+
+        Raises:
+            UserError: the encoder has no transform of timm.
+        """
+        if resize_mode != "timm":
+            return resize_mode
+        if self.crop_pct is None:
+            raise UserError(
+                f"resize_mode timm: {self.name} is not an encoder of timm", "use stretch, crop, or letterbox"
+            )
+        return f"timm:{self.interpolation}:{self.crop_pct:g}"
 
 
 class Encoder(ABC):

