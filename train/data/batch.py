@@ -41,7 +41,7 @@ class CaptionBatch:
         return CaptionBatch(self.images, *pinned)
 
 
-def pad_captions(captions: Sequence[Sequence[Sequence[int]]], captions_per_image: int) -> Tensor:
+def pad_captions(captions: Sequence[Sequence[Sequence[int] | np.ndarray]], captions_per_image: int) -> Tensor:
     """Return the token ids of B images with up to K captions each as a (B, K, T) int64 tensor, padded with PAD."""
     longest = max((len(tokens) for image in captions for tokens in image), default=2)
     out = np.full((len(captions), captions_per_image, longest), PAD, np.int64)

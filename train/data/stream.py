@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -67,6 +67,7 @@ class CaptionStream:
     data: CaptionedImages
     vocabulary: Vocabulary
     options: StreamOptions
+    _encoded: dict[int, list[np.ndarray]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         """Return the number of steps per epoch."""
@@ -135,10 +136,20 @@ class CaptionStream:
                 chosen = list(range(min(len(captions), k)))
             else:
                 chosen = sample_captions(len(captions), k, self.options.seed, epoch, int(row))
-            encoded.append([self.vocabulary.encode(captions[i], self.options.max_length) for i in chosen])
+            tokens_of = self._encode(int(image))
+            encoded.append([tokens_of[i] for i in chosen])
         tokens = pad_captions(encoded, k)
         batch = CaptionBatch(images, grids, tokens, (tokens[..., 1:] != PAD).flatten().nonzero()[:, 0])
         return batch.pin_memory() if self.options.pin_memory else batch
+
+    def _encode(self, image: int) -> list[np.ndarray]:
+        """Return the token ids of an image's captions; computed once, because a segmenter takes 0.1 ms per caption."""
+        tokens = self._encoded.get(image)
+        if tokens is None:
+            captions = self.data.captions[image]
+            tokens = [np.array(self.vocabulary.encode(text, self.options.max_length), np.int32) for text in captions]
+            self._encoded[image] = tokens
+        return tokens
 
 
 def sample_captions(available: int, count: int, seed: int, epoch: int, row: int) -> list[int]:

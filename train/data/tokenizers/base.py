@@ -20,11 +20,7 @@ _MODULES = {
 
 
 class Tokenizer(Protocol):
-    """Splits captions into units, the entries of the vocabulary, and joins units to text.
-
-    Training, the SCST reward, and metrics use the same tokenizer, so `split(join(units))` returns `units` again for the
-    units of a caption (with a segmenter: nearly always).
-    """
+    """Splits captions into units, the entries of the vocabulary, and joins units to text."""
 
     @property
     def unit(self) -> str:
@@ -34,6 +30,11 @@ class Tokenizer(Protocol):
     @property
     def name(self) -> str:
         """Description of the tokenizer for logs and results, such as "words segmented by jieba"."""
+        ...
+
+    @property
+    def reversible(self) -> bool:
+        """Whether `split(join(units))` returns the units of any caption that a decoder generates."""
         ...
 
     @property

@@ -25,6 +25,7 @@ class Characters:
     """
 
     unit, name = "character", "characters"
+    reversible = True
 
     def __init__(self, scoring: Tokenizer | None = None) -> None:
         self.scoring: Tokenizer = self if scoring is None else scoring

@@ -36,6 +36,7 @@ class Segmented:
     """
 
     unit = "word"
+    reversible = False  # a segmenter may find other words in the text
 
     def __init__(self, segmenter: str) -> None:
         if not is_installed(segmenter):

@@ -24,6 +24,7 @@ class Subwords:
     """
 
     unit, name = "subword", "Hugging Face tokenizers"
+    reversible = False  # the same text may consist of other subwords
 
     def __init__(self, model: str, scoring: Tokenizer) -> None:
         library = _library()

@@ -77,6 +77,7 @@ class Words:
     """Lowercase words as Stanford's PTB tokenizer finds them, without the punctuation that the COCO metrics remove."""
 
     unit, name = "word", "PTB, in Python"
+    reversible = True
 
     @property
     def scoring(self) -> Tokenizer:
