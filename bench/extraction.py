@@ -228,6 +228,7 @@ def copying(photos: str) -> float:
 def writing(photos: str) -> float:
     """Return images per second of the shard writers, including checksums and fsync, with the default thread count."""
     from bench.inputs import make_grids
+    from gridcap.common.store.codecs import codec_of
     from gridcap.common.store.shard_format import GridLayout, ShardSpec
     from gridcap.common.store.shard_writer import ShardWriter
     from gridcap.extract.writer import writer_count
@@ -237,7 +238,7 @@ def writing(photos: str) -> float:
 
     def write(number: int) -> None:
         images = [(i, f"{i}.jpg") for i in range(rows)]
-        spec = ShardSpec(images, GridLayout(grids.shape[1:], grids.dtype), {}, index=number, plan="bench")
+        spec = ShardSpec(images, GridLayout(grids.shape[1:], codec_of(grids.dtype)), {}, index=number, plan="bench")
         with ShardWriter(folder / f"{number}.h5", spec) as writer:
             for row in range(0, rows, 64):
                 writer.write(row, grids, {})

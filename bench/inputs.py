@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from gridcap.common.store.codecs import find_codec
 from gridcap.common.store.shard_format import GridLayout, ShardSpec
 from gridcap.common.store.shard_writer import ShardWriter
 
@@ -60,7 +61,7 @@ def make_store(path: Path, rows: int, dtype: str = "float16", split: str = "trai
     """Write a store that consists of a single shard."""
     names = [f"{i:06}.jpg" for i in range(rows)]
     provenance = {**_PROVENANCE, "grid_shape": list(GRID), "dtype": dtype}
-    layout = GridLayout(GRID, np.dtype(dtype))
+    layout = GridLayout(GRID, find_codec(dtype))
     spec = ShardSpec(list(enumerate(names)), layout, provenance, plan="bench", split=split)
     with ShardWriter(path, spec) as writer:
         for start in range(0, rows, 64):

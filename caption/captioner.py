@@ -19,9 +19,8 @@ from gridcap.common.errors import InvalidImageError, MismatchError, UserError, W
 from gridcap.common.image import decoder_name, load_image, load_view
 from gridcap.common.retry import retry_transient_errors
 from gridcap.common.sources.registry import ImageFile
+from gridcap.common.store.codecs import find_codec
 from gridcap.common.store.provenance import check_same_features
-from gridcap.common.store.quantize import as_stored
-from gridcap.common.store.shard_format import read_dtype
 from gridcap.extract.encoders.grid_encoder import EncoderOptions, GridEncoder
 from gridcap.extract.encoders.keras_weights import is_keras_file
 from gridcap.extract.encoders.provenance import describe_features
@@ -85,8 +84,8 @@ class Captioner:
             if weights is not None and identity.file is not None and not is_keras_file(identity.file):
                 read_state_dict(identity.file)  # a file that contains no weights at all has a better explanation
             raise
-        self._stored_dtype = np.dtype(dtype)
-        read_as = replace(options, dtype=read_dtype(self._stored_dtype).name)
+        self._codec = find_codec(dtype)
+        read_as = replace(options, dtype=self._codec.read.name)
         self._encoder = GridEncoder(name, identity, read_as, _encoder_settings(provenance))
         self._device = choose_device(device)
         self._decoder = checkpoint.decoder.to(self._device)
@@ -273,13 +272,13 @@ class Captioner:
         valid = np.asarray(np.isfinite(encoded).reshape(len(encoded), -1).all(1))
         if not valid.all():
             encoded = np.where(valid[:, None, None, None], encoded, encoded.dtype.type(0))
-        grids = torch.from_numpy(as_stored(encoded, self._stored_dtype))
+        grids = torch.from_numpy(self._codec.round_trip(encoded))
         rows, columns, channels = self._encoder.grid_shape
         return grids.to(self._device).float().reshape(len(grids), rows * columns, channels), valid
 
     def _out_of_range(self) -> InvalidImageError:
         return InvalidImageError(
-            f"a feature value exceeds the range of {read_dtype(self._stored_dtype).name}, so it cannot be captioned",
+            f"a feature value exceeds the range of {self._codec.read.name}, so it cannot be captioned",
             "train on float32 features (extract-features --dtype float32)",
         )
 

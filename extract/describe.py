@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gridcap.common.open_files import initial_open_file_limit
-from gridcap.common.store.quantize import as_stored
+from gridcap.common.store.codecs import find_codec
 from gridcap.common.store.reader import FeatureStore
 from gridcap.common.text import escape_line, plural
 
@@ -119,7 +119,7 @@ def _describe_values(store: FeatureStore, summary: StoreSummary) -> list[str]:
         f"  cell norms     {minimum:.4g} to {maximum:.4g}, mean {mean:.4g}",
     ]
     if summary.rounding is not None:
-        verb = "has" if store.stored_dtype == np.uint8 else "would have"
+        verb = "has" if store.codec.name == "uint8" else "would have"
         lines.append(f"  quantization   uint8 {verb} a relative error of {summary.rounding:.2%} (root mean square)")
     return lines
 
@@ -150,9 +150,9 @@ def sample_rows(store: FeatureStore, count: int) -> np.ndarray:
 
 def _squared_error(store: FeatureStore, row: int, grid: np.ndarray) -> float:
     """Return the summed squared error of 8-bit quantization: estimated for a uint8 store, else measured."""
-    if store.stored_dtype == np.uint8:
+    if store.codec.name == "uint8":
         scale = store.channel_scales(row).astype(np.float64)
         # Rounding to steps of width s has a mean squared error of s^2 / 12; zeros are exact.
         return float((scale**2 / 12 * (grid != 0)).sum())
-    quantized = as_stored(grid[None].astype(np.float16), np.dtype(np.uint8))[0]
+    quantized = find_codec("uint8").round_trip(grid[None].astype(np.float16))[0]
     return float(((quantized.astype(np.float64) - grid) ** 2).sum())

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from gridcap.common.image.views import SelectedView, select_view
-from gridcap.common.store.shard_format import ORIGINAL, read_dtype
+from gridcap.common.store.codecs import find_codec
+from gridcap.common.store.shard_format import ORIGINAL
 from gridcap.extract.encoders.grid_encoder import EncoderOptions, GridEncoder
 from gridcap.extract.job import Extraction, encoder_settings
 from gridcap.extract.staging import PendingGrids
@@ -34,7 +35,7 @@ class ViewEncoder:
         plan, extract = self._extraction.plan, self._extraction.config.extract
         if plan.provenance["threads"]:
             torch.set_num_threads(plan.provenance["threads"])
-        dtype = read_dtype(np.dtype(extract.dtype)).name  # the shard writer quantizes to uint8
+        dtype = find_codec(extract.dtype).read.name  # the shard writer encodes
         compiled = bool(plan.provenance["compile"])
         options = EncoderOptions(extract.precision, extract.device, dtype, compiled, plan.batch_size)
         return GridEncoder(extract.encoder, self._extraction.identity, options, encoder_settings(extract))

@@ -13,6 +13,7 @@ from gridcap.common.config import ExtractConfig, PipelineConfig
 from gridcap.common.device import choose_batch_size, choose_compile, choose_device
 from gridcap.common.errors import MismatchError, UserError
 from gridcap.common.image import decoder_name
+from gridcap.common.store.codecs import codec_versions, find_codec
 from gridcap.extract.encoders.grid_encoder import EncoderOptions
 from gridcap.extract.encoders.provenance import describe_features
 from gridcap.extract.encoders.registry import Encoder, EncoderSettings, find_encoder
@@ -172,6 +173,7 @@ def _requested_plan(
         extract.jpeg_scaled_decoding and extract.jpeg_decoder == "pillow"  # nvJPEG always decodes the full size
     )
     provenance["views"] = list(extract.views)
+    provenance["versions"] |= codec_versions(find_codec(extract.dtype))
     # Rounding depends on the number of threads that share a sum, so it is part of the plan, and all workers use it.
     provenance["threads"] = request.threads or torch.get_num_threads() if device.type == "cpu" else None
     batch_size = choose_batch_size(extract.batch_size, device.type == "cuda")

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from gridcap.common.errors import ExtractionError, StoreAccessError, StoreError
 from gridcap.common.files import TEMPORARY_SUFFIX, remove_leftovers, write_text
-from gridcap.common.store.shard_format import read_header, stored_bytes
+from gridcap.common.store.codecs import find_codec
+from gridcap.common.store.shard_format import read_header
 from gridcap.common.store.shard_reader import ShardReader
 from gridcap.extract.cluster.share import WHOLE, Share
 from gridcap.extract.encoding import ViewEncoder
@@ -48,7 +49,9 @@ def survey(extraction: Extraction, share: Share = WHOLE) -> Survey:
     plan, folder = extraction.plan, extraction.folder
     existing = plan.existing_shards(folder)
     missing = sorted(set(range(plan.shards)).difference(existing))
-    row_bytes = len(plan.provenance["views"]) * stored_bytes(plan.provenance["grid_shape"], plan.provenance["dtype"])
+    row_bytes = len(plan.provenance["views"]) * find_codec(plan.provenance["dtype"]).row_bytes(
+        tuple(plan.provenance["grid_shape"])
+    )
     needed = sum(len(plan.rows_of(shard)) for shard in missing) * row_bytes
     parent = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     reserved = 0  # space that other processes have reserved for missing shards is not free, but no longer needed either

@@ -11,7 +11,7 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 from gridcap.common.config.section import Section
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
-StoredType = Literal["float16", "float32", "uint8"]
+StoredType = Literal["float16", "float32", "uint8", "float16-zstd"]
 ResizeMode = Literal["stretch", "crop", "letterbox", "timm"]
 Compile = Literal["auto", "on", "off"]
 JpegDecoder = Literal["pillow", "nvjpeg"]
@@ -61,7 +61,8 @@ class ExtractConfig(Section):
     )
     dtype: StoredType = Field(
         "float16",
-        description="dtype of the stored grids; uint8: half the size of float16, one scale per image and channel",
+        description="how grids are stored: float16, float32, uint8 (half the size of float16, one scale per image and "
+        "channel), or float16-zstd (compressed without loss)",
     )
     views: tuple[str, ...] = Field(
         ("original",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping
+from inspect import isclass
 from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
@@ -77,7 +78,7 @@ def keys_of_section(section: str, tree: Mapping[str, Any]) -> list[str]:
 def all_keys(model: type[Section] = PipelineConfig, prefix: str = "") -> Iterator[str]:
     """Yield every key path, in the order of the sections, without those of splits."""
     for name, field in model.model_fields.items():
-        types = [t for t in (get_args(field.annotation) or (field.annotation,)) if isinstance(t, type)]
+        types = [t for t in (get_args(field.annotation) or (field.annotation,)) if isclass(t) and not get_args(t)]
         sections = [t for t in types if issubclass(t, Section) and t is not SplitConfig]
         for section in sections:
             yield from all_keys(section, f"{prefix}{name}.")

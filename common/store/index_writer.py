@@ -22,7 +22,6 @@ from gridcap.common.store.shard_format import (
     GridLayout,
     ShardInfo,
     dataset_name,
-    datasets_of,
 )
 from gridcap.common.store.shard_reader import ShardReader
 
@@ -150,7 +149,7 @@ def _create_virtual_datasets(
     layout = GridLayout.from_provenance(provenance)
     rows = sum(shard.rows for shard in shards)
     for view in layout.views:
-        for dataset, (row_shape, kind) in datasets_of(layout).items():
+        for dataset, (row_shape, kind) in layout.codec.datasets(layout.grid_shape).items():
             space = h5py.h5s.create_simple((rows, *row_shape))
             properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
             properties.set_obj_track_times(False)

@@ -10,8 +10,6 @@ below 0.015, they are coarser, but the error is still below 1e-5.)
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 LEVELS = 255
@@ -59,21 +57,3 @@ def dequantize(levels: np.ndarray, scale: np.ndarray, out: np.ndarray) -> None:
     bits += 0x1000
     bits >>= 13
     out.view(np.uint16)[...] = bits
-
-
-def as_stored(grids: np.ndarray, stored: np.dtype[Any]) -> np.ndarray:
-    """Return grids as a store would return them: with the quantization error of uint8, which decoders were trained on.
-
-    Args:
-        grids: (b, ..., channel) in the type that the readers of the store return.
-        stored: type in the store.
-
-    Returns:
-        Grids of the same shape and type.
-    """
-    if stored != np.uint8:
-        return grids
-    out = np.empty_like(grids)
-    for levels, scale, grid in zip(*quantize(grids), out, strict=True):
-        dequantize(levels, scale, grid)
-    return out

@@ -63,7 +63,7 @@ class FeatureStore:
         valid: (n,) bool; False for an invalid image, whose stored grid is NaN.
         invalid_reasons: row -> reason, for the invalid images.
         grid_shape: shape of one grid, (row, column, channel).
-        stored_dtype: type in the files.
+        codec: how grids are stored.
         dtype: type of the grids that are returned; float16 for a uint8 store.
         shard_paths: paths of the shards in row order.
         views: views of each image; "original" comes first.
@@ -82,7 +82,7 @@ class FeatureStore:
         self.image_id, self.file_name = index.image_id, index.file_name
         self.valid, self.invalid_reasons = index.valid, index.invalid_reasons
         self.grid_shape, self.views = index.layout.grid_shape, index.layout.views
-        self.stored_dtype, self.dtype = index.layout.stored_dtype, index.layout.dtype
+        self.codec, self.dtype = index.layout.codec, index.layout.dtype
         self._table = ShardTable(path, index)
         self.shard_paths = self._table.paths
         self._shards = OpenShards(self._table)

@@ -2,7 +2,8 @@
 
 Layout (all at the root, little-endian; n rows, m invalid images, C channels):
 
-    features         (n, *grid)  float16, float32, or uint8; contiguous, aligned to 4096 bytes; (row, column, channel)
+    features         (n, *grid)  float16, float32, or uint8; (row, column, channel); contiguous, aligned to 4096 bytes,
+                                 or (float16-zstd) one chunk per row, compressed by HDF5 filter 32015 (Zstandard)
     scale            (n, C)      float16, only for uint8: grid = features * scale
     image_id         (n,)        int64
     file_name        (n,)        UTF-8, fixed length
@@ -27,12 +28,12 @@ from typing import Any
 
 import numpy as np
 
+from gridcap.common.store.codecs import Codec, find_codec
 from gridcap.common.store.header import pack_header, unpack_header
 
 SHARD_FORMAT = "gridcap-shard"
 ALIGNMENT = 4096
 ORIGINAL = "original"  # the view that every store has
-STORED_DTYPES = ("float16", "float32", "uint8")
 RECREATE_SHARD = (
     "delete this file and run the command that wrote it again: extract-features writes only the missing shards, "
     "gridcap import the whole store"
@@ -73,16 +74,16 @@ def read_header(path: Path) -> ShardInfo | None:
 
 @dataclass(frozen=True)
 class GridLayout:
-    """Shape, stored type, and views of the grids of a store.
+    """Shape, codec, and views of the grids of a store.
 
     Attributes:
         grid_shape: shape of one grid, (row, column, channel).
-        stored_dtype: type in the files.
+        codec: how grids are stored.
         views: views of each image; the original comes first.
     """
 
     grid_shape: tuple[int, ...]
-    stored_dtype: np.dtype[Any]
+    codec: Codec
     views: tuple[str, ...] = (ORIGINAL,)
 
     @classmethod
@@ -91,21 +92,19 @@ class GridLayout:
 
         Raises:
             KeyError: a key is missing.
-            ValueError: a value is not a grid shape, a stored type, or a list of views.
+            ValueError: a value is not a grid shape, a codec, or a list of views.
         """
         shape, dtype, views = provenance["grid_shape"], provenance["dtype"], provenance.get("views", [ORIGINAL])
         if not isinstance(shape, list | tuple) or not all(isinstance(side, int) and side > 0 for side in shape):
             raise ValueError(f"grid_shape is {shape!r}")
-        if dtype not in STORED_DTYPES:
-            raise ValueError(f"dtype is {dtype!r}")
         if not isinstance(views, list | tuple) or not views or not all(isinstance(view, str) for view in views):
             raise ValueError(f"views is {views!r}")
-        return cls(tuple(shape), np.dtype(dtype), tuple(views))
+        return cls(tuple(shape), find_codec(dtype), tuple(views))
 
     @property
     def dtype(self) -> np.dtype[Any]:
         """Type of the grids that readers return."""
-        return read_dtype(self.stored_dtype)
+        return self.codec.read
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ class ShardSpec:
 
     Attributes:
         images: (image_id, file_name) of each row.
-        layout: shape, stored type, and views of the grids.
+        layout: shape, codec, and views of the grids.
         provenance: source of the grids.
         index: position of the shard in its store.
         plan: SHA-256 of the plan that the shard belongs to.
@@ -139,23 +138,3 @@ def view_of_dataset(name: str) -> str | None:
     if name == "features":
         return ORIGINAL
     return name.removeprefix("features_") if name.startswith("features_") else None
-
-
-def datasets_of(layout: GridLayout) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
-    """Return the shape and the stored type of one row of each dataset with grids, named without a view."""
-    stored = layout.stored_dtype.newbyteorder("<")
-    datasets: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {"features": (layout.grid_shape, stored)}
-    if stored == np.uint8:
-        datasets["scale"] = (layout.grid_shape[-1:], np.dtype("<f2"))
-    return datasets
-
-
-def read_dtype(stored: np.dtype[Any]) -> np.dtype[Any]:
-    """Return the type of the grids that readers return: uint8 is stored with scales and read as float16."""
-    return np.dtype("<f2") if stored == np.uint8 else stored
-
-
-def stored_bytes(grid_shape: Sequence[int], dtype: str) -> int:
-    """Return the size in bytes of one stored grid of float16, float32, or uint8 (with its scales)."""
-    layout = GridLayout(tuple(grid_shape), np.dtype(dtype))
-    return sum(int(np.prod(shape, dtype=np.int64)) * kind.itemsize for shape, kind in datasets_of(layout).values())

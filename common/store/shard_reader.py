@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 
 from gridcap.common.errors import StoreAccessError, StoreError
+from gridcap.common.store.codecs import ZSTD_FILTER, codec_of, decompress
 from gridcap.common.store.hdf5 import (
     check_format,
     corruption_as_store_error,
@@ -24,13 +25,11 @@ from gridcap.common.store.hdf5 import (
     read_texts,
 )
 from gridcap.common.store.pinned_file import PinnedFile, open_lock
-from gridcap.common.store.quantize import dequantize
 from gridcap.common.store.shard_format import (
     ORIGINAL,
     RECREATE_SHARD,
     SHARD_FORMAT,
     dataset_name,
-    read_dtype,
     view_of_dataset,
 )
 
@@ -49,7 +48,7 @@ class ShardReader:
 
     Attributes:
         shape: (n, *grid_shape).
-        stored_dtype: type in the file.
+        codec: how grids are stored.
         dtype: type of the grids that `read_row` returns.
         views: views of each image.
         index: position of the shard in its store.
@@ -63,6 +62,7 @@ class ShardReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._offsets: dict[str, int | None] = {}  # of each dataset with grids; None if it is read through h5py
+        self._chunks: dict[str, list[tuple[int, int]]] = {}  # offset and size of each compressed row
         self._rewritten: h5py.File | None = None
         with open_hdf5(path) as file:
             self._file = PinnedFile(path)
@@ -76,21 +76,22 @@ class ShardReader:
         """Read the shapes and attributes, check that they agree, and return the end of the last row in bytes."""
         features = get_dataset(file, "features")
         self.shape: tuple[int, ...] = features.shape
-        self.stored_dtype: np.dtype[Any] = features.dtype
-        self.dtype = read_dtype(self.stored_dtype)
-        self._quantized = bool(self.stored_dtype == np.uint8)
+        self.codec = codec_of(features.dtype, _is_compressed(features))
+        self.dtype = self.codec.read
+        datasets = self.codec.datasets(self.shape[1:])
         self.views = tuple(view for name in sorted(file) if (view := view_of_dataset(name)) is not None)
         end = 0
         for view in self.views:
-            for name in ("features", "scale") if self._quantized else ("features",):
+            for name, (row_shape, kind) in datasets.items():
                 dataset = get_dataset(file, dataset_name(name, view))
-                row_shape = self.shape[1:] if name == "features" else self.shape[-1:]
-                kind = self.stored_dtype if name == "features" else np.dtype("<f2")
                 if (dataset.shape[1:], dataset.dtype) != (row_shape, kind):
                     raise ValueError(f"{dataset_name(name, view)} has shape {dataset.shape} and type {dataset.dtype}")
                 offset = dataset.id.get_offset() if dataset.chunks is None else None
                 self._offsets[dataset_name(name, view)] = offset
                 end = max(end, 0 if offset is None else offset + dataset.nbytes)
+                if self.codec.compressed:
+                    self._chunks[dataset_name(name, view)] = chunks = _locate_chunks(dataset)
+                    end = max([end, *(start + size for start, size in chunks)])
         columns = ["image_id", "file_name", "valid", *(dataset_name("crc32", view) for view in self.views)]
         if {len(get_dataset(file, name)) for name in [*columns, *self._offsets]} != {self.shape[0]}:
             raise ValueError("its datasets have different lengths")
@@ -159,15 +160,15 @@ class ShardReader:
             StoreError: the file ends before the row does, or the checksum differs.
             StoreAccessError: the system could not read the file.
         """
-        if self._quantized:
-            parts = self.stored_parts(row, view)
-        else:
+        if self.codec.stored == self.codec.read:
             self._read(dataset_name("features", view), row, out)
             parts = [out]
+        else:
+            parts = self.stored_parts(row, view)
         if verify and _crc32(parts) != self.checksums[view][row]:
             raise StoreError(f"{self.path}: row {row} is corrupted: its checksum differs", _REPAIR)
-        if self._quantized:
-            dequantize(parts[0], parts[1], out)
+        if parts[0] is not out:
+            self.codec.decode(parts, out)
 
     def row_crc32(self, row: int, view: str = ORIGINAL) -> int:
         """Return the CRC-32 of the stored bytes of a row.
@@ -179,20 +180,29 @@ class ShardReader:
         return _crc32(self.stored_parts(row, view))
 
     def stored_parts(self, row: int, view: str = ORIGINAL) -> list[np.ndarray]:
-        """Return a row as it is stored: [grid], or [levels, scales] for uint8 (scales: (channels,) float16)."""
-        parts = [np.empty(self.shape[1:], self.stored_dtype)]
-        self._read(dataset_name("features", view), row, parts[0])
-        if self._quantized:
-            parts.append(np.empty(self.shape[-1], "<f2"))
-            self._read(dataset_name("scale", view), row, parts[1])
+        """Return a row as it is stored, uncompressed: one array per dataset of the codec."""
+        parts = []
+        for name, (shape, kind) in self.codec.datasets(self.shape[1:]).items():
+            parts.append(np.empty(shape, kind))
+            self._read(dataset_name(name, view), row, parts[-1])
         return parts
 
     def _read(self, name: str, row: int, out: np.ndarray) -> None:
         offset = self._offsets[name]
-        if offset is None:
+        if name in self._chunks:
+            self._read_compressed(name, row, out)
+        elif offset is None:
             self._read_through_h5py(name, row, out)
         elif not self._file.read_into(out.data.cast("B"), offset + row * out.nbytes):
             raise StoreError(f"{self.path}: ends inside row {row}", RECREATE_SHARD)
+
+    def _read_compressed(self, name: str, row: int, out: np.ndarray) -> None:
+        start, size = self._chunks[name][row]
+        data = bytearray(size)
+        if not self._file.read_into(memoryview(data), start):
+            raise StoreError(f"{self.path}: ends inside row {row}", RECREATE_SHARD)
+        if not decompress(bytes(data), out):
+            raise StoreError(f"{self.path}: row {row} is corrupted: it cannot be decompressed", _REPAIR)
 
     def _read_through_h5py(self, name: str, row: int, out: np.ndarray) -> None:
         with open_lock():
@@ -235,3 +245,29 @@ def _crc32(parts: Iterable[np.ndarray]) -> int:
     for part in parts:
         crc = zlib.crc32(part.data, crc)
     return crc
+
+
+def _is_compressed(features: h5py.Dataset) -> bool:
+    """Return whether each row is one chunk, compressed by Zstandard alone."""
+    properties = features.id.get_create_plist()
+    if features.chunks != (1, *features.shape[1:]) or properties.get_nfilters() != 1:
+        return False
+    return bool(properties.get_filter(0)[0] == ZSTD_FILTER)
+
+
+def _locate_chunks(dataset: h5py.Dataset) -> list[tuple[int, int]]:
+    """Return the position in the file and the size of each row's chunk.
+
+    Raises:
+        ValueError: a chunk is missing or was stored without its filter.
+    """
+    chunks: dict[int, tuple[int, int]] = {}
+
+    def collect(chunk: Any) -> None:
+        if chunk.filter_mask == 0:
+            chunks[chunk.chunk_offset[0]] = (chunk.byte_offset, chunk.size)
+
+    dataset.id.chunk_iter(collect)
+    if len(chunks) != len(dataset):
+        raise ValueError(f"{dataset.name} has {len(chunks)} compressed rows instead of {len(dataset)}")
+    return [chunks[row] for row in range(len(dataset))]

@@ -77,9 +77,9 @@ class ShardTable:
         reader = ShardReader(path)
         if info is not None:
             self._check_header(shard, info)
-        layout = GridLayout(reader.shape[1:], reader.stored_dtype, reader.views)
+        layout = GridLayout(reader.shape[1:], reader.codec, reader.views)
         expected = self._layout
-        if (layout.grid_shape, layout.stored_dtype) != (expected.grid_shape, expected.stored_dtype) or (
+        if (layout.grid_shape, layout.codec.stored) != (expected.grid_shape, expected.codec.stored) or (
             set(layout.views) != set(expected.views)
         ):
             raise StoreError(f"{path}: its grids do not have the layout that {self._path} states", RECREATE_SHARD)

@@ -16,9 +16,9 @@ import numpy as np
 
 from gridcap.common.errors import StoreError
 from gridcap.common.files import fsync_path, put_in_place, sha256_of, temporary_sibling
+from gridcap.common.store.codecs import ZSTD_FILTER, ZSTD_LEVEL, check_available, compress
 from gridcap.common.store.hdf5 import text_array
 from gridcap.common.store.header import FORMAT_VERSION, HEADER_BYTES
-from gridcap.common.store.quantize import MAX_VALUE, quantize
 from gridcap.common.store.shard_format import (
     ALIGNMENT,
     ORIGINAL,
@@ -27,7 +27,6 @@ from gridcap.common.store.shard_format import (
     ShardInfo,
     ShardSpec,
     dataset_name,
-    datasets_of,
 )
 from gridcap.common.store.shard_reader import ShardReader
 
@@ -54,7 +53,9 @@ class ShardWriter:
         self.path = path
         self._spec = spec
         self._rows = len(spec.images)
-        self._stored = spec.layout.stored_dtype.newbyteorder("<")
+        self._codec = spec.layout.codec
+        check_available(self._codec)
+        self._packed: dict[tuple[str, int], bytes] = {}  # compressed rows, written in order by `finish`
         self._valid = np.zeros(self._rows, bool)
         self._written = {view: np.zeros(self._rows, bool) for view in spec.layout.views}
         self._crc = {view: np.zeros(self._rows, "<u4") for view in spec.layout.views}
@@ -82,8 +83,8 @@ class ShardWriter:
         spec = self._spec
         with self._naming_the_shard():
             self._descriptor = os.open(self._temporary, os.O_RDWR)
-        datasets = datasets_of(spec.layout)
-        grid_bytes = sum(int(np.prod(shape)) * kind.itemsize for shape, kind in datasets.values())
+        datasets = self._codec.datasets(spec.layout.grid_shape)
+        grid_bytes = self._codec.row_bytes(spec.layout.grid_shape)
         row_bytes = len(spec.layout.views) * grid_bytes + names.dtype.itemsize + _ROW_OVERHEAD
         self._reserve(self._rows * row_bytes + _FILE_OVERHEAD)
         for view in spec.layout.views:
@@ -101,12 +102,17 @@ class ShardWriter:
         Rows are written there with `pwrite`: writing them through HDF5 would hold its global lock and Python's.
         """
         properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-        properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+        if self._codec.compressed:
+            properties.set_chunk((1, *row_shape))
+            properties.set_filter(ZSTD_FILTER, h5py.h5z.FLAG_MANDATORY, (ZSTD_LEVEL,))
+        else:
+            properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
         properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
         properties.set_obj_track_times(False)
         space, stored = h5py.h5s.create_simple((self._rows, *row_shape)), h5py.h5t.py_create(kind, logical=True)
-        offset = h5py.h5d.create(self._file.id, name.encode(), stored, space, properties).get_offset()
-        return 0 if offset is None else int(offset)  # None for a dataset without bytes
+        dataset = h5py.h5d.create(self._file.id, name.encode(), stored, space, properties)
+        offset = None if self._codec.compressed else dataset.get_offset()
+        return 0 if offset is None else int(offset)  # None for a dataset without bytes, and for chunks
 
     def _reserve(self, size: int) -> None:
         """Reserve disk space before the first write. `finish` releases what was not used.
@@ -164,26 +170,18 @@ class ShardWriter:
             view: name of the view.
 
         Raises:
-            InvalidGridError: the grid of a valid image contains NaN or infinity in the stored type (for example after
-                a float16 overflow) or, for uint8, a negative value.
+            InvalidGridError: the grid of a valid image contains a value that the codec cannot represent: NaN, infinity
+                (for example after a float16 overflow), or, for uint8, a negative value.
         """
         rows = range(start, start + len(grids))
         for row, reason in invalid_reasons.items():
             grids[row - start] = np.nan
             self._invalid_reasons[row] = reason
-        if self._stored == np.uint8:
-            flat = grids.reshape(len(grids), -1)
-            representable = np.asarray(((flat >= 0) & (flat <= MAX_VALUE)).all(1))  # false for NaN
-            parts = list(quantize(grids))
-        else:
-            with np.errstate(over="ignore"):  # checked below, in the type that is stored
-                stored = np.ascontiguousarray(grids, self._stored)
-            representable = _finite_rows(stored.reshape(len(grids), -1))
-            parts = [stored]
+        parts, representable = self._codec.encode(grids)
         for row in rows:
             if row not in invalid_reasons and not representable[row - start]:
                 name = self._spec.images[row][1]
-                raise InvalidGridError(f"{name}: its grid contains a value that {self._stored} cannot represent")
+                raise InvalidGridError(f"{name}: its grid contains a value that {self._codec.stored} cannot represent")
             self._valid[row] = row not in invalid_reasons
         self._store(start, parts, view)
 
@@ -207,11 +205,15 @@ class ShardWriter:
                 raise StoreError(f"{reader.path}: row {row} is corrupted", RECREATE_SHARD)
 
     def _store(self, start: int, parts: Sequence[np.ndarray], view: str) -> None:
-        """Write the parts of some rows (grids and, for uint8, scales) and update the checksums of the rows."""
+        """Write the parts of some rows and update the checksums of the rows."""
         rows = range(start, start + len(parts[0]))
-        for (name, (_, kind)), part in zip(datasets_of(self._spec.layout).items(), parts, strict=True):
+        datasets = self._codec.datasets(self._spec.layout.grid_shape)
+        for (name, (_, kind)), part in zip(datasets.items(), parts, strict=True):
             stored = np.ascontiguousarray(part, kind)
-            self._write_at(self._offsets[dataset_name(name, view)] + start * stored[0].nbytes, stored)
+            if self._codec.compressed:
+                self._packed.update({(dataset_name(name, view), row): compress(stored[row - start]) for row in rows})
+            else:
+                self._write_at(self._offsets[dataset_name(name, view)] + start * stored[0].nbytes, stored)
             for row in rows:
                 previous = 0 if name == "features" else int(self._crc[view][row])
                 self._crc[view][row] = zlib.crc32(stored[row - start].data, previous)
@@ -234,6 +236,7 @@ class ShardWriter:
         for view, written in self._written.items():
             if not written.all():
                 raise ValueError(f"{self.path}: {int((~written).sum())} rows of {view} were never written")
+        self._write_packed()
         self._write_columns()
         self._close_descriptor()
         self._file.flush()
@@ -260,6 +263,13 @@ class ShardWriter:
         put_in_place(self._temporary, self.path)
         return info
 
+    def _write_packed(self) -> None:
+        """Write the compressed rows in order, so that the file does not depend on the order of `write`."""
+        for name, row in sorted(self._packed):
+            dataset = self._file[name]
+            chunk = (row, *(0 for _ in dataset.shape[1:]))
+            dataset.id.write_direct_chunk(chunk, self._packed.pop((name, row)))
+
     def _write_columns(self) -> None:
         rows = sorted(self._invalid_reasons)
         self._file["valid"] = self._valid
@@ -267,15 +277,3 @@ class ShardWriter:
             self._file[dataset_name("crc32", view)] = crc
         self._file["invalid_row"] = np.asarray(rows, "<i8")
         self._file["invalid_reason"] = text_array([self._invalid_reasons[row] for row in rows])
-
-
-def _finite_rows(flat: np.ndarray) -> np.ndarray:
-    """Return which rows are finite: (b, n) floats -> (b,) bool.
-
-    NumPy tests float16 values one by one. Read as integers, the non-finite ones are those from 0x7c00 on (as signed
-    integers, if positive) and from 0xfc00 on (as unsigned integers, if negative), so that two maxima decide, about 20
-    times as fast.
-    """
-    if flat.dtype == np.float16 and flat.dtype.isnative and flat.flags.c_contiguous:
-        return (flat.view(np.int16).max(1) < 0x7C00) & (flat.view(np.uint16).max(1) < 0xFC00)  # type: ignore[no-any-return]
-    return np.isfinite(flat).all(1)  # type: ignore[no-any-return]

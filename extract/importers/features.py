@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from gridcap.common.lease import exclusive_folder
+from gridcap.common.store.codecs import codec_versions, find_codec
 from gridcap.common.store.shard_format import ORIGINAL
 from gridcap.common.store.shard_writer import InvalidGridError
 from gridcap.extract.importers.layout import Layout, LayoutError, as_grid
@@ -30,7 +31,7 @@ class ImportRequest:
         name: name of the source in the provenance.
         output: index file of the store.
         split: name of the split.
-        dtype: "float16", "float32", or "uint8".
+        dtype: name of a codec, see `common.store.codecs`.
         shard_size: images per shard.
         layout: axes of the arrays; None: by the number of axes.
     """
@@ -56,7 +57,7 @@ class ImportRequest:
             "dtype": self.dtype,
             "precision": "unknown",
             "views": [ORIGINAL],
-            "versions": {"numpy": np.__version__},
+            "versions": {"numpy": np.__version__, **codec_versions(find_codec(self.dtype))},
         }
 
 
@@ -157,4 +158,4 @@ def read_grid(request: ImportRequest, key: str, shape: tuple[int, ...] | None) -
             "extract the features of this image again, or remove it from the source",
         )
     with np.errstate(over="ignore"):  # the writer reports values out of range
-        return np.ascontiguousarray(grid, "float32" if request.dtype == "uint8" else request.dtype)
+        return np.ascontiguousarray(grid, "float32" if request.dtype == "uint8" else find_codec(request.dtype).stored)

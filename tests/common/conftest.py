@@ -10,6 +10,7 @@ import h5py
 import numpy as np
 import pytest
 
+from gridcap.common.store.codecs import codec_of
 from gridcap.common.store.index_writer import IndexSpec, write_index
 from gridcap.common.store.shard_format import GridLayout, ShardInfo, ShardSpec
 from gridcap.common.store.shard_writer import ShardWriter
@@ -76,7 +77,7 @@ def write_shard() -> Callable[..., ShardInfo]:
         rows, invalid_reasons = len(grids), invalid_reasons or {}
         ids = [10 * (first + row) for row in range(rows)]
         images = list(zip(ids, names or [f"folder/{i}.jpg" for i in ids], strict=True))
-        layout = GridLayout(grids.shape[1:], grids.dtype)
+        layout = GridLayout(grids.shape[1:], codec_of(grids.dtype))
         with ShardWriter(path, ShardSpec(images, layout, PROVENANCE, index, plan, "train")) as writer:
             for start in range(0, rows, batch):
                 part = grids[start : start + batch].copy()

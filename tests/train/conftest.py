@@ -16,6 +16,7 @@ from hypothesis import settings
 
 from gridcap.common.captions.records import ImageRecord
 from gridcap.common.config import AttentionConfig, CaptionConfig, LstmConfig, PipelineConfig, TrainConfig
+from gridcap.common.store.codecs import codec_of
 from gridcap.common.store.index_writer import IndexSpec, write_index
 from gridcap.common.store.reader import FeatureStore
 from gridcap.common.store.shard_format import GridLayout, ShardSpec
@@ -91,7 +92,7 @@ def write_store(
         }
         shard = path.with_suffix("") / f"{index:05}.h5"
         images.append(list(zip(ids[part], names[part], strict=True)))
-        layout = GridLayout(grids.shape[1:], grids.dtype)
+        layout = GridLayout(grids.shape[1:], codec_of(grids.dtype))
         with ShardWriter(shard, ShardSpec(images[-1], layout, complete, index, f"plan of {path.name}")) as writer:
             writer.write(0, grids[part].copy(), invalid)
             writer.finish()

@@ -10,6 +10,7 @@ import pytest
 
 from gridcap.common.captions.match import Matches, find_same_name, match_rows
 from gridcap.common.captions.records import ImageRecord, id_from_name
+from gridcap.common.store.codecs import find_codec
 from gridcap.common.store.reader import FeatureStore
 from gridcap.common.store.shard_format import GridLayout, ShardSpec
 from gridcap.common.store.shard_writer import ShardWriter
@@ -23,7 +24,7 @@ def store_of(tmp_path: Path, provenance: dict[str, object]) -> MakeStore:
 
     def make(names: Sequence[str], ids: Sequence[int] | None = None) -> FeatureStore:
         images = list(zip(ids or [id_from_name(name) for name in names], names, strict=True))
-        spec = ShardSpec(images, GridLayout((2, 3, 4), np.dtype(np.float16)), provenance)
+        spec = ShardSpec(images, GridLayout((2, 3, 4), find_codec("float16")), provenance)
         with ShardWriter(tmp_path / "store.h5", spec) as writer:
             writer.write(0, np.zeros((len(names), 2, 3, 4), np.float16), {})
             writer.finish()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from inspect import isclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -41,7 +42,7 @@ def test_pipeline_yaml_contains_the_defaults() -> None:
 def leaf_keys(model: type[BaseModel]) -> Iterator[str]:
     """Yield the keys of a section and its subsections, with the decoder keys of the default family."""
     for name, field in model.model_fields.items():
-        inner = [t for t in (get_args(field.annotation) or (field.annotation,)) if isinstance(t, type)]
+        inner = [t for t in (get_args(field.annotation) or (field.annotation,)) if isclass(t) and not get_args(t)]
         sections = [t for t in inner if issubclass(t, BaseModel) and t is not SplitConfig]
         if sections:
             section = AttentionConfig if AttentionConfig in sections else sections[0]

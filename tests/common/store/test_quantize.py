@@ -8,11 +8,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from gridcap.common.store.quantize import as_stored, dequantize, quantize
+from gridcap.common.store.codecs import find_codec
+from gridcap.common.store.quantize import dequantize, quantize
 
 
 def round_trip(grids: np.ndarray) -> np.ndarray:
-    return as_stored(grids, np.dtype(np.uint8))
+    return find_codec("uint8").round_trip(grids)
 
 
 @st.composite
@@ -73,6 +74,6 @@ def test_dequantize_multiplies_levels_by_scale() -> None:
     assert (np.abs(out - exact) <= np.spacing(exact.astype(np.float16)).astype(np.float64) / 2 + 1e-12).all()
 
 
-def test_as_stored_returns_other_types_unchanged() -> None:
+def test_codecs_without_quantization_return_grids_unchanged() -> None:
     grid = np.array([[-1.5, 2.0]], np.float32)
-    assert as_stored(grid, np.dtype(np.float32)) is grid
+    assert find_codec("float32").round_trip(grid) is grid

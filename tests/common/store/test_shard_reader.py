@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from gridcap.common.errors import StoreError
+from gridcap.common.store.codecs import find_codec
 from gridcap.common.store.shard_format import GridLayout, ShardInfo, ShardSpec
 from gridcap.common.store.shard_reader import ShardReader
 from gridcap.common.store.shard_writer import ShardWriter
@@ -39,7 +40,7 @@ def test_corrupted_rows_finds_a_flipped_bit(
 def test_verified_read_raises_only_for_the_corrupted_row(tmp_path: Path, make_grids: MakeGrids, dtype: str) -> None:
     path = tmp_path / "s.h5"
     grids = make_grids(3).astype(np.float32 if dtype == "uint8" else dtype)
-    spec = ShardSpec(list(enumerate("abc")), GridLayout(grids.shape[1:], np.dtype(dtype)), {"dtype": dtype})
+    spec = ShardSpec(list(enumerate("abc")), GridLayout(grids.shape[1:], find_codec(dtype)), {"dtype": dtype})
     with ShardWriter(path, spec) as writer:
         writer.write(0, np.abs(grids), {})
         writer.finish()

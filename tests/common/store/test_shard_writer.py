@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from gridcap.common.errors import StoreError
+from gridcap.common.store.codecs import _finite_rows, codec_of, find_codec
 from gridcap.common.store.shard_format import ALIGNMENT, GridLayout, ShardInfo, ShardSpec, read_header
 from gridcap.common.store.shard_reader import ShardReader
-from gridcap.common.store.shard_writer import InvalidGridError, ShardWriter, _finite_rows
+from gridcap.common.store.shard_writer import InvalidGridError, ShardWriter
 from tests.common.store.helpers import files_below, flip_byte_of_row, read_all
 
 MakeGrids = Callable[..., np.ndarray]
@@ -33,7 +34,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"
 
 def spec_of(count: int, dtype: str = "float16", name: str = "a.jpg") -> ShardSpec:
     """The spec of a shard with `count` images."""
-    return ShardSpec([(i, name) for i in range(count)], GridLayout((2, 3, 4), np.dtype(dtype)), {}, plan="p")
+    return ShardSpec([(i, name) for i in range(count)], GridLayout((2, 3, 4), find_codec(dtype)), {}, plan="p")
 
 
 @st.composite
@@ -59,7 +60,7 @@ def test_shard_round_trip(shard: dict[str, Any]) -> None:
     grids, reasons = shard["grids"], shard["invalid_reasons"]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "00000.h5"
-        spec = ShardSpec(shard["images"], GridLayout(grids.shape[1:], grids.dtype), {}, 3, "p")
+        spec = ShardSpec(shard["images"], GridLayout(grids.shape[1:], codec_of(grids.dtype)), {}, 3, "p")
         with ShardWriter(path, spec) as writer:
             for start in range(0, len(grids), shard["batch"]):
                 stop = start + shard["batch"]
@@ -227,11 +228,12 @@ FULL_DISK = """
 import resource, sys
 from pathlib import Path
 import numpy as np
+from gridcap.common.store.codecs import find_codec
 from gridcap.common.store.shard_format import GridLayout, ShardSpec
 from gridcap.common.store.shard_writer import ShardWriter
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-spec = ShardSpec([(i, "a") for i in range(200)], GridLayout((2, 3, 400), np.dtype("float16")), {})
+spec = ShardSpec([(i, "a") for i in range(200)], GridLayout((2, 3, 400), find_codec("float16")), {})
 try:
     with ShardWriter(Path(sys.argv[1]), spec) as writer:
         for start in range(0, 200, 10):

@@ -1,0 +1,150 @@
+"""Codecs: round trips, compression, and reading by other programs."""
+
+from __future__ import annotations
+
+import builtins
+from pathlib import Path
+from typing import Any
+
+import h5py
+import hdf5plugin  # noqa: F401  # registers the filter for h5py
+import numpy as np
+import pytest
+
+from gridcap.common.errors import StoreError, UserError
+from gridcap.common.store.codecs import codec_names, codec_of, find_codec
+from gridcap.common.store.index_writer import IndexSpec, write_index
+from gridcap.common.store.provenance import differences
+from gridcap.common.store.reader import FeatureStore
+from gridcap.common.store.shard_format import GridLayout, ShardSpec
+from gridcap.common.store.shard_reader import ShardReader
+from gridcap.common.store.shard_writer import ShardWriter
+
+GRID = (3, 3, 40)
+
+
+def sparse_grids(rows: int) -> np.ndarray:
+    """Return grids as after a ReLU: most values are zero."""
+    rng = np.random.default_rng(0)
+    return (rng.random((rows, *GRID)) * (rng.random((rows, *GRID)) > 0.9)).astype(np.float32)
+
+
+def write(path: Path, dtype: str, order: tuple[int, ...] = (0, 1, 2, 3)) -> np.ndarray:
+    grids, provenance = sparse_grids(4), {"grid_shape": list(GRID), "dtype": dtype}
+    spec = ShardSpec(list(enumerate("abcd")), GridLayout.from_provenance(provenance), provenance, plan="p", split="s")
+    with ShardWriter(path, spec) as writer:
+        for row in order:
+            writer.write(row, grids[row : row + 1].copy(), {row: "truncated"} if row == 2 else {})
+        writer.finish()
+    return grids
+
+
+@pytest.mark.parametrize("dtype", codec_names())
+def test_every_codec_returns_what_was_written(tmp_path: Path, dtype: str) -> None:
+    grids = write(tmp_path / "s.h5", dtype)
+    codec = find_codec(dtype)
+    with ShardReader(tmp_path / "s.h5") as reader:
+        assert reader.codec is codec
+        assert reader.corrupted_rows() == []
+        out = np.empty(GRID, reader.dtype)
+        for row in (0, 1, 3):
+            reader.read_row(row, out, verify=True)
+            np.testing.assert_allclose(out, grids[row], rtol=5e-4, atol=0.003 if dtype == "uint8" else 0)
+        reader.read_row(2, out, verify=True)
+        assert np.isnan(out).all()
+
+
+@pytest.mark.parametrize("dtype", codec_names())
+def test_the_bytes_do_not_depend_on_the_order_of_writing(tmp_path: Path, dtype: str) -> None:
+    write(tmp_path / "a.h5", dtype)
+    write(tmp_path / "b.h5", dtype, (3, 1, 0, 2))
+    assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "b.h5").read_bytes()
+
+
+def test_other_programs_read_compressed_shards_and_their_index(tmp_path: Path) -> None:
+    grids = write(tmp_path / "s" / "00000.h5", "float16-zstd").astype(np.float16)
+    provenance = {"grid_shape": list(GRID), "dtype": "float16-zstd"}
+    spec = IndexSpec(tmp_path / "s", ["00000.h5"], ["p"], [list(enumerate("abcd"))], 1, "s", provenance)
+    write_index(tmp_path / "s.h5", spec)
+    with h5py.File(tmp_path / "s" / "00000.h5") as shard, h5py.File(tmp_path / "s.h5") as index:
+        assert shard["features"].chunks == (1, *GRID)
+        for features in (shard["features"], index["features"]):
+            np.testing.assert_array_equal(features[[0, 1, 3]], grids[[0, 1, 3]])
+            assert np.isnan(features[2]).all()
+    with FeatureStore(tmp_path / "s.h5") as store:
+        np.testing.assert_array_equal(store[[0, 3]], grids[[0, 3]])
+        assert store.dtype == np.float16
+
+
+def test_sparse_grids_become_smaller(tmp_path: Path) -> None:
+    sizes = {}
+    for dtype in ("float16", "float16-zstd"):
+        grids = np.tile(sparse_grids(1), (200, 8, 8, 1))
+        provenance = {"grid_shape": list(grids.shape[1:]), "dtype": dtype}
+        spec = ShardSpec([(i, "a") for i in range(200)], GridLayout.from_provenance(provenance), provenance)
+        with ShardWriter(tmp_path / "s.h5", spec) as writer:
+            writer.write(0, grids, {})
+            sizes[dtype] = writer.finish().size
+    assert sizes["float16-zstd"] < 0.5 * sizes["float16"]
+
+
+def test_a_corrupted_compressed_row_is_found_and_the_others_are_read(tmp_path: Path) -> None:
+    grids = write(tmp_path / "s.h5", "float16-zstd")
+    with h5py.File(tmp_path / "s.h5") as file:
+        chunk = file["features"].id.get_chunk_info(1)
+    content = bytearray((tmp_path / "s.h5").read_bytes())
+    content[chunk.byte_offset + chunk.size // 2] ^= 255
+    (tmp_path / "s.h5").write_bytes(content)
+    with ShardReader(tmp_path / "s.h5") as reader:
+        assert reader.corrupted_rows() == [1]
+        out = np.empty(GRID, np.float16)
+        reader.read_row(0, out, verify=True)
+        np.testing.assert_array_equal(out, grids[0].astype(np.float16))
+        with pytest.raises(StoreError, match=r"s\.h5: row 1 is corrupted"):
+            reader.read_row(1, out, verify=True)
+
+
+def test_a_truncated_compressed_shard_is_an_error(tmp_path: Path) -> None:
+    write(tmp_path / "s.h5", "float16-zstd")
+    content = (tmp_path / "s.h5").read_bytes()
+    (tmp_path / "s.h5").write_bytes(content[:-1])
+    with pytest.raises(StoreError, match=r"s\.h5"):
+        ShardReader(tmp_path / "s.h5")
+
+
+def test_a_copied_row_keeps_its_bytes(tmp_path: Path) -> None:
+    write(tmp_path / "a.h5", "float16-zstd")
+    provenance = {"grid_shape": list(GRID), "dtype": "float16-zstd"}
+    spec = ShardSpec(list(enumerate("abcd")), GridLayout.from_provenance(provenance), provenance, plan="p", split="s")
+    with ShardReader(tmp_path / "a.h5") as reader, ShardWriter(tmp_path / "b.h5", spec) as writer:
+        for row in range(4):
+            writer.copy(row, reader)
+        writer.finish()
+    assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "b.h5").read_bytes()
+
+
+def test_missing_packages_are_named_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def fail(name: str, *arguments: Any, **options: Any) -> Any:
+        if name == "zstandard":
+            raise ImportError(name)
+        return real(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", fail)
+    with pytest.raises(UserError, match="needs zstandard and hdf5plugin") as caught:
+        write(tmp_path / "s.h5", "float16-zstd")
+    assert "gridcap[zstd]" in caught.value.hint
+    assert not list(tmp_path.iterdir())
+
+
+def test_compression_does_not_make_features_different_but_quantization_does() -> None:
+    assert not differences({"dtype": "float16"}, {"dtype": "float16-zstd"}, ["dtype"])
+    assert differences({"dtype": "float16"}, {"dtype": "uint8"}, ["dtype"])
+
+
+def test_unknown_codecs_are_rejected() -> None:
+    with pytest.raises(ValueError, match="dtype is 'float8'"):
+        find_codec("float8")
+    with pytest.raises(ValueError, match="type int16"):
+        codec_of(np.dtype(np.int16))
