@@ -63,7 +63,7 @@ def extract_features(
     split = SplitConfig(images=images, annotations=captions, limit=limit, skip=skip)
     data = config.data.model_copy(update={"splits": {output.stem: split}})
     config = config.model_copy(update={"data": data})
-    records, _ = split_images(split, output.stem, config.seed, data.max_invalid, data.follow_links)
+    records, _ = split_images(split, output.stem, data, config.seed)
     request = ExtractionRequest(config, output.stem, records, images, output, replace_empty=True)
     run_extraction(prepare(request), show_progress=progress)
     return output

@@ -186,7 +186,7 @@ def load_images(selection: SplitSelection) -> SplitImages:
         AnnotationError: the captions file cannot be used.
     """
     data, seed = selection.config.data, selection.config.seed
-    return SplitImages(*split_images(selection.split, selection.name, seed, data.max_invalid, data.follow_links))
+    return SplitImages(*split_images(selection.split, selection.name, data, seed))
 
 
 def _reject_ignored_settings(name: str, config: PipelineConfig, options: ExtractOptions) -> None:

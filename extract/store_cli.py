@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gridcap.common.captions.records import ImageRecord
-from gridcap.common.captions.split import captions_only, load_split
+from gridcap.common.captions.split import captions_only, columns_of, load_split
 from gridcap.common.command import NO_SETTINGS, Uses, flag, pipeline_command, show_config
 from gridcap.common.config import PipelineConfig
 from gridcap.common.errors import EXIT_FAILURE, PathError, UserError
@@ -41,7 +41,7 @@ gridcap inspect features/train.h5 --invalid > invalid.txt
 gridcap inspect features/train.h5 --plot grids.png --images data/coco/train2014
 """
 PICTURE_SUFFIXES = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp")
-CAPTIONS_USES = ("data.max_invalid", "seed")
+CAPTIONS_USES = ("data.max_invalid", "data.image_column", "data.caption_column", "seed")
 IMPORT_USES = Uses(("extract.dtype", "extract.shard_size", *CAPTIONS_USES), "data.max_invalid=5%")
 VERIFY_USES = Uses(CAPTIONS_USES, "data.max_invalid=5%")
 
@@ -72,6 +72,8 @@ class _ImportOptions:
     help="axes of the arrays: rows, columns, channels (hwc); channels first (chw); cells, channels (nc); channels (c)  "
     "[default: hwc, nc, or c, by the number of axes]",
 )
+@flag("--image-column", "data.image_column")
+@flag("--caption-column", "data.caption_column")
 @flag("--dtype", "extract.dtype")
 @flag("--shard-size", "extract.shard_size")
 def import_features(config: PipelineConfig, dry_run: bool, **values: Any) -> None:
@@ -115,7 +117,9 @@ def import_features(config: PipelineConfig, dry_run: bool, **values: Any) -> Non
 
 def _load_records(config: PipelineConfig, annotations: Path, split: str) -> Sequence[ImageRecord]:
     """Read the images of a captions file and print notes about its problems."""
-    loaded = load_split(captions_only(annotations), split, config.seed, config.data.max_invalid)
+    loaded = load_split(
+        captions_only(annotations), split, config.seed, config.data.max_invalid, columns=columns_of(config.data)
+    )
     for line in loaded.problems.lines():
         click.echo(f"note: {annotations}: {line}", err=True)
     return loaded.records
@@ -124,6 +128,8 @@ def _load_records(config: PipelineConfig, annotations: Path, split: str) -> Sequ
 @pipeline_command("verify", VERIFY_EXAMPLES, uses=VERIFY_USES)
 @click.argument("features", type=click.Path(path_type=Path))
 @click.option("--annotations", type=click.Path(path_type=Path), help="captions file with the expected images")
+@flag("--image-column", "data.image_column")
+@flag("--caption-column", "data.caption_column")
 @click.option("--repair", is_flag=True, help="delete corrupted files, so that a rerun of the extraction recreates them")
 def verify_features(
     config: PipelineConfig, dry_run: bool, features: Path, annotations: Path | None, repair: bool

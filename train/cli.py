@@ -81,6 +81,8 @@ USES = Uses(("train", "data", "seed"), "train.max_grad_norm=1")
 @flag("--checkpoint-steps", "train.checkpoint_steps")
 @flag("--checkpoint-minutes", "train.checkpoint_minutes")
 @flag("--precision", "train.precision")
+@flag("--image-column", "data.image_column")
+@flag("--caption-column", "data.caption_column")
 @flag("--device", "train.device")
 @flag("--seed", "seed")
 @click.option(

@@ -91,6 +91,8 @@ USES = Uses(("caption", "data", "train.device", "seed"), "caption.top_k=10")
 @flag("--top-p", "caption.top_p")
 @flag("--max-length", "caption.max_length")
 @flag("--batch-size", "caption.batch_size")
+@flag("--image-column", "data.image_column")
+@flag("--caption-column", "data.caption_column")
 @flag("--device", "train.device")
 @flag("--seed", "seed")
 def evaluate_decoder(config: PipelineConfig, dry_run: bool, **paths: Path | None) -> None:

@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from gridcap.common.captions.match_files import without_suffix
 from gridcap.common.captions.records import ImageRecord, id_from_name
 from gridcap.common.store.reader import FeatureStore
 
@@ -31,8 +32,8 @@ def match_rows(store: FeatureStore, records: Sequence[ImageRecord]) -> Matches:
 
     Names count only if the ids of either side were derived from names (a store extracted without captions, or a CSV
     file): two sources with ids of their own that disagree describe different data sets. "a.jpg" and "train/a.jpg"
-    match; "val/a.jpg" and "train/a.jpg" do not. Equal names take precedence over names of which one ends with the
-    other.
+    match, as do "a" and "a.jpg"; "val/a.jpg" and "train/a.jpg" do not. Equal names take precedence over names of which
+    one ends with the other.
 
     Args:
         store: feature store.
@@ -79,6 +80,12 @@ def find_same_name(store: FeatureStore, records: Sequence[ImageRecord]) -> tuple
     return None
 
 
+def is_same_name(record: ImageRecord, name: str) -> bool:
+    """Return whether the base names of a record and a file agree; a record may have no extension, or only an id."""
+    base, other = _base_name(record.file_name), _base_name(name)
+    return base == other or base == without_suffix(other) or record.file_name == str(record.image_id)
+
+
 def _has_ids_from_names(store: FeatureStore) -> bool:
     return len(store) > 0 and int(store.image_id[0]) == id_from_name(store.file_name[0])
 
@@ -89,11 +96,11 @@ def _rows_by_name(
     """Return position of a record -> (row, name) of the images with its name. Memory grows with `positions` only."""
     by_base_name: dict[str, list[int]] = defaultdict(list)
     for i in positions:
-        by_base_name[_base_name(records[i].file_name)].append(i)
+        by_base_name[without_suffix(_base_name(records[i].file_name))].append(i)
     matches: dict[int, list[tuple[int, str]]] = defaultdict(list)
     if by_base_name:
         for row, name in _names(store):
-            for i in by_base_name.get(_base_name(name), ()):
+            for i in by_base_name.get(without_suffix(_base_name(name)), ()):
                 if _is_same_file(name, records[i].file_name):
                     matches[i].append((row, name))
     return matches
@@ -109,5 +116,7 @@ def _base_name(name: str) -> str:
 
 
 def _is_same_file(name: str, other: str) -> bool:
-    """Return whether one path ends with the other."""
+    """Return whether one path ends with the other; `other` may have no extension."""
+    if other == without_suffix(other):
+        name = without_suffix(name)
     return name == other or name.endswith(f"/{other}") or other.endswith(f"/{name}")

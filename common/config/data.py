@@ -28,6 +28,12 @@ class DataConfig(Section):
     """The dataset: its splits, and the folder of their feature stores."""
 
     splits: dict[str, SplitConfig] = Field({}, description="name of the split -> its images and captions")
+    image_column: str | None = Field(
+        None, description="column of a captions file with the file names or ids of the images (default: by its name)"
+    )
+    caption_column: str | None = Field(
+        None, description="column of a captions file with the captions (default: by its name)"
+    )
     features_dir: Path = Field(Path("features"), description="folder of the feature stores <split>.h5")
     max_invalid: str = Field(
         "20%", description="stop if more images or annotations than this are invalid: a count (10) or a share (5%)"

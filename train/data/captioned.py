@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from gridcap.common.captions.match import find_same_name, match_rows
+from gridcap.common.captions.match import find_same_name, is_same_name, match_rows
 from gridcap.common.captions.records import ImageRecord
 from gridcap.common.errors import MismatchError
 from gridcap.common.store.reader import FeatureStore
@@ -54,7 +54,7 @@ class CaptionedImages:
                 ambiguous = position in matches.ambiguous
                 left_out["with an ambiguous file name" if ambiguous else "not in the feature store"] += 1
                 continue
-            if PurePosixPath(record.file_name).name != PurePosixPath(store.file_name[row]).name:
+            if not is_same_name(record, store.file_name[row]):
                 raise MismatchError(
                     f"image {record.image_id} is {store.file_name[row]} in {store.path}, "
                     f"but {record.file_name} in {source}",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from gridcap.common.captions.split import captions_only, load_split
+from gridcap.common.captions.split import captions_only, columns_of, load_split
 from gridcap.common.command import reject_ignored
 from gridcap.common.config import PipelineConfig
 from gridcap.common.errors import PathError, UserError
@@ -70,7 +70,7 @@ def join_captions(
                 f"pass {option} FILE, or run the command in the folder that the path is relative to",
             )
     complete = split.model_copy(update={"limit": None, "skip": 0})  # the store already is the subset
-    loaded = load_split(complete, name, config.seed, config.data.max_invalid)
+    loaded = load_split(complete, name, config.seed, config.data.max_invalid, columns=columns_of(config.data))
     source = split.annotations or split.images
     return Joined(CaptionedImages.join(store, loaded.records, source), source, loaded.problems.lines())
 

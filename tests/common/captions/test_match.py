@@ -64,6 +64,14 @@ def test_two_records_that_match_a_row_equally_well_are_ambiguous(store_of: MakeS
     assert match_rows(store_of(["a.jpg"]), numbered(*names)) == Matches([None, None], {0, 1})
 
 
+def test_a_name_without_extension_matches_unless_it_is_ambiguous(store_of: MakeStore) -> None:
+    assert match_rows(store_of(["x/a.jpg", "b.jpg"]), numbered("a", "b")) == Matches([0, 1], set())
+
+
+def test_a_name_without_extension_of_two_rows_is_ambiguous(store_of: MakeStore) -> None:
+    assert match_rows(store_of(["a.jpg", "a.png"]), numbered("a")) == Matches([None], {0})
+
+
 def test_find_same_name_ignores_ids(store_of: MakeStore) -> None:
     store = store_of(["a.jpg", "b.jpg"], [7, 8])
     records = numbered("c.jpg", "b.jpg")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from gridcap.common.captions.records import ImageRecord
 from gridcap.common.captions.split import load_split, split_images
-from gridcap.common.config import SplitConfig
+from gridcap.common.config import DataConfig, SplitConfig
 from gridcap.common.errors import AnnotationError
 
 Write = Callable[..., SplitConfig]
@@ -92,10 +92,10 @@ def test_item_17_follow_links_reaches_the_folder_listing(tmp_path: Path, limit: 
     (tmp_path / "photos" / "a.jpg").touch()
     (tmp_path / "photos" / "more").symlink_to(tmp_path / "elsewhere")
     split = SplitConfig(images=tmp_path / "photos", limit=limit)
-    images, problems = split_images(split, "s")
+    images, problems = split_images(split, "s", DataConfig())
     assert [image.file_name for image in images] == ["a.jpg"]
     assert "1 linked folder" in problems.lines()[0]
-    images, problems = split_images(split, "s", follow_links=True)
+    images, problems = split_images(split, "s", DataConfig(follow_links=True))
     assert [image.file_name for image in images] == ["a.jpg", "more/b.jpg"]
     assert problems.lines() == []
 
@@ -153,10 +153,10 @@ def test_the_limit_applies_to_the_whole_file_not_to_the_subset(tmp_path: Path, w
 def test_only_a_whole_folder_is_streamed(tmp_path: Path) -> None:
     for i in range(5):
         (tmp_path / f"{i}.jpg").touch()
-    whole, _ = split_images(SplitConfig(images=tmp_path), "s")
+    whole, _ = split_images(SplitConfig(images=tmp_path), "s", DataConfig())
     assert not isinstance(whole, list)
     assert len(list(whole)) == 5
-    some, _ = split_images(SplitConfig(images=tmp_path, limit=2), "s")
+    some, _ = split_images(SplitConfig(images=tmp_path, limit=2), "s", DataConfig())
     assert isinstance(some, list)
     assert len(some) == 2
 
@@ -164,11 +164,11 @@ def test_only_a_whole_folder_is_streamed(tmp_path: Path) -> None:
 def test_invalid_names_in_a_folder_are_counted_once_and_limited(tmp_path: Path) -> None:
     (tmp_path / "good.jpg").touch()
     (tmp_path / os.fsdecode(b"bad\xff.jpg")).touch()
-    images, problems = split_images(SplitConfig(images=tmp_path), "s", max_invalid="1")
+    images, problems = split_images(SplitConfig(images=tmp_path), "s", DataConfig(max_invalid="1"))
     for _ in range(2):
         assert [image.file_name for image in images] == ["good.jpg"]
         assert problems.total == 1
-    strict, _ = split_images(SplitConfig(images=tmp_path), "s", max_invalid="0")
+    strict, _ = split_images(SplitConfig(images=tmp_path), "s", DataConfig(max_invalid="0"))
     with pytest.raises(AnnotationError, match="1 of 2") as caught:
         list(strict)
     assert "rename" in caught.value.hint
