@@ -13,7 +13,7 @@ import click
 
 from gridcap.common.captions.records import ImageRecord
 from gridcap.common.captions.split import captions_only, columns_of, load_split
-from gridcap.common.command import NO_SETTINGS, Uses, flag, pipeline_command, show_config
+from gridcap.common.command import Uses, flag, pipeline_command, reject_ignored, show_config
 from gridcap.common.config import PipelineConfig
 from gridcap.common.errors import EXIT_FAILURE, PathError, UserError
 from gridcap.common.files import check_writable
@@ -38,11 +38,14 @@ gridcap verify features/train.h5 --repair; gridcap extract --split train
 INSPECT_EXAMPLES = """
 gridcap inspect features/train.h5
 gridcap inspect features/train.h5 --invalid > invalid.txt
+gridcap inspect captions.csv
+gridcap inspect dataset_coco.json --split karpathy-val
 gridcap inspect features/train.h5 --plot grids.png --images data/coco/train2014
 """
 PICTURE_SUFFIXES = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp")
 CAPTIONS_USES = ("data.max_invalid", "data.image_column", "data.caption_column", "seed")
 IMPORT_USES = Uses(("extract.dtype", "extract.shard_size", *CAPTIONS_USES), "data.max_invalid=5%")
+INSPECT_USES = Uses(("data.image_column", "data.caption_column"), "data.image_column=photo")
 VERIFY_USES = Uses(CAPTIONS_USES, "data.max_invalid=5%")
 
 
@@ -184,19 +187,43 @@ def _print_report(features: Path, report: Report) -> None:
         click.echo(f"no problems: {features}: {plural(report.rows, 'row')}, {report.valid:,} valid")
 
 
-@pipeline_command("inspect", INSPECT_EXAMPLES, uses=NO_SETTINGS)
-@click.argument("features", type=click.Path(path_type=Path))
+@pipeline_command("inspect", INSPECT_EXAMPLES, uses=INSPECT_USES)
+@click.argument("path", type=click.Path(path_type=Path))
 @click.option("--invalid", is_flag=True, help="list the invalid images only, one per line: file name, tab, reason")
 @click.option("--plot", type=click.Path(path_type=Path), help="plot the grids of a few images to this file")
 @click.option("--images", type=click.Path(path_type=Path), help="with --plot: image folder, to show the photos")
-def inspect_features(
-    config: PipelineConfig, dry_run: bool, features: Path, invalid: bool, plot: Path | None, images: Path | None
-) -> None:
-    """Show the source, size, and statistics of a feature store.
+@click.option("--split", help="captions file: part of it to describe  [default: train]")
+@flag("--image-column", "data.image_column")
+@flag("--caption-column", "data.caption_column")
+def inspect_features(config: PipelineConfig, dry_run: bool, path: Path, split: str | None, **values: Any) -> None:
+    """Describe a feature store or a captions file.
 
-    Statistics are computed from a sample of the rows. Exit status: 0 success, 1 failure, 2 usage error.
+    Statistics of a store are computed from a sample of the rows. Exit status: 0 success, 1 failure, 2 usage error.
     """
+    invalid, plot, images = values["invalid"], values["plot"], values["images"]
+    if path.suffix.lower() != ".h5" and path.exists():
+        if invalid or plot is not None or images is not None:
+            raise UserError(f"{path}: --invalid, --plot, and --images are for feature stores", "omit them")
+        _inspect_captions(config, dry_run, path, split or "train")
+        return
+    if split is not None:
+        raise UserError(f"--split {split}: only for captions files", "omit it")
+    reject_ignored(["data.image_column", "data.caption_column"], "on a feature store", "omit it")
     _check_plot_options(invalid, plot, images)
+    _inspect_store(path, dry_run, invalid, plot, images)
+
+
+def _inspect_captions(config: PipelineConfig, dry_run: bool, path: Path, split: str) -> None:
+    from gridcap.common.captions.describe import describe_captions
+
+    if dry_run:
+        click.echo(f"dry run: {path} would be inspected")
+        return
+    for line in describe_captions(path, split, columns_of(config.data)):
+        click.echo(line)
+
+
+def _inspect_store(features: Path, dry_run: bool, invalid: bool, plot: Path | None, images: Path | None) -> None:
     from gridcap.common.store.reader import FeatureStore
     from gridcap.extract.describe import describe, file_limit_warning, summarize_store
     from gridcap.extract.plot import plot_grids

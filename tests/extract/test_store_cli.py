@@ -43,16 +43,21 @@ def test_inspect_shows_source_statistics_and_plot(fake: Any, photos: Any, extrac
     ("arguments", "named", "status"),
     [
         (("nothing.h5",), "no such file", 1),
-        (("notes.txt",), "not a readable HDF5 file", 1),
-        (("notes.txt", "--plot", "x.doc"), "--plot x.doc", 2),
-        (("notes.txt", "--images", "."), "only used with --plot", 2),
-        (("notes.txt", "--plot", "x.png", "--images", "nowhere"), "nowhere: no such folder", 2),
-        (("notes.txt", "--plot", "x.png", "--images", __file__), "not a folder", 2),
-        (("notes.txt", "--plot", "x.png", "--invalid"), "--invalid", 2),
+        (("notes.txt",), "unsupported captions format", 1),
+        (("notes.txt", "--invalid"), "for feature stores", 2),
+        (("notes.h5", "--split", "val"), "only for captions files", 2),
+        (("notes.h5", "--image-column", "x"), "no effect on a feature store", 2),
+        (("notes.h5",), "not a readable HDF5 file", 1),
+        (("notes.h5", "--plot", "x.doc"), "--plot x.doc", 2),
+        (("notes.h5", "--images", "."), "only used with --plot", 2),
+        (("notes.h5", "--plot", "x.png", "--images", "nowhere"), "nowhere: no such folder", 2),
+        (("notes.h5", "--plot", "x.png", "--images", __file__), "not a folder", 2),
+        (("notes.h5", "--plot", "x.png", "--invalid"), "--invalid", 2),
     ],
 )
 def test_errors_have_a_message_and_a_hint(tmp_path: Path, arguments: tuple[str, ...], named: str, status: int) -> None:
-    (tmp_path / "notes.txt").write_text("hello")
+    for name in ("notes.txt", "notes.h5"):
+        (tmp_path / name).write_text("hello")
     result = run(*arguments)
     assert result.exit_code == status
     assert named in result.output
@@ -65,3 +70,11 @@ def test_item_26_names_with_tabs_and_line_breaks_stay_on_one_line(photos: Any, e
     job, _ = extracted(folder, data__max_invalid="50%")
     result = run(job.output, "--invalid")
     assert result.output.splitlines() == [r"0001\ttab\nline.png" + "\tnot an image"]
+
+
+def test_inspect_describes_a_captions_file(tmp_path: Path) -> None:
+    (tmp_path / "c.csv").write_text("photo,caption,split\na.jpg,a cat,train\nb.jpg,a dog,val\n")
+    result = run(tmp_path / "c.csv", "--split", "val", "--image-column", "photo")
+    assert result.exit_code == 0, result.output
+    assert "image = photo, caption = caption, split = split" in result.output
+    assert "val: 1 image, 1 caption" in result.output
