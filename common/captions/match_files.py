@@ -8,9 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from gridcap.common.captions.folder import IMAGE_SUFFIXES, FolderImages
+from gridcap.common.captions.images import SourceImages
 from gridcap.common.captions.records import ImageRecord, id_from_name
 from gridcap.common.errors import AnnotationError
+from gridcap.common.sources.registry import IMAGE_SUFFIXES
 
 EXACT = "image matched by its path"
 RELATIVE = "image matched by its path without the name of the image folder"
@@ -30,7 +31,7 @@ def match_files(
 
     Args:
         records: images of a captions file.
-        folder: image folder.
+        folder: image folder, or an archive.
         follow_links: whether to descend into linked folders.
 
     Returns:
@@ -40,7 +41,7 @@ def match_files(
         AnnotationError: a name matches several files, or several names match one file.
     """
     kinds: Counter[str] = Counter()
-    if all((folder / record.file_name).is_file() for record in records):  # without listing the folder
+    if folder.is_dir() and all((folder / record.file_name).is_file() for record in records):  # needs no listing
         return list(records), Counter({EXACT: len(records)})
     files = _list(folder, follow_links)
     by_stem = _index(files, records)
@@ -60,7 +61,7 @@ def match_files(
 
 def _list(folder: Path, follow_links: bool) -> set[str]:
     try:
-        return {record.file_name for record in FolderImages(folder, follow_links=follow_links)}
+        return {record.file_name for record in SourceImages(folder, follow_links=follow_links)}
     except AnnotationError:  # no images at all: every image is missing
         return set()
 

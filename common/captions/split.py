@@ -86,7 +86,7 @@ def split_images(
         images = SourceImages(split.images, data.max_invalid, data.follow_links)
         return images, images.problems
     loaded = load_split(split, name, seed, data.max_invalid, data.follow_links, columns_of(data))
-    if split.annotations is None or not split.images.is_dir():  # members of archives are matched exactly
+    if split.annotations is None or not split.images.exists():  # object storage is matched exactly
         return loaded.records, loaded.problems
     records, kinds = match_files(loaded.records, split.images, data.follow_links)
     if set(kinds) - {EXACT, MISSING}:
