@@ -11,9 +11,12 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from bench.inputs import GRID, make_store
+from bench.inputs import GRID, make_grids, make_store
 from bench.measure import Row, rate, run_rounds
+from gridcap.common.store.codecs import codec_names, find_codec
 from gridcap.common.store.reader import FeatureStore
+from gridcap.common.store.shard_format import GridLayout, ShardSpec
+from gridcap.common.store.shard_writer import ShardWriter
 from gridcap.common.text import plural
 
 BATCH = 64  # rows per read
@@ -45,6 +48,7 @@ def measure(work: Path, quick: bool) -> Iterator[Row]:
             {"speedup": 5.0, "fraction of upper bound": 0.8},
         )
     yield from _measure_formats(work, path, rows, orders, count)
+    yield from _measure_writing(work, rows, count)
 
 
 def _measure_formats(work: Path, plain: Path, rows: int, orders: list[np.ndarray], count: int) -> Iterator[Row]:
@@ -52,6 +56,9 @@ def _measure_formats(work: Path, plain: Path, rows: int, orders: list[np.ndarray
     formats: dict[str, Path] = {
         "float16, uncompressed": plain,
         "uint8 with scales": make_store(work / "uint8.h5", rows, "uint8"),
+        "float32, uncompressed": make_store(work / "float32.h5", rows, "float32"),
+        "float16-zstd, half of the values zero": make_store(work / "half.h5", rows, "float16-zstd"),
+        "float16-zstd, 92% of the values zero": make_store(work / "sparse.h5", rows, "float16-zstd", zeros=0.92),
     }
     for name, options in (
         ("float16, gzip 4", dict[str, object](compression="gzip", compression_opts=4)),
@@ -64,6 +71,28 @@ def _measure_formats(work: Path, plain: Path, rows: int, orders: list[np.ndarray
         yield Row(
             "reading", f"stored as {name}", "rows/s", values["gridcap"], note=f"{size:.0f} KiB per row, 2 threads"
         )
+
+
+def _measure_writing(work: Path, rows: int, count: int) -> Iterator[Row]:
+    """Measure how fast each codec writes a shard, checksums and reading back included."""
+    for dtype in codec_names():
+        grids = make_grids(64, zeros=0.92)
+
+        def write(dtype: str = dtype, grids: np.ndarray = grids) -> float:
+            provenance = {"grid_shape": list(GRID), "dtype": dtype}
+            images = [(i, "a") for i in range(rows)]
+            spec = ShardSpec(images, GridLayout(GRID, find_codec(dtype)), provenance)
+
+            def write_all() -> None:
+                with ShardWriter(work / "written.h5", spec) as writer:
+                    for start in range(0, rows, len(grids)):
+                        writer.write(start, grids.copy(), {})
+                    writer.finish()
+
+            return rate(rows, write_all)
+
+        values = run_rounds(count, {"gridcap": write})
+        yield Row("reading", f"writing {dtype}", "rows/s", values["gridcap"], note="92% of the values zero")
 
 
 def _recompress(source: Path, target: Path, options: dict[str, object]) -> Path:
