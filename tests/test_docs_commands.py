@@ -18,7 +18,7 @@ import torch
 import yaml
 from click.testing import CliRunner
 
-import gridcap.extract.encoders.grid_encoder as encoder_module
+import gridcap.extract.encoders.torchvision as encoder_module
 from demo.shapes import write_shapes
 
 ROOT = Path(__file__).parents[1]

@@ -65,18 +65,18 @@ def test_dry_run_names_the_report_and_writes_nothing(project, images, invoke, fi
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "status", "message"),
     [
-        (["--report", "r.png"], "must end in .html"),
-        (["--report", "r.html"], "contains no image of"),
-        (["--report", "r.html", "--images", "elsewhere"], "contains no image of"),
-        (["--report", "r.html", "--images", "nowhere"], "nowhere"),
-        (["--images", "elsewhere"], "--images requires --report"),
+        (["--report", "r.png"], 2, "must end in .html"),
+        (["--report", "r.html"], 2, "contains no image of"),
+        (["--report", "r.html", "--images", "elsewhere"], 2, "contains no image of"),
+        (["--report", "r.html", "--images", "nowhere"], 1, "nowhere: no such folder"),
+        (["--images", "elsewhere"], 2, "--images requires --report"),
     ],
 )
-def test_usage_errors_are_reported_before_any_work(project, arguments, message, invoke):
+def test_errors_are_reported_before_any_work(project, arguments, status, message, invoke):
     (project / "elsewhere").mkdir()
-    output = invoke(evaluate_decoder, *ARGUMENTS, *arguments, status=2)
+    output = invoke(evaluate_decoder, *ARGUMENTS, *arguments, status=status)
     assert message in output
     assert not (project / "runs" / "done" / "evaluation").exists()
 
