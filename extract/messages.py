@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from gridcap.common.store.codecs import find_codec
 from gridcap.common.text import escape_line, plural
 from gridcap.extract.job import Extraction
 from gridcap.extract.options import SplitImages
@@ -39,9 +40,9 @@ def print_plan(extraction: Extraction) -> None:
     if extraction.resolved.stored is not None:
         click.echo(f"already complete: {len(state.existing)} of {plural(plan.shards, 'shard')}")
     if missing := plan.shards - len(state.existing):
-        click.echo(
-            f"to write: {plural(missing, 'shard')}, {state.needed / 2**20:,.0f} MiB ({state.free / 2**30:.1f} GiB free)"
-        )
+        at_most = "at most " if find_codec(plan.provenance["dtype"]).compressed else ""
+        size = f"{at_most}{state.needed / 2**20:,.0f} MiB ({state.free / 2**30:.1f} GiB free)"
+        click.echo(f"to write: {plural(missing, 'shard')}, {size}")
     if extraction.identity.random:
         click.secho(RANDOM_WEIGHTS_WARNING, fg="yellow", err=True)
 

@@ -30,7 +30,7 @@ class Survey:
     Attributes:
         existing: existing shards, of all processes.
         missing: missing shards of this process.
-        needed: bytes of all missing shards.
+        needed: bytes of all missing shards, before compression.
         free: bytes that the disk has for them.
     """
 
@@ -49,20 +49,24 @@ def survey(extraction: Extraction, share: Share = WHOLE) -> Survey:
     plan, folder = extraction.plan, extraction.folder
     existing = plan.existing_shards(folder)
     missing = sorted(set(range(plan.shards)).difference(existing))
-    row_bytes = len(plan.provenance["views"]) * find_codec(plan.provenance["dtype"]).row_bytes(
-        tuple(plan.provenance["grid_shape"])
-    )
-    needed = sum(len(plan.rows_of(shard)) for shard in missing) * row_bytes
+    codec = find_codec(plan.provenance["dtype"])
+    row_bytes = len(plan.provenance["views"]) * codec.row_bytes(tuple(plan.provenance["grid_shape"]))
+    sizes = [len(plan.rows_of(shard)) * row_bytes for shard in missing]
+    needed = sum(sizes)
+    # The compressed size is not known, but a shard is only started if it fits uncompressed.
+    required = max(sizes, default=0) if codec.compressed else needed
     parent = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     reserved = 0  # space that other processes have reserved for missing shards is not free, but no longer needed either
     for file in folder.rglob(f".*{TEMPORARY_SUFFIX}") if missing else ():
         with contextlib.suppress(FileNotFoundError):  # just renamed
             reserved += file.stat().st_size
     free = shutil.disk_usage(parent).free + reserved
-    if needed > free:
+    if required > free:
+        subject = "one uncompressed shard needs" if codec.compressed else "the missing shards need"
+        smaller = "a smaller --shard-size" if codec.compressed else "--dtype float16-zstd"
         raise ExtractionError(
-            f"{folder}: the missing shards need {needed / 2**20:,.0f} MiB, but only {free / 2**20:,.0f} MiB are free",
-            "free some space, or choose another --output, fewer images (--limit), or --dtype uint8",
+            f"{folder}: {subject} {required / 2**20:,.0f} MiB, but only {free / 2**20:,.0f} MiB are free",
+            f"free some space, or choose another --output, fewer images (--limit), {smaller}, or --dtype uint8",
         )
     own = set(share.of(plan.shards))
     return Survey(existing, [shard for shard in missing if shard in own], needed, free)

@@ -95,13 +95,17 @@ def find_codec(name: str) -> Codec:
 def codec_of(stored: np.dtype[Any], compressed: bool = False) -> Codec:
     """Return the codec of a dataset `features`.
 
+    Args:
+        stored: its type.
+        compressed: whether its rows are compressed. Another program may have compressed those of any codec.
+
     Raises:
         ValueError: no codec stores this type.
     """
-    for codec in _CODECS.values():
-        if codec.stored == stored and codec.compressed == compressed:
-            return codec
-    raise ValueError(f"features have the type {stored}")
+    codecs = [codec for codec in _CODECS.values() if codec.stored == stored]
+    if not codecs:
+        raise ValueError(f"features have the type {stored}")
+    return next((codec for codec in codecs if codec.compressed == compressed), codecs[0])
 
 
 def codec_names() -> list[str]:

@@ -154,7 +154,7 @@ def _create_virtual_datasets(
             properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
             properties.set_obj_track_times(False)
             # Shown for missing shards. For uint8, the NaN is in the scale.
-            properties.set_fill_value(np.array(0 if kind == np.uint8 else np.nan, kind))
+            properties.set_fill_value(np.array(np.nan if kind.kind == "f" else 0, kind))
             start, name = 0, dataset_name(dataset, view).encode()
             for path, shard in zip(shard_paths, shards, strict=True):
                 part = space.copy()

@@ -13,7 +13,8 @@ import h5py
 import numpy as np
 
 from gridcap.common.errors import StoreAccessError, StoreError
-from gridcap.common.store.codecs import ZSTD_FILTER, codec_of, decompress
+from gridcap.common.store.chunks import locate_compressed_rows, require_filters
+from gridcap.common.store.codecs import codec_of, decompress
 from gridcap.common.store.hdf5 import (
     check_format,
     corruption_as_store_error,
@@ -76,7 +77,7 @@ class ShardReader:
         """Read the shapes and attributes, check that they agree, and return the end of the last row in bytes."""
         features = get_dataset(file, "features")
         self.shape: tuple[int, ...] = features.shape
-        self.codec = codec_of(features.dtype, _is_compressed(features))
+        self.codec = codec_of(features.dtype, locate_compressed_rows(features) is not None)
         self.dtype = self.codec.read
         datasets = self.codec.datasets(self.shape[1:])
         self.views = tuple(view for name in sorted(file) if (view := view_of_dataset(name)) is not None)
@@ -89,8 +90,8 @@ class ShardReader:
                 offset = dataset.id.get_offset() if dataset.chunks is None else None
                 self._offsets[dataset_name(name, view)] = offset
                 end = max(end, 0 if offset is None else offset + dataset.nbytes)
-                if self.codec.compressed:
-                    self._chunks[dataset_name(name, view)] = chunks = _locate_chunks(dataset)
+                if dataset.chunks is not None and (chunks := locate_compressed_rows(dataset)) is not None:
+                    self._chunks[dataset_name(name, view)] = chunks
                     end = max([end, *(start + size for start, size in chunks)])
         columns = ["image_id", "file_name", "valid", *(dataset_name("crc32", view) for view in self.views)]
         if {len(get_dataset(file, name)) for name in [*columns, *self._offsets]} != {self.shape[0]}:
@@ -208,6 +209,8 @@ class ShardReader:
         with open_lock():
             if self._rewritten is None:
                 self._rewritten = open_hdf5(self.path)
+                for dataset in self._offsets:
+                    require_filters(self._rewritten[dataset], self.path)
         with corruption_as_store_error(self.path, f"row {row}", RECREATE_SHARD):
             self._rewritten[name].read_direct(out, np.s_[row])
 
@@ -245,29 +248,3 @@ def _crc32(parts: Iterable[np.ndarray]) -> int:
     for part in parts:
         crc = zlib.crc32(part.data, crc)
     return crc
-
-
-def _is_compressed(features: h5py.Dataset) -> bool:
-    """Return whether each row is one chunk, compressed by Zstandard alone."""
-    properties = features.id.get_create_plist()
-    if features.chunks != (1, *features.shape[1:]) or properties.get_nfilters() != 1:
-        return False
-    return bool(properties.get_filter(0)[0] == ZSTD_FILTER)
-
-
-def _locate_chunks(dataset: h5py.Dataset) -> list[tuple[int, int]]:
-    """Return the position in the file and the size of each row's chunk.
-
-    Raises:
-        ValueError: a chunk is missing or was stored without its filter.
-    """
-    chunks: dict[int, tuple[int, int]] = {}
-
-    def collect(chunk: Any) -> None:
-        if chunk.filter_mask == 0:
-            chunks[chunk.chunk_offset[0]] = (chunk.byte_offset, chunk.size)
-
-    dataset.id.chunk_iter(collect)
-    if len(chunks) != len(dataset):
-        raise ValueError(f"{dataset.name} has {len(chunks)} compressed rows instead of {len(dataset)}")
-    return [chunks[row] for row in range(len(dataset))]

@@ -55,7 +55,8 @@ class ShardWriter:
         self._rows = len(spec.images)
         self._codec = spec.layout.codec
         check_available(self._codec)
-        self._packed: dict[tuple[str, int], bytes] = {}  # compressed rows, written in order by `finish`
+        self._packed: dict[tuple[int, str], bytes] = {}  # compressed rows that wait for earlier ones
+        self._unpacked: list[tuple[int, str]] = []  # compressed rows that are not in the file yet, the next one last
         self._valid = np.zeros(self._rows, bool)
         self._written = {view: np.zeros(self._rows, bool) for view in spec.layout.views}
         self._crc = {view: np.zeros(self._rows, "<u4") for view in spec.layout.views}
@@ -69,7 +70,7 @@ class ShardWriter:
             self._temporary,
             "x",
             alignment_threshold=ALIGNMENT,
-            alignment_interval=ALIGNMENT,
+            alignment_interval=1 if self._codec.compressed else ALIGNMENT,  # alignment would pad every chunk
             locking=False,
             userblock_size=HEADER_BYTES,
         )
@@ -90,6 +91,8 @@ class ShardWriter:
         for view in spec.layout.views:
             for name, (shape, kind) in datasets.items():
                 self._offsets[dataset_name(name, view)] = self._allocate(dataset_name(name, view), shape, kind)
+        if self._codec.compressed:
+            self._unpacked = [(row, name) for row in reversed(range(self._rows)) for name in reversed(self._offsets)]
         self._file["image_id"] = np.array([image_id for image_id, _ in spec.images], "<i8")
         self._file["file_name"] = names
         self._file.attrs.update({"format": SHARD_FORMAT, "version": FORMAT_VERSION})
@@ -161,7 +164,7 @@ class ShardWriter:
             raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def write(self, start: int, grids: np.ndarray, invalid_reasons: Mapping[int, str], view: str = ORIGINAL) -> None:
-        """Write consecutive rows of one view.
+        """Write consecutive rows of one view, each of them once.
 
         Args:
             start: first row.
@@ -211,13 +214,24 @@ class ShardWriter:
         for (name, (_, kind)), part in zip(datasets.items(), parts, strict=True):
             stored = np.ascontiguousarray(part, kind)
             if self._codec.compressed:
-                self._packed.update({(dataset_name(name, view), row): compress(stored[row - start]) for row in rows})
+                self._packed.update({(row, dataset_name(name, view)): compress(stored[row - start]) for row in rows})
             else:
                 self._write_at(self._offsets[dataset_name(name, view)] + start * stored[0].nbytes, stored)
             for row in rows:
                 previous = 0 if name == "features" else int(self._crc[view][row])
                 self._crc[view][row] = zlib.crc32(stored[row - start].data, previous)
         self._written[view][rows.start : rows.stop] = True
+        self._write_packed()
+
+    def _write_packed(self) -> None:
+        """Write compressed rows as soon as all earlier ones are written, so that the file does not depend on the order.
+
+        The disk cannot be full: the space of uncompressed rows was reserved.
+        """
+        while self._unpacked and self._unpacked[-1] in self._packed:
+            row, name = key = self._unpacked.pop()
+            dataset = self._file[name]
+            dataset.id.write_direct_chunk((row, *(0 for _ in dataset.shape[1:])), self._packed.pop(key))
 
     def _write_at(self, offset: int, values: np.ndarray) -> None:
         remaining = values.reshape(-1).view(np.uint8).data
@@ -236,7 +250,6 @@ class ShardWriter:
         for view, written in self._written.items():
             if not written.all():
                 raise ValueError(f"{self.path}: {int((~written).sum())} rows of {view} were never written")
-        self._write_packed()
         self._write_columns()
         self._close_descriptor()
         self._file.flush()
@@ -262,13 +275,6 @@ class ShardWriter:
             file.write(info.to_bytes())
         put_in_place(self._temporary, self.path)
         return info
-
-    def _write_packed(self) -> None:
-        """Write the compressed rows in order, so that the file does not depend on the order of `write`."""
-        for name, row in sorted(self._packed):
-            dataset = self._file[name]
-            chunk = (row, *(0 for _ in dataset.shape[1:]))
-            dataset.id.write_direct_chunk(chunk, self._packed.pop((name, row)))
 
     def _write_columns(self) -> None:
         rows = sorted(self._invalid_reasons)

@@ -117,9 +117,10 @@ def _write_shard(request: ImportRequest, plan: Plan, shard: int, on_row: Callabl
 
 
 def _range_hint(dtype: str) -> str:
-    if dtype == "float32":
+    codec = find_codec(dtype)
+    if codec.stored == np.float32:
         return "scale the features of this image down: no supported dtype has a larger range"
-    other = "float32" if dtype == "float16" else "float16 or float32"
+    other = "float32" if codec.stored == np.float16 else "float16 or float32"
     return f"pass --dtype {other}; if some shards have been written, choose another --output as well"
 
 

@@ -316,6 +316,18 @@ def test_shards_that_do_not_fit_on_the_disk_are_not_started(
     assert extract_features(prepared, show_progress=False).complete
 
 
+def test_a_compressed_store_needs_the_space_of_one_uncompressed_shard(
+    fake: Any, photos: Any, job: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared, shard = job(photos(12), extract__shard_size=4, extract__dtype="float16-zstd"), 4 * 2 * 2 * 3 * 2
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=shard - 1))
+    with pytest.raises(ExtractionError, match="one uncompressed shard needs") as caught:
+        survey(prepared)
+    assert "--shard-size" in caught.value.hint
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=shard))
+    assert survey(prepared).needed == 3 * shard
+
+
 def test_a_survey_lists_existing_shards_and_missing_shards_of_this_process(fake: Any, photos: Any, job: Any) -> None:
     prepared = job(photos(10), extract__shard_size=2)
     extract_features(prepared, Share(0, 2), show_progress=False)

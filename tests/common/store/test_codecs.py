@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import h5py
-import hdf5plugin  # noqa: F401  # registers the filter for h5py
+import hdf5plugin  # registers the filter for h5py
 import numpy as np
 import pytest
 
-from gridcap.common.errors import StoreError, UserError
+from gridcap.common.errors import StoreAccessError, StoreError, UserError
+from gridcap.common.store.chunks import require_filters
 from gridcap.common.store.codecs import codec_names, codec_of, find_codec
 from gridcap.common.store.index_writer import IndexSpec, write_index
 from gridcap.common.store.provenance import differences
@@ -121,6 +122,55 @@ def test_a_copied_row_keeps_its_bytes(tmp_path: Path) -> None:
             writer.copy(row, reader)
         writer.finish()
     assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "b.h5").read_bytes()
+
+
+def test_compressed_rows_are_not_padded_and_wait_only_for_earlier_rows(tmp_path: Path) -> None:
+    grids, provenance = sparse_grids(4), {"grid_shape": list(GRID), "dtype": "float16-zstd", "views": ["original", "b"]}
+    spec = ShardSpec(list(enumerate("abcd")), GridLayout.from_provenance(provenance), provenance, plan="p", split="s")
+    with ShardWriter(tmp_path / "s.h5", spec) as writer:
+        waiting = []
+        for start, view in ((0, "original"), (0, "b"), (2, "b"), (2, "original")):
+            writer.write(start, grids[start : start + 2].copy(), {}, view)
+            waiting.append(len(writer._packed))
+        writer.finish()
+    assert waiting == [1, 0, 2, 0]  # the second row of the first view waits for the first row of the second
+    with h5py.File(tmp_path / "s.h5") as file:
+        chunks = [file[name].id.get_chunk_info(row) for row in range(4) for name in ("features", "features_b")]
+    assert [chunk.byte_offset for chunk in chunks[1:4]] == [chunk.byte_offset + chunk.size for chunk in chunks[:3]]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "uint8", "float16"])
+@pytest.mark.parametrize("filter_name", ["Zstd", "Blosc"])
+def test_stores_compressed_by_another_program_are_read(tmp_path: Path, dtype: str, filter_name: str) -> None:
+    write(tmp_path / "s.h5", dtype)
+    options = getattr(hdf5plugin, filter_name)()
+    with h5py.File(tmp_path / "s.h5") as old, h5py.File(tmp_path / "new.h5", "w", userblock_size=1024) as new:
+        new.attrs.update(old.attrs)
+        for name in old:
+            if name == "features":
+                new.create_dataset(name, data=old[name][:], chunks=(1, *GRID), **options)
+            else:
+                old.copy(name, new)
+    with ShardReader(tmp_path / "s.h5") as reader, ShardReader(tmp_path / "new.h5") as rewritten:
+        assert rewritten.corrupted_rows() == []
+        got, expected = np.empty(GRID, reader.dtype), np.empty(GRID, reader.dtype)
+        for row in (0, 3):
+            reader.read_row(row, expected)
+            rewritten.read_row(row, got, verify=True)
+            np.testing.assert_array_equal(got, expected)
+    with FeatureStore(tmp_path / "new.h5") as store:
+        assert store.codec.name == dtype
+
+
+def test_a_missing_filter_is_named_and_the_store_not_called_corrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with h5py.File(tmp_path / "s.h5", "w") as file:
+        dataset = file.create_dataset("x", data=np.zeros((2, 3)), chunks=(1, 3), **hdf5plugin.Blosc())
+        monkeypatch.setattr("gridcap.common.store.chunks.h5py.h5z.filter_avail", lambda _: False)
+        with pytest.raises(StoreAccessError, match=r"filter 32001 \(.*\), which is not installed") as caught:
+            require_filters(dataset, tmp_path / "s.h5")
+    assert "gridcap[zstd]" in caught.value.hint
 
 
 def test_missing_packages_are_named_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
