@@ -1,8 +1,14 @@
-"""Reading throughput from the page cache: random rows into one buffer, for several storage formats."""
+"""Reading throughput from the page cache: random rows into one buffer, for several storage formats.
+
+`python -m bench.reading STORE.h5` compares the codecs on the grids of a store.
+"""
 
 from __future__ import annotations
 
 import os
+import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -153,3 +159,31 @@ def _by_preadv(path: Path, orders: list[np.ndarray], threads: int) -> float:
             return _row_rate(orders, lambda order: list(pool.map(some, [order] * threads, shares)))
     finally:
         os.close(descriptor)
+
+
+def compare_codecs(source: Path, rows: int = 1024) -> None:
+    """Print size, writing rate, and reading rate of each codec, for the grids of a store (repeated up to `rows`)."""
+    with FeatureStore(source) as store:
+        valid = np.flatnonzero(store.valid)[:rows]
+        grids = store.rows(np.resize(valid, rows))
+    print(f"{source}: {len(valid)} grids, {(grids == 0).mean():.1%} zeros; 2 threads for reading")
+    orders = [np.random.default_rng(i).permutation(rows)[:BATCH] for i in range(rows // BATCH)]
+    images = [(i, "a") for i in range(rows)]
+    for dtype in codec_names():
+        layout = GridLayout(store.grid_shape, find_codec(dtype))
+        provenance = {**store.provenance, "dtype": dtype, "views": ["original"]}
+        with tempfile.TemporaryDirectory(prefix="gridcap-bench-") as work:
+            path, start = Path(work) / "s.h5", time.perf_counter()
+            with ShardWriter(path, ShardSpec(images, layout, provenance)) as writer:
+                for first in range(0, rows, BATCH):
+                    writer.write(first, grids[first : first + BATCH].astype(layout.dtype), {})
+                size = writer.finish().size
+            written = rows / (time.perf_counter() - start)
+            with FeatureStore(path, 2) as copy:
+                buffer = np.empty((BATCH, *store.grid_shape), copy.dtype)
+                rates = sorted(_row_rate(orders, lambda order: copy.rows(order, out=buffer)) for _ in range(3))  # noqa: B023
+        print(f"{dtype:14} {size / rows / 1024:6.1f} KiB per row, written {written:,.0f}, read {rates[1]:,.0f} rows/s")
+
+
+if __name__ == "__main__":
+    compare_codecs(Path(sys.argv[1]))
