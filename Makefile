@@ -1,10 +1,9 @@
 # make demo · make test · make bench · make torture · make lint · make install
 # make bench QUICK=1          smaller measurements, once each: two or three minutes
 # make torture QUICK=1        at most a tenth of the cases
-# make demo WEIGHTS=imagenet  torchvision's ImageNet weights (downloaded once) instead of random ones
+# make demo WEIGHTS=imagenet  InceptionV3 with torchvision's ImageNet weights (downloaded once), or WEIGHTS=random
 
 PYTHON ?= python3
-WEIGHTS ?= random
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 
@@ -24,7 +23,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 demo: install
-	@$(RUN) demo --weights $(WEIGHTS)
+	@$(RUN) demo $(if $(WEIGHTS),--weights $(WEIGHTS))
 
 # Two processes, because many tests wait for the programs that they start. Each process takes whole files in their
 # order, so that the longest one (the demo) does not come last. One OpenMP thread per process: with more threads than

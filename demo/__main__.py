@@ -19,6 +19,7 @@ from typing import Any
 import click
 import yaml
 
+from demo.encoder import DemoEncoder, choose_encoder
 from demo.shapes import ShapesSplit, write_shapes
 from gridcap.common.config import PipelineConfig
 from gridcap.common.scenes import COLORS, PLACES, SHAPES, SIZES, Scene, parse
@@ -54,9 +55,13 @@ class Stages:
 
 
 @click.command()
-@click.option("--weights", default="random", help="encoder weights: random (no download), imagenet, or a file")
+@click.option(
+    "--weights",
+    help="use InceptionV3 with random weights (random), ImageNet weights (imagenet), or those of a file "
+    "[default: EfficientNet-Lite0 with ImageNet weights]",
+)
 @click.option("--output", default="demo_output", type=click.Path(path_type=Path), help="output folder")
-def main(weights: str, output: Path) -> None:
+def main(weights: str | None, output: Path) -> None:
     """Run the whole pipeline on rendered scenes and print the results."""
     if output.exists() and not (output / MARKER).exists():
         raise click.ClickException(f"{output} exists and was not written by the demo: pass another --output")
@@ -68,18 +73,18 @@ def main(weights: str, output: Path) -> None:
     click.secho(f"rendering {sum(IMAGES.values())} scenes to {output}/shapes", bold=True)
     shapes = write_shapes(output / "shapes", IMAGES)
     stages.add("render the scenes", start)
-    _run_pipeline(stages, output, shapes, weights)
+    start = time.perf_counter()
+    encoder = choose_encoder(weights, output)
+    stages.add("prepare the encoder", start)
+    click.echo(encoder.note)
+    _run_pipeline(stages, output, shapes, encoder)
     click.echo("\n".join(_summary(output, shapes["test"], stages.seconds)))
-    if weights.startswith("random"):
-        click.echo(
-            "The encoder has random weights: its features separate simple shapes and colors but carry no information\n"
-            "about photos. The decoder trained on zero features shows what language statistics alone achieve."
-        )
+    click.echo(f"{encoder.note}\nThe decoder trained on zero features shows what language statistics alone achieve.")
 
 
-def _run_pipeline(stages: Stages, output: Path, shapes: dict[str, ShapesSplit], weights: str) -> None:
+def _run_pipeline(stages: Stages, output: Path, shapes: dict[str, ShapesSplit], encoder: DemoEncoder) -> None:
     config = output / "pipeline.yaml"
-    config.write_text(_pipeline_yaml(output, shapes, weights), encoding="utf-8")
+    config.write_text(_pipeline_yaml(output, shapes, encoder), encoding="utf-8")
     shared = ["--config", str(config)]
     for split in IMAGES:
         stages.run("extract the features", ["extract-features", *shared, "--split", split])
@@ -91,6 +96,8 @@ def _run_pipeline(stages: Stages, output: Path, shapes: dict[str, ShapesSplit], 
         stages.run("evaluate both", ["evaluate-decoder", *shared, *test])
     photos = [str(path) for path in sorted(shapes["test"].images.iterdir())[:EXAMPLES]]
     arguments = ["--checkpoint", str(output / DECODER), *photos, "--attention", str(_attention_maps(output))]
+    if Path(encoder.settings["weights"]).is_file():
+        arguments += ["--weights", encoder.settings["weights"]]  # checkpoints name the weights, not the path
     stages.run("caption new scenes", ["caption-images", *shared, *arguments])
 
 
@@ -98,7 +105,7 @@ def _attention_maps(output: Path) -> Path:
     return output / "attention.png"
 
 
-def _pipeline_yaml(output: Path, shapes: dict[str, ShapesSplit], weights: str) -> str:
+def _pipeline_yaml(output: Path, shapes: dict[str, ShapesSplit], encoder: DemoEncoder) -> str:
     """Return the demo's pipeline.yaml: a small decoder, since the vocabulary has about forty tokens."""
     tree = {
         "seed": 0,
@@ -106,7 +113,7 @@ def _pipeline_yaml(output: Path, shapes: dict[str, ShapesSplit], weights: str) -
             "features_dir": str(output / "features"),
             "splits": {n: {"images": str(s.images), "annotations": str(s.annotations)} for n, s in shapes.items()},
         },
-        "extract": {"weights": weights, "shard_size": 256},
+        "extract": {**encoder.settings, "shard_size": 256},
         "train": {
             "output": str(output / DECODER),
             "epochs": EPOCHS,

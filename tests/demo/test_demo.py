@@ -16,6 +16,7 @@ from PIL import Image
 
 import demo.__main__ as program
 from demo.__main__ import ABLATION, DECODER, attribute_accuracies, main
+from demo.encoder import ENCODER
 from demo.shapes import split_scenes
 from gridcap.common.captions.read import read_captions
 from gridcap.common.config import load_config
@@ -122,9 +123,9 @@ def test_demo_reaches_its_targets(tmp_path: Path) -> None:
 
     accuracies = attribute_accuracies(captions[DECODER], scenes)
     ablation = attribute_accuracies(captions[ABLATION], scenes)
-    assert accuracies["place"] >= 0.98, accuracies
-    assert accuracies["color"] >= 0.90, accuracies
-    assert accuracies["all correct"] >= 0.60, accuracies
+    # Measured with ImageNet weights: 0.99, 0.91, 1.00, 0.96, and 0.87; two standard errors of 160 scenes are 0.05.
+    targets = {"size": 0.95, "color": 0.86, "shape": 0.95, "place": 0.93, "all correct": 0.80}
+    assert all(accuracies[name] >= target for name, target in targets.items()), accuracies
     assert ablation["all correct"] <= 0.05, ablation
     for name, chance in program.CHANCE.items():
         assert ablation[name] <= chance + 0.15, (name, ablation)
@@ -140,6 +141,6 @@ def test_demo_reaches_its_targets(tmp_path: Path) -> None:
             assert store.valid.all()
     config = load_config(output / "pipeline.yaml")
     assert set(config.data.splits) == set(program.IMAGES)
-    assert yaml.safe_load((output / "decoder" / "config.yaml").read_text())["extract"]["weights"] == "random"
-    for text in ("all correct", "chance", "BLEU-4", "CIDEr", "validation perplexity", "reference:", "random weights"):
+    assert yaml.safe_load((output / "decoder" / "config.yaml").read_text())["extract"]["encoder"] == ENCODER
+    for text in ("all correct", "chance", "BLEU-4", "CIDEr", "validation perplexity", "reference:", "ImageNet weights"):
         assert text in done.stdout, text
