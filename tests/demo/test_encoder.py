@@ -52,12 +52,12 @@ def test_grids_of_real_weights_equal_those_of_timm(real: DemoEncoder, tmp_path: 
 
 
 def test_real_weights_tell_an_object_from_an_empty_picture(real: DemoEncoder) -> None:
-    """ImageNet features of a scene differ where the object is; permuted weights would respond everywhere."""
+    """Real features are strong where the object is (ratio: 7 to 12); random or permuted weights reach 2."""
     scene = next(s for s in all_scenes() if s.place == "top left")
     picture = render(scene, np.random.default_rng(0)).convert("RGB").resize((224, 224), Image.Resampling.BILINEAR)
     grid = GridEncoder(ENCODER, real.settings["weights"], EncoderOptions("float32", "cpu", "float32"))
     energy = np.square(grid.encode(np.array(picture)[None])[0]).sum(-1)
-    assert energy[:4, :4].mean() > 1.3 * energy[4:, 4:].mean()
+    assert energy[:4, :4].mean() > 4 * energy[4:, 4:].mean()
 
 
 def test_random_weights_are_the_fallback_and_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
