@@ -16,8 +16,8 @@ from PIL import Image
 
 import demo.__main__ as program
 from demo.__main__ import ABLATION, DECODER, attribute_accuracies, main
-from demo.encoder import ENCODER
-from demo.shapes import split_scenes
+from demo.encoder import ENCODER, DemoEncoder
+from demo.shapes import split_scenes, write_shapes
 from gridcap.common.captions.read import read_captions
 from gridcap.common.config import load_config
 from gridcap.common.scenes import COLORS, PLACES, SHAPES, SIZES, Scene, parse
@@ -92,6 +92,20 @@ def test_interrupted_demo_can_be_rerun(tmp_path: Path, monkeypatch: pytest.Monke
     for _ in range(2):
         result = click.testing.CliRunner().invoke(main, ["--output", str(tmp_path / "demo")])
         assert result.exit_code == 130, result.output
+
+
+def test_weights_file_is_passed_to_caption_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints record the name of a weights file, not its path."""
+    commands: list[list[str]] = []
+    monkeypatch.setattr(program.Stages, "run", lambda _, stage, command: commands.append(command))
+    (tmp_path / "lite.safetensors").touch()
+    shapes = write_shapes(tmp_path / "shapes", dict.fromkeys(program.IMAGES, 1))
+    for weights in (str(tmp_path / "lite.safetensors"), "random"):
+        settings = {"encoder": ENCODER, "weights": weights}
+        program._run_pipeline(program.Stages(), tmp_path, shapes, DemoEncoder(settings, ""))
+        assert yaml.safe_load((tmp_path / "pipeline.yaml").read_text())["extract"]["weights"] == weights
+        assert commands[-1][0] == "caption-images"
+        assert (commands[-1][-2:] == ["--weights", weights]) == (weights != "random")
 
 
 @pytest.mark.slow
