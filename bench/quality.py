@@ -166,8 +166,6 @@ class Quality:
 
     def _command(self, function: str, module: str, run: Run, *arguments: str) -> None:
         code = f"from {module} import {function}; {function}()"
-        if run.reference:
-            code = f"from bench.reference import patch_attention_decoder; patch_attention_decoder(); {code}"
         log = self._folders.output / "logs" / f"{run.name}.{function}.txt"
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as file:

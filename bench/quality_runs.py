@@ -18,6 +18,8 @@ RECIPES = (
 )
 SMALL = {
     "train.max_length": 16,
+    "train.captions_per_image": 5,
+    "train.weight_decay": 0.0,
     "train.epochs": 8,
     "train.batch_size": 32,
     "train.vocabulary.max_size": "null",
@@ -34,12 +36,20 @@ SMALL = {
     "train.scheduled_sampling": "{max_prob: 0.0}",
 }
 RECURRENT = {"train.decoder.hidden_size": 256}
-ATTENTION = {**RECURRENT, "train.decoder.attention_size": 96}
+POOLED = {**RECURRENT, "train.decoder.normalize_grid": "true"}
+IMPROVED = {  # our defaults, which the recipes disable because their papers lack them
+    "train.decoder.normalize_grid": "true",
+    "train.decoder.project_grid": "true",
+    "train.decoder.cell_positions": "true",
+    "train.decoder.initial_state": "mean",
+    "train.decoder.input_dropout": "null",
+}
+ATTENTION = {**RECURRENT, **IMPROVED, "train.decoder.attention_size": 96}
 SMALL_DECODERS: dict[str, dict[str, Any]] = {  # decoder sizes per recipe
-    "lstm-init": RECURRENT,
-    "show-and-tell": RECURRENT,
-    "lstm-inject": RECURRENT,
-    "tutorial-gru": ATTENTION,
+    "lstm-init": POOLED,
+    "show-and-tell": POOLED,
+    "lstm-inject": POOLED,
+    "tutorial-gru": {**ATTENTION, "train.decoder.output_layer": "hidden"},
     "soft-attention": ATTENTION,
     "att2in": {
         **ATTENTION,
@@ -95,17 +105,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "one caption per image and epoch": {"train.captions_per_image": 1},
 }
 ABLATION_SEEDS = 2
-# For comparison: the settings of Rennie et al. (the recipe without SMALL), with our decoder and the reference decoder.
-PUBLISHED = (
-    "--recipe",
-    BASE,
-    "--set",
-    "train.epochs=16",
-    "--set",
-    "train.batch_size=10",
-    "--set",
-    "train.max_length=16",
-)
+PUBLISHED = ("--recipe", BASE, "--set", "train.epochs=16")  # the settings of Rennie et al., for comparison
 
 
 @dataclass(frozen=True)
@@ -117,14 +117,12 @@ class Run:
         seed: random seed.
         arguments: arguments of train-decoder except data, output, and seed.
         source: run whose decoder SCST starts from.
-        reference: whether to use the decoder of `bench.reference` instead of ours.
     """
 
     row: str
     seed: int
     arguments: tuple[str, ...]
     source: Run | None = None
-    reference: bool = False
 
     @property
     def name(self) -> str:
@@ -163,8 +161,8 @@ def plan_runs(recipes: Sequence[str], seeds: int, ablations: bool) -> list[Run]:
         if recipe in SHORTER
     ]
     if BASE in recipes:
-        runs.append(Run(f"{BASE}, as published", 0, PUBLISHED))
-        runs += [Run(f"{BASE}, reference implementation", seed, PUBLISHED, reference=True) for seed in range(seeds)]
+        runs.append(Run(f"{BASE}, as published", 0, (*PUBLISHED, *_set_flags(IMPROVED))))
+        runs += [Run(f"{BASE}, reference implementation", seed, PUBLISHED) for seed in range(seeds)]
     for seed in range(min(seeds, ABLATION_SEEDS) if ablations else 0):
         for text, change in ABLATIONS.items():
             settings = SMALL | SMALL_DECODERS[BASE] | change

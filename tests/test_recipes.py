@@ -57,7 +57,7 @@ def test_recipe_values_are_applied(name, load):
 def test_first_line_cites_the_paper(name):
     first = text(name).splitlines()[0]
     assert re.match(r"# [A-Z]\w+ et al\. \d{4}\b.*\(arXiv:\d{4}\.\d{4,5}\)", first)
-    assert len(text(name).splitlines()) <= 15
+    assert len(text(name).splitlines()) <= 18
     assert max(map(len, text(name).splitlines())) <= 120
 
 
@@ -93,6 +93,22 @@ def test_decoders_match_their_papers(load):
     xu = decoder["soft-attention"]
     assert (xu.context_gate, xu.output_layer, xu.attention_reg) == (True, "deep", 64.0)
     assert isinstance(decoder["transformer"], TransformerConfig)
+    for name in (*attentive, "show-and-tell", "lstm-init"):
+        assert not decoder[name].normalize_grid
+    for name in attentive:
+        assert not decoder[name].cell_positions
+        assert decoder[name].project_grid == (name in ("tutorial-gru", "att2in"))
+        assert decoder[name].initial_state == ("mean" if name == "soft-attention" else "zeros")
+
+
+def test_top_down_is_trained_as_the_released_solver(load):
+    """The solver minimizes 20 times the mean loss per token: SGD with these settings takes the same steps."""
+    train = load("top-down")
+    assert (train.optimizer, train.momentum, train.schedule.kind) == ("sgd", 0.9, "linear")
+    assert train.learning_rate == pytest.approx(20 * 0.01)
+    assert train.weight_decay == pytest.approx(5e-4 / 20)
+    assert train.max_grad_norm == pytest.approx(10 / 20)
+    assert train.batch_size * train.captions_per_image == 100
 
 
 def test_scst_has_no_decoder_of_its_own(load):

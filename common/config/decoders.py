@@ -10,7 +10,8 @@ from gridcap.common.config.section import Section
 
 ImageInput = Literal["first-input", "initial-state", "every-step"]
 AttentionCell = Literal["gru", "lstm", "att2in", "top-down"]
-AttentionOutput = Literal["hidden", "deep"]
+AttentionOutput = Literal["hidden", "deep", "dense"]
+InitialState = Literal["zeros", "mean"]
 
 
 class AnyDecoderConfig(Section):
@@ -29,6 +30,7 @@ class LstmConfig(AnyDecoderConfig):
     family: Literal["lstm"] = "lstm"
     hidden_size: PositiveInt = Field(512, description="size of the hidden state")
     image_injection: ImageInput = Field("initial-state", description="where the image features enter the LSTM")
+    normalize_grid: bool = Field(True, description="layer-normalize the mean-pooled features")
     image_bottleneck: PositiveInt | None = Field(
         None, description="size of an ELU layer between the pooled features and the LSTM; null: no such layer"
     )
@@ -48,7 +50,18 @@ class AttentionConfig(AnyDecoderConfig):
         False, description="scale the context vector by a gate computed from the state (Xu et al. 2015)"
     )
     output_layer: AttentionOutput = Field(
-        "deep", description="input of the output layer: hidden (state) or deep (state, context, last token)"
+        "deep",
+        description="input of the output layer: hidden (state), dense (linear layer of the state), or deep (state, "
+        "context, last token)",
+    )
+    initial_state: InitialState = Field("mean", description="initial state: zeros, or computed from the mean cell")
+    normalize_grid: bool = Field(True, description="layer-normalize the features of each cell")
+    project_grid: bool = Field(
+        True, description="embed each cell with a linear layer and a ReLU; false: attend to the features themselves"
+    )
+    cell_positions: bool = Field(True, description="add a learned position embedding to each cell")
+    input_dropout: float | None = Field(
+        None, ge=0, lt=1, description="dropout probability on features and embeddings; null: as dropout"
     )
     attention_reg: NonNegativeFloat = Field(
         0.0, description="weight of the doubly stochastic penalty per caption; 64 is that of the code of Xu et al. 2015"

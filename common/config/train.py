@@ -19,8 +19,8 @@ from gridcap.common.config.decoders import AttentionConfig, DecoderConfig
 from gridcap.common.config.section import Section
 
 TrainPrecision = Literal["auto", "float32", "bfloat16"]
-Optimizer = Literal["adam", "adamw"]
-ScheduleKind = Literal["constant", "step", "cosine", "noam"]
+Optimizer = Literal["adam", "adamw", "sgd"]
+ScheduleKind = Literal["constant", "step", "linear", "cosine", "noam"]
 Objective = Literal["cross-entropy", "scst"]
 Shuffle = Literal["rows", "blocks"]
 TokenizerKind = Literal["words", "characters", "bpe", "auto"]
@@ -40,7 +40,9 @@ class VocabularyConfig(Section):
 class ScheduleConfig(Section):
     """Learning rate schedule, applied per step."""
 
-    kind: ScheduleKind = Field("constant", description="constant, step, cosine (to 0 at the last epoch), or noam")
+    kind: ScheduleKind = Field(
+        "constant", description="constant, step, linear or cosine (to 0 at the last epoch), or noam"
+    )
     warmup_steps: NonNegativeInt = Field(0, description="linear warmup from 0 over this many steps")
     step_size: PositiveInt = Field(3, description="step only: epochs between reductions")
     gamma: float = Field(0.8, gt=0, le=1, description="step only: factor of each reduction")
@@ -128,9 +130,10 @@ class TrainConfig(Section):
         "rows",
         description="epoch order: rows (full shuffle) or blocks (of neighboring rows, for disks with slow seeks)",
     )
-    optimizer: Optimizer = Field("adam", description="optimizer: adam, or adamw (decoupled weight decay)")
+    optimizer: Optimizer = Field("adam", description="optimizer: adam, adamw (decoupled weight decay), or sgd")
+    momentum: float = Field(0.0, ge=0, lt=1, description="sgd only: momentum")
     learning_rate: PositiveFloat = Field(1e-3, description="peak learning rate")
-    weight_decay: NonNegativeFloat = Field(0.0, description="weight decay (adam: L2 penalty; adamw: decoupled)")
+    weight_decay: NonNegativeFloat = Field(0.0, description="weight decay (adam, sgd: L2 penalty; adamw: decoupled)")
     schedule: ScheduleConfig = ScheduleConfig()
     max_grad_norm: PositiveFloat | None = Field(5.0, description="maximum gradient norm; null: no clipping")
     max_grad_value: PositiveFloat | None = Field(

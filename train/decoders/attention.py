@@ -1,10 +1,9 @@
 """Recurrent decoders with additive attention over the grid cells; the recurrent cells are in `cells.py`.
 
 The attention is that of Bahdanau et al. 2015 (arXiv:1409.0473), first used on image grids by Xu et al. 2015
-(arXiv:1502.03044). There are three differences from the papers: the grid is layer-normalized, so that encoders of any
-scale work; every cell has a learned position embedding, because attention alone is permutation-invariant; and the
-initial state is computed from the mean cell for all recurrent cells, including those of Att2in and Top-Down, whose
-papers use zeros.
+(arXiv:1502.03044). The defaults differ from the papers: the grid is layer-normalized, so that encoders of any scale
+work; every cell has a learned position embedding, because attention alone is permutation-invariant; and the initial
+state is computed from the mean cell, where Att2in and Top-Down use zeros. The recipes disable what their papers lack.
 """
 
 from __future__ import annotations
@@ -19,15 +18,17 @@ from gridcap.train.decoders.base import Decoder, Memory, State
 from gridcap.train.decoders.cells import CELLS, Cell
 from gridcap.train.decoders.dropout import Dropout
 from gridcap.train.decoders.looped import looped
+from gridcap.train.decoders.packed import computes_in
 
 
 class AttentionDecoder(Decoder):
     """Recurrent decoder with attention.
 
-    memory = (cells (B, P, E), attention keys (B, P, A) from `additive_keys`, cell-specific projection of the mean
-    feature). With `output_layer` "hidden", the logits are computed from the hidden state. With "deep" (Xu et al. 2015,
-    equation 7), they are computed from tanh(E y + L_h h + L_z z), where y is the last token, h the hidden state, and z
-    the context vector; the tanh is that of the authors' code.
+    memory = (cells (B, P, D), attention keys (B, P, A) from `additive_keys`, cell-specific projection of the mean
+    feature), where D is `embed_size`, or C without `project_grid`. With `output_layer` "hidden", the logits are
+    computed from the hidden state; with "dense", from a linear layer of it. With "deep" (Xu et al. 2015, equation 7),
+    they are computed from tanh(E y + L_h h + L_z z), where y is the last token, h the hidden state, and z the context
+    vector; the tanh is that of the authors' code.
 
     Args:
         config: sizes and layout.
@@ -41,55 +42,71 @@ class AttentionDecoder(Decoder):
     def __init__(self, config: AttentionConfig, vocabulary_size: int, cells: int, channels: int) -> None:
         super().__init__(config.zero_features)
         embed, hidden = config.embed_size, config.hidden_size
-        self.norm = nn.LayerNorm(channels)
-        self.project = nn.Linear(channels, embed)
-        self.position = nn.Parameter(torch.randn(cells, embed) * 0.02)
-        self.key = nn.Linear(embed, config.attention_size, bias=False)
+        self._hidden_size = hidden
+        self.norm = nn.LayerNorm(channels) if config.normalize_grid else None
+        self.project = nn.Linear(channels, embed) if config.project_grid else None
+        width = embed if config.project_grid else channels  # D
+        self.position = nn.Parameter(torch.randn(cells, width) * 0.02) if config.cell_positions else None
+        self.key = nn.Linear(width, config.attention_size, bias=False)
         self.embedding = nn.Embedding(vocabulary_size, embed, padding_idx=PAD)
-        self.cell: Cell = CELLS[config.cell](config)
-        self.initial = nn.Linear(embed, self.cell.states * hidden)
+        self.cell: Cell = CELLS[config.cell](config, width)
+        self.initial = nn.Linear(width, self.cell.states * hidden) if config.initial_state == "mean" else None
+        self.input_dropout = Dropout(config.dropout if config.input_dropout is None else config.input_dropout)
         self.dropout = Dropout(config.dropout)
-        self.deep = nn.Linear(hidden + embed, embed) if config.output_layer == "deep" else None
+        self.deep = nn.Linear(hidden + width, embed) if config.output_layer == "deep" else None
+        self.dense = nn.Linear(hidden, hidden) if config.output_layer == "dense" else None
         self.output = nn.Linear(embed if self.deep is not None else hidden, vocabulary_size)
 
     def _cells(self, grid: Tensor) -> Tensor:
-        """Return the projected cells (B, P, E) of a (B, P, C) grid."""
-        projected = self.project(self.norm(grid))
-        return self.dropout(torch.relu(projected + self.position.to(projected.dtype)))  # type: ignore[no-any-return]
+        """Return the cells (B, P, D) of a (B, P, C) grid."""
+        cells = grid if self.norm is None else self.norm(grid)
+        # Without a projection, cast to its dtype: under autocast, context vectors are computed in that of the keys.
+        cells = cells.to(computes_in(self.key)) if self.project is None else self.project(cells)
+        if self.position is not None:
+            cells = cells + self.position.to(cells.dtype)
+        if self.project is not None:
+            cells = torch.relu(cells)
+        return self.input_dropout(cells)  # type: ignore[no-any-return]
 
     def _project(self, grid: Tensor) -> Memory:
         cells = self._cells(grid)
         return cells, additive_keys(self.key(cells)), *self.cell.project_image(cells.mean(1))
 
     def initial_state(self, memory: Memory) -> State:
-        start = torch.tanh(self.initial(memory[0].mean(1, keepdim=True)))
         # Keep the state in the dtype of the weights: under autocast, rounding would accumulate over time steps.
-        return start.to(self.initial.weight.dtype).chunk(self.cell.states, -1)
+        dtype = self.embedding.weight.dtype
+        if self.initial is None:
+            zeros = memory[0].new_zeros(len(memory[0]), 1, self._hidden_size, dtype=dtype)
+            return (zeros,) * self.cell.states
+        start = torch.tanh(self.initial(memory[0].mean(1, keepdim=True)))
+        return start.to(dtype).chunk(self.cell.states, -1)
 
     def _logits(self, hidden: Tensor, deep_inputs: tuple[Tensor, Tensor] | None) -> Tensor:
         """Return the logits (..., V).
 
         Args:
             hidden: (..., H) hidden states.
-            deep_inputs: token embeddings (..., E) and context vectors (..., E), for the deep output layer.
+            deep_inputs: token embeddings (..., E) and context vectors (..., D), for the deep output layer.
         """
         features = self.dropout(hidden)
         if self.deep is not None:
             assert deep_inputs is not None
             embedded, context = deep_inputs
             features = self.dropout(torch.tanh(embedded + self.deep(torch.cat([features, context], -1))))
+        if self.dense is not None:
+            features = self.dense(features)
         return self.output(features)  # type: ignore[no-any-return]
 
     def step(self, tokens: Tensor, state: State, memory: Memory) -> tuple[Tensor, State, Tensor | None]:
         cells, keys, *image = memory
-        embedded = self.dropout(self.embedding(tokens[..., None]))
+        embedded = self.input_dropout(self.embedding(tokens[..., None]))
         inputs = self.cell.project_tokens(embedded, tuple(image))[:, :, 0]
         output = self.cell(inputs, state, self.cell.attention.prepare(cells, keys))
         return self._logits(output.hidden, (embedded[:, :, 0], output.context)), output.state, output.weights
 
     def forward(self, memory: Memory, tokens: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         cells, keys, *image = memory
-        embedded = self.dropout(self.embedding(tokens))
+        embedded = self.input_dropout(self.embedding(tokens))
         state = tuple(part.expand(-1, tokens.shape[1], -1) for part in self.initial_state(memory))
         outputs = []
         # unbind: indexing by time step would allocate a (B, K, T, G) gradient per step in the backward pass.

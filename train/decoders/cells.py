@@ -5,7 +5,7 @@ token projections of all T steps are computed in one matmul before the loop (`pr
 once per image (`project_image`). The loop contains one matmul with the state, which also produces the attention query,
 and one with the context vector. Each sum has one bias, in the term where it is cheapest, so some layers have none.
 
-Axes as in `base.py`, and: E embedding size (of tokens and of cells), A attention size, G size of the pre-activations.
+Axes as in `base.py`, and: E embedding size, D size of a grid cell, A attention size, G size of the pre-activations.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class CellOutput(NamedTuple):
     Attributes:
         state: next state, tensors (B, K, H).
         hidden: (B, K, H), the tensor of the state that the logits are computed from.
-        context: (B, K, E) context vectors.
+        context: (B, K, D) context vectors.
         weights: (B, K, P) float32 attention weights.
     """
 
@@ -42,7 +42,7 @@ class AttentionInputs(NamedTuple):
     """Inputs of the attention that are the same at every step.
 
     Attributes:
-        mean: weighted mean over the cells (B, P, E).
+        mean: weighted mean over the cells (B, P, D).
         keys: (B, P, A) from `additive_keys`.
         double: (A,), twice the score vector, as `additive_scores` expects it.
     """
@@ -68,7 +68,7 @@ class Attention(nn.Module):
         self.gate = nn.Linear(hidden, 1) if gated else None
 
     def prepare(self, cells: Tensor, keys: Tensor) -> AttentionInputs:
-        """Return the inputs of `forward` for cells (B, P, E) and keys (B, P, A), for any number of steps."""
+        """Return the inputs of `forward` for cells (B, P, D) and keys (B, P, A), for any number of steps."""
         return AttentionInputs(LoopedMean(cells), keys, 2 * self.score.weight[0])
 
     def forward(self, query: Tensor, hidden: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
@@ -80,7 +80,7 @@ class Attention(nn.Module):
             inputs: result of `prepare`.
 
         Returns:
-            Context vectors (B, K, E) and attention weights (B, K, P) float32.
+            Context vectors (B, K, D) and attention weights (B, K, P) float32.
         """
         weights = additive_scores(inputs.keys, query, inputs.double).softmax(-1, dtype=torch.float32)
         context = inputs.mean(weights)
@@ -94,18 +94,19 @@ class Cell(nn.Module, abc.ABC):
 
     Args:
         config: sizes.
+        width: D.
         token_gates: G / H, number of pre-activations of size H that receive the token.
     """
 
     states: int  # number of (B, K, H) tensors in the state
 
-    def __init__(self, config: AttentionConfig, token_gates: int) -> None:
+    def __init__(self, config: AttentionConfig, width: int, token_gates: int) -> None:
         super().__init__()
         self.from_token = nn.Linear(config.embed_size, token_gates * config.hidden_size)
         self.attention = Attention(config.hidden_size, config.attention_size, config.context_gate)
 
     def project_image(self, mean: Tensor) -> Memory:
-        """Return the cell-specific projection of the mean feature (B, E), as tensors for the memory."""
+        """Return the cell-specific projection of the mean feature (B, D), as tensors for the memory."""
         return ()
 
     def project_tokens(self, embedded: Tensor, image: Memory) -> Tensor:
@@ -136,16 +137,17 @@ class AttendThenUpdate(Cell):
 
     Args:
         config: sizes.
+        width: D.
         gates: number of pre-activations of size H that receive the token and the state.
         context_gates: number of those that receive the context vector.
     """
 
-    def __init__(self, config: AttentionConfig, gates: int, context_gates: int) -> None:
-        super().__init__(config, gates)
+    def __init__(self, config: AttentionConfig, width: int, gates: int, context_gates: int) -> None:
+        super().__init__(config, width, gates)
         hidden = config.hidden_size
         self._split = (config.attention_size, gates * hidden)
         self.from_hidden = LoopedLinear(hidden, sum(self._split))
-        self.from_context = LoopedLinear(config.embed_size, context_gates * hidden, bias=False)
+        self.from_context = LoopedLinear(width, context_gates * hidden, bias=False)
 
     def forward(self, token: Tensor, state: State, inputs: AttentionInputs) -> CellOutput:
         query, hidden = self.from_hidden(state[0]).split(self._split, -1)
@@ -163,8 +165,8 @@ class GruCell(AttendThenUpdate):
 
     states = 1
 
-    def __init__(self, config: AttentionConfig) -> None:
-        super().__init__(config, 3, 3)
+    def __init__(self, config: AttentionConfig, width: int) -> None:
+        super().__init__(config, width, 3, 3)
 
     def _update(self, token: Tensor, hidden: Tensor, context: Tensor, state: State) -> State:
         size = state[0].shape[-1]
@@ -180,8 +182,8 @@ class LstmCell(AttendThenUpdate):
 
     states = 2
 
-    def __init__(self, config: AttentionConfig) -> None:
-        super().__init__(config, 4, 4)
+    def __init__(self, config: AttentionConfig, width: int) -> None:
+        super().__init__(config, width, 4, 4)
 
     def _update(self, token: Tensor, hidden: Tensor, context: Tensor, state: State) -> State:
         return _lstm(token + hidden + context, state[1])
@@ -195,8 +197,8 @@ class Att2inCell(AttendThenUpdate):
 
     states = 2
 
-    def __init__(self, config: AttentionConfig) -> None:
-        super().__init__(config, 5, 2)
+    def __init__(self, config: AttentionConfig, width: int) -> None:
+        super().__init__(config, width, 5, 2)
 
     def _update(self, token: Tensor, hidden: Tensor, context: Tensor, state: State) -> State:
         size = state[1].shape[-1]
@@ -218,15 +220,15 @@ class TopDownCell(Cell):
 
     states = 4
 
-    def __init__(self, config: AttentionConfig) -> None:
-        super().__init__(config, 4)
+    def __init__(self, config: AttentionConfig, width: int) -> None:
+        super().__init__(config, width, 4)
         hidden = config.hidden_size
         self._split = (config.attention_size, 4 * hidden)
-        self.from_mean = nn.Linear(config.embed_size, 4 * hidden, bias=False)
+        self.from_mean = nn.Linear(width, 4 * hidden, bias=False)
         self.from_first = LoopedLinear(hidden, 4 * hidden, bias=False)  # previous h1 -> LSTM 1
         self.from_second = LoopedLinear(hidden, 8 * hidden, bias=False)  # previous h2 -> LSTM 1 and LSTM 2
         self.from_hidden = LoopedLinear(hidden, sum(self._split))  # new h1 -> query and LSTM 2
-        self.from_context = LoopedLinear(config.embed_size, 4 * hidden, bias=False)
+        self.from_context = LoopedLinear(width, 4 * hidden, bias=False)
 
     def project_image(self, mean: Tensor) -> Memory:
         return (self.from_mean(mean),)

@@ -25,7 +25,7 @@ from gridcap.train.decoders.dropout import Dropout
 class LstmDecoder(Decoder):
     """LSTM decoder without attention.
 
-    memory = (image (B, D),): the normalized mean feature after the layers that are applied once per image. D is C for
+    memory = (image (B, D),): the (normalized) mean feature after the layers that are applied once per image. D is C for
     initial-state without a bottleneck, the bottleneck size with one, and E (the embedding size) for the other two.
     state = (h, c), (B, K, H) each.
 
@@ -41,7 +41,7 @@ class LstmDecoder(Decoder):
         super().__init__(config.zero_features)
         embed, hidden = config.embed_size, config.hidden_size
         self._injection = config.image_injection
-        self.norm = nn.LayerNorm(channels)
+        self.norm = nn.LayerNorm(channels) if config.normalize_grid else nn.Identity()
         self.dropout = Dropout(config.dropout)
         self.image_bottleneck = _bottleneck(channels, config.image_bottleneck)
         self._has_bottleneck = config.image_bottleneck is not None

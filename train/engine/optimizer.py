@@ -12,9 +12,12 @@ from gridcap.common.config import TrainConfig
 
 
 def make_optimizer(settings: TrainConfig, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
-    """Return Adam (Kingma and Ba 2015, arXiv:1412.6980) or AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101)."""
+    """Return Adam (Kingma and Ba 2015, arXiv:1412.6980), AdamW (Loshchilov and Hutter, arXiv:1711.05101), or SGD."""
+    rate, decay = settings.learning_rate, settings.weight_decay
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(parameters, rate, settings.momentum, weight_decay=decay, fused=True)
     kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
-    return kind(parameters, settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
+    return kind(parameters, rate, weight_decay=decay, fused=True)
 
 
 def take_step(
@@ -58,6 +61,7 @@ def learning_rate(settings: TrainConfig, step: int, steps_per_epoch: int) -> flo
 
     * constant: the peak learning rate;
     * step: multiplied by `gamma` after every `step_size` epochs;
+    * linear: from the peak to 0 after the last epoch;
     * cosine: half a cosine period that ends at 0 after the last epoch (Loshchilov and Hutter 2017, arXiv:1608.03983,
       without restarts);
     * noam: proportional to 1 / sqrt(step) (Vaswani et al. 2017, arXiv:1706.03762, eq. 3), scaled so that its peak is
@@ -73,10 +77,10 @@ def learning_rate(settings: TrainConfig, step: int, steps_per_epoch: int) -> flo
         return peak * (step + 1) / schedule.warmup_steps
     if schedule.kind == "step":
         return peak * schedule.gamma ** (step // steps_per_epoch // schedule.step_size)
-    if schedule.kind == "cosine":
+    if schedule.kind in ("linear", "cosine"):
         total = settings.epochs * steps_per_epoch
-        progress = (step - schedule.warmup_steps) / max(1, total - schedule.warmup_steps)
-        return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        progress = min(1.0, (step - schedule.warmup_steps) / max(1, total - schedule.warmup_steps))
+        return peak * (1 - progress if schedule.kind == "linear" else 0.5 * (1 + math.cos(math.pi * progress)))
     if schedule.kind == "noam":
         return peak * math.sqrt(schedule.warmup_steps / (step + 1))
     return peak

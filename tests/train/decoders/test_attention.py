@@ -104,6 +104,35 @@ def test_top_down_attends_with_the_first_lstm_and_predicts_from_the_second():
     torch.testing.assert_close(logits, decoder.output(h2))
 
 
+def test_published_settings_attend_to_the_features_themselves_from_a_zero_state():
+    """Anderson et al.: the keys, the context, and the mean are those of the features, in any order of the cells."""
+    decoder = build("top-down", initial_state="zeros", normalize_grid=False, project_grid=False, cell_positions=False)
+    names = {name.split(".")[0] for name, _ in decoder.named_parameters()}
+    assert names == {"key", "embedding", "cell", "output"}
+    memory = decoder.encode(grid())
+    assert torch.equal(memory[0], grid())
+    assert not any(part.any() for part in decoder.initial_state(memory))
+    torch.testing.assert_close(memory[2], grid().mean(1) @ decoder.cell.from_mean.weight.T)
+    shuffled = decoder.encode(grid()[:, [2, 0, 3, 1]])
+    torch.testing.assert_close(decoder(shuffled, TOKENS[..., None])[0], decoder(memory, TOKENS[..., None])[0])
+
+
+def test_dense_output_is_two_linear_layers_of_the_state():
+    decoder = build("gru", output_layer="dense", initial_state="zeros")
+    logits, after, *_ = step(decoder)
+    torch.testing.assert_close(logits, decoder.output(decoder.dense(after[0])))
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm", "att2in", "top-down"])
+def test_input_dropout_replaces_dropout_on_features_and_embeddings(cell):
+    decoder = build(cell, dropout=0.5, input_dropout=0.0).train()
+    memory, state = decoder.encode(grid()), some_state(decoder)
+    torch.testing.assert_close(memory[0], decoder.eval().encode(grid())[0])
+    after = [decoder.train().step(TOKENS, state, memory)[1][0] for _ in range(2)]
+    assert torch.equal(*after)
+    assert build(cell, dropout=0.5).train().input_dropout.p == 0.5
+
+
 @pytest.mark.parametrize("cell", ["gru", "lstm", "att2in", "top-down"])
 def test_context_gate_scales_the_context_by_a_scalar(cell):
     plain, gated = build(cell), build(cell, context_gate=True)

@@ -43,6 +43,22 @@ CONFIGS = {
         for output in ("hidden", "deep")
         for gate in (False, True)
     },
+    **{
+        f"{cell}, as published": attention(
+            cell=cell,
+            output_layer=output,
+            initial_state="zeros",
+            normalize_grid=False,
+            project_grid=project,
+            cell_positions=False,
+            input_dropout=0.0,
+        )
+        for cell, output, project in (("gru", "dense", True), ("att2in", "hidden", True), ("top-down", "hidden", False))
+    },
+    "lstm with attention, as published": attention(
+        cell="lstm", normalize_grid=False, project_grid=False, cell_positions=False, context_gate=True
+    ),
+    "lstm, as published": lstm(image_injection="first-input", normalize_grid=False),
     "transformer": transformer(),
     "transformer, one layer": transformer(layers=1, heads=4),
 }
@@ -208,10 +224,14 @@ def test_attention_decoders_are_sensitive_to_cell_positions(config):
     decoder = build(config)
     given = tokens(B, K, T)
     original, flipped = (logits_of(decoder, decoder.encode(part), given) for part in (grids(), grids().flip(1)))
-    assert torch.allclose(original, flipped, atol=1e-5) != decoder.has_attention
+    assert torch.allclose(original, flipped, atol=1e-5) != (
+        decoder.has_attention and getattr(config, "cell_positions", True)
+    )
 
 
 def test_logits_are_nearly_invariant_to_feature_scale(config):
+    if not getattr(config, "normalize_grid", True):
+        pytest.skip("the features are not normalized")
     decoder = build(config)
     given = tokens(B, K, T)
     small, large = (logits_of(decoder, decoder.encode(grids() * scale), given) for scale in (1, 100))

@@ -64,6 +64,13 @@ def test_noam_equals_the_formula_of_vaswani_up_to_scale():
     assert ours.index(max(ours)) == warmup - 1
 
 
+def test_linear_schedule_ends_at_zero():
+    settings = TrainConfig(learning_rate=0.5, epochs=4, schedule={"kind": "linear"})
+    assert [learning_rate(settings, step, 2) for step in range(9)] == pytest.approx(
+        [0.5 * (1 - i / 8) for i in range(9)]
+    )
+
+
 # --- optimizer ---
 
 
@@ -101,7 +108,7 @@ def test_adamw_has_no_weight_decay_by_default():
 # --- optimizer step ---
 
 
-@pytest.mark.parametrize("kind", ["adam", "adamw"])
+@pytest.mark.parametrize("kind", ["adam", "adamw", "sgd"])
 @pytest.mark.parametrize(
     "clips",
     [
@@ -113,10 +120,15 @@ def test_adamw_has_no_weight_decay_by_default():
     ],
 )
 def test_step_equals_torch_optimizer_on_clipped_mean_gradient(kind, clips):
-    settings = TrainConfig(optimizer=kind, learning_rate=0.01, weight_decay=0.1, **clips)
+    settings = TrainConfig(optimizer=kind, learning_rate=0.01, weight_decay=0.1, momentum=0.9, **clips)
     ours, theirs = ([torch.arange(1.0, 5).requires_grad_(), torch.ones(2, 3).requires_grad_()] for _ in range(2))
     optimizer = make_optimizer(settings, ours)
-    plain = (torch.optim.AdamW if kind == "adamw" else torch.optim.Adam)(theirs, 0.01, weight_decay=0.1)
+    make, options = {
+        "adam": (torch.optim.Adam, {}),
+        "adamw": (torch.optim.AdamW, {}),
+        "sgd": (torch.optim.SGD, {"momentum": 0.9}),
+    }[kind]
+    plain = make(theirs, 0.01, weight_decay=0.1, **options)
     for step in range(4):
         generator = torch.Generator().manual_seed(step)
         num_tokens = torch.tensor(3 + step)
