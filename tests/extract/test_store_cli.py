@@ -50,8 +50,8 @@ def test_inspect_shows_source_statistics_and_plot(fake: Any, photos: Any, extrac
         (("notes.h5",), "not a readable HDF5 file", 1),
         (("notes.h5", "--plot", "x.doc"), "--plot x.doc", 2),
         (("notes.h5", "--images", "."), "only used with --plot", 2),
-        (("notes.h5", "--plot", "x.png", "--images", "nowhere"), "nowhere: no such folder", 2),
-        (("notes.h5", "--plot", "x.png", "--images", __file__), "not a folder", 2),
+        (("notes.h5", "--plot", "x.png", "--images", "nowhere"), "nowhere: no such folder", 1),
+        (("notes.h5", "--plot", "x.png", "--images", __file__), "not a folder", 1),
         (("notes.h5", "--plot", "x.png", "--invalid"), "--invalid", 2),
     ],
 )
