@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gridcap.common.config import PipelineConfig, TrainConfig, build_config
 from gridcap.common.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from gridcap.train.data.captioned import CaptionedImages
 
 
 def train_decoder(
@@ -61,13 +64,39 @@ def train_decoder(
     check_objective(config.train)
     train = join_captions(FeatureStore(features), Path(annotations), [config], "train", "annotations").data
     val = None
-    if config.train.val_features is None:
+    if config.train.val_fraction or config.train.test_fraction:
+        train, val = split_training_data(train, config.train, config.seed)
+    elif config.train.val_features is None:
         reject_validation_settings(config.train)
     else:
         store = FeatureStore(config.train.val_features)
         val = join_captions(store, config.train.val_annotations, [config], "val", "val_annotations").data
     fit(config, train, val, resume, progress)
     return config.train.output
+
+
+def split_training_data(
+    data: CaptionedImages, settings: TrainConfig, seed: int
+) -> tuple[CaptionedImages, CaptionedImages | None]:
+    """Split the images of the training store by `val_fraction` and `test_fraction`.
+
+    Returns:
+        Training and validation images.
+
+    Raises:
+        UserError: the settings contradict each other, or a split would be empty.
+    """
+    from gridcap.train.data.assignment import split_images
+
+    val, test = settings.val_fraction or 0.0, settings.test_fraction or 0.0
+    if settings.val_features is not None:
+        raise UserError("--val-fraction and --test-fraction: not with --val-features", "use one of the two")
+    if val + test >= 1:
+        raise UserError(f"--val-fraction {val:g} and --test-fraction {test:g} leave no training images", "lower them")
+    if not val:
+        reject_validation_settings(settings)
+    splits = split_images(data, val, test, seed)
+    return splits["train"], splits.get("val")
 
 
 def reject_validation_settings(settings: TrainConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,7 +14,7 @@ from gridcap.common.config import PipelineConfig, recipe_names
 from gridcap.common.errors import CheckpointError, ConfigError
 from gridcap.common.store.reader import FeatureStore
 from gridcap.common.text import plural
-from gridcap.train.api import reject_validation_settings, with_decoder_of
+from gridcap.train.api import reject_validation_settings, split_training_data, with_decoder_of
 
 if TYPE_CHECKING:
     from gridcap.train.data.captioned import CaptionedImages
@@ -67,6 +68,9 @@ USES = Uses(("train", "data", "seed"), "train.max_grad_norm=1")
 @flag("--annotations", "train.annotations")
 @flag("--val-features", "train.val_features")
 @flag("--val-annotations", "train.val_annotations")
+@flag("--val-fraction", "train.val_fraction")
+@flag("--test-fraction", "train.test_fraction")
+@flag("--group-column", "data.group_column")
 @flag("--output", "train.output")
 @click.option("--recipe", help="built-in recipe (decoder and training settings), or a YAML file with a train section")
 @click.option("--scst", is_flag=True, help="self-critical sequence training (SCST) of the decoder given by --init-from")
@@ -172,7 +176,12 @@ def _train(config: PipelineConfig, dry_run: bool, resume: bool) -> None:
         reject_ignored(["train.scst"], "without SCST", "pass --scst, or omit it")
     store = FeatureStore(settings.features or config.data.features_dir / "train.h5")
     train = captions_for(store, settings.annotations, [config], "train", "--annotations")
-    val = _validation_data(config, store)
+    if settings.val_fraction or settings.test_fraction:
+        train, val = split_training_data(train, settings, config.seed)
+        click.echo(f"split: {', '.join(f'{count:,} {name}' for name, count in _count_splits(train).items())}")
+    else:
+        reject_ignored(["data.group_column"], "without --val-fraction or --test-fraction", "omit it")
+        val = _validation_data(config, store)
     if val is None:
         click.echo("no validation store: the last checkpoint counts as the best one (pass --val-features)")
     warn_if_random(store)
@@ -190,6 +199,12 @@ def _train(config: PipelineConfig, dry_run: bool, resume: bool) -> None:
         return
     history = fit(config, train, val, resume)
     click.echo(_summary(config, history))
+
+
+def _count_splits(data: CaptionedImages) -> dict[str, int]:
+    """Return split -> number of images, in the order of use."""
+    counts = Counter(data.assignment.values())
+    return {name: counts[name] for name in ("train", "val", "test") if name in counts}
 
 
 def _validation_data(config: PipelineConfig, store: FeatureStore) -> CaptionedImages | None:

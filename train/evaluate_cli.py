@@ -18,6 +18,7 @@ from gridcap.common.store.reader import FeatureStore
 from gridcap.common.text import plural
 
 if TYPE_CHECKING:
+    from gridcap.train.data.captioned import CaptionedImages
     from gridcap.train.evaluation import Evaluation
 
 EXAMPLES = """
@@ -40,6 +41,7 @@ class _Paths:
         output: JSON file, or None for the default in the run's folder.
         report: HTML file, or None.
         images: image folder for the report, or None for that of the store's split.
+        split: part of the training store to evaluate on, or None.
     """
 
     checkpoints: tuple[Path, ...]
@@ -48,8 +50,10 @@ class _Paths:
     output: Path | None
     report: Path | None
     images: Path | None
+    split: str | None
 
 
+SPLITS = ("train", "val", "test")
 USES = Uses(("caption", "data", "train.device", "seed"), "caption.top_k=10")
 
 
@@ -80,6 +84,11 @@ USES = Uses(("caption", "data", "train.device", "seed"), "caption.top_k=10")
     "--images",
     type=click.Path(path_type=Path),
     help="image folder for the report  [default: that of the store's split]",
+)
+@click.option(
+    "--split",
+    type=click.Choice(SPLITS),
+    help="evaluate on this part of the store that the run was trained on with --val-fraction or --test-fraction",
 )
 @flag("--decoding", "caption.decoding")
 @flag("--beam-size", "caption.beam_size")
@@ -120,6 +129,7 @@ def _evaluate(config: PipelineConfig, dry_run: bool, paths: _Paths) -> None:
     store = FeatureStore(paths.features)
     configs = [config, loaded.config]
     data = captions_for(store, paths.annotations, configs, "test", "--annotations")
+    data = _select_split(data, paths, run_folder(paths.checkpoints[0]))
     warn_if_random(store)
     trained, contains = f"{loaded.path} was trained on", f"{paths.features} contains"
     check_same_features(loaded.provenance, store.provenance, trained, contains)
@@ -142,6 +152,7 @@ def _evaluate(config: PipelineConfig, dry_run: bool, paths: _Paths) -> None:
         "checkpoints": [str(folder) for folder in folders],
         "features": str(paths.features),
         "annotations": None if paths.annotations is None else str(paths.annotations),
+        "split": paths.split,
         "decoding": config.caption.model_dump(mode="json"),
         "data": config.data.model_dump(mode="json"),
         "device": config.train.device,
@@ -164,6 +175,32 @@ def _evaluate(config: PipelineConfig, dry_run: bool, paths: _Paths) -> None:
     click.echo(f"done: {', '.join(map(str, written))}")
 
 
+def _select_split(data: CaptionedImages, paths: _Paths, run: Path) -> CaptionedImages:
+    """Return the images of --split; without it, all images, none of which may be a training image.
+
+    Raises:
+        UserError: the run did not split its data, or the store contains its training images.
+        MismatchError: the store contains no images of the split.
+    """
+    from gridcap.train.data.assignment import read_assignment, select_split
+
+    assignment = read_assignment(run)
+    if assignment is None:
+        if paths.split is not None:
+            raise UserError(
+                f"--split {paths.split}: {run} was trained without --val-fraction and --test-fraction",
+                "omit --split, and pass the feature store of the split",
+            )
+        return data
+    if paths.split is not None:
+        selected = select_split(data, assignment, paths.split, run)
+        click.echo(f"--split {paths.split}: {plural(len(selected), 'image')}")
+        return selected
+    if any(assignment.get(name) == "train" for name in data.file_names()):
+        raise UserError(f"{paths.features}: contains training images of {run}", "pass --split test or --split val")
+    return data
+
+
 def _check_paths(paths: _Paths) -> None:
     from gridcap.common.report.page import check_is_html
 
@@ -180,12 +217,15 @@ def _check_paths(paths: _Paths) -> None:
 
 def _training_captions(config: PipelineConfig) -> tuple[list[str] | None, str]:
     """Return the captions that a run was trained on, or None and the reason why they are not available."""
+    from gridcap.train.data.assignment import read_assignment, select_split
     from gridcap.train.data.inputs import join_captions
 
     path = config.train.features or config.data.features_dir / "train.h5"
     try:
         with FeatureStore(path) as store:
             data = join_captions(store, config.train.annotations, [config], "train", "--annotations").data
+            if assignment := read_assignment(config.train.output):
+                data = select_split(data, assignment, "train", config.train.output)
     except (GridcapError, OSError) as error:
         return None, f"requires the training captions: {error}"
     return [text for captions in data.captions for text in captions], ""
@@ -196,7 +236,8 @@ def _default_name(config: PipelineConfig, paths: _Paths) -> str:
     caption, count = config.caption, len(paths.checkpoints)
     mbr = "-mbr" if caption.mbr else ""
     decoding = f"beam-{caption.beam_size}{mbr}" if caption.decoding == "beam" else f"sample-{config.seed}"
-    return f"{paths.features.stem}{f'.ensemble-of-{count}' if count > 1 else ''}.{decoding}.json"
+    stem = paths.features.stem if paths.split is None else f"{paths.features.stem}-{paths.split}"
+    return f"{stem}{f'.ensemble-of-{count}' if count > 1 else ''}.{decoding}.json"
 
 
 def _describe_decoding(config: PipelineConfig) -> str:

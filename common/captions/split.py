@@ -96,7 +96,7 @@ def split_images(
 
 def columns_of(data: DataConfig) -> Columns:
     """Return the columns that the configuration chooses."""
-    return Columns(data.image_column, data.caption_column)
+    return Columns(data.image_column, data.caption_column, data.group_column)
 
 
 def captions_only(path: Path) -> SplitConfig:

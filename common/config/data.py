@@ -34,6 +34,10 @@ class DataConfig(Section):
     caption_column: str | None = Field(
         None, description="column of a captions file with the captions (default: by its name)"
     )
+    group_column: str | None = Field(
+        None,
+        description="column of a captions file whose value near-duplicate images share: a split keeps them together",
+    )
     features_dir: Path = Field(Path("features"), description="folder of the feature stores <split>.h5")
     max_invalid: str = Field(
         "20%", description="stop if more images or annotations than this are invalid: a count (10) or a share (5%)"

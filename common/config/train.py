@@ -91,6 +91,12 @@ class TrainConfig(Section):
     val_annotations: Path | None = Field(
         None, description="captions file of the validation store  [default: as for annotations]"
     )
+    val_fraction: float | None = Field(
+        None, gt=0, lt=1, description="validate on a random share of the images of the training store instead"
+    )
+    test_fraction: float | None = Field(
+        None, gt=0, lt=1, description="set a random share of the images aside for evaluate-decoder --split test"
+    )
     output: Path = Field(
         Path("runs/attention"), description="output folder of the run: checkpoints, metrics, configuration"
     )
@@ -172,6 +178,8 @@ RUN_SETTINGS = frozenset(
         "annotations",
         "val_features",
         "val_annotations",
+        "val_fraction",
+        "test_fraction",
         "output",
         "init_from",
         "checkpoint_steps",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -26,12 +26,16 @@ class CaptionedImages:
         rows: (n,) int64 rows of the images in the store, in increasing order.
         captions: captions of each image, at least one each.
         left_out: reason -> number of images of the captions file that cannot be used.
+        groups: key of each image that near-duplicates share; by default its file name.
+        assignment: file name -> split, if the images are a part of a store that was split.
     """
 
     store: FeatureStore
     rows: np.ndarray
     captions: list[tuple[str, ...]]
     left_out: dict[str, int]
+    groups: Sequence[str] = ()
+    assignment: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def join(cls, store: FeatureStore, records: Sequence[ImageRecord], source: Path) -> CaptionedImages:
@@ -47,7 +51,7 @@ class CaptionedImages:
                 different files.
         """
         left_out: Counter[str] = Counter()
-        pairs: list[tuple[int, tuple[str, ...]]] = []
+        pairs: list[tuple[int, tuple[str, ...], str]] = []
         matches = match_rows(store, records)
         for position, (record, row) in enumerate(zip(records, matches.rows, strict=True)):
             if row is None:
@@ -65,14 +69,24 @@ class CaptionedImages:
             elif not record.captions:
                 left_out["without captions"] += 1
             else:
-                pairs.append((row, record.captions))
+                pairs.append((row, record.captions, record.group or store.file_name[row]))
         if not pairs:
             raise _nothing_in_common(store, records, source, left_out)
         pairs.sort(key=lambda pair: pair[0])
-        return cls(store, np.array([row for row, _ in pairs]), [captions for _, captions in pairs], dict(left_out))
+        rows, captions, groups = zip(*pairs, strict=True)
+        return cls(store, np.array(rows), list(captions), dict(left_out), groups)
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def file_names(self) -> list[str]:
+        """Return the file name of each image in the store."""
+        return [self.store.file_name[row] for row in self.rows]
+
+    def select(self, positions: Sequence[int], assignment: Mapping[str, str]) -> CaptionedImages:
+        """Return some of the images, with the assignment of all images of the store."""
+        captions, groups = [self.captions[i] for i in positions], [self.groups[i] for i in positions]
+        return CaptionedImages(self.store, self.rows[list(positions)], captions, {}, groups, assignment)
 
     def digest(self) -> str:
         """Return a SHA-256 hex digest of the rows and their captions."""

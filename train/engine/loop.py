@@ -11,10 +11,11 @@ import torch
 
 from gridcap.common.config import PipelineConfig
 from gridcap.common.errors import GridcapError, MismatchError, TrainingError
-from gridcap.common.files import remove_leftovers, write_text
+from gridcap.common.files import remove_leftovers, write_json, write_text
 from gridcap.common.lease import Lease, exclusive_folder
 from gridcap.common.progress import progress_bar
 from gridcap.common.text import plural
+from gridcap.train.data import assignment
 from gridcap.train.data.captioned import CaptionedImages
 from gridcap.train.data.stream import CaptionStream, StreamOptions
 from gridcap.train.engine.checkpoint import POINTERS, CheckpointContents, find_checkpoint, save_checkpoint
@@ -104,6 +105,8 @@ def _run(job: TrainingJob, resume: bool, lease: Lease | None) -> list[Row]:
         for folder in (job.output, job.output / "checkpoints"):
             remove_leftovers(folder)
         write_text(job.output / "config.yaml", job.config.to_yaml())
+        if job.train.assignment:
+            write_json(job.output / assignment.FILE, dict(job.train.assignment))
     trainer = Trainer(job, run, lease)
     trainer.print_summary(resume)
     try:
