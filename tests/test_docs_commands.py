@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import json
 import re
 import shlex
 import shutil
@@ -27,6 +28,7 @@ PAGES = (
     "docs/recipes.md",
     "docs/cluster.md",
     "docs/speed.md",
+    "docs/captions.md",
 )  # in this order: the first page creates the data
 OURS = {
     point.name: point.value
@@ -79,6 +81,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     shutil.copytree(shapes["val"].images, mine / "photos", dirs_exist_ok=True)
     for split in ("train", "val"):
         shutil.copy(shapes[split].annotations, mine / f"captions_{split}.json")
+    with open(mine / "captions.csv", "w") as file:
+        file.write("image,caption\n")
+        for split in ("train", "val"):
+            tree = json.loads(shapes[split].annotations.read_text())
+            names = {image["id"]: image["file_name"] for image in tree["images"]}
+            file.writelines(f"{names[a['image_id']]},{a['caption']}\n" for a in tree["annotations"])
     shutil.copy(scene, mine / "photo.jpg")
     (mine / "holiday").mkdir()
     for picture in more:

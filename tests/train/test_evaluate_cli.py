@@ -1,6 +1,7 @@
 """evaluate-decoder: inputs, outputs, and errors."""
 
 import json
+import re
 
 import pytest
 import yaml
@@ -112,7 +113,7 @@ def test_missing_captions_are_a_usage_error(project, new_data, invoke, sign):
     new_data(project / "odd.h5", 6, split="odd")
     run = project / "runs" / "done"
     for file in [run / "config.yaml", *run.rglob("config.json")]:
-        file.write_text(file.read_text().replace("test", "other"))
+        file.write_text(re.sub(r"\btest\b", "other", file.read_text()))
     for checkpoint in (run / "checkpoints").iterdir():
         sign(checkpoint)
     output = invoke(evaluate_decoder, "--checkpoint", "runs/done", "--features", "odd.h5", status=2)

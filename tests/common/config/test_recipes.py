@@ -66,6 +66,8 @@ KEPT = {
     "annotations": "a.json",
     "val_features": "v.h5",
     "val_annotations": "b.json",
+    "val_fraction": 0.1,
+    "test_fraction": 0.2,
     "output": "out",
     "init_from": "old",
     "checkpoint_steps": 5,
