@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +66,7 @@ def train_decoder(
     train = join_captions(FeatureStore(features), Path(annotations), [config], "train", "annotations").data
     val = None
     if config.train.val_fraction or config.train.test_fraction:
-        train, val = split_training_data(train, config.train, config.seed)
+        train, val = split_training_data(train, config)
     elif config.train.val_features is None:
         reject_validation_settings(config.train)
     else:
@@ -76,7 +77,7 @@ def train_decoder(
 
 
 def split_training_data(
-    data: CaptionedImages, settings: TrainConfig, seed: int
+    data: CaptionedImages, config: PipelineConfig
 ) -> tuple[CaptionedImages, CaptionedImages | None]:
     """Split the images of the training store by `val_fraction` and `test_fraction`.
 
@@ -86,8 +87,11 @@ def split_training_data(
     Raises:
         UserError: the settings contradict each other, or a split would be empty.
     """
-    from gridcap.train.data.assignment import split_images
+    from gridcap.train.data.assignment import group_by_prefix, split_images
 
+    settings, separator = config.train, config.data.group_prefix
+    if separator is not None:
+        data = replace(data, groups=[group_by_prefix(name, separator) for name in data.file_names()])
     val, test = settings.val_fraction or 0.0, settings.test_fraction or 0.0
     if settings.val_features is not None:
         raise UserError("--val-fraction and --test-fraction: not with --val-features", "use one of the two")
@@ -95,7 +99,9 @@ def split_training_data(
         raise UserError(f"--val-fraction {val:g} and --test-fraction {test:g} leave no training images", "lower them")
     if not val:
         reject_validation_settings(settings)
-    splits = split_images(data, val, test, seed)
+    if separator is not None and config.data.group_column is not None:
+        raise UserError("--group-prefix and --group-column exclude each other", "use one of the two")
+    splits = split_images(data, val, test, config.seed)
     return splits["train"], splits.get("val")
 
 

@@ -71,6 +71,7 @@ USES = Uses(("train", "data", "seed"), "train.max_grad_norm=1")
 @flag("--val-fraction", "train.val_fraction")
 @flag("--test-fraction", "train.test_fraction")
 @flag("--group-column", "data.group_column")
+@flag("--group-prefix", "data.group_prefix")
 @flag("--output", "train.output")
 @click.option("--recipe", help="built-in recipe (decoder and training settings), or a YAML file with a train section")
 @click.option("--scst", is_flag=True, help="self-critical sequence training (SCST) of the decoder given by --init-from")
@@ -177,10 +178,12 @@ def _train(config: PipelineConfig, dry_run: bool, resume: bool) -> None:
     store = FeatureStore(settings.features or config.data.features_dir / "train.h5")
     train = captions_for(store, settings.annotations, [config], "train", "--annotations")
     if settings.val_fraction or settings.test_fraction:
-        train, val = split_training_data(train, settings, config.seed)
+        train, val = split_training_data(train, config)
         click.echo(f"split: {', '.join(f'{count:,} {name}' for name, count in _count_splits(train).items())}")
     else:
-        reject_ignored(["data.group_column"], "without --val-fraction or --test-fraction", "omit it")
+        reject_ignored(
+            ["data.group_column", "data.group_prefix"], "without --val-fraction or --test-fraction", "omit it"
+        )
         val = _validation_data(config, store)
     if val is None:
         click.echo("no validation store: the last checkpoint counts as the best one (pass --val-features)")

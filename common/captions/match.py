@@ -19,12 +19,12 @@ class Matches:
 
     Attributes:
         rows: row of each record; None for records without a row.
-        ambiguous: positions of records whose file name matches several rows, or a row that another record matches at
-            least as well.
+        ambiguous: position -> explanation, for records whose file name matches several rows, or a row that another
+            record matches at least as well.
     """
 
     rows: list[int | None]
-    ambiguous: set[int]
+    ambiguous: dict[int, str]
 
 
 def match_rows(store: FeatureStore, records: Sequence[ImageRecord]) -> Matches:
@@ -51,7 +51,7 @@ def match_rows(store: FeatureStore, records: Sequence[ImageRecord]) -> Matches:
         for i, (row, record) in enumerate(zip(rows, records, strict=True))
         if row is None and (named_store or record.image_id == id_from_name(record.file_name))
     ]
-    ambiguous: set[int] = set()
+    ambiguous: dict[int, str] = {}
     aliases: set[int] = set()  # records whose name is not equal to that of their row
     for i, candidates in _rows_by_name(store, records, unmatched).items():
         exact = [row for row, name in candidates if name == records[i].file_name]
@@ -61,14 +61,17 @@ def match_rows(store: FeatureStore, records: Sequence[ImageRecord]) -> Matches:
             if not exact:
                 aliases.add(i)
         else:
-            ambiguous.add(i)
+            names = " or ".join(name for _, name in candidates[:2])
+            ambiguous[i] = f"{records[i].file_name} may be {names}"
     all_matches = Counter(row for row in rows if row is not None)
     exact_matches = Counter(row for i, row in enumerate(rows) if row is not None and i not in aliases)
+    matched = list(rows)
     for i in unmatched:
         row = rows[i]
         if row is not None and (all_matches if i in aliases else exact_matches)[row] > 1:
+            other = next(records[j].file_name for j, match in enumerate(matched) if match == row and j != i)
+            ambiguous[i] = f"{records[i].file_name} and {other} both match {store.file_name[row]}"
             rows[i] = None
-            ambiguous.add(i)
     return Matches(rows, ambiguous)
 
 

@@ -38,6 +38,11 @@ class DataConfig(Section):
         None,
         description="column of a captions file whose value near-duplicate images share: a split keeps them together",
     )
+    group_prefix: str | None = Field(
+        None,
+        min_length=1,
+        description="separator: file names that agree up to it are near-duplicates (one photographer, one video)",
+    )
     features_dir: Path = Field(Path("features"), description="folder of the feature stores <split>.h5")
     max_invalid: str = Field(
         "20%", description="stop if more images or annotations than this are invalid: a count (10) or a share (5%)"

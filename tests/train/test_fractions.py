@@ -59,6 +59,19 @@ def test_a_group_column_keeps_near_duplicates_together(one_store, invoke):
         assert len({assignment[name] for name in names[i : i + 3]}) == 1
 
 
+def test_a_prefix_of_the_names_keeps_near_duplicates_together(one_store, invoke):
+    with FeatureStore("features/train.h5") as store:
+        names = list(store.file_name)
+    separator = names[0].rpartition("/")[2][-5]  # the last digit of the number
+    invoke(train_decoder, *FRACTIONS, "--group-prefix", separator)
+    assignment = json.loads((one_store / "runs/a/splits.json").read_text())
+    groups = {}
+    for name, split in assignment.items():
+        groups.setdefault(name.rpartition("/")[2].partition(separator)[0], set()).add(split)
+    assert all(len(splits) == 1 for splits in groups.values())
+    assert len(groups) < len(assignment)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -67,6 +80,7 @@ def test_a_group_column_keeps_near_duplicates_together(one_store, invoke):
         (["--val-fraction", 0.01], "no images are left for val"),
         (["--val-fraction", 1.5], "val_fraction"),
         (["--group-column", "scene"], "--group-column"),
+        (["--group-prefix", "_"], "--group-prefix"),
         (["--test-fraction", 0.2, "--patience", 2], "--patience requires a validation store"),
     ],
 )

@@ -42,6 +42,11 @@ def assign_splits(groups: Sequence[str], val: float, test: float, seed: int) -> 
     return [str(split_of_group[group]) for group in members]
 
 
+def group_by_prefix(name: str, separator: str) -> str:
+    """Return the group of a file name: the part of its base name before the separator."""
+    return name.rpartition("/")[2].partition(separator)[0]
+
+
 def split_images(data: CaptionedImages, val: float, test: float, seed: int) -> dict[str, CaptionedImages]:
     """Split the images of a store, see `assign_splits`.
 

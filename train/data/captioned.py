@@ -15,6 +15,7 @@ from gridcap.common.captions.match import find_same_name, is_same_name, match_ro
 from gridcap.common.captions.records import ImageRecord
 from gridcap.common.errors import MismatchError
 from gridcap.common.store.reader import FeatureStore
+from gridcap.common.text import plural
 
 
 @dataclass(frozen=True)
@@ -47,16 +48,21 @@ class CaptionedImages:
             source: captions file, named in errors.
 
         Raises:
-            MismatchError: the store and the captions have no usable image in common, or an id refers to two
-                different files.
+            MismatchError: the store and the captions have no usable image in common, an id refers to two different
+                files, or a file name is ambiguous.
         """
         left_out: Counter[str] = Counter()
         pairs: list[tuple[int, tuple[str, ...], str]] = []
         matches = match_rows(store, records)
-        for position, (record, row) in enumerate(zip(records, matches.rows, strict=True)):
+        if matches.ambiguous:
+            count, first = len(matches.ambiguous), next(iter(matches.ambiguous.values()))
+            raise MismatchError(
+                f"{source}: {plural(count, 'ambiguous file name')} for {store.path}: {first}",
+                "write the paths in the captions file as they are in the image folder",
+            )
+        for record, row in zip(records, matches.rows, strict=True):
             if row is None:
-                ambiguous = position in matches.ambiguous
-                left_out["with an ambiguous file name" if ambiguous else "not in the feature store"] += 1
+                left_out["not in the feature store"] += 1
                 continue
             if not is_same_name(record, store.file_name[row]):
                 raise MismatchError(

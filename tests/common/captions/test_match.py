@@ -40,36 +40,41 @@ def numbered(*names: str) -> list[ImageRecord]:
 
 def test_ids_take_precedence_over_names(store_of: MakeStore) -> None:
     store = store_of(["a.jpg", "b.jpg"], [7, 8])
-    assert match_rows(store, [ImageRecord(8, "a.jpg")]) == Matches([1], set())
+    assert match_rows(store, [ImageRecord(8, "a.jpg")]) == Matches([1], {})
 
 
 def test_item_02_an_equal_name_takes_precedence_over_an_alias_in_the_store(store_of: MakeStore) -> None:
     store = store_of(["train/a.jpg", "a.jpg"])
-    assert match_rows(store, numbered("a.jpg")) == Matches([1], set())
+    assert match_rows(store, numbered("a.jpg")) == Matches([1], {})
 
 
 def test_item_02_an_equal_name_takes_precedence_over_an_alias_in_the_records(store_of: MakeStore) -> None:
     store = store_of(["train/a.jpg", "b.jpg"])
-    assert match_rows(store, numbered("a.jpg", "train/a.jpg")) == Matches([None, 0], {0})
+    assert match_rows(store, numbered("a.jpg", "train/a.jpg")) == Matches(
+        [None, 0], {0: "a.jpg and train/a.jpg both match train/a.jpg"}
+    )
 
 
 def test_item_02_an_alias_does_not_take_the_row_of_an_id(store_of: MakeStore) -> None:
     store = store_of(["a.jpg", "b.jpg"])
     records = [ImageRecord(id_from_name("a.jpg"), "a.jpg"), ImageRecord(500, "x/a.jpg")]
-    assert match_rows(store, records) == Matches([0, None], {1})
+    assert match_rows(store, records) == Matches([0, None], {1: "x/a.jpg and a.jpg both match a.jpg"})
 
 
 @pytest.mark.parametrize("names", [("a.jpg", "a.jpg"), ("x/a.jpg", "y/a.jpg")])
 def test_two_records_that_match_a_row_equally_well_are_ambiguous(store_of: MakeStore, names: tuple[str, str]) -> None:
-    assert match_rows(store_of(["a.jpg"]), numbered(*names)) == Matches([None, None], {0, 1})
+    matches = match_rows(store_of(["a.jpg"]), numbered(*names))
+    assert matches.rows == [None, None]
+    assert matches.ambiguous[0] == f"{names[0]} and {names[1]} both match a.jpg"
+    assert set(matches.ambiguous) == {0, 1}
 
 
 def test_a_name_without_extension_matches_unless_it_is_ambiguous(store_of: MakeStore) -> None:
-    assert match_rows(store_of(["x/a.jpg", "b.jpg"]), numbered("a", "b")) == Matches([0, 1], set())
+    assert match_rows(store_of(["x/a.jpg", "b.jpg"]), numbered("a", "b")) == Matches([0, 1], {})
 
 
 def test_a_name_without_extension_of_two_rows_is_ambiguous(store_of: MakeStore) -> None:
-    assert match_rows(store_of(["a.jpg", "a.png"]), numbered("a")) == Matches([None], {0})
+    assert match_rows(store_of(["a.jpg", "a.png"]), numbered("a")) == Matches([None], {0: "a may be a.jpg or a.png"})
 
 
 def test_find_same_name_ignores_ids(store_of: MakeStore) -> None:

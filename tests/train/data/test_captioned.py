@@ -61,18 +61,16 @@ def test_item_24_the_same_name_in_two_folders_is_not_confused(store_of):
     assert data.left_out == {"not in the feature store": 1}
 
 
-def test_item_24_an_ambiguous_name_matches_nothing_and_is_counted(store_of):
+def test_item_24_an_ambiguous_name_is_an_error_that_names_both_candidates(store_of):
     store = store_of(["cat/001.jpg", "dog/001.jpg", "a.jpg"])
-    data = CaptionedImages.join(store, numbered("001.jpg", "a.jpg"), CAPTIONS)
-    assert data.rows.tolist() == [2]
-    assert data.left_out == {"with an ambiguous file name": 1}
+    with pytest.raises(MismatchError, match=r"1 ambiguous file name .*: 001\.jpg may be cat/001\.jpg or dog/001\.jpg"):
+        CaptionedImages.join(store, numbered("001.jpg", "a.jpg"), CAPTIONS)
 
 
 def test_item_24_two_records_cannot_share_a_row(store_of):
     store = store_of(["001.jpg", "a.jpg"])
-    data = CaptionedImages.join(store, numbered("cat/001.jpg", "dog/001.jpg", "a.jpg"), CAPTIONS)
-    assert data.rows.tolist() == [1]
-    assert data.left_out == {"with an ambiguous file name": 2}
+    with pytest.raises(MismatchError, match=r"2 ambiguous .*: cat/001\.jpg and dog/001\.jpg both match 001\.jpg"):
+        CaptionedImages.join(store, numbered("cat/001.jpg", "dog/001.jpg", "a.jpg"), CAPTIONS)
 
 
 def test_item_24_two_sources_with_their_own_ids_do_not_match_by_name(store_of):
