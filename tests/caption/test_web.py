@@ -368,7 +368,11 @@ def test_a_stop_signal_closes_the_page_and_sets_the_exit_status(
     monkeypatch.setattr("gridcap.caption.web_cli._check_address", lambda *_: None)
     monkeypatch.setattr("gridcap.caption.web.make_page", lambda *_: SimpleNamespace(close=lambda **o: closed.append(o)))
     monkeypatch.setattr("gridcap.caption.web.serve", start)
-    output = run("--checkpoint", checkpoint(), "--device", "cpu", status=128 + number)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets background jobs ignore Ctrl-C
+    try:
+        output = run("--checkpoint", checkpoint(), "--device", "cpu", status=128 + number)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert output.rstrip().endswith("interrupted; rerun the command")
     assert "Keyboard interruption" not in output
     assert closed == [{"verbose": False}]
