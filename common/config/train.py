@@ -95,7 +95,7 @@ class TrainConfig(Section):
         None, gt=0, lt=1, description="validate on a random share of the images of the training store instead"
     )
     test_fraction: float | None = Field(
-        None, gt=0, lt=1, description="set a random share of the images aside for evaluate-decoder --split test"
+        None, gt=0, lt=1, description="set a random share of the images aside, to be evaluated with --split test"
     )
     output: Path = Field(
         Path("runs/attention"), description="output folder of the run: checkpoints, metrics, configuration"
