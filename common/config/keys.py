@@ -69,10 +69,10 @@ def keys_of_section(section: str, tree: Mapping[str, Any]) -> list[str]:
         return list(FAMILIES[tree["train"]["decoder"]["family"]].model_fields)
     model: Any = PipelineConfig
     for part in section.split(".") if section else ():
-        if part not in model.model_fields:
+        if part not in getattr(model, "model_fields", ()):
             return []
         model = model.model_fields[part].annotation
-    return list(model.model_fields) if hasattr(model, "model_fields") else []
+    return list(getattr(model, "model_fields", ()))
 
 
 def all_keys(model: type[Section] = PipelineConfig, prefix: str = "") -> Iterator[str]:

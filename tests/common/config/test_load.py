@@ -38,7 +38,14 @@ def value_at(config: BaseModel, key: str) -> Any:
 
 @pytest.mark.parametrize(
     "text",
-    ["trai.: {epochs: 2}", "se.:x: {t1: }", "data: {splixs.: {train: {a}}}", "data.images.x: 1", "a.b.c: 1"],
+    [
+        "trai.: {epochs: 2}",
+        "se.:x: {t1: }",
+        "data: {splixs.: {train: {a}}}",
+        "data.images.x: 1",
+        "a.b.c: 1",
+        "seed.a.b: 1",
+    ],
 )
 def test_unknown_keys_that_contain_dots_are_reported(text: str) -> None:
     with pytest.raises(ConfigError, match=r"^mine\.yaml: .*unknown key"):
