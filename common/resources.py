@@ -64,7 +64,7 @@ def _free_memory_of(folder: Path) -> int | None:
     """Return the bytes that the limit of one cgroup leaves; None if it has no limit."""
     for limit, usage, cache in _MEMORY_FILES:
         try:
-            total = int((folder / limit).read_text())  # "max" is no number
+            total = int((folder / limit).read_text())  # "max" is not a number
             used = int((folder / usage).read_text())
         except (OSError, ValueError):
             continue

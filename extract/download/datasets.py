@@ -36,7 +36,7 @@ NOCAPS_TERMS = "annotations and photos: CC BY 2.0 (nocaps.org, Open Images)"
 
 @dataclass(frozen=True)
 class SplitFiles:
-    """Where a split lies in the folder of its dataset.
+    """Files of a split in the folder of its dataset.
 
     Attributes:
         images: folder of the images.
