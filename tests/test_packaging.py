@@ -51,7 +51,8 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     code = "from setuptools import build_meta; print(build_meta.build_sdist('.'))"
     archive = copy / run(sys.executable, "-c", code, cwd=copy).splitlines()[-1]
     with tarfile.open(archive) as file:
-        file.extractall(folder, filter="data")
+        safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # not in Python 3.10.11 and 3.11.3
+        file.extractall(folder, **safely)
     return folder / archive.name.removesuffix(".tar.gz")
 
 
