@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from gridcap.common.captions.records import Problems
 from gridcap.common.errors import AnnotationError, InvalidImageError, UserError, first_line
-from gridcap.common.sources.registry import ImageSource, Member, MemberNames, keep_images, register_source
+from gridcap.common.sources.registry import MemberSource, register_source
 from gridcap.common.sources.storage import Storage, is_named
 
 
@@ -25,7 +23,7 @@ class _Cell:
 
 
 @register_source
-class ParquetSource(ImageSource):
+class ParquetSource(MemberSource):
     """The images in one or several Parquet files: ``data/train-*.parquet``.
 
     The image column is the first one whose values are structs with ``bytes`` (and ``path``), or else the first binary
@@ -34,7 +32,7 @@ class ParquetSource(ImageSource):
 
     def __init__(self, path: Path, follow_links: bool) -> None:
         super().__init__(path, follow_links)
-        self._lock = threading.Lock()
+        self._reading = threading.Lock()
         self._group: tuple[tuple[str, int], Any] | None = None  # the last row group: rows are read in order
 
     @classmethod
@@ -42,19 +40,12 @@ class ParquetSource(ImageSource):
         """Return whether the path ends with .parquet."""
         return is_named(path, ".parquet")
 
-    def names(self, problems: Problems) -> Iterator[str]:
-        """Yield the names of the images."""
-        return keep_images((name for name, _ in self._entries), problems)
+    def _list(self) -> list[str]:
+        return [name for name, _ in self._entries]
 
-    def locate(self, name: str) -> Member:
-        """Return an image in the files."""
-        with self._lock:
-            full = self._members.resolve(name)
-            cell = self._cells[full]
-        return Member(f"{self}/{full}", functools.partial(self._read, cell))
-
-    def _read(self, cell: _Cell) -> bytes:
-        with self._lock:
+    def _read(self, name: str) -> bytes:
+        with self._reading:
+            cell = self._cells[name]
             if self._group is None or self._group[0] != (cell.file, cell.group):
                 opened, column = self._open(cell.file)
                 with opened:
@@ -115,10 +106,6 @@ class ParquetSource(ImageSource):
     @functools.cached_property
     def _cells(self) -> dict[str, _Cell]:
         return dict(reversed(self._entries))  # of a repeated name, the first counts
-
-    @functools.cached_property
-    def _members(self) -> MemberNames:
-        return MemberNames(keep_images(self._cells, Problems()))
 
 
 def _paths(opened: Any, group: int, column: str) -> list[str | None]:

@@ -9,6 +9,7 @@ import functools
 import importlib
 import pkgutil
 import re
+import threading
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -184,3 +185,37 @@ class MemberNames:
         if not matches:
             raise InvalidImageError("not in the archive")
         return matches[0]
+
+
+class MemberSource(ImageSource):
+    """Base class of sources whose images are members that are listed once: archives and remote folders."""
+
+    def __init__(self, path: Path, follow_links: bool) -> None:
+        super().__init__(path, follow_links)
+        self._lock = threading.Lock()
+
+    @abstractmethod
+    def _list(self) -> list[str]:
+        """Return the names of all files. Called once."""
+
+    @abstractmethod
+    def _read(self, name: str) -> bytes:
+        """Return the content of a file, see `Member.read_bytes`. Thread-safe."""
+
+    def names(self, problems: Problems) -> Iterator[str]:
+        """Yield the names of the image files."""
+        return keep_images(self._listed, problems)
+
+    def locate(self, name: str) -> Member:
+        """Return an image file."""
+        with self._lock:
+            full = self._members.resolve(name)
+        return Member(f"{self}/{full}", functools.partial(self._read, full))
+
+    @functools.cached_property
+    def _listed(self) -> list[str]:
+        return self._list()
+
+    @functools.cached_property
+    def _members(self) -> MemberNames:
+        return MemberNames(keep_images(self._listed, Problems()))

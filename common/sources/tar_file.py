@@ -4,21 +4,12 @@ from __future__ import annotations
 
 import functools
 import tarfile
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from gridcap.common.captions.records import Problems
 from gridcap.common.errors import AnnotationError, InvalidImageError
-from gridcap.common.sources.registry import (
-    MAX_MEMBER_BYTES,
-    ImageSource,
-    Member,
-    MemberNames,
-    keep_images,
-    register_source,
-)
+from gridcap.common.sources.registry import MAX_MEMBER_BYTES, MemberSource, register_source
 from gridcap.common.sources.storage import Storage, is_named
 
 
@@ -32,34 +23,23 @@ class _Position:
 
 
 @register_source
-class TarSource(ImageSource):
+class TarSource(MemberSource):
     """The images in one or several tar files: ``cc3m/{00000..00331}.tar``, ``shards/*.tar``.
 
     The headers are read once; images are then read by position, in any order. With several files, the name of an image
     starts with the name of its file: ``00017/000170042.jpg``.
     """
 
-    def __init__(self, path: Path, follow_links: bool) -> None:
-        super().__init__(path, follow_links)
-        self._lock = threading.Lock()
-
     @classmethod
     def matches(cls, path: Path) -> bool:
         """Return whether the path ends with .tar."""
         return is_named(path, ".tar")
 
-    def names(self, problems: Problems) -> Iterator[str]:
-        """Yield the names of the image files."""
-        return keep_images((name for name, _ in self._entries), problems)
+    def _list(self) -> list[str]:
+        return [name for name, _ in self._entries]
 
-    def locate(self, name: str) -> Member:
-        """Return an image file in the archives."""
-        with self._lock:
-            full = self._members.resolve(name)
-            position = self._positions[full]
-        return Member(f"{self}/{full}", functools.partial(self._read, position))
-
-    def _read(self, position: _Position) -> bytes:
+    def _read(self, name: str) -> bytes:
+        position = self._positions[name]
         if position.size > MAX_MEMBER_BYTES:
             raise InvalidImageError(f"larger than {MAX_MEMBER_BYTES >> 20} MiB")
         content: bytes = self._storage.fs.cat_file(position.file, position.offset, position.offset + position.size)
@@ -96,7 +76,3 @@ class TarSource(ImageSource):
             raise AnnotationError(
                 f"{label}: not a complete, uncompressed tar file: {error}", "copy it again, or unpack .tar.gz files"
             ) from error
-
-    @functools.cached_property
-    def _members(self) -> MemberNames:
-        return MemberNames(keep_images(self._positions, Problems()))

@@ -71,7 +71,7 @@ def register_view(
     Args:
         name: lowercase words separated by hyphens. Stores record the name, so a function that changes what it returns
             needs another name.
-        count: number of views, named NAME-1, NAME-2, ...; 0: one view without a number; None: as many as requested.
+        count: number of views, named NAME-1, NAME-2, ...; 0: one view without a number; None: any number.
         min_share: smallest share of width and height that the function shows. Large JPEG files are decoded with
             enough pixels for it.
     """
