@@ -1,4 +1,4 @@
-# make demo · make test · make bench · make torture · make lint · make install
+# make demo · make test · make test-slow · make bench · make torture · make lint · make install
 # make bench QUICK=1          smaller measurements, once each: two or three minutes
 # make torture QUICK=1        at most a tenth of the cases
 # make demo WEIGHTS=imagenet  InceptionV3 with torchvision's ImageNet weights (downloaded once), or WEIGHTS=random
@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 
-.PHONY: install demo test bench torture lint
+.PHONY: install demo test test-slow bench torture lint
 
 install: $(VENV)/.installed
 
@@ -28,8 +28,14 @@ demo: install
 # Two processes, because many tests wait for the programs that they start. Each process takes whole files in their
 # order, so that the longest one (the demo) does not come last. One OpenMP thread per process: with more threads than
 # cores, spinning threads make a training step five times as slow.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(RUN) pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
 test: install
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(RUN) pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not slow"
+
+# Whole commands in separate processes: the demo, the notebooks, Slurm, torchrun, a browser.
+test-slow: install
+	$(PYTEST) -m slow
 
 bench: install
 	@$(RUN) bench $(if $(QUICK),--quick)
