@@ -16,6 +16,10 @@ from tests.torture.forge import sign_checkpoint
 # Results must not depend on the load of the machine, which determines the default number of threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Triton reads this when it is imported: its kernels are tested on the CPU.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 _NODE = Path(__file__).parent / "slurm_one_node.sh"
 _SLURM_TIMEOUT = 300  # seconds to start or to stop Slurm
 

@@ -1,6 +1,11 @@
-"""Additive attention scores with an explicit gradient.
+"""Additive attention scores (Bahdanau et al. 2015, arXiv:1409.0473, appendix A.1.2) as one fused operator.
 
 They are the most expensive operation of a training step that is not a matmul: B x K x P x A values per time step.
+`additive_scores_reference` is the formula. The operator computes it from exp(2 key) and exp(2 query), since
+tanh(x) = 1 - 2 / (1 + exp(2 x)): given both powers, a value costs one multiplication and one division, a sixth of the
+time of tanh on a CPU. The kernel for CPUs is below, that for CUDA in `additive_triton.py`.
+
+Axes as in `base.py`, and A: attention size.
 """
 
 from __future__ import annotations
@@ -9,92 +14,84 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-_CACHE_ELEMENTS = 1 << 22  # 8 MiB of bfloat16
 # exp(-80) to exp(80) are representable in float32 and bfloat16. If the product of two powers underflows or overflows,
-# the energy is 1 or 0, as it should be. Larger magnitudes are clamped; then a key and a query no longer cancel.
+# tanh is 1 or -1, as it should be. Larger magnitudes are clamped; then a key and a query no longer cancel.
 _MAX_MAGNITUDE = 40.0
 
 
-def additive_keys(keys: Tensor) -> Tensor:
-    """Return exp(-2 key), the form of the keys that `additive_scores` expects; computed once per image.
+def additive_scores_reference(keys: Tensor, query: Tensor, score: Tensor) -> Tensor:
+    """Return score . tanh(key_p + query), (B, K, P), for keys (B, P, A), queries (B, K, A), and a score vector (A,)."""
+    return torch.tanh(keys[:, None] + query[:, :, None]) @ score.to(keys.dtype)
+
+
+def additive_powers(keys: Tensor) -> Tensor:
+    """Return exp(2 key), (B, P, A), without gradient: computed once per image, for `additive_scores`."""
+    return _power(keys.detach())
+
+
+def additive_scores(keys: Tensor, powers: Tensor, query: Tensor, score: Tensor) -> Tensor:
+    """Return score . tanh(key_p + query).
 
     Args:
-        keys: (B, P, A) float32 or bfloat16; float16 would overflow.
+        keys: (B, P, A) float64, float32, or bfloat16; float16 would overflow.
+        powers: (B, P, A), `additive_powers(keys)`.
+        query: (B, K, A) in the dtype of the keys.
+        score: (A,) float. Autograd adds up its gradient over the time steps, so it is neither cast nor rounded.
 
     Returns:
-        Tensor of the same shape and dtype, for use in `additive_scores` only: the gradient that `additive_scores`
-        returns for it is that of the keys, and passes through this function unchanged.
+        (B, K, P), float32 or float64.
     """
-    return _AdditiveKeys.apply(keys)  # type: ignore[no-any-return]
-
-
-def additive_scores(keys: Tensor, query: Tensor, double: Tensor) -> Tensor:
-    """Return v . tanh(key_p + query) + sum(v) (Bahdanau et al. 2015, arXiv:1409.0473, appendix A.1.2).
-
-    The softmax over the cells cancels the constant. The sum is 2 v . sigmoid(2 (key_p + query)), since
-    tanh(x) = 2 sigmoid(2 x) - 1, and the sigmoid is 1 / (1 + exp(-2 key_p) exp(-2 query)). Given both powers, a value
-    costs one multiplication and one division, a sixth of the time of tanh on a CPU.
-
-    Args:
-        keys: (B, P, A) float, from `additive_keys`.
-        query: (B, K, A) in the same dtype.
-        double: (A,) float, 2 v; the caller doubles it once for all time steps.
-
-    Returns:
-        (B, K, P) in the dtype of the keys.
-    """
-    if torch.is_grad_enabled():
-        return _AdditiveScores.apply(keys, query, double)  # type: ignore[no-any-return]
-    double = double.to(keys.dtype)
-    # The energies are not needed for a backward pass: process chunks of images that fit into the CPU cache.
-    chunk = len(keys) if keys.is_cuda else max(1, _CACHE_ELEMENTS // (query.shape[1] * keys.shape[1] * keys.shape[2]))
-    chunks = zip(torch.split(keys, chunk), torch.split(_power(query), chunk), strict=True)
-    return torch.cat([_energies(key_chunk, power_chunk) @ double for key_chunk, power_chunk in chunks])
+    if keys.device.type in ("cpu", "cuda"):
+        return _AdditiveScores.apply(keys, powers, query, score)  # type: ignore[no-any-return]
+    return additive_scores_reference(keys, query, score).float()
 
 
 def _power(values: Tensor) -> Tensor:
-    """Return exp(-2 x), with x clamped so that products of two powers behave."""
-    return values.clamp(-_MAX_MAGNITUDE, _MAX_MAGNITUDE).mul_(-2).exp_()
-
-
-def _energies(keys: Tensor, powers: Tensor) -> Tensor:
-    """Return 1 / (1 + exp(-2 key_p) exp(-2 query)) = sigmoid(2 (key_p + query)), (B, K, P, A), from both powers."""
-    return torch.addcmul(keys.new_ones(()), keys[:, None], powers[:, :, None]).reciprocal_()
-
-
-class _AdditiveKeys(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, keys: Tensor) -> Tensor:
-        return _power(keys)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient
+    return values.clamp(-_MAX_MAGNITUDE, _MAX_MAGNITUDE).mul_(2).exp_()
 
 
 class _AdditiveScores(torch.autograd.Function):
-    """Fused gradient; autograd would sum over captions and cells in separate passes and keep two large tensors."""
+    """Fused forward and backward pass; autograd would keep two large tensors and sum them in separate passes."""
 
     @staticmethod
-    def forward(ctx: Any, keys: Tensor, query: Tensor, double: Tensor) -> Tensor:
-        energy, rounded = _energies(keys, _power(query)), double.to(keys.dtype)
-        ctx.save_for_backward(energy, rounded)
-        ctx.dtype = double.dtype  # autograd accumulates this gradient over time steps, so it is not rounded
-        return energy @ rounded
+    def forward(ctx: Any, keys: Tensor, powers: Tensor, query: Tensor, score: Tensor) -> Tensor:
+        if keys.is_cuda:
+            from gridcap.train.decoders import additive_triton  # Triton is not installed everywhere
+
+            ctx.save_for_backward(powers, query, score)
+            return additive_triton.scores(powers, query, score)
+        values = torch.addcmul(powers.new_ones(()), powers[:, None], _power(query)[:, :, None]).reciprocal_()
+        ctx.save_for_backward(values, score)
+        weighted = values @ (-2 * score).to(values.dtype)
+        return weighted.to(torch.promote_types(keys.dtype, torch.float32)) + score.sum()
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        energy, rounded = ctx.saved_tensors
-        b, k, cells, size = energy.shape
-        slope = torch.ops.aten.sigmoid_backward(gradient[..., None], energy)  # both factors in one pass
-        inner = 2 * rounded  # the argument of the sigmoid is 2 (key + query)
-        # A matmul with ones sums over the captions in a third of the time of `sum`.
-        over_captions = energy.new_ones(b, 1, k) @ slope.view(b, k, cells * size)
-        for_keys = over_captions.view(b, cells, size).mul_(inner)
-        for_query = slope.sum(2).mul_(inner)
-        for_double = gradient.reshape(-1) @ energy.view(-1, size)
-        return for_keys, for_query, for_double.to(ctx.dtype)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
+        if gradient.is_cuda:
+            from gridcap.train.decoders import additive_triton
+
+            keys, query, score = additive_triton.backward(gradient, *ctx.saved_tensors)
+        else:
+            keys, query, score = _backward(gradient, *ctx.saved_tensors)
+        return keys, None, query, score
+
+
+def _backward(gradient: Tensor, values: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of the keys, the query, and the score vector.
+
+    Args:
+        gradient: (B, K, P), gradient of the scores.
+        values: (B, K, P, A), 1 / (1 + exp(2 (key_p + query))).
+        score: (A,).
+    """
+    b, k, cells, size = values.shape
+    gradient = gradient.to(values.dtype)
+    slope = torch.ops.aten.sigmoid_backward(gradient[..., None], values)  # g e (1 - e), in one pass
+    inner = 4 * score.to(values.dtype)  # tanh' = 4 e (1 - e)
+    # The matmul is a fast sum over the captions of an image.
+    over_captions = (slope.new_ones(b, 1, k) @ slope.view(b, k, cells * size)).view(b, cells, size)
+    score_gradient = gradient.sum(dtype=score.dtype) - 2 * (gradient.reshape(-1) @ values.view(-1, size)).to(
+        score.dtype
+    )
+    return over_captions.mul_(inner), slope.sum(2).mul_(inner), score_gradient

@@ -13,18 +13,15 @@ from torch import Tensor, nn
 
 from gridcap.common.config import AttentionConfig
 from gridcap.train.data.vocabulary import PAD
-from gridcap.train.decoders.additive import additive_keys
-from gridcap.train.decoders.base import Decoder, Memory, State
-from gridcap.train.decoders.cells import CELLS, Cell
-from gridcap.train.decoders.dropout import Dropout
-from gridcap.train.decoders.looped import looped
-from gridcap.train.decoders.packed import computes_in
+from gridcap.train.decoders.additive import additive_powers
+from gridcap.train.decoders.base import Decoder, Memory, State, compute_dtype
+from gridcap.train.decoders.cells import CELLS, AttentionInputs, Cell
 
 
 class AttentionDecoder(Decoder):
     """Recurrent decoder with attention.
 
-    memory = (cells (B, P, D), attention keys (B, P, A) from `additive_keys`, cell-specific projection of the mean
+    memory = (cells (B, P, D), attention keys (B, P, A), their `additive_powers`, cell-specific projection of the mean
     feature), where D is `embed_size`, or C without `project_grid`. With `output_layer` "hidden", the logits are
     computed from the hidden state; with "dense", from a linear layer of it. With "deep" (Xu et al. 2015, equation 7),
     they are computed from tanh(E y + L_h h + L_z z), where y is the last token, h the hidden state, and z the context
@@ -51,8 +48,8 @@ class AttentionDecoder(Decoder):
         self.embedding = nn.Embedding(vocabulary_size, embed, padding_idx=PAD)
         self.cell: Cell = CELLS[config.cell](config, width)
         self.initial = nn.Linear(width, self.cell.states * hidden) if config.initial_state == "mean" else None
-        self.input_dropout = Dropout(config.dropout if config.input_dropout is None else config.input_dropout)
-        self.dropout = Dropout(config.dropout)
+        self.input_dropout = nn.Dropout(config.dropout if config.input_dropout is None else config.input_dropout)
+        self.dropout = nn.Dropout(config.dropout)
         self.deep = nn.Linear(hidden + width, embed) if config.output_layer == "deep" else None
         self.dense = nn.Linear(hidden, hidden) if config.output_layer == "dense" else None
         self.output = nn.Linear(embed if self.deep is not None else hidden, vocabulary_size)
@@ -61,7 +58,7 @@ class AttentionDecoder(Decoder):
         """Return the cells (B, P, D) of a (B, P, C) grid."""
         cells = grid if self.norm is None else self.norm(grid)
         # Without a projection, cast to its dtype: under autocast, context vectors are computed in that of the keys.
-        cells = cells.to(computes_in(self.key)) if self.project is None else self.project(cells)
+        cells = cells.to(compute_dtype(self.key)) if self.project is None else self.project(cells)
         if self.position is not None:
             cells = cells + self.position.to(cells.dtype)
         if self.project is not None:
@@ -70,7 +67,8 @@ class AttentionDecoder(Decoder):
 
     def _project(self, grid: Tensor) -> Memory:
         cells = self._cells(grid)
-        return cells, additive_keys(self.key(cells)), *self.cell.project_image(cells.mean(1))
+        keys = self.key(cells)
+        return cells, keys, additive_powers(keys), *self.cell.project_image(cells.mean(1))
 
     def initial_state(self, memory: Memory) -> State:
         # Keep the state in the dtype of the weights: under autocast, rounding would accumulate over time steps.
@@ -98,24 +96,22 @@ class AttentionDecoder(Decoder):
         return self.output(features)  # type: ignore[no-any-return]
 
     def step(self, tokens: Tensor, state: State, memory: Memory) -> tuple[Tensor, State, Tensor | None]:
-        cells, keys, *image = memory
+        attended, image = AttentionInputs(*memory[:3]), memory[3:]
         embedded = self.input_dropout(self.embedding(tokens[..., None]))
-        inputs = self.cell.project_tokens(embedded, tuple(image))[:, :, 0]
-        output = self.cell(inputs, state, self.cell.attention.prepare(cells, keys))
+        inputs = self.cell.project_tokens(embedded, image)[:, :, 0]
+        output = self.cell(inputs, state, attended)
         return self._logits(output.hidden, (embedded[:, :, 0], output.context)), output.state, output.weights
 
     def forward(self, memory: Memory, tokens: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        cells, keys, *image = memory
+        attended, image = AttentionInputs(*memory[:3]), memory[3:]
         embedded = self.input_dropout(self.embedding(tokens))
         state = tuple(part.expand(-1, tokens.shape[1], -1) for part in self.initial_state(memory))
         outputs = []
         # unbind: indexing by time step would allocate a (B, K, T, G) gradient per step in the backward pass.
-        steps = self.cell.project_tokens(embedded, tuple(image)).unbind(2)
-        attention_inputs = self.cell.attention.prepare(cells, keys)
-        with looped(self.cell):
-            for inputs in steps:
-                outputs.append(self.cell(inputs, state, attention_inputs))
-                state = outputs[-1].state
+        steps = self.cell.project_tokens(embedded, image).unbind(2)
+        for inputs in steps:
+            outputs.append(self.cell(inputs, state, attended))
+            state = outputs[-1].state
         hidden = self._gather_positions(torch.stack([output.hidden for output in outputs], 2), positions)
         deep_inputs = None
         if self.deep is not None:

@@ -84,3 +84,10 @@ class Decoder(nn.Module, abc.ABC):
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         return super().__call__(*args, **kwargs)  # type: ignore[no-any-return]
+
+
+def compute_dtype(layer: nn.Linear) -> torch.dtype:
+    """Return the dtype that a layer computes in: the autocast dtype if autocast is enabled, or else the weight's."""
+    kind = layer.weight.device.type
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if casts else layer.weight.dtype

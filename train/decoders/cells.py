@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from gridcap.common.config import AttentionConfig
 from gridcap.train.decoders.additive import additive_scores
 from gridcap.train.decoders.base import Memory, State
-from gridcap.train.decoders.looped import LoopedLinear, LoopedMean
 
 
 class CellOutput(NamedTuple):
@@ -42,14 +41,14 @@ class AttentionInputs(NamedTuple):
     """Inputs of the attention that are the same at every step.
 
     Attributes:
-        mean: weighted mean over the cells (B, P, D).
-        keys: (B, P, A) from `additive_keys`.
-        double: (A,), twice the score vector, as `additive_scores` expects it.
+        cells: (B, P, D) values, of which the context vector is a weighted mean.
+        keys: (B, P, A).
+        powers: (B, P, A), from `additive_powers`.
     """
 
-    mean: LoopedMean
+    cells: Tensor
     keys: Tensor
-    double: Tensor
+    powers: Tensor
 
 
 class Attention(nn.Module):
@@ -67,23 +66,19 @@ class Attention(nn.Module):
         self.score = nn.Linear(size, 1, bias=False)
         self.gate = nn.Linear(hidden, 1) if gated else None
 
-    def prepare(self, cells: Tensor, keys: Tensor) -> AttentionInputs:
-        """Return the inputs of `forward` for cells (B, P, D) and keys (B, P, A), for any number of steps."""
-        return AttentionInputs(LoopedMean(cells), keys, 2 * self.score.weight[0])
-
     def forward(self, query: Tensor, hidden: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
         """Attend to the grid.
 
         Args:
             query: (B, K, A).
             hidden: (B, K, H), the hidden state that the query was computed from.
-            inputs: result of `prepare`.
+            inputs: cells and keys.
 
         Returns:
             Context vectors (B, K, D) and attention weights (B, K, P) float32.
         """
-        weights = additive_scores(inputs.keys, query, inputs.double).softmax(-1, dtype=torch.float32)
-        context = inputs.mean(weights)
+        weights = additive_scores(inputs.keys, inputs.powers, query, self.score.weight[0]).softmax(-1)
+        context = weights.to(inputs.cells.dtype) @ inputs.cells
         if self.gate is not None:
             context = context * torch.sigmoid(self.gate(hidden))
         return context, weights
@@ -128,7 +123,7 @@ class Cell(nn.Module, abc.ABC):
         Args:
             token: (B, K, G), one step of `project_tokens`.
             state: tensors (B, K, H).
-            inputs: result of `Attention.prepare`.
+            inputs: inputs of the attention.
         """
 
 
@@ -146,8 +141,8 @@ class AttendThenUpdate(Cell):
         super().__init__(config, width, gates)
         hidden = config.hidden_size
         self._split = (config.attention_size, gates * hidden)
-        self.from_hidden = LoopedLinear(hidden, sum(self._split))
-        self.from_context = LoopedLinear(width, context_gates * hidden, bias=False)
+        self.from_hidden = nn.Linear(hidden, sum(self._split))
+        self.from_context = nn.Linear(width, context_gates * hidden, bias=False)
 
     def forward(self, token: Tensor, state: State, inputs: AttentionInputs) -> CellOutput:
         query, hidden = self.from_hidden(state[0]).split(self._split, -1)
@@ -225,10 +220,10 @@ class TopDownCell(Cell):
         hidden = config.hidden_size
         self._split = (config.attention_size, 4 * hidden)
         self.from_mean = nn.Linear(width, 4 * hidden, bias=False)
-        self.from_first = LoopedLinear(hidden, 4 * hidden, bias=False)  # previous h1 -> LSTM 1
-        self.from_second = LoopedLinear(hidden, 8 * hidden, bias=False)  # previous h2 -> LSTM 1 and LSTM 2
-        self.from_hidden = LoopedLinear(hidden, sum(self._split))  # new h1 -> query and LSTM 2
-        self.from_context = LoopedLinear(width, 4 * hidden, bias=False)
+        self.from_first = nn.Linear(hidden, 4 * hidden, bias=False)  # previous h1 -> LSTM 1
+        self.from_second = nn.Linear(hidden, 8 * hidden, bias=False)  # previous h2 -> LSTM 1 and LSTM 2
+        self.from_hidden = nn.Linear(hidden, sum(self._split))  # new h1 -> query and LSTM 2
+        self.from_context = nn.Linear(width, 4 * hidden, bias=False)
 
     def project_image(self, mean: Tensor) -> Memory:
         return (self.from_mean(mean),)

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from gridcap.common.config import TransformerConfig
 from gridcap.train.data.vocabulary import PAD
 from gridcap.train.decoders.base import Decoder, Memory, State
-from gridcap.train.decoders.dropout import Dropout
 
 
 class TransformerDecoder(Decoder):
@@ -50,7 +49,7 @@ class TransformerDecoder(Decoder):
         self.embedding = nn.Embedding(vocabulary_size, size, padding_idx=PAD)
         self.layers = nn.ModuleList(_Layer(config) for _ in range(config.layers))
         self.output_norm = nn.LayerNorm(size)
-        self.dropout = Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
         self.output = nn.Linear(size, vocabulary_size)
 
     def _project(self, grid: Tensor) -> Memory:
@@ -103,7 +102,7 @@ class _Layer(nn.Module):
         super().__init__()
         size = config.embed_size
         self._heads = config.heads
-        self.dropout = Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
         self.self_attn_norm = nn.LayerNorm(size)
         self.self_attn_qkv = nn.Linear(size, 3 * size, bias=False)
         self.self_attn_output = nn.Linear(size, size)
@@ -114,7 +113,7 @@ class _Layer(nn.Module):
             nn.LayerNorm(size),
             nn.Linear(size, config.feedforward_size),
             nn.ReLU(),
-            Dropout(config.dropout),
+            nn.Dropout(config.dropout),
             nn.Linear(config.feedforward_size, size),
         )
 
