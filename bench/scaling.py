@@ -63,11 +63,12 @@ class FakeEncoder:
 
     side = 299
     grid_shape = (8, 8, 2048)
+    gpu_seconds = None
 
     def __init__(self, *_: Any) -> None:
         pass
 
-    def submit(self, images: np.ndarray) -> Any:
+    def submit(self, images: np.ndarray, batch_size: int | None = None) -> Any:
         """Return the same grid for every image of a batch."""
         from gridcap.extract.staging import PendingGrids
 

@@ -13,6 +13,7 @@ from gridcap.common.image.views import SelectedView, select_view
 from gridcap.common.store.codecs import find_codec
 from gridcap.common.store.shard_format import ORIGINAL
 from gridcap.extract.encoders.grid_encoder import EncoderOptions, GridEncoder
+from gridcap.extract.halving import HalvingEncoder
 from gridcap.extract.job import Extraction, encoder_settings
 from gridcap.extract.staging import PendingGrids
 
@@ -28,6 +29,10 @@ class ViewEncoder:
         self._extraction = extraction
         self._views: list[str] = extraction.plan.provenance["views"]
         self.encoded = 0
+
+    @functools.cached_property
+    def _halving(self) -> HalvingEncoder:
+        return HalvingEncoder(self._encoder, self._extraction.plan.batch_size)
 
     @functools.cached_property
     def _encoder(self) -> GridEncoder:
@@ -49,15 +54,24 @@ class ViewEncoder:
         """
         return self._encoder.side
 
-    def submit(self, images: np.ndarray | Tensor) -> dict[str, PendingGrids]:
-        """Encode uint8 images (V, B, side, side, 3), the originals and their decoded views (see `decoded_views`).
+    @property
+    def gpu_seconds(self) -> float | None:
+        """Seconds that the GPU computed so far; None on a CPU."""
+        return self._encoder.gpu_seconds
+
+    def submit(self, images: np.ndarray | Tensor, at_most: int | None = None) -> dict[str, PendingGrids]:
+        """Encode a batch.
+
+        Args:
+            images: uint8 (V, B, side, side, 3), the originals and their decoded views (see `decoded_views`).
+            at_most: images computed at a time, if fewer than the plan's batch size; without enough memory, fewer are.
 
         Returns:
             View -> grids (B, *grid), which may still be computed.
         """
         self.encoded += images.shape[1]
         decoded = dict(zip([ORIGINAL, *(view.name for view in decoded_views(self._views))], images, strict=True))
-        return {view: self._encoder.submit(_pixels(view, decoded)) for view in self._views}
+        return {view: self._halving.submit(_pixels(view, decoded), at_most) for view in self._views}
 
 
 def decoded_views(names: Sequence[str]) -> list[SelectedView]:

@@ -13,7 +13,7 @@ from gridcap.common.files import temporary_file
 from gridcap.common.store.index_reader import read_index_plan
 from gridcap.common.store.reader import FeatureStore
 from gridcap.extract.job import Extraction
-from gridcap.extract.plan import write_planned_index
+from gridcap.extract.plan import read_plan, write_planned_index
 from gridcap.extract.summary import Summary
 
 MAX_EXAMPLES = 3
@@ -25,8 +25,8 @@ LISTING_INTERVAL = 1.0  # seconds
 def indexed_digest(extraction: Extraction) -> str | None:
     """Return the digest of the plan that the index was written for, or None if there is no index.
 
-    The digest is that of this plan, or of this plan before images were appended. Another process may remove or replace
-    the index at any time.
+    The digest is that of this plan, or of this plan before or after images were appended. Another process may remove or
+    replace the index at any time.
 
     Raises:
         MismatchError: the index belongs to another store.
@@ -45,7 +45,8 @@ def indexed_digest(extraction: Extraction) -> str | None:
             _pause(attempt)
     else:
         return None
-    if digest not in plan.digests:
+    # Another process may have appended images since this one read the plan, and written the index.
+    if digest not in plan.digests and digest not in read_plan(extraction.folder).digests:
         raise MismatchError(
             f"{output}: does not belong to the store planned in {extraction.folder}",
             f"choose another --output, or delete {output}",

@@ -135,6 +135,8 @@ def prepare(request: ExtractionRequest) -> Extraction:
     if request.adapt_plan is not None:
         requested = request.adapt_plan(requested)
     auto_keys = {"compile"} if config.extract.compile == "auto" else set()
+    if config.extract.batch_size is None:
+        auto_keys.add("batch_size")
     if config.extract.precision == "auto" and request.output.exists() and not request.append:
         auto_keys.add("precision")  # a complete store keeps its precision, whatever "auto" means on this machine
     plan_request = PlanRequest(

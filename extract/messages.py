@@ -11,7 +11,7 @@ from gridcap.common.text import escape_line, plural
 from gridcap.extract.job import Extraction
 from gridcap.extract.options import SplitImages
 from gridcap.extract.run import survey
-from gridcap.extract.summary import Summary
+from gridcap.extract.summary import Bottleneck, Summary
 
 RANDOM_WEIGHTS_WARNING = (
     "WARNING: random weights. The features carry no information about the photos; they are for the demo and tests. "
@@ -108,13 +108,26 @@ def print_result(extraction: Extraction, summary: Summary, brief: bool = False) 
         shards = f"{plural(summary.written, 'shard')} written ({summary.shards - summary.written:,} already complete)"
         click.echo(f"done: {extraction.output}: {plural(summary.images, 'image')}, {shards}, {summary.seconds:.1f} s")
     if summary.running:
-        click.echo(
-            f"  {summary.encoded / summary.running:.1f} images/s; the encoder waited for images or for the disk "
-            f"{summary.waiting / summary.running:.1%} of the time"
-        )
+        click.echo(f"  {_describe_throughput(summary, extraction)}")
     if summary.retried:
         click.echo(f"retried: {plural(summary.retried, 'image')} valid now")
     _print_invalid(summary)
+
+
+def _describe_throughput(summary: Summary, extraction: Extraction) -> str:
+    """Return the throughput and the bottleneck, with the settings that may help."""
+    rate = summary.encoded / summary.running
+    on_gpu, extract = summary.gpu_seconds is not None, extraction.config.extract
+    flags = {
+        Bottleneck.DECODING: ["--num-workers", *(["--jpeg-decoder nvjpeg"] if on_gpu else [])],
+        Bottleneck.DISK: ["--dtype uint8"],
+    }.get(summary.bottleneck, [])
+    flags = [flag for flag in flags if flag.split()[-1] not in (extract.dtype, extract.jpeg_decoder)]
+    return (
+        f"{plural(summary.encoded, 'image')} in {summary.running:.1f} s, {rate:,.{0 if rate >= 100 else 1}f} images/s; "
+        f"{'GPU' if on_gpu else 'encoder'} busy {summary.encoder_busy:.0%}; {summary.bottleneck.value}"
+        + (f" (see {', '.join(flags)})" if flags else "")
+    )
 
 
 def _print_invalid(summary: Summary) -> None:

@@ -38,9 +38,10 @@ class PlanRequest:
         plan: the requested plan, with one image list.
         images: the images of that list; iterated again where lists differ.
         folder: folder of the store's shards.
-        auto_keys: arithmetic settings ("precision", "compile") left at "auto", which follow the plan on disk.
+        auto_keys: settings ("precision", "compile", "batch_size") left at their default, which follow the plan on disk.
         append: add images that are new as another list; images that are gone from the list keep their rows.
-        replace_empty: replace a different plan that has no shard yet, for example one with misspelled names.
+        replace_empty: replace a different plan that has no shard yet, for example one with misspelled names, or one
+            whose batch size does not fit in memory.
         images_dir: image folder, in which images that are gone from the list may still exist; None: they do not.
         max_invalid: limit on images of unfinished shards that are gone from the list and the folder ("10" or "5%").
     """
@@ -97,7 +98,7 @@ def load_or_create_plan(request: PlanRequest) -> Plan:
 def resolve_plan(request: PlanRequest) -> ResolvedPlan:
     """Combine a requested plan with the plan on disk, without writing anything.
 
-    Shard size and batch size of the plan on disk are kept: they cannot change once a store has been started.
+    Shard size and batch size of the plan on disk are kept: they cannot change once a store has shards.
 
     Raises:
         MismatchError: the images, encoder, weights, preprocessing, or arithmetic differ; the message lists how.
@@ -111,6 +112,8 @@ def resolve_plan(request: PlanRequest) -> ResolvedPlan:
     mismatches = differences(stored.provenance, requested.provenance, keys)
     same_lists = [part.sha256 for part in stored.lists] == [part.sha256 for part in requested.lists]
     if same_lists and not mismatches:
+        if _changes_batch_size(request, stored):
+            return ResolvedPlan(requested, stored, request.images)
         return ResolvedPlan(stored, stored)
     new, gone = (0, 0) if same_lists else _count_differences(stored, request)
     reordered = not same_lists and not new and not gone and len(stored.lists) == 1
@@ -130,6 +133,12 @@ def resolve_plan(request: PlanRequest) -> ResolvedPlan:
     if only_images:
         hint += "; with --append, new images are added and images that are gone keep their rows"
     raise MismatchError(f"{folder / FILE}: this store was planned differently: {'; '.join(mismatches)}", hint)
+
+
+def _changes_batch_size(request: PlanRequest, stored: Plan) -> bool:
+    """Return whether the request has another batch size than a plan without shards, which may change."""
+    given = "batch_size" not in request.auto_keys and request.plan.batch_size != stored.batch_size
+    return request.replace_empty and given and not stored.existing_shards(request.folder)
 
 
 def save_plan(request: PlanRequest, resolved: ResolvedPlan) -> ResolvedPlan:
@@ -168,8 +177,8 @@ def _write(plan: Plan, stored: Plan | None, folder: Path) -> bool:
         if stored is None or current.digest() != stored.digest():
             return False
         write_text(path, plan.to_json())
-    for part in set(stored.lists).difference(plan.lists):
-        (folder / part.file).unlink(missing_ok=True)
+    for file in {part.file for part in stored.lists}.difference(part.file for part in plan.lists):
+        (folder / file).unlink(missing_ok=True)
     return True
 
 

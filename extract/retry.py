@@ -58,6 +58,7 @@ class _ShardRetry:
         self._extraction, self._plan = extraction, extraction.plan
         self._shard, self._stored, self._reader = shard, stored, reader
         self._first = self._plan.rows_of(shard).start
+        self._batch_size = stored.batch_size or self._plan.batch_size
 
     def has_changed(self) -> bool:
         """Return whether an image can be read now or is invalid for another reason."""
@@ -80,7 +81,7 @@ class _ShardRetry:
             # The index contains the old checksum of this shard. It is removed before and after the replacement,
             # since another process may be writing it at the same time.
             self._extraction.output.unlink(missing_ok=True)
-            writer.finish()
+            writer.finish(self._batch_size)
             self._extraction.output.unlink(missing_ok=True)
         return valid
 
@@ -89,13 +90,15 @@ class _ShardRetry:
         rows = range(batch.start - self._first, batch.stop - self._first)
         valid = {row - rows.start: image for row, image in loaded.items() if isinstance(image, np.ndarray)}
         if valid:
-            # The batch has its original size and order, so that the grids are byte-identical to a first run.
+            # The batch has its original size and order, and is computed in as many parts, so that the grids are
+            # byte-identical to those of a first run.
             views, *square = next(iter(valid.values())).shape
             images = np.zeros((views, len(rows), *square), np.uint8)
             for position, image in valid.items():
                 images[:, position] = image
-            for view, pending in encoder.submit(images).items():
+            for view, pending in encoder.submit(images, self._batch_size).items():
                 grids = pending.result()
+                self._batch_size = min(self._batch_size, pending.batch_size or self._batch_size)
                 for position in valid:
                     writer.write(rows[position], grids[position : position + 1], {}, view)
         for position, row in enumerate(rows):

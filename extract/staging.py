@@ -14,9 +14,15 @@ NUM_SLOTS = 3  # batches on the GPU: one queued or copied in, one computed, one 
 
 
 class PendingGrids:
-    """Grids of a batch that may still be computed, as returned by `GridEncoder.submit`."""
+    """Grids of a batch that may still be computed, as returned by `GridEncoder.submit`.
 
-    def __init__(self, collect: Callable[[], np.ndarray]) -> None:
+    Args:
+        collect: waits for the grids and returns them.
+        batch_size: number of images computed at a time, if it is known.
+    """
+
+    def __init__(self, collect: Callable[[], np.ndarray], batch_size: int | None = None) -> None:
+        self.batch_size = batch_size
         self._collect: Callable[[], np.ndarray] | None = collect
         self._grids: np.ndarray | None = None
         self._lock = threading.Lock()
@@ -36,6 +42,9 @@ class Staging:
 
     Args:
         device: GPU that runs the forward pass.
+
+    Attributes:
+        forward_seconds: duration of the forward pass of each batch whose grids have arrived, from CUDA events.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -43,6 +52,7 @@ class Staging:
         self._downloads = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._slots = [_Slot() for _ in range(NUM_SLOTS)]
         self._next = 0
+        self.forward_seconds: list[float] = []  # threads append to it
 
     def run(self, images: Tensor, forward: Callable[[Tensor], Tensor]) -> PendingGrids:
         """Transfer images to the GPU, start `forward` on them, and start the transfer of its result to the host.
@@ -63,7 +73,10 @@ class Staging:
             slot.images = _pinned_like(slot.images, images)
             slot.images.copy_(images)
             batch = slot.images.to(self._device, non_blocking=True)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record(compute_stream)
         grids = forward(batch)
+        end.record(compute_stream)
         slot.grids = target = _pinned_like(slot.grids, grids)
         self._downloads.wait_stream(compute_stream)
         with torch.cuda.stream(self._downloads):
@@ -74,6 +87,7 @@ class Staging:
 
         def collect() -> np.ndarray:
             done.synchronize()
+            self.forward_seconds.append(start.elapsed_time(end) / 1000)
             return target.clone().numpy()  # a copy by torch, which releases the GIL
 
         slot.pending = PendingGrids(collect)

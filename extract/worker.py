@@ -76,8 +76,11 @@ class Worker:
         ):
             start = time.perf_counter()
             self._run(shards, reader, writers, progress)
-        self._summary.waiting += reader.waiting.seconds + self._write_wait.seconds
-        self._summary.running += time.perf_counter() - start
+        summary = self._summary
+        summary.waiting_for_images += reader.waiting.seconds
+        summary.waiting_for_writes += self._write_wait.seconds
+        summary.gpu_seconds = self._encoder.gpu_seconds
+        summary.running += time.perf_counter() - start
 
     def _count_writers(self, on_gpu: bool, shards: int) -> int:
         """Return the number of shards to write at a time, whose pending grids fit in memory."""
@@ -106,8 +109,9 @@ class Worker:
                     while len(writes) > BATCHES_AHEAD * len(writers):
                         writes.popleft().result()
                 progress.update(batch)
-            while writes:
-                writes.popleft().result()
+            with self._write_wait:
+                while writes:
+                    writes.popleft().result()
         finally:
             summary.written = sum(writer.finished for writer in writers)
 
@@ -185,11 +189,13 @@ def explain_errors(extraction: Extraction) -> Iterator[None]:
     except Exception as error:
         if (explained := explain_out_of_memory(error)) is None:
             raise
-        # The general hint, to lower --batch-size, does not help here: a store with shards keeps its batch size.
+        # The general hint, to lower --batch-size, does not always help: a store with shards keeps its batch size.
+        has_shards = bool(extraction.plan.existing_shards(extraction.folder))
+        smaller = "start a new --output with a smaller --batch-size" if has_shards else "use a smaller --batch-size"
         raise OutOfMemoryError(
             f"{explained.message} (batch size {extraction.plan.batch_size})",
             "free memory or raise its limit (ulimit -v, container, Slurm --mem), and rerun the command; or use fewer "
-            "--num-workers; or start a new --output with a smaller --batch-size",
+            f"--num-workers; or {smaller}",
         ) from error
 
 

@@ -75,6 +75,7 @@ class ShardWriterThread:
         self._folder, self._plan = folder, plan
         self._thread = ThreadPoolExecutor(1, "write")
         self._open: ShardWriter | None = None
+        self._batch_size = plan.batch_size
         self._failed = False
         self.finished = 0
 
@@ -107,12 +108,14 @@ class ShardWriterThread:
         rows = self._plan.rows_of(batch.shard)
         if self._open is None:
             self._open = shard_writer(self._folder, self._plan, batch.shard)
+            self._batch_size = self._plan.batch_size
         local = {row - rows.start: reason for row, reason in invalid.items()}
         for view, pending in grids.items():
             self._open.write(batch.start - rows.start, pending.result(), local, view)
+            self._batch_size = min(self._batch_size, pending.batch_size or self._batch_size)
         if batch.stop == rows.stop:
             check_plan_on_disk(self._plan, batch.shard, self._folder)
-            self._open.finish()
+            self._open.finish(self._batch_size)
             self._open = None
             self.finished += 1
 

@@ -11,7 +11,8 @@ Layout (all at the root, little-endian; n rows, m invalid images, C channels):
     crc32            (n,)        uint32, CRC-32 (zlib) of the bytes of each row (uint8: of the row, then its scale)
     invalid_row      (m,)        int64, rows of invalid images
     invalid_reason   (m,)        UTF-8, fixed length, the reason for each
-    attributes       format = "gridcap-shard", version, index, plan (SHA-256), split, provenance (JSON)
+    attributes       format = "gridcap-shard", version, index, plan (SHA-256), split, provenance (JSON), and batch_size,
+                     the number of images that the encoder computed at a time (optional)
 
 A store with several views per image also has `features_hflip`, `crc32_hflip`, and so on.
 

@@ -142,6 +142,13 @@ class ShardReader:
         with self._reading() as file:
             return {view: read_column(file, dataset_name("crc32", view), "ui") for view in self.views}
 
+    @functools.cached_property
+    def batch_size(self) -> int | None:
+        """Number of images that the encoder computed at a time, at least; None if it is not recorded."""
+        with self._reading() as file:
+            value = read_attribute(file, "batch_size", "")
+            return int(value) if value != "" else None
+
     @contextlib.contextmanager
     def _reading(self) -> Iterator[h5py.File]:
         """Open the file to read a column; corrupted content raises a StoreError."""

@@ -240,8 +240,11 @@ class ShardWriter:
                 count = os.pwrite(self._descriptor, remaining, offset)
             offset, remaining = offset + count, remaining[count:]
 
-    def finish(self) -> ShardInfo:
+    def finish(self, batch_size: int | None = None) -> ShardInfo:
         """Complete the file, flush it, verify it from disk, add its header, and rename it.
+
+        Args:
+            batch_size: number of images that the encoder computed at a time, to be recorded.
 
         Raises:
             ValueError: a row was never written.
@@ -251,6 +254,8 @@ class ShardWriter:
             if not written.all():
                 raise ValueError(f"{self.path}: {int((~written).sum())} rows of {view} were never written")
         self._write_columns()
+        if batch_size is not None:
+            self._file.attrs["batch_size"] = batch_size
         self._close_descriptor()
         self._file.flush()
         size = self._file.id.get_filesize()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -106,11 +107,16 @@ class GridEncoder:
             self.encode(np.zeros((batch_size, self.side, self.side, 3), np.uint8))
         except Exception as error:  # dynamo, inductor, triton, and the C++ compiler raise different types
             if explain_out_of_memory(error) is not None:
-                raise
+                return  # the first batch fails in the same way, and its caller may divide it
             raise UserError(
                 f"--compile: torch.compile failed on {name}: {first_line(error)}",
                 "pass --compile off; a store that was started with --compile on must be recreated",
             ) from error
+
+    @property
+    def gpu_seconds(self) -> float | None:
+        """Seconds that the GPU computed for batches whose grids have arrived on the host; None on a CPU."""
+        return None if self._staging is None else sum(self._staging.forward_seconds)
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         """Encode a batch.
@@ -127,7 +133,7 @@ class GridEncoder:
         return self.submit(images).result()
 
     @torch.inference_mode()
-    def submit(self, images: np.ndarray | Tensor) -> PendingGrids:
+    def submit(self, images: np.ndarray | Tensor, batch_size: int | None = None) -> PendingGrids:
         """Encode a batch asynchronously.
 
         On a GPU this returns immediately, and grids are copied to the host while the next batch is computed, provided
@@ -137,6 +143,8 @@ class GridEncoder:
         Args:
             images: as for `encode`, or a tensor on the CPU or on the encoder's device. Compiled encoders take at most
                 `batch_size` images.
+            batch_size: size that compiled encoders pad the batch to, which compiles them again if it is a new one;
+                None: that of the options.
         """
         batch = torch.from_numpy(images) if isinstance(images, np.ndarray) else images
         if batch.dtype != torch.uint8 or batch.shape[1:] != (self.side, self.side, 3):
@@ -144,18 +152,20 @@ class GridEncoder:
                 f"expected images of type torch.uint8 and shape (B, {self.side}, {self.side}, 3), got {batch.dtype} "
                 f"{tuple(batch.shape)}; gridcap.common.image.load_image returns them"
             )
+        forward = functools.partial(self._forward, batch_size=batch_size)
         if self._staging is None:
-            grids = self._forward(batch).numpy()
+            grids = forward(batch).numpy()
             return PendingGrids(lambda: grids)
-        return self._staging.run(batch, self._forward)
+        return self._staging.run(batch, forward)
 
-    def _forward(self, images: Tensor) -> Tensor:
+    def _forward(self, images: Tensor, batch_size: int | None = None) -> Tensor:
         """uint8 (B, side, side, 3) -> contiguous (B, *grid_shape) of the chosen dtype, on the same device."""
         count = len(images)
         if self._fixed_batch is not None:
-            if count > self._fixed_batch:
-                raise ValueError(f"batch of {count} images, but the encoder was compiled for {self._fixed_batch}")
-            images = functional.pad(images, (0, 0, 0, 0, 0, 0, 0, self._fixed_batch - count))
+            size = batch_size or self._fixed_batch
+            if count > size:
+                raise ValueError(f"batch of {count} images, but the encoder was compiled for {size}")
+            images = functional.pad(images, (0, 0, 0, 0, 0, 0, 0, size - count))
         grids: Tensor = self._network(normalize(images, self.spec, self._precision))[:count]
         return grids.to(self._dtype).contiguous()
 

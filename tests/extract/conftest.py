@@ -35,6 +35,7 @@ class FakeEncoder:
 
     side = 16
     grid_shape = GRID
+    gpu_seconds = None
     built = 0
     batches: list[int] = []  # noqa: RUF012  # size of each encoded batch, over all instances
 
@@ -48,7 +49,7 @@ class FakeEncoder:
         type(self).batches.append(len(images))
         return self.grids(images).astype(self._dtype)
 
-    def submit(self, images: np.ndarray) -> PendingGrids:
+    def submit(self, images: np.ndarray, batch_size: int | None = None) -> PendingGrids:
         grids = self.encode(images)
         return PendingGrids(lambda: grids)
 

@@ -21,11 +21,18 @@ def gpu_events(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         def wait_stream(self, other: object) -> None: ...
 
     class Event:
-        def __init__(self) -> None:
+        def __init__(self, enable_timing: bool = False) -> None:
+            self.timing = enable_timing
             self.number = sum(kind == "record" for kind, _ in events)
 
         def record(self, stream: object) -> None:
-            events.append(("record", self.number))
+            if not self.timing:
+                events.append(("record", self.number))
+
+        def elapsed_time(self, end: Event) -> float:
+            assert self.timing
+            assert end.timing
+            return 250.0  # milliseconds
 
         def synchronize(self) -> None:
             events.append(("wait", self.number))
@@ -50,6 +57,7 @@ def test_a_buffer_is_reused_only_after_its_grids_have_been_copied(gpu_events: li
     for value, one in reversed(list(enumerate(pending))):
         assert (one.result() == value + 1).all(), "the grids of this batch"
     assert sorted(number for kind, number in gpu_events if kind == "wait") == [0, 1, 2, 3, 4]
+    assert sum(staging.forward_seconds) == 5 * 0.25
 
 
 def test_staging_accepts_batches_of_any_size(gpu_events: list[tuple[str, int]]) -> None:

@@ -265,7 +265,7 @@ def test_images_are_decoded_by_num_workers_threads(
 def test_the_summary_counts_encoded_images(fake: Any, photos: Any, extracted: Any) -> None:
     _, summary = extracted(photos(7), extract__batch_size=2)
     assert summary.encoded == 7
-    assert 0 < summary.waiting < summary.running <= summary.seconds
+    assert 0 < summary.waiting_for_images + summary.waiting_for_writes < summary.running <= summary.seconds
 
 
 # Memory
@@ -295,5 +295,5 @@ def test_item_16_running_out_of_memory_is_explained(
     message = fails(1, "--images", photos(6), *SMALL)
     assert expected in message
     assert "(batch size 2)" in message
-    assert "new --output with a smaller --batch-size" in message
+    assert "use a smaller --batch-size" in message
     assert no_temporaries(tmp_path / "features")

@@ -30,11 +30,12 @@ class MeanEncoder:
 
     side = 16
     grid_shape = GRID
+    gpu_seconds = None
 
     def __init__(self, name: str, identity: Any, options: EncoderOptions, settings: Any = None) -> None:
         self._dtype = options.dtype
 
-    def submit(self, images: np.ndarray) -> PendingGrids:
+    def submit(self, images: np.ndarray, batch_size: int | None = None) -> PendingGrids:
         """Return the grids of uint8 (B, 16, 16, 3)."""
         grids = images.reshape(-1, 2, 8, 2, 8, 3).mean((2, 4)).astype(self._dtype)
         return PendingGrids(lambda: grids)
