@@ -175,9 +175,9 @@ def write_json(path: Path, value: Any) -> None:
 
 def sha256_of(path: Path, start: int = 0) -> str:
     """Return the SHA-256 of a file from byte `start` on, in hexadecimal."""
-    with open(path, "rb") as file:
+    digest, block = hashlib.sha256(), memoryview(bytearray(1 << 20))  # fits in a core's cache
+    with open(path, "rb", buffering=0) as file:
         file.seek(start)
-        digest = hashlib.sha256()
-        while block := file.read(1 << 22):
-            digest.update(block)
+        while count := file.readinto(block):
+            digest.update(block[:count])
     return digest.hexdigest()

@@ -12,13 +12,12 @@ from gridcap.common.captions.records import ImageRecord
 from gridcap.common.config import ExtractConfig, PipelineConfig
 from gridcap.common.device import choose_batch_size, choose_compile, choose_device
 from gridcap.common.errors import MismatchError, UserError
-from gridcap.common.image import decoder_name
 from gridcap.common.store.codecs import codec_versions, find_codec
 from gridcap.extract.encoders.grid_encoder import EncoderOptions
 from gridcap.extract.encoders.provenance import describe_features
 from gridcap.extract.encoders.registry import Encoder, EncoderSettings, find_encoder
 from gridcap.extract.encoders.weights import WeightsIdentity
-from gridcap.extract.images.nvjpeg import nvjpeg_name
+from gridcap.extract.images.decoders import JpegDecoder, choose_decoder, decoder_of, load_decoder
 from gridcap.extract.manifest import Image, ImageList
 from gridcap.extract.plan import FILE, Plan, read_plan, store_folder
 from gridcap.extract.planning import PlanRequest, ResolvedPlan, resolve_plan, save_plan
@@ -101,7 +100,9 @@ class Extraction:
 
         Raises:
             MismatchError: the precision or the library versions differ.
+        UserError: the JPEG decoder of the store is not available.
         """
+        load_decoder(decoder_of(self.plan.provenance), choose_device(self.config.extract.device))
         _check_arithmetic(self.plan, self.requested, self.folder)
 
 
@@ -131,7 +132,10 @@ def prepare(request: ExtractionRequest) -> Extraction:
     identity = encoder.identify_weights(config.extract.weights, download=not request.dry_run)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file, but the shards need a folder of this name", "choose another --output")
-    requested = _requested_plan(request, images, encoder, identity)
+    stored = read_plan(folder) if (folder / FILE).exists() else None
+    stored_decoder = None if stored is None else decoder_of(stored.provenance)
+    decoder = choose_decoder(config.extract, request.images, choose_device(config.extract.device), stored_decoder)
+    requested = _requested_plan(request, images, encoder, identity, decoder)
     if request.adapt_plan is not None:
         requested = request.adapt_plan(requested)
     auto_keys = {"compile"} if config.extract.compile == "auto" else set()
@@ -149,8 +153,8 @@ def prepare(request: ExtractionRequest) -> Extraction:
         request.images,
         config.data.max_invalid,
     )
-    if request.append and (folder / FILE).exists():
-        _check_arithmetic(read_plan(folder), requested, folder)
+    if request.append and stored is not None:
+        _check_arithmetic(stored, requested, folder)
     return Extraction(config, request.images, request.output, identity, plan_request, resolve_plan(plan_request))
 
 
@@ -160,22 +164,25 @@ def encoder_settings(extract: ExtractConfig) -> EncoderSettings:
 
 
 def _requested_plan(
-    request: ExtractionRequest, images: Iterable[Image], encoder: Encoder, identity: WeightsIdentity
+    request: ExtractionRequest,
+    images: Iterable[Image],
+    encoder: Encoder,
+    identity: WeightsIdentity,
+    decoder: JpegDecoder,
 ) -> Plan:
     extract = request.config.extract
     device = choose_device(extract.device)
-    decoder = nvjpeg_name(device) if extract.jpeg_decoder == "nvjpeg" else decoder_name()
     image_list = ImageList.from_images(images, extract.shard_size)
     compiled = choose_compile(extract.compile, image_list.images, device)
     options = EncoderOptions(extract.precision, extract.device, extract.dtype, compiled)
     provenance = describe_features(
-        encoder, identity, options, encoder.spec.resolve_resize_mode(extract.resize_mode), decoder
+        encoder, identity, options, encoder.spec.resolve_resize_mode(extract.resize_mode), decoder.library
     )
     provenance["preprocessing"]["jpeg_scaled_decoding"] = (
-        extract.jpeg_scaled_decoding and extract.jpeg_decoder == "pillow"  # nvJPEG always decodes the full size
+        extract.jpeg_scaled_decoding and decoder.name != "nvjpeg"  # nvJPEG always decodes the full size
     )
     provenance["views"] = list(extract.views)
-    provenance["versions"] |= codec_versions(find_codec(extract.dtype))
+    provenance["versions"] |= codec_versions(find_codec(extract.dtype)) | decoder.versions
     # Rounding depends on the number of threads that share a sum, so it is part of the plan, and all workers use it.
     provenance["threads"] = request.threads or torch.get_num_threads() if device.type == "cpu" else None
     batch_size = choose_batch_size(extract.batch_size, device.type == "cuda")

@@ -8,6 +8,7 @@ import click
 
 from gridcap.common.store.codecs import find_codec
 from gridcap.common.text import escape_line, plural
+from gridcap.extract.images.decoders import decoder_of
 from gridcap.extract.job import Extraction
 from gridcap.extract.options import SplitImages
 from gridcap.extract.run import survey
@@ -117,12 +118,12 @@ def print_result(extraction: Extraction, summary: Summary, brief: bool = False) 
 def _describe_throughput(summary: Summary, extraction: Extraction) -> str:
     """Return the throughput and the bottleneck, with the settings that may help."""
     rate = summary.encoded / summary.running
-    on_gpu, extract = summary.gpu_seconds is not None, extraction.config.extract
+    on_gpu, provenance = summary.gpu_seconds is not None, extraction.plan.provenance
     flags = {
         Bottleneck.DECODING: ["--num-workers", *(["--jpeg-decoder nvjpeg"] if on_gpu else [])],
         Bottleneck.DISK: ["--dtype uint8"],
     }.get(summary.bottleneck, [])
-    flags = [flag for flag in flags if flag.split()[-1] not in (extract.dtype, extract.jpeg_decoder)]
+    flags = [flag for flag in flags if flag.split()[-1] not in (provenance["dtype"], decoder_of(provenance))]
     return (
         f"{plural(summary.encoded, 'image')} in {summary.running:.1f} s, {rate:,.{0 if rate >= 100 else 1}f} images/s; "
         f"{'GPU' if on_gpu else 'encoder'} busy {summary.encoder_busy:.0%}; {summary.bottleneck.value}"

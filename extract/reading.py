@@ -11,22 +11,32 @@ from types import TracebackType
 from typing import TypeVar
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 
-from gridcap.common.config import PipelineConfig
 from gridcap.common.device import choose_device
 from gridcap.common.errors import ExtractionError, ReadError
-from gridcap.common.image import InvalidImageError, load_image, load_views
+from gridcap.common.image import (
+    InvalidImageError,
+    load_image,
+    load_views,
+    make_square,
+    make_views,
+    min_decoded_side,
+)
 from gridcap.common.resources import PHOTO_BYTES, available_cores, fit_in_memory
 from gridcap.common.retry import retry_transient_errors
 from gridcap.common.sources.registry import ImageFile, open_source
 from gridcap.extract.encoding import decoded_views
+from gridcap.extract.images.decoders import decoder_of
 from gridcap.extract.images.nvjpeg import load_images_gpu
+from gridcap.extract.images.turbo import decode_turbo
 from gridcap.extract.job import Extraction
 from gridcap.extract.summary import Stopwatch
 from gridcap.extract.writer import Batch
 
 BATCHES_AHEAD = 3
+MAX_IMAGES_PER_TASK = 8  # handing a task to a thread takes about as long as a hundredth of its work
 DEFAULT_CPU_WORKERS = 4  # more would slow an encoder on the same CPU down
 
 T = TypeVar("T")
@@ -45,14 +55,14 @@ class LoadedImages:
     invalid: dict[int, str]
 
 
-def worker_count(config: PipelineConfig, on_gpu: bool) -> int:
+def worker_count(extraction: Extraction, on_gpu: bool) -> int:
     """Return the number of decoding threads: one per core next to a GPU, a few next to an encoder on the CPU.
 
     Unless the user sets it, the memory limits it too: each thread holds a decoded photo.
     """
-    if config.extract.num_workers is not None:
-        return config.extract.num_workers
-    if on_gpu and config.extract.jpeg_decoder == "pillow":
+    if extraction.config.extract.num_workers is not None:
+        return extraction.config.extract.num_workers
+    if on_gpu and decoder_of(extraction.plan.provenance) != "nvjpeg":
         return fit_in_memory(max(DEFAULT_CPU_WORKERS, available_cores()), PHOTO_BYTES)
     return fit_in_memory(DEFAULT_CPU_WORKERS, PHOTO_BYTES)
 
@@ -78,6 +88,8 @@ class ImageReader:
         self._resize_mode: str = preprocessing["resize_mode"]
         self._scaled_decoding = preprocessing.get("jpeg_scaled_decoding", False)
         self._views = decoded_views(extraction.plan.provenance["views"])
+        self._decoder = decoder_of(extraction.plan.provenance)
+        self._num_workers = num_workers
         self._source = open_source(extraction.images, self._config.data.follow_links)
         self._pool = ThreadPoolExecutor(num_workers, "read")
         self.waiting = Stopwatch()
@@ -110,21 +122,30 @@ class ImageReader:
     def submit(self, rows: Sequence[int], shard: int) -> Callable[[], LoadedImages]:
         """Start to decode rows of a shard; the returned function waits for the images.
 
-        Pillow decodes one image per thread; nvJPEG decodes a whole batch and leaves it on the GPU.
+        On the CPU, each task decodes a few images into their place in the batch; nvJPEG decodes a whole batch and
+        leaves it on the GPU.
         """
-        if self._config.extract.jpeg_decoder == "nvjpeg":
+        if self._decoder == "nvjpeg":
             return self._pool.submit(self._load_on_gpu, rows, shard).result
-        futures = [self._pool.submit(self._load, row, shard) for row in rows]
+        images = np.zeros((1 + len(self._views), len(rows), self._side, self._side, 3), np.uint8)
+        size = max(1, min(MAX_IMAGES_PER_TASK, len(rows) // (2 * self._num_workers)))
 
-        def collect() -> LoadedImages:
-            images = np.zeros((1 + len(self._views), len(futures), self._side, self._side, 3), np.uint8)
+        def load(start: int) -> dict[int, str]:
             invalid: dict[int, str] = {}
-            for position, future in enumerate(futures):
-                image = future.result()
+            for position, row in enumerate(rows[start : start + size], start):
+                image = self._load(row, shard)
                 if isinstance(image, str):
                     invalid[position] = image
                 else:
                     images[:, position] = image
+            return invalid
+
+        futures = [self._pool.submit(load, start) for start in range(0, len(rows), size)]
+
+        def collect() -> LoadedImages:
+            invalid: dict[int, str] = {}
+            for future in futures:
+                invalid |= future.result()
             return LoadedImages(images, invalid)
 
         return collect
@@ -140,12 +161,24 @@ class ImageReader:
             return path
         resize_mode, scaled = self._resize_mode, self._scaled_decoding
         try:
+            if self._decoder == "turbo" and (image := self._decode_turbo(path, row, shard)) is not None:
+                return image
             if self._views:
                 name = self.file_name(row, shard)
                 return _retry(lambda: load_views(path, self._side, resize_mode, scaled, self._views, name), path)
             return _retry(lambda: load_image(path, self._side, resize_mode, scaled), path)[None]
         except InvalidImageError as error:
             return str(error)
+
+    def _decode_turbo(self, path: ImageFile, row: int, shard: int) -> np.ndarray | None:
+        """Return an image and its decoded views, (V, side, side, 3), or None if Pillow must decode the file."""
+        min_side = min_decoded_side(self._side, self._views) if self._scaled_decoding else None
+        if (pixels := decode_turbo(path, min_side)) is None:
+            return None
+        if not self._views:
+            return make_square(pixels, self._side, self._resize_mode)[None]
+        image = Image.fromarray(pixels)
+        return make_views(image, self._side, self._resize_mode, self._views, self.file_name(row, shard))
 
     def _path(self, row: int, shard: int) -> ImageFile | str:
         """Return the file of an image, or the reason why it is invalid."""

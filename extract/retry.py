@@ -35,7 +35,7 @@ def retry_invalid(
     ):
         if not total:
             return
-        with ImageReader(extraction, encoder.side, worker_count(extraction.config, on_gpu=False)) as reader:
+        with ImageReader(extraction, encoder.side, worker_count(extraction, on_gpu=False)) as reader:
             for shard in shards:
                 with ShardReader(extraction.folder / extraction.plan.shard_name(shard)) as stored:
                     rewriter = _ShardRetry(extraction, shard, stored, reader)

@@ -69,7 +69,7 @@ class Worker:
         start = time.perf_counter()
         with (
             explain_errors(extraction),
-            ImageReader(extraction, self._encoder.side, worker_count(extraction.config, on_gpu)) as reader,
+            ImageReader(extraction, self._encoder.side, worker_count(extraction, on_gpu)) as reader,
             _writer_threads(extraction, self._count_writers(on_gpu, len(shards))) as writers,
             _switch_interval(on_gpu),
             _Progress(extraction, self._share, shards, self._show_progress) as progress,

@@ -39,8 +39,7 @@ def load_image(path: ImageFile, side: int, resize_mode: str, scaled_decoding: bo
     Raises:
         InvalidImageError, OSError: as for `load_rgb`.
     """
-    image = load_rgb(path, MIN_OVERSAMPLING * side if scaled_decoding else None)
-    return _to_square(image, side, resize_mode)
+    return make_square(load_rgb(path, min_decoded_side(side) if scaled_decoding else None), side, resize_mode)
 
 
 def load_views(
@@ -59,10 +58,8 @@ def load_views(
     Raises:
         InvalidImageError, OSError: as for `load_rgb`.
     """
-    min_side = math.ceil(MIN_OVERSAMPLING * side / min((view.min_share for view in views), default=1))
-    image = load_rgb(path, min_side if scaled_decoding else None)
-    images = [image, *(view.apply(image, file_name) for view in views)]
-    return np.stack([_to_square(view, side, resize_mode) for view in images])
+    image = load_rgb(path, min_decoded_side(side, views) if scaled_decoding else None)
+    return make_views(image, side, resize_mode, views, file_name)
 
 
 def load_view(path: ImageFile, side: int, resize_mode: str, max_side: int) -> np.ndarray:
@@ -87,19 +84,44 @@ def load_view(path: ImageFile, side: int, resize_mode: str, max_side: int) -> np
     return np.asarray(image)
 
 
-def _to_square(image: Image.Image, side: int, resize_mode: str) -> np.ndarray:
-    return stretch(image, side) if resize_mode == "stretch" else np.asarray(_crop_or_pad(image, side, resize_mode))
+def make_square(image: Image.Image | np.ndarray, side: int, resize_mode: str) -> np.ndarray:
+    """Make a decoded image square, as `load_image` does.
+
+    Args:
+        image: an RGB image, or its pixels, uint8 (H, W, 3).
+        side, resize_mode: as for `load_image`.
+    """
+    if resize_mode == "stretch":
+        return stretch(image, side)
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    return np.asarray(_crop_or_pad(image, side, resize_mode))
 
 
-def stretch(image: Image.Image, side: int) -> np.ndarray:
-    """Resize an RGB image to uint8 (side, side, 3), ignoring its aspect ratio."""
+def make_views(
+    image: Image.Image, side: int, resize_mode: str, views: Sequence[SelectedView], file_name: str
+) -> np.ndarray:
+    """Make a decoded image and its views square, as `load_views` does."""
+    images = [image, *(view.apply(image, file_name) for view in views)]
+    return np.stack([make_square(view, side, resize_mode) for view in images])
+
+
+def min_decoded_side(side: int, views: Sequence[SelectedView] = ()) -> int:
+    """Return the side in pixels to which scaled decoding may reduce an image that is resized to `side`."""
+    return math.ceil(MIN_OVERSAMPLING * side / min((view.min_share for view in views), default=1))
+
+
+def stretch(image: Image.Image | np.ndarray, side: int) -> np.ndarray:
+    """Resize an RGB image, or its pixels, to uint8 (side, side, 3), ignoring its aspect ratio."""
     import torch  # only here: commands that do not decode images start without it
     from torch.nn.functional import interpolate
 
     vectorized = torch.backends.cpu.get_cpu_capability().startswith("AVX")
-    if not vectorized or image.width * image.height > MAX_TORCH_PIXELS:
+    width, height = image.size if isinstance(image, Image.Image) else image.shape[1::-1]
+    if not vectorized or width * height > MAX_TORCH_PIXELS:
+        image = image if isinstance(image, Image.Image) else Image.fromarray(image)
         return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR))
-    pixels = torch.from_numpy(np.array(image))[None].permute(0, 3, 1, 2)
+    array = image if isinstance(image, np.ndarray) else np.array(image)
+    pixels = torch.from_numpy(array)[None].permute(0, 3, 1, 2)
     square: np.ndarray = interpolate(pixels, (side, side), mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
     return square
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import h5py
 import numpy as np
 
 from gridcap.common.errors import StoreAccessError, StoreError
+from gridcap.common.store.checksum import crc32
 from gridcap.common.store.chunks import locate_compressed_rows, require_filters
 from gridcap.common.store.codecs import codec_of, decompress
 from gridcap.common.store.hdf5 import (
@@ -253,5 +253,5 @@ class ShardReader:
 def _crc32(parts: Iterable[np.ndarray]) -> int:
     crc = 0
     for part in parts:
-        crc = zlib.crc32(part.data, crc)
+        crc = crc32(part.data, crc)
     return crc

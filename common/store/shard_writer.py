@@ -6,7 +6,6 @@ import contextlib
 import errno
 import json
 import os
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 
 from gridcap.common.errors import StoreError
 from gridcap.common.files import fsync_path, put_in_place, sha256_of, temporary_sibling
+from gridcap.common.store.checksum import crc32
 from gridcap.common.store.codecs import ZSTD_FILTER, ZSTD_LEVEL, check_available, compress
 from gridcap.common.store.hdf5 import text_array
 from gridcap.common.store.header import FORMAT_VERSION, HEADER_BYTES
@@ -219,7 +219,7 @@ class ShardWriter:
                 self._write_at(self._offsets[dataset_name(name, view)] + start * stored[0].nbytes, stored)
             for row in rows:
                 previous = 0 if name == "features" else int(self._crc[view][row])
-                self._crc[view][row] = zlib.crc32(stored[row - start].data, previous)
+                self._crc[view][row] = crc32(stored[row - start].data, previous)
         self._written[view][rows.start : rows.stop] = True
         self._write_packed()
 

@@ -36,7 +36,8 @@ def jobs_config(config: PipelineConfig, gpus: int | None) -> PipelineConfig:
 def planning_config(config: PipelineConfig) -> PipelineConfig:
     """Return the configuration for planning on the submitting machine, which may not have a GPU."""
     precision = "float32" if config.extract.precision == "float16" else config.extract.precision
-    cpu_settings = {"device": "cpu", "jpeg_decoder": "pillow", "precision": precision}
+    decoder = "pillow" if config.extract.jpeg_decoder == "nvjpeg" else config.extract.jpeg_decoder
+    cpu_settings = {"device": "cpu", "jpeg_decoder": decoder, "precision": precision}
     return config.model_copy(update={"extract": config.extract.model_copy(update=cpu_settings)})
 
 

@@ -1,4 +1,4 @@
-"""Selection of the JPEG files that nvJPEG can decode, from their headers."""
+"""Selection of the JPEG files that nvJPEG and libjpeg-turbo decode as Pillow does, from their headers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from gridcap.common.image import MAX_PIXELS, START_OF_SCAN, ImageReader
+from gridcap.common.sources.registry import ImageFile, Member
 
 _MAX_BYTES = 3 * MAX_PIXELS
 _MAX_SCANS = 100  # progressive files have about ten
@@ -43,17 +44,27 @@ def read_supported_jpeg(path: Path) -> Jpeg | None:
     Files without an end marker may be truncated, which nvJPEG does not always report. Files with very many scans can
     take minutes to decode, and nvJPEG has no time limit.
     """
+    jpeg = read_jpeg_bytes(path)
+    return None if jpeg is None or jpeg[0].count(START_OF_SCAN) > _MAX_SCANS else Jpeg(path, *jpeg)
+
+
+def read_jpeg_bytes(path: ImageFile) -> tuple[bytearray, int, int] | None:
+    """Return the bytes, the number of pixels, and the EXIF orientation of a complete JPEG file.
+
+    Returns None for other files, and for files that only Pillow decodes as Pillow does.
+    """
     try:
         data = _read_file(path)
         pixels, orientation = read_header(data)
     except Exception:  # Pillow reads the file next and gives the reason
         return None
-    complete = data.endswith(_END_OF_IMAGE) and data.count(START_OF_SCAN) <= _MAX_SCANS
-    return Jpeg(path, data, pixels, orientation) if complete else None
+    return (data, pixels, orientation) if data.endswith(_END_OF_IMAGE) else None
 
 
-def _read_file(path: Path) -> bytearray:
+def _read_file(path: ImageFile) -> bytearray:
     """Read a regular file of at most `_MAX_BYTES` bytes; InvalidImageError or ValueError otherwise."""
+    if isinstance(path, Member):
+        return bytearray(path.read_bytes())
     with ImageReader.open(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > _MAX_BYTES:
