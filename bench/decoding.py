@@ -81,7 +81,7 @@ def _decoder(device: Any) -> Any:
 
     from gridcap.common.config import load_config
     from gridcap.train.data.vocabulary import EOS
-    from gridcap.train.decoders.build import build_decoder
+    from gridcap.train.decoders.registry import build_decoder
 
     torch.manual_seed(0)
     decoder: Any = build_decoder(load_config(recipe=RECIPE).train.decoder, V, GRID).to(device).eval()

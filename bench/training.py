@@ -95,7 +95,7 @@ def _gridcap_step(recipe: str) -> tuple[Callable[[], object], Any]:
 
     from gridcap.common.device import choose_device, choose_precision
     from gridcap.train.data.batch import CaptionBatch
-    from gridcap.train.decoders.build import build_decoder
+    from gridcap.train.decoders.registry import build_decoder
     from gridcap.train.engine.optimizer import make_optimizer, take_step
     from gridcap.train.objectives.cross_entropy import CrossEntropy
 

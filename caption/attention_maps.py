@@ -6,6 +6,7 @@ import contextlib
 import functools
 import io
 import math
+import re
 import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
@@ -101,7 +102,7 @@ def _one_warning_for_missing_glyphs() -> Iterator[None]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
-    others = [warning for warning in caught if "missing from font" not in str(warning.message)]
+    others = [warning for warning in caught if not re.search("missing from (current )?font", str(warning.message))]
     if len(others) < len(caught):
         warnings.warn(
             "no installed font has some of the characters of the captions: install one, such as Noto Sans CJK, or use "

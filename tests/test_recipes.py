@@ -1,15 +1,20 @@
 """Built-in recipes load, build, and match their papers."""
 
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from gridcap.common.config import AttentionConfig, LstmConfig, TransformerConfig, load_config, recipe_names
+from gridcap.common import config as config_package
+from gridcap.common.config import recipe_names
 from gridcap.common.config.train import RUN_SETTINGS
-from gridcap.train.decoders.build import build_decoder
+from gridcap.train.decoders.attention import AttentionConfig
+from gridcap.train.decoders.lstm import LstmConfig
+from gridcap.train.decoders.registry import DECODER_CONFIGS, build_decoder
+from gridcap.train.decoders.transformer import TransformerConfig
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 NAMES = (
@@ -23,6 +28,8 @@ NAMES = (
     "transformer",
     "scst",
 )
+
+load_config = partial(config_package.load_config, decoders=DECODER_CONFIGS)
 DECODERS = [name for name in NAMES if name != "scst"]
 
 

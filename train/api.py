@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from gridcap.common.config import PipelineConfig, TrainConfig, build_config
 from gridcap.common.errors import ConfigError, UserError
+from gridcap.train.decoders.registry import DECODER_CONFIGS
 
 if TYPE_CHECKING:
     from gridcap.train.data.captioned import CaptionedImages
@@ -59,7 +60,7 @@ def train_decoder(
     from gridcap.train.engine.start import check_objective
 
     settings |= {"features": Path(features), "annotations": Path(annotations), "output": Path(output)}
-    config = build_config("train", settings, recipe)
+    config = build_config("train", settings, recipe, DECODER_CONFIGS)
     if config.train.init_from is not None:
         config = with_decoder_of(config, config.train.init_from, recipe)
     check_objective(config.train)
@@ -123,7 +124,8 @@ def with_decoder_of(config: PipelineConfig, source: Path, recipe: str | None) ->
     from gridcap.train.engine.checkpoint import load_checkpoint
 
     saved = load_checkpoint(source).config.train
-    if recipe is not None and config.train.decoder not in (TrainConfig().decoder, saved.decoder):
+    default = DECODER_CONFIGS[TrainConfig().decoder.family]()
+    if recipe is not None and config.train.decoder not in (default, saved.decoder):
         raise ConfigError(
             f"--init-from {source} and --recipe {recipe} have different decoders",
             "omit one of the two, or use a recipe that does not set the decoder",

@@ -15,6 +15,7 @@ from gridcap.common.errors import CheckpointError, ConfigError
 from gridcap.common.store.reader import FeatureStore
 from gridcap.common.text import plural
 from gridcap.train.api import reject_validation_settings, split_training_data, with_decoder_of
+from gridcap.train.decoders.registry import DECODER_CONFIGS
 
 if TYPE_CHECKING:
     from gridcap.train.data.captioned import CaptionedImages
@@ -63,7 +64,7 @@ def _check_init_from() -> None:
 USES = Uses(("train", "data", "seed"), "train.max_grad_norm=1")
 
 
-@pipeline_command("train-decoder", EXAMPLES, own_recipe=_recipe_name, uses=USES)
+@pipeline_command("train-decoder", EXAMPLES, own_recipe=_recipe_name, uses=USES, decoders=DECODER_CONFIGS)
 @flag("--features", "train.features")
 @flag("--annotations", "train.annotations")
 @flag("--val-features", "train.val_features")
@@ -141,7 +142,7 @@ def _resumed_config(config: PipelineConfig) -> PipelineConfig:
     saved = output / "config.yaml"
     if not saved.is_file():
         raise CheckpointError(f"no run to resume in {output}", "check --output, or omit --resume")
-    return reload_config(saved)
+    return reload_config(saved, DECODER_CONFIGS)
 
 
 def _with_default_output(config: PipelineConfig) -> PipelineConfig:

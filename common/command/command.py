@@ -17,6 +17,7 @@ from gridcap.common.command.settings import GivenSettings, check_settings_are_us
 from gridcap.common.command.signals import exit_status_of, stop_signals_as_interrupts
 from gridcap.common.command.suggest import suggest_flags
 from gridcap.common.config import PipelineConfig, load_config
+from gridcap.common.config.keys import Decoders
 from gridcap.common.errors import EXIT_FAILURE
 from gridcap.common.process import tune_process
 
@@ -121,6 +122,7 @@ def pipeline_command(
     own_keys: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     own_recipe: Callable[[dict[str, Any]], str | None] | None = None,
     uses: Uses = ALL_SETTINGS,
+    decoders: Decoders | None = None,
 ) -> Callable[[Callable[..., Any]], PipelineCommand]:
     """Return a decorator that declares a command.
 
@@ -132,6 +134,7 @@ def pipeline_command(
         own_keys: maps the values of the command's options to the configuration keys that they set.
         own_recipe: maps the values of the command's options to the recipe that overrides the file.
         uses: the configuration keys that the command uses.
+        decoders: as for `load_config`, for a command that trains a decoder.
     """
 
     def decorate(function: Callable[..., Any]) -> PipelineCommand:
@@ -143,7 +146,8 @@ def pipeline_command(
             recipe = None if own_recipe is None else own_recipe(values)
             if uses is NO_SETTINGS:
                 return function(config=PipelineConfig(), **values)
-            return function(config=load_config(config_path, settings.flags, sets, recipe, settings.origins), **values)
+            config = load_config(config_path, settings.flags, sets, recipe, settings.origins, decoders)
+            return function(config=config, **values)
 
         run.__doc__ = function.__doc__
         run.__click_params__ = list(getattr(function, "__click_params__", []))  # type: ignore[attr-defined]

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from gridcap.common.config import PipelineConfig, load_config
+from gridcap.common.config.keys import Decoders
 from gridcap.common.errors import UserError
 
 _META_KEY = "gridcap.settings"
@@ -47,10 +48,15 @@ def given_settings() -> GivenSettings:
     return settings
 
 
-def reload_config(path: Path) -> PipelineConfig:
-    """Load the configuration of the running command again, with another file: that of the run to resume."""
+def reload_config(path: Path, decoders: Decoders) -> PipelineConfig:
+    """Load the configuration of the running command again, with another file: that of the run to resume.
+
+    Args:
+        path: the other file.
+        decoders: as for `load_config`.
+    """
     settings = given_settings()
-    return load_config(path, settings.flags, settings.sets, origins=settings.origins)
+    return load_config(path, settings.flags, settings.sets, origins=settings.origins, decoders=decoders)
 
 
 def reject_ignored(keys: Sequence[str], why: str, hint: str) -> None:

@@ -6,13 +6,7 @@ commands share one file, so a key means the same thing everywhere. Relative path
 
 from gridcap.common.config.caption import CaptionConfig
 from gridcap.common.config.data import DataConfig, SplitConfig, max_invalid_count
-from gridcap.common.config.decoders import (
-    AnyFamily,
-    AttentionConfig,
-    DecoderConfig,
-    LstmConfig,
-    TransformerConfig,
-)
+from gridcap.common.config.decoders import DecoderConfig, DecoderSettings
 from gridcap.common.config.extract import ExtractConfig
 from gridcap.common.config.keys import describe_key
 from gridcap.common.config.load import build_config, load_config
@@ -21,18 +15,15 @@ from gridcap.common.config.recipes import read_recipe, recipe_names
 from gridcap.common.config.train import ScheduleConfig, TrainConfig, VocabularyConfig
 
 __all__ = [
-    "AnyFamily",
-    "AttentionConfig",
     "CaptionConfig",
     "DataConfig",
     "DecoderConfig",
+    "DecoderSettings",
     "ExtractConfig",
-    "LstmConfig",
     "PipelineConfig",
     "ScheduleConfig",
     "SplitConfig",
     "TrainConfig",
-    "TransformerConfig",
     "VocabularyConfig",
     "build_config",
     "describe_key",

@@ -10,11 +10,14 @@ from typing import Any, get_args
 from pydantic.fields import FieldInfo
 
 from gridcap.common.config.data import SplitConfig
-from gridcap.common.config.decoders import FAMILIES, DecoderFamily
+from gridcap.common.config.decoders import DecoderConfig, DecoderSettings
 from gridcap.common.config.pipeline import PipelineConfig
 from gridcap.common.config.section import Section
 
-FAMILY_KEY = "train.decoder.family"
+DECODER = "train.decoder"
+FAMILY_KEY = f"{DECODER}.family"
+
+Decoders = Mapping[str, type[DecoderConfig]]  # family -> its settings; empty: those of the decoder are not checked
 
 # Old key -> new key. Only for suggestions: old keys are not accepted.
 RENAMED_KEYS = {
@@ -46,9 +49,10 @@ def describe_key(key: str) -> FieldInfo:
     """Return the field (description, default, type) of a key such as "extract.batch_size"."""
     if key == FAMILY_KEY:
         return FieldInfo(
-            annotation=DecoderFamily,
-            default="attention",
-            description="decoder family: attention (recurrent, attends to the cells), lstm, or transformer",
+            annotation=str,
+            default=DecoderSettings().family,
+            description="decoder family: attention (recurrent, attends to the cells), lstm, transformer, or one of an "
+            "installed package",
         )
     model: Any = PipelineConfig
     *parents, last = key.split(".")
@@ -58,15 +62,15 @@ def describe_key(key: str) -> FieldInfo:
     return field
 
 
-def keys_of_section(section: str, tree: Mapping[str, Any]) -> list[str]:
+def keys_of_section(section: str, tree: Mapping[str, Any], decoders: Decoders) -> list[str]:
     """Return the names of the keys in a section ("" for the top level), given the values as a tree.
 
     The result is empty if there is no such section: an unknown key of a file may contain a dot itself (``trai.: 1``).
     """
     if section.startswith("data.splits"):
         return list(SplitConfig.model_fields)
-    if section == "train.decoder":
-        return list(FAMILIES[tree["train"]["decoder"]["family"]].model_fields)
+    if section == DECODER:
+        return list(decoders.get(family_of(tree), DecoderConfig).model_fields)
     model: Any = PipelineConfig
     for part in section.split(".") if section else ():
         if part not in getattr(model, "model_fields", ()):
@@ -75,30 +79,40 @@ def keys_of_section(section: str, tree: Mapping[str, Any]) -> list[str]:
     return list(getattr(model, "model_fields", ()))
 
 
-def all_keys(model: type[Section] = PipelineConfig, prefix: str = "") -> Iterator[str]:
+def family_of(tree: Mapping[str, Any]) -> str:
+    """Return the decoder family in a tree of values."""
+    train = tree.get("train")
+    decoder = train.get("decoder") if isinstance(train, Mapping) else None
+    default = DecoderSettings().family
+    return str(decoder.get("family", default)) if isinstance(decoder, Mapping) else default
+
+
+def all_keys(decoders: Decoders, model: type[Section] = PipelineConfig, prefix: str = "") -> Iterator[str]:
     """Yield every key path, in the order of the sections, without those of splits."""
     for name, field in model.model_fields.items():
         types = [t for t in (get_args(field.annotation) or (field.annotation,)) if isclass(t) and not get_args(t)]
         sections = [t for t in types if issubclass(t, Section) and t is not SplitConfig]
+        if f"{prefix}{name}" == DECODER:
+            sections = list(decoders.values()) or [DecoderConfig]
         for section in sections:
-            yield from all_keys(section, f"{prefix}{name}.")
+            yield from all_keys(decoders, section, f"{prefix}{name}.")
         if not sections:
             yield f"{prefix}{name}"
 
 
-def suggest_keys(key: str, tree: Mapping[str, Any]) -> list[str]:
+def suggest_keys(key: str, tree: Mapping[str, Any], decoders: Decoders) -> list[str]:
     """Return the keys that an unknown key may refer to; empty if none is similar.
 
     In this order: the new name of a renamed key, keys of the same name in other sections, similar keys of the same
     section, keys whose initials are the name (``lr``), and similar keys in other sections.
     """
     section, _, name = key.rpartition(".")
-    in_section = keys_of_section(section, tree)
+    in_section = keys_of_section(section, tree, decoders)
     prefix = f"{section}." if section else ""
     renamed = RENAMED_KEYS.get(key) or RENAMED_KEYS.get(f"train.{key}") or RENAMED_KEYS.get(f"train.decoder.{key}")
     if renamed and (not renamed.startswith("train.decoder.") or renamed.rpartition(".")[2] in in_section):
         return [renamed]
-    known = list(dict.fromkeys(all_keys()))
+    known = list(dict.fromkeys(all_keys(decoders)))
     same_name = [other for other in known if other.rpartition(".")[2] == name and other != key]
     if same_name:
         return same_name

@@ -7,6 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from gridcap.common.config.keys import Decoders
 from gridcap.common.config.train import RUN_SETTINGS
 from gridcap.common.config.validate import validate
 from gridcap.common.config.yaml_file import read_yaml
@@ -32,12 +33,13 @@ def read_recipe(name: str) -> str:
     return recipes[name].read_text(encoding="utf-8")
 
 
-def apply_recipe(tree: dict[str, Any], recipe: str) -> None:
+def apply_recipe(tree: dict[str, Any], recipe: str, decoders: Decoders | None = None) -> None:
     """Replace the `train` section of a tree by that of a recipe, except for the settings of the run.
 
     Args:
         tree: section -> key -> value; modified in place.
         recipe: name of a built-in recipe, or path of a YAML file with a `train` section.
+        decoders: as for `load_config`.
 
     Raises:
         ConfigError: if the recipe does not exist or is invalid.
@@ -56,7 +58,7 @@ def apply_recipe(tree: dict[str, Any], recipe: str) -> None:
         raise ConfigError(f"{path}: {others[0]}: a recipe contains only the section train", hint)
     if not isinstance(values.get("train"), dict):
         raise ConfigError(f"{path}: a recipe needs a section train with keys", "see pipeline.yaml for the keys")
-    validate({"train": dict(values["train"])}, path, {})
+    validate({"train": values["train"]}, path, {}, decoders)
     previous = tree.get("train")
     kept = {key: previous[key] for key in RUN_SETTINGS if key in previous} if isinstance(previous, dict) else {}
     if values["train"].get("objective") != "scst":

@@ -24,10 +24,7 @@ class Section(BaseModel):
         for name, field in type(self).model_fields.items():
             value = getattr(self, name)
             if isinstance(value, Section):
-                nested = value.changed_settings()
-                if type(value) is not type(field.default) and "family" in values[name]:
-                    nested = {"family": values[name]["family"], **nested}
-                changed |= {f"{name}.{key}": v for key, v in nested.items()}
+                changed |= {f"{name}.{key}": v for key, v in value.changed_settings().items()}
             elif isinstance(value, dict):
                 for item, section in value.items():
                     changed |= {f"{name}.{item}.{key}": v for key, v in section.changed_settings().items()}

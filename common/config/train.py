@@ -11,11 +11,12 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    SerializeAsAny,
     field_validator,
     model_validator,
 )
 
-from gridcap.common.config.decoders import AttentionConfig, DecoderConfig
+from gridcap.common.config.decoders import DecoderSettings
 from gridcap.common.config.section import Section
 
 TrainPrecision = Literal["auto", "float32", "bfloat16"]
@@ -23,6 +24,7 @@ Optimizer = Literal["adam", "adamw", "sgd"]
 ScheduleKind = Literal["constant", "step", "linear", "cosine", "noam"]
 Objective = Literal["cross-entropy", "scst"]
 Shuffle = Literal["rows", "blocks"]
+CudaGraph = Literal["auto", "on", "off"]
 TokenizerKind = Literal["words", "characters", "bpe", "auto"]
 
 
@@ -107,7 +109,7 @@ class TrainConfig(Section):
         "cross-entropy",
         description="training objective: cross-entropy, or scst (CIDEr-D reward, starts from init_from)",
     )
-    decoder: DecoderConfig = Field(AttentionConfig(), description="decoder family and its settings")
+    decoder: SerializeAsAny[DecoderSettings] = Field(DecoderSettings(), description="decoder family and its settings")
     tokenizer: TokenizerKind | Path = Field(
         "words",
         union_mode="left_to_right",
@@ -162,6 +164,10 @@ class TrainConfig(Section):
         "auto", description="training precision; auto: bfloat16 if the hardware supports it, else float32"
     )
     device: str = Field("auto", description="device: auto, cpu, cuda, cuda:1, ...")
+    cuda_graph: CudaGraph = Field(
+        "auto",
+        description="replay training steps as CUDA graphs; auto: on a GPU, if the captured step gives the same results",
+    )
 
     @field_validator("tokenizer", mode="before")
     @classmethod
@@ -186,6 +192,7 @@ RUN_SETTINGS = frozenset(
         "checkpoint_minutes",
         "precision",
         "device",
+        "cuda_graph",
         "grad_accum_steps",
         "min_vocabulary",
         "max_unk",

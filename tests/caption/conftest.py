@@ -22,7 +22,7 @@ from gridcap.extract.encoders.registry import find_encoder
 from gridcap.extract.encoders.weights import identify_cnn_weights
 from gridcap.train.data.vocabulary import EOS, Vocabulary
 from gridcap.train.decoders.base import Decoder
-from gridcap.train.decoders.build import build_decoder
+from gridcap.train.decoders.registry import build_decoder
 from gridcap.train.engine.checkpoint import CheckpointContents, save_checkpoint
 
 WORDS = ["a", "large", "small", "red", "blue", "ring", "cross", "in", "the", "corner"]

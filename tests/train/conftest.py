@@ -15,13 +15,15 @@ from click.testing import CliRunner
 from hypothesis import settings
 
 from gridcap.common.captions.records import ImageRecord
-from gridcap.common.config import AttentionConfig, CaptionConfig, LstmConfig, PipelineConfig, TrainConfig
+from gridcap.common.config import CaptionConfig, PipelineConfig, TrainConfig
 from gridcap.common.store.codecs import codec_of
 from gridcap.common.store.index_writer import IndexSpec, write_index
 from gridcap.common.store.reader import FeatureStore
 from gridcap.common.store.shard_format import GridLayout, ShardSpec
 from gridcap.common.store.shard_writer import ShardWriter
 from gridcap.train.data.captioned import CaptionedImages
+from gridcap.train.decoders.attention import AttentionConfig
+from gridcap.train.decoders.lstm import LstmConfig
 
 settings.register_profile("no clock", deadline=None)
 settings.load_profile("no clock")

@@ -5,7 +5,7 @@ import torch
 
 from gridcap.common.errors import CheckpointError, MismatchError
 from gridcap.train.data.vocabulary import Vocabulary
-from gridcap.train.decoders.build import build_decoder
+from gridcap.train.decoders.registry import build_decoder
 from gridcap.train.decoding.generate import generate_captions
 from gridcap.train.engine.checkpoint import CheckpointContents, load_checkpoint, save_checkpoint
 from gridcap.train.ensemble import load_ensemble

@@ -47,7 +47,7 @@ def test_item_21_chinese_captions_are_learned_and_scored(
 ):
     train, val = in_chinese(train_data), in_chinese(val_data)
     settings = {"tokenizer": tokenizer, "max_length": 16, "learning_rate": 0.02, "batch_size": 4}
-    config = new_config(tmp_path / "run", epochs=6, vocabulary={"max_size": 60}, **settings)
+    config = new_config(tmp_path / "run", epochs=8, vocabulary={"max_size": 60}, **settings)
     fit(config, train, val, False, progress=False)
     checkpoint = load_checkpoint(tmp_path / "run")
     result = evaluate(checkpoint, val, CaptionConfig(max_length=16), EvaluationOptions(device="cpu", progress=False))

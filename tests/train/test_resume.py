@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import gridcap.train.engine.loop
-from gridcap.common.config import TransformerConfig
 from gridcap.common.errors import MismatchError
 from gridcap.train.data.captioned import CaptionedImages
+from gridcap.train.decoders.transformer import TransformerConfig
 from gridcap.train.engine.checkpoint import find_checkpoint, load_training_state
 from gridcap.train.engine.loop import fit
 

@@ -8,16 +8,53 @@ state is computed from the mean cell, where Att2in and Top-Down use zeros. The r
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
+from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
-from gridcap.common.config import AttentionConfig
+from gridcap.common.config import DecoderConfig
 from gridcap.train.data.vocabulary import PAD
-from gridcap.train.decoders.additive import additive_powers
 from gridcap.train.decoders.base import Decoder, Memory, State, compute_dtype
-from gridcap.train.decoders.cells import CELLS, AttentionInputs, Cell
+from gridcap.train.decoders.layers.additive import additive_powers
+from gridcap.train.decoders.layers.cells import CELLS, AttentionCell, AttentionInputs, Cell, CellSizes
+from gridcap.train.decoders.registry import register_decoder
+
+AttentionOutput = Literal["hidden", "deep", "dense"]
+InitialState = Literal["zeros", "mean"]
 
 
+class AttentionConfig(DecoderConfig):
+    """Recurrent decoder with additive attention over the grid cells."""
+
+    family: Literal["attention"] = "attention"
+    hidden_size: PositiveInt = Field(512, description="size of the hidden state")
+    attention_size: PositiveInt = Field(256, description="hidden size of the additive attention")
+    cell: AttentionCell = Field("gru", description="recurrent cell, and where the context vector enters it")
+    context_gate: bool = Field(
+        False, description="scale the context vector by a gate computed from the state (Xu et al. 2015)"
+    )
+    output_layer: AttentionOutput = Field(
+        "deep",
+        description="input of the output layer: hidden (state), dense (linear layer of the state), or deep (state, "
+        "context, last token)",
+    )
+    initial_state: InitialState = Field("mean", description="initial state: zeros, or computed from the mean cell")
+    normalize_grid: bool = Field(True, description="layer-normalize the features of each cell")
+    project_grid: bool = Field(
+        True, description="embed each cell with a linear layer and a ReLU; false: attend to the features themselves"
+    )
+    cell_positions: bool = Field(True, description="add a learned position embedding to each cell")
+    input_dropout: float | None = Field(
+        None, ge=0, lt=1, description="dropout probability on features and embeddings; null: as dropout"
+    )
+    attention_reg: NonNegativeFloat = Field(
+        0.0, description="weight of the doubly stochastic penalty per caption; 64 is that of the code of Xu et al. 2015"
+    )
+
+
+@register_decoder("attention")
 class AttentionDecoder(Decoder):
     """Recurrent decoder with attention.
 
@@ -34,6 +71,7 @@ class AttentionDecoder(Decoder):
         channels: C.
     """
 
+    config_class = AttentionConfig
     has_attention = True
 
     def __init__(self, config: AttentionConfig, vocabulary_size: int, cells: int, channels: int) -> None:
@@ -46,7 +84,8 @@ class AttentionDecoder(Decoder):
         self.position = nn.Parameter(torch.randn(cells, width) * 0.02) if config.cell_positions else None
         self.key = nn.Linear(width, config.attention_size, bias=False)
         self.embedding = nn.Embedding(vocabulary_size, embed, padding_idx=PAD)
-        self.cell: Cell = CELLS[config.cell](config, width)
+        sizes = CellSizes(embed, hidden, config.attention_size, width, config.context_gate)
+        self.cell: Cell = CELLS[config.cell](sizes)
         self.initial = nn.Linear(width, self.cell.states * hidden) if config.initial_state == "mean" else None
         self.input_dropout = nn.Dropout(config.dropout if config.input_dropout is None else config.input_dropout)
         self.dropout = nn.Dropout(config.dropout)

@@ -9,10 +9,13 @@ H hidden size. The K hypotheses of an image share its memory: the grid is projec
 from __future__ import annotations
 
 import abc
-from typing import Any
+import contextlib
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+from gridcap.common.config import DecoderConfig
 
 State = tuple[Tensor, ...]  # tensors (B, K, ...)
 Memory = tuple[Tensor, ...]  # tensors (B, ...)
@@ -21,10 +24,14 @@ Memory = tuple[Tensor, ...]  # tensors (B, ...)
 class Decoder(nn.Module, abc.ABC):
     """Caption decoder over a feature grid.
 
+    A registered decoder (`registry.py`) has the constructor arguments config, an instance of `config_class`;
+    vocabulary_size, V; cells, P; and channels, C.
+
     Args:
         zero_features: replace the grid with zeros, for a language-only baseline.
     """
 
+    config_class: ClassVar[type[DecoderConfig]]  # of a registered decoder
     has_attention: bool  # whether `step` returns attention weights
 
     def __init__(self, zero_features: bool) -> None:
@@ -91,3 +98,9 @@ def compute_dtype(layer: nn.Linear) -> torch.dtype:
     kind = layer.weight.device.type
     casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if casts else layer.weight.dtype
+
+
+def disable_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which operators compute in the dtypes of their inputs."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else contextlib.nullcontext()

@@ -12,15 +12,37 @@ Tanti et al. 2017 (arXiv:1703.09137) compare the three as pre-inject, init-injec
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name in PyTorch code)
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from gridcap.common.config import LstmConfig
+from gridcap.common.config import DecoderConfig
 from gridcap.train.data.vocabulary import PAD
-from gridcap.train.decoders.base import Decoder, Memory, State, compute_dtype
+from gridcap.train.decoders.base import Decoder, Memory, State, compute_dtype, disable_autocast
+from gridcap.train.decoders.registry import register_decoder
+
+ImageInput = Literal["first-input", "initial-state", "every-step"]
 
 
+class LstmConfig(DecoderConfig):
+    """LSTM conditioned on the mean-pooled features."""
+
+    family: Literal["lstm"] = "lstm"
+    hidden_size: PositiveInt = Field(512, description="size of the hidden state")
+    image_injection: ImageInput = Field("initial-state", description="where the image features enter the LSTM")
+    normalize_grid: bool = Field(True, description="layer-normalize the mean-pooled features")
+    image_bottleneck: PositiveInt | None = Field(
+        None, description="size of an ELU layer between the pooled features and the LSTM; null: no such layer"
+    )
+    output_bottleneck: PositiveInt | None = Field(
+        None, description="size of an ELU layer between the LSTM and the output projection; null: no such layer"
+    )
+
+
+@register_decoder("lstm")
 class LstmDecoder(Decoder):
     """LSTM decoder without attention.
 
@@ -31,12 +53,14 @@ class LstmDecoder(Decoder):
     Args:
         config: sizes and layout.
         vocabulary_size: V.
+        cells: P; not used.
         channels: C.
     """
 
+    config_class = LstmConfig
     has_attention = False
 
-    def __init__(self, config: LstmConfig, vocabulary_size: int, channels: int) -> None:
+    def __init__(self, config: LstmConfig, vocabulary_size: int, cells: int, channels: int) -> None:
         super().__init__(config.zero_features)
         embed, hidden = config.embed_size, config.hidden_size
         self._injection = config.image_injection
@@ -50,7 +74,7 @@ class LstmDecoder(Decoder):
         else:
             self.image_embedding = nn.Linear(size, embed)
         self.embedding = nn.Embedding(vocabulary_size, embed, padding_idx=PAD)
-        self.lstm = nn.LSTM(2 * embed if config.image_injection == "every-step" else embed, hidden, batch_first=True)
+        self.lstm = _Lstm(2 * embed if config.image_injection == "every-step" else embed, hidden)
         self.output_bottleneck = _bottleneck(hidden, config.output_bottleneck)
         self.output = nn.Linear(config.output_bottleneck or hidden, vocabulary_size)
 
@@ -75,32 +99,8 @@ class LstmDecoder(Decoder):
         zero = image.new_zeros(len(image), 1, self.lstm.hidden_size, dtype=self._dtype)
         if self._injection == "every-step":
             return zero, zero
-        return self._run_lstm(image[:, None, None], (zero, zero))[1]
-
-    def _lstm_parameters(self) -> list[nn.Parameter]:
-        """Return the weights (4 H, D) and (4 H, H) and two biases (4 H,): input, forget, candidate, and output gate."""
-        return list(self.lstm.parameters())
-
-    def _run_lstm(self, inputs: Tensor, state: State) -> tuple[Tensor, State]:
-        """Run the LSTM over (B, K, T, D) inputs from a (B, K, H) state.
-
-        It computes in the dtype of the other layers: some versions of torch cast the weights of an RNN to float16 under
-        autocast on CUDA, whatever the autocast dtype is.
-
-        Returns:
-            Hidden states (B, K, T, H) and the final state.
-        """
-        b, k, t, _ = inputs.shape
-        parameters, dtype = self._lstm_parameters(), compute_dtype(self.output)
-        flat = torch.cat([part.to(dtype).flatten() for part in parameters])  # one block of memory, as cuDNN expects
-        views = torch.split(flat, [part.numel() for part in parameters])
-        weights = [view.view_as(part) for view, part in zip(views, parameters, strict=True)]
-        start = tuple(part.to(dtype).reshape(1, b * k, -1).contiguous() for part in state)
-        with torch.autocast(inputs.device.type, enabled=False):
-            outputs, *after = torch.lstm(
-                inputs.to(dtype).flatten(0, 1), start, weights, True, 1, 0.0, self.training, False, True
-            )
-        return outputs.reshape(b, k, t, -1), tuple(part.reshape(b, k, -1).to(self._dtype) for part in after)
+        after: State = self.lstm(image[:, None, None], (zero, zero), compute_dtype(self.output))[1]
+        return after
 
     def _inputs(self, tokens: Tensor, memory: Memory) -> Tensor:
         """Return the inputs (..., D) of the LSTM for (B, K, ...) tokens."""
@@ -114,19 +114,65 @@ class LstmDecoder(Decoder):
         return self.output(self.output_bottleneck(self.dropout(hidden)))  # type: ignore[no-any-return]
 
     def step(self, tokens: Tensor, state: State, memory: Memory) -> tuple[Tensor, State, Tensor | None]:
-        from_input, from_hidden, input_bias, hidden_bias = self._lstm_parameters()
-        hidden, cell = state
-        gates = F.linear(self._inputs(tokens, memory), from_input, input_bias)
-        gates = gates + F.linear(hidden.to(gates.dtype), from_hidden, hidden_bias)
-        into, forget, candidate, out = gates.to(cell.dtype).chunk(4, -1)
-        cell = torch.sigmoid(forget) * cell + torch.sigmoid(into) * torch.tanh(candidate)
-        hidden = torch.sigmoid(out) * torch.tanh(cell)
+        hidden, cell = self.lstm.step(self._inputs(tokens, memory), state)
         return self._logits(hidden), (hidden, cell), None
 
     def forward(self, memory: Memory, tokens: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         state = tuple(part.expand(-1, tokens.shape[1], -1) for part in self.initial_state(memory))
-        hidden, _ = self._run_lstm(self._inputs(tokens, memory), state)
+        hidden, _ = self.lstm(self._inputs(tokens, memory), state, compute_dtype(self.output))
         return self._logits(self._gather_positions(hidden, positions)), None
+
+
+class _Lstm(nn.Module):
+    """The parameters of `nn.LSTM`, which torch.compile does not support, and its function.
+
+    Args:
+        size: D.
+        hidden: H.
+    """
+
+    def __init__(self, size: int, hidden: int) -> None:
+        super().__init__()
+        bound = hidden**-0.5
+        self.hidden_size = hidden
+        self.weight_ih_l0 = nn.Parameter(torch.empty(4 * hidden, size).uniform_(-bound, bound))
+        self.weight_hh_l0 = nn.Parameter(torch.empty(4 * hidden, hidden).uniform_(-bound, bound))
+        self.bias_ih_l0 = nn.Parameter(torch.empty(4 * hidden).uniform_(-bound, bound))
+        self.bias_hh_l0 = nn.Parameter(torch.empty(4 * hidden).uniform_(-bound, bound))
+
+    def forward(self, inputs: Tensor, state: State, dtype: torch.dtype) -> tuple[Tensor, State]:
+        """Run all time steps.
+
+        Args:
+            inputs: (B, K, T, D).
+            state: hidden state and cell state, (B, K, H) each.
+            dtype: dtype to compute in. Under autocast on CUDA, some versions of torch choose float16 for RNNs, whatever
+                the autocast dtype is, so autocast is disabled.
+
+        Returns:
+            Hidden states (B, K, T, H) in that dtype, and the final state in the dtype of the parameters.
+        """
+        b, k, t, _ = inputs.shape
+        parameters = [self.weight_ih_l0, self.weight_hh_l0, self.bias_ih_l0, self.bias_hh_l0]
+        flat = torch.cat([part.to(dtype).flatten() for part in parameters])  # one block of memory, as cuDNN expects
+        parts = torch.split(flat, [part.numel() for part in parameters])
+        weights = [part.view_as(like) for part, like in zip(parts, parameters, strict=True)]
+        start = tuple(part.to(dtype).reshape(1, b * k, -1).contiguous() for part in state)
+        with disable_autocast(inputs.device):
+            outputs, *after = torch.lstm(
+                inputs.to(dtype).flatten(0, 1), start, weights, True, 1, 0.0, self.training, False, True
+            )
+        dtype = self.weight_hh_l0.dtype
+        return outputs.reshape(b, k, t, -1), tuple(part.reshape(b, k, -1).to(dtype) for part in after)
+
+    def step(self, inputs: Tensor, state: State) -> State:
+        """Return the state after one time step, for inputs (B, K, D)."""
+        hidden, cell = state
+        gates = F.linear(inputs, self.weight_ih_l0, self.bias_ih_l0)
+        gates = gates + F.linear(hidden.to(gates.dtype), self.weight_hh_l0, self.bias_hh_l0)
+        into, forget, candidate, out = gates.to(cell.dtype).chunk(4, -1)
+        cell = torch.sigmoid(forget) * cell + torch.sigmoid(into) * torch.tanh(candidate)
+        return torch.sigmoid(out) * torch.tanh(cell), cell
 
 
 def _bottleneck(size: int, bottleneck: int | None) -> nn.Module:

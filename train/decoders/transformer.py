@@ -11,16 +11,35 @@ needed.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name in PyTorch code)
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from gridcap.common.config import TransformerConfig
+from gridcap.common.config import DecoderConfig
 from gridcap.train.data.vocabulary import PAD
 from gridcap.train.decoders.base import Decoder, Memory, State
+from gridcap.train.decoders.registry import register_decoder
 
 
+class TransformerConfig(DecoderConfig):
+    """Transformer decoder with cross-attention over the projected grid."""
+
+    family: Literal["transformer"] = "transformer"
+    layers: PositiveInt = Field(3, description="decoder layers")
+    heads: PositiveInt = Field(8, description="attention heads; must divide embed_size")
+    feedforward_size: PositiveInt = Field(1024, description="hidden size of the feedforward layers")
+
+    @model_validator(mode="after")
+    def _heads_divide_embed_size(self) -> TransformerConfig:
+        if self.embed_size % self.heads:
+            raise ValueError(f"embed_size {self.embed_size} is not a multiple of heads {self.heads}")
+        return self
+
+
+@register_decoder("transformer")
 class TransformerDecoder(Decoder):
     """Pre-norm Transformer decoder.
 
@@ -35,6 +54,7 @@ class TransformerDecoder(Decoder):
         channels: C.
     """
 
+    config_class = TransformerConfig
     has_attention = True
 
     def __init__(self, config: TransformerConfig, vocabulary_size: int, cells: int, channels: int) -> None:

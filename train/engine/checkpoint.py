@@ -36,7 +36,7 @@ from gridcap.common.errors import CheckpointError, explain_out_of_memory, first_
 from gridcap.common.files import fsync_path, sha256_of, temporary_sibling, write_json
 from gridcap.train.data.vocabulary import Vocabulary
 from gridcap.train.decoders.base import Decoder
-from gridcap.train.decoders.build import build_decoder
+from gridcap.train.decoders.registry import build_decoder, resolve_decoder
 
 VERSION = 4  # 4: new configuration keys; 3: checksums; 2: other decoders
 POINTERS = "checkpoints.json"
@@ -206,7 +206,7 @@ def _load(folder: Path) -> Checkpoint:
     with _reading(folder / "config.json"):
         saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         _check_version(folder, saved["version"])
-        config = PipelineConfig.model_validate(saved["pipeline"])
+        config = resolve_decoder(PipelineConfig.model_validate(saved["pipeline"]))
     _verify_checksums(folder, "config.json", "model.safetensors", "vocabulary.json", "provenance.json")
     with _reading(folder / "provenance.json"):
         provenance = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))

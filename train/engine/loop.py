@@ -18,11 +18,14 @@ from gridcap.common.text import plural
 from gridcap.train.data import assignment
 from gridcap.train.data.captioned import CaptionedImages
 from gridcap.train.data.stream import CaptionStream, StreamOptions
+from gridcap.train.decoders.registry import resolve_decoder
 from gridcap.train.engine.checkpoint import POINTERS, CheckpointContents, find_checkpoint, save_checkpoint
 from gridcap.train.engine.curves import plot_curves
 from gridcap.train.engine.determinism import deterministic
 from gridcap.train.engine.distributed import find_ranks, process_group
 from gridcap.train.engine.epoch_stats import EpochStats
+from gridcap.train.engine.gradients import Gradients
+from gridcap.train.engine.graphs import CudaGraphs
 from gridcap.train.engine.health import health_warnings
 from gridcap.train.engine.history import best_row, epochs_done, format_last_epoch, should_stop
 from gridcap.train.engine.interrupt import defer_stop_signals
@@ -33,7 +36,6 @@ from gridcap.train.engine.state import RunState
 from gridcap.train.engine.step import StepResult, train_step
 from gridcap.train.engine.step_time import StepTimeMonitor
 from gridcap.train.engine.validation import validate
-from gridcap.train.objectives.base import Objective
 from gridcap.train.objectives.build import build_objective
 
 
@@ -67,6 +69,7 @@ def fit(
         TrainingError: the loss became NaN or inf, or the ranks cannot connect.
         UserError: SCST without `init_from`, or fewer images per step than ranks and gradient accumulation steps.
     """
+    config = resolve_decoder(config)
     ranks = find_ranks()
     runtime = choose_runtime(config.train, ranks, progress)
     with process_group(ranks, runtime.device), deterministic(runtime.device):
@@ -147,7 +150,10 @@ class Trainer:
             job.runtime.device.type == "cuda",
         )
         self.stream = CaptionStream(job.train, run.vocabulary, options)
-        self.objective: Objective = build_objective(settings, job.train, run.vocabulary)
+        objective = build_objective(settings, job.train, run.vocabulary)
+        device, wanted = job.runtime.device, settings.cuda_graph
+        graphs = CudaGraphs(device) if device.type == "cuda" and wanted != "off" else None
+        self.gradients = Gradients(run.decoder, objective, job.runtime, graphs, required=wanted == "on")
         self.log = RunLog(job.output, run.history, run.step) if job.runtime.ranks.is_main else None
         self.pending_signal: Callable[[], Callable[[], None] | None] = lambda: None
 
@@ -211,7 +217,7 @@ class Trainer:
                 started = time.perf_counter()
                 with stats.waiting_for_data():
                     step_batches = list(islice(batches, self.job.settings.grad_accum_steps))
-                result = train_step(self.job, run, step_batches, self.objective, len(stream))
+                result = train_step(self.job, run, step_batches, self.gradients, len(stream))
                 stats.add(result.sums)
                 if run.step % STEPS_PER_ROW == 0 or index == 0:
                     self._log_step(epoch, result)

@@ -14,7 +14,7 @@ from gridcap.common.store.provenance import check_same_features
 from gridcap.train.data.vocabulary import Vocabulary
 from gridcap.train.data.vocabulary_check import check_vocabulary
 from gridcap.train.decoders.base import Decoder
-from gridcap.train.decoders.build import build_decoder
+from gridcap.train.decoders.registry import build_decoder
 from gridcap.train.engine.checkpoint import POINTERS, find_checkpoint, load_checkpoint, load_training_state
 from gridcap.train.engine.ema import WeightEMA
 from gridcap.train.engine.job import TrainingJob
@@ -35,6 +35,7 @@ RESUMABLE_CHANGES = frozenset(
         "checkpoint_steps",
         "checkpoint_minutes",
         "device",
+        "cuda_graph",
         "grad_accum_steps",
     }
 )

@@ -1,4 +1,4 @@
-"""One training step: forward and backward passes, gradient reduction, optimizer step, and EMA."""
+"""One training step: gradients, their reduction over the ranks, optimizer step, and EMA."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from gridcap.train.data.batch import CaptionBatch
 from gridcap.train.engine.determinism import step_seed
+from gridcap.train.engine.gradients import Gradients
 from gridcap.train.engine.job import TrainingJob
 from gridcap.train.engine.log import Row
 from gridcap.train.engine.optimizer import learning_rate, take_step
 from gridcap.train.engine.state import RunState
-from gridcap.train.objectives.base import Objective
 
 
 @dataclass(frozen=True)
@@ -38,53 +38,31 @@ class StepResult:
 
 
 def train_step(
-    job: TrainingJob, run: RunState, batches: Sequence[CaptionBatch], objective: Objective, steps_per_epoch: int
+    job: TrainingJob, run: RunState, batches: Sequence[CaptionBatch], gradients: Gradients, steps_per_epoch: int
 ) -> StepResult:
-    """Update the weights once.
+    """Update the weights once. This does not wait for the device.
 
     Args:
         job: the run.
         run: state to update.
         batches: this rank's images of the step, one batch per gradient accumulation step. Some may be empty.
-        objective: loss to minimize.
+        gradients: computes the gradients of a batch.
         steps_per_epoch: number of steps per epoch.
     """
     run.decoder.train()
     torch.manual_seed(step_seed(job.config.seed, run.step, job.runtime.ranks.rank))
-    run.optimizer.zero_grad(set_to_none=True)
-    sums = _accumulate_gradients(job, run, batches, objective, run.step // steps_per_epoch)
-    parameters = list(run.decoder.parameters())
-    for parameter in parameters:
-        if parameter.grad is None:  # unused by this loss, or a rank without images in a short last step
-            parameter.grad = torch.zeros_like(parameter)
+    sums = gradients.compute(batches, run.step // steps_per_epoch)
     names, values = list(sums), torch.stack(list(sums.values()))
-    job.runtime.ranks.all_reduce([*(p.grad for p in parameters if p.grad is not None), values])
+    job.runtime.ranks.all_reduce([*(p.grad for p in gradients.parameters if p.grad is not None), values])
     sums = dict(zip(names, values, strict=True))
     rate = learning_rate(job.settings, run.step, steps_per_epoch)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
-    grad_norm = take_step(run.optimizer, parameters, sums["tokens"], job.settings)
+    grad_norm = take_step(run.optimizer, gradients.parameters, sums["tokens"], job.settings)
     run.step += 1
     if run.ema is not None:
         run.ema.update(run.decoder, run.step)
     return StepResult(sums, rate, grad_norm)
-
-
-def _accumulate_gradients(
-    job: TrainingJob, run: RunState, batches: Sequence[CaptionBatch], objective: Objective, epoch: int
-) -> dict[str, Tensor]:
-    """Run the forward and backward passes, and return the summed terms of the objective."""
-    device = job.runtime.device
-    sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in objective.term_names}
-    for batch in batches:
-        if len(batch.images) == 0:
-            continue
-        with job.runtime.autocast():
-            loss, terms = objective(run.decoder, batch.to(device), epoch)
-        loss.backward()  # type: ignore[no-untyped-call]
-        for name in sums:
-            sums[name] = sums[name] + terms[name]
-    return sums
 
 
 def mean_terms(sums: dict[str, Tensor]) -> dict[str, float]:

@@ -20,9 +20,15 @@ class Objective(Protocol):
 
     Attributes:
         term_names: keys of the terms, in a fixed order. "tokens" is required.
+        capturable: whether the computation reads nothing from the device and depends only on the shapes of the batch
+            and on `variant`, so that it can be replayed as a CUDA graph.
     """
 
     term_names: tuple[str, ...]
+    capturable: bool
+
+    def variant(self, epoch: int) -> object:
+        """Return what the operators of an epoch depend on; epochs with equal values can share a graph."""
 
     def __call__(self, decoder: Decoder, batch: CaptionBatch, epoch: int) -> tuple[Tensor, Terms]:
         """Compute the loss of a batch.

@@ -22,6 +22,7 @@ class CrossEntropy:
     """
 
     term_names: tuple[str, ...] = ("tokens", "loss")
+    capturable = True
 
     def __init__(self, settings: TrainConfig) -> None:
         self._settings = settings
@@ -31,6 +32,10 @@ class CrossEntropy:
         """Return the scheduled sampling probability of an epoch (from 0)."""
         sampling = self._settings.scheduled_sampling
         return min(sampling.max_prob, sampling.prob_step * (epoch // sampling.step_epochs))
+
+    def variant(self, epoch: int) -> float:
+        """Return the scheduled sampling probability."""
+        return self.sampling_prob(epoch)
 
     def __call__(self, decoder: Decoder, batch: CaptionBatch, epoch: int) -> tuple[Tensor, Terms]:
         """Compute the loss as defined by `Objective`.

@@ -42,10 +42,14 @@ class SelfCritical:
     """
 
     term_names: tuple[str, ...] = ("tokens", "captions", "reward", "baseline", "advantage")
+    capturable = False  # the host computes the rewards
 
     def __init__(self, reward: CaptionReward, samples: int, max_length: int, temperature: float = 1.0) -> None:
         self._reward, self._samples = reward, samples
         self._options = SamplingOptions(max_length, temperature)
+
+    def variant(self, epoch: int) -> None:
+        """Return None: epochs do not differ."""
 
     def __call__(self, decoder: Decoder, batch: CaptionBatch, epoch: int) -> tuple[Tensor, Terms]:
         """Compute the loss as defined by `Objective`.

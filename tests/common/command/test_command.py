@@ -28,6 +28,7 @@ from gridcap.common.command.command import ALL_SETTINGS
 from gridcap.common.command.suggest import RENAMED_FLAGS, suggest_flags
 from gridcap.common.config import PipelineConfig
 from gridcap.common.errors import ConfigError, ExtractionError, GridcapError, StoreError, UserError
+from gridcap.train.decoders.registry import DECODER_CONFIGS
 
 EXAMPLES = """
 try-it --batch-size 3            (another batch size)
@@ -49,6 +50,7 @@ def make_command(
     @flag("--batch-size", "extract.batch_size")
     @flag("--learning-rate", "train.learning_rate")
     @flag("--decoder", "train.decoder.family")
+    @flag("--shuffle", "train.shuffle")
     @flag("--features", "train.features")
     @flag("--block-trigrams", "caption.block_trigrams")
     @click.option("--name", help="an option of its own")
@@ -90,7 +92,8 @@ def test_help_shows_defaults_and_one_example_per_line(option: str) -> None:
     assert "images per encoder batch" in words
     assert "[extract.batch_size]" in words
     assert "default: attention" in words
-    assert "[attention|lstm|transformer]" in words
+    assert "attention (recurrent, attends to the cells), lstm, transformer" in words
+    assert "[rows|blocks]" in words
     assert "--block-trigrams / --no-block-trigrams" in words
     assert "[caption.block_trigrams; default: False]" in words
     assert "[train.features]" in words
@@ -195,7 +198,7 @@ def test_reload_config_does_not_apply_the_recipe_again() -> None:
     Path("saved.yaml").write_text("train: {epochs: 2, decoder: {family: attention}}\n")
     seen: list[PipelineConfig] = []
     result = run(
-        lambda *_: seen.append(reload_config(Path("saved.yaml"))),
+        lambda *_: seen.append(reload_config(Path("saved.yaml"), DECODER_CONFIGS)),
         "--name",
         "transformer",
         own_recipe=lambda values: values["name"],
@@ -209,7 +212,7 @@ def test_reload_config_applies_flags_and_set_to_another_file() -> None:
     Path("saved.yaml").write_text("train: {epochs: 2, batch_size: 2, learning_rate: 0.5}\n")
     seen: list[PipelineConfig] = []
     result = run(
-        lambda *_: seen.append(reload_config(Path("saved.yaml"))),
+        lambda *_: seen.append(reload_config(Path("saved.yaml"), DECODER_CONFIGS)),
         "--learning-rate",
         "0.25",
         "--set",
@@ -291,7 +294,7 @@ def test_reject_ignored_names_the_flag_or_set_that_has_no_effect(args: tuple[str
     [
         ("--batch-size", "many"),
         ("--batch-size", "0"),
-        ("--decoder", "gpt"),
+        ("--shuffle", "cards"),
         ("--block-trigrams", "yes"),
         ("--block-trigrams", "--set", "caption.block_trigrams=true"),
         ("--no-such-flag",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from gridcap.common.config import (
-    AttentionConfig,
-    LstmConfig,
-    PipelineConfig,
-    SplitConfig,
-    TransformerConfig,
-    load_config,
-)
+from gridcap.common import config as config_package
+from gridcap.common.config import PipelineConfig, SplitConfig
 from gridcap.common.errors import ConfigError
+from gridcap.train.decoders.attention import AttentionConfig
+from gridcap.train.decoders.lstm import LstmConfig
+from gridcap.train.decoders.registry import DECODER_CONFIGS, resolve_decoder
+from gridcap.train.decoders.transformer import TransformerConfig
+
+load_config = partial(config_package.load_config, decoders=DECODER_CONFIGS)
+DEFAULTS = resolve_decoder(PipelineConfig())
 
 
 def write(text: str, name: str = "mine.yaml") -> Path:
@@ -53,7 +55,7 @@ def test_unknown_keys_that_contain_dots_are_reported(text: str) -> None:
 
 
 def test_pipeline_yaml_in_the_current_folder_is_loaded_by_default() -> None:
-    assert load_config() == PipelineConfig()
+    assert load_config() == DEFAULTS
     write("seed: 7\n", "pipeline.yaml")
     assert load_config().seed == 7
     assert load_config(write("{}", "other.yaml")).seed == 0
@@ -61,7 +63,7 @@ def test_pipeline_yaml_in_the_current_folder_is_loaded_by_default() -> None:
 
 @pytest.mark.parametrize("text", ["", "# only a comment\n", "---\n"])
 def test_an_empty_file_gives_the_defaults(text: str) -> None:
-    assert load_config(write(text)) == PipelineConfig()
+    assert load_config(write(text)) == DEFAULTS
 
 
 def test_set_overrides_the_file_and_flags_override_both() -> None:

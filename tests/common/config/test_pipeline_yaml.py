@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import partial
 from inspect import isclass
 from pathlib import Path
 from typing import Any, get_args
@@ -12,14 +13,13 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from gridcap.common.config import (
-    AttentionConfig,
-    PipelineConfig,
-    SplitConfig,
-    describe_key,
-    load_config,
-)
-from gridcap.common.config.decoders import FAMILIES
+from gridcap.common import config as config_package
+from gridcap.common.config import DecoderSettings, PipelineConfig, SplitConfig, describe_key
+from gridcap.train.decoders.attention import AttentionConfig
+from gridcap.train.decoders.registry import DECODER_CONFIGS, resolve_decoder
+
+load_config = partial(config_package.load_config, decoders=DECODER_CONFIGS)
+DEFAULTS = resolve_decoder(PipelineConfig())
 
 ROOT = Path(__file__).parents[3]
 
@@ -33,7 +33,7 @@ def write(text: str, name: str = "mine.yaml") -> Path:
 
 def test_pipeline_yaml_contains_the_defaults() -> None:
     shipped = load_config(ROOT / "pipeline.yaml").model_dump()
-    defaults = PipelineConfig().model_dump()
+    defaults = DEFAULTS.model_dump()
     assert shipped["data"].pop("splits")
     defaults["data"].pop("splits")
     assert shipped == defaults
@@ -45,7 +45,7 @@ def leaf_keys(model: type[BaseModel]) -> Iterator[str]:
         inner = [t for t in (get_args(field.annotation) or (field.annotation,)) if isclass(t) and not get_args(t)]
         sections = [t for t in inner if issubclass(t, BaseModel) and t is not SplitConfig]
         if sections:
-            section = AttentionConfig if AttentionConfig in sections else sections[0]
+            section = AttentionConfig if sections[0] is DecoderSettings else sections[0]
             yield from (f"{name}.{key}" for key in leaf_keys(section))
         else:
             yield name
@@ -87,17 +87,17 @@ def other_decoders() -> dict[str, Any]:
     return decoders
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "attention"])
+@pytest.mark.parametrize("family", [family for family in DECODER_CONFIGS if family != "attention"])
 def test_commented_decoder_sections_contain_all_keys_with_their_defaults(family: str) -> None:
     """Uncommenting a section selects the family with its defaults."""
     tree = other_decoders()[family]
-    assert set(tree) == set(FAMILIES[family].model_fields)
-    default = FAMILIES[family]()
+    assert set(tree) == set(DECODER_CONFIGS[family].model_fields)
+    default = DECODER_CONFIGS[family]()
     assert load_config(write(yaml.safe_dump({"train": {"decoder": tree}}))).train.decoder == default
     indented = "".join(f"    {line}\n" for line in yaml.safe_dump(tree).splitlines())
     swapped = re.sub(r"\n  decoder:\n(?:    .*\n)+", f"\n  decoder:\n{indented}", SHIPPED)
     assert swapped != SHIPPED
-    expected = PipelineConfig().train.model_dump() | {"decoder": default.model_dump()}
+    expected = DEFAULTS.train.model_dump() | {"decoder": default.model_dump()}
     assert load_config(write(swapped)).train.model_dump() == expected
 
 
@@ -121,9 +121,9 @@ def test_every_key_has_a_description(key: str) -> None:
     assert describe_key(key).description
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DECODER_CONFIGS)
 def test_every_option_of_a_decoder_has_a_description(family: str) -> None:
-    fields = FAMILIES[family].model_fields
+    fields = DECODER_CONFIGS[family].model_fields
     assert [name for name, field in fields.items() if name != "family" and not field.description] == []
     assert fields["family"].default == family
     assert describe_key("train.decoder.family").description

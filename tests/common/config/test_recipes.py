@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
 
-from gridcap.common.config import (
-    AttentionConfig,
-    LstmConfig,
-    PipelineConfig,
-    TrainConfig,
-    TransformerConfig,
-    load_config,
-    recipe_names,
-)
+from gridcap.common import config as config_package
+from gridcap.common.config import PipelineConfig, TrainConfig, recipe_names
 from gridcap.common.config.train import RUN_SETTINGS
 from gridcap.common.errors import ConfigError, PathError
+from gridcap.train.decoders.attention import AttentionConfig
+from gridcap.train.decoders.lstm import LstmConfig
+from gridcap.train.decoders.registry import DECODER_CONFIGS, resolve_decoder
+from gridcap.train.decoders.transformer import TransformerConfig
+
+load_config = partial(config_package.load_config, decoders=DECODER_CONFIGS)
+DEFAULTS = resolve_decoder(PipelineConfig())
 
 ROOT = Path(__file__).parents[3]
 
@@ -46,7 +47,8 @@ def recipe(text: str = MINE) -> str:
 def test_a_recipe_defines_the_train_section() -> None:
     train = load_config(recipe=recipe()).train
     assert (train.epochs, train.learning_rate, train.decoder) == (3, 0.5, LstmConfig(hidden_size=48))
-    assert train == TrainConfig.model_validate({"output": "runs/my-recipe", **yaml.safe_load(MINE)["train"]})
+    given = {"train": {"output": "runs/my-recipe", **yaml.safe_load(MINE)["train"]}}
+    assert train == resolve_decoder(PipelineConfig.model_validate(given)).train
 
 
 def test_a_recipe_replaces_the_train_section_of_the_file() -> None:
@@ -138,7 +140,7 @@ def test_built_in_recipes_are_found_by_name(name: str) -> None:
     ours = yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text(encoding="utf-8"))
     if name != "scst":
         ours["train"]["output"] = f"runs/{name}"
-    assert load_config(recipe=name) == PipelineConfig.model_validate(ours)
+    assert load_config(recipe=name) == resolve_decoder(PipelineConfig.model_validate(ours))
 
 
 def test_a_built_in_recipe_takes_precedence_over_a_file_of_the_same_name() -> None:

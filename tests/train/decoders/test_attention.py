@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from gridcap.common.config import AttentionConfig
-from gridcap.train.decoders.attention import AttentionDecoder
+from gridcap.train.decoders.attention import AttentionConfig, AttentionDecoder
+from gridcap.train.decoders.layers.cells import AttentionInputs
 
 torch.set_num_threads(1)
 
@@ -112,7 +112,7 @@ def test_published_settings_attend_to_the_features_themselves_from_a_zero_state(
     memory = decoder.encode(grid())
     assert torch.equal(memory[0], grid())
     assert not any(part.any() for part in decoder.initial_state(memory))
-    torch.testing.assert_close(memory[2], grid().mean(1) @ decoder.cell.from_mean.weight.T)
+    torch.testing.assert_close(memory[3], grid().mean(1) @ decoder.cell.from_mean.weight.T)
     shuffled = decoder.encode(grid()[:, [2, 0, 3, 1]])
     torch.testing.assert_close(decoder(shuffled, TOKENS[..., None])[0], decoder(memory, TOKENS[..., None])[0])
 
@@ -138,9 +138,9 @@ def test_context_gate_scales_the_context_by_a_scalar(cell):
     plain, gated = build(cell), build(cell, context_gate=True)
     gated.load_state_dict(plain.state_dict(), strict=False)
     gate = gated.cell.attention.gate
-    state, (cells, keys, *_) = some_state(plain), plain.encode(grid())
+    state, memory = some_state(plain), plain.encode(grid())
     query = torch.randn(B, K, A)
-    inputs = plain.cell.attention.prepare(cells, keys)
+    inputs = AttentionInputs(*memory[:3])
     context, weights = plain.cell.attention(query, state[0], inputs)
     scaled, same = gated.cell.attention(query, state[0], inputs)
     torch.testing.assert_close(scaled, context * gate(state[0]).sigmoid())

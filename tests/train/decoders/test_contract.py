@@ -5,11 +5,13 @@ import math
 import pytest
 import torch
 
-from gridcap.common.config import AttentionConfig, LstmConfig, TransformerConfig
 from gridcap.train.data.vocabulary import PAD
+from gridcap.train.decoders.attention import AttentionConfig
 from gridcap.train.decoders.base import Decoder
-from gridcap.train.decoders.build import build_decoder
 from gridcap.train.decoders.ensemble import Ensemble
+from gridcap.train.decoders.lstm import LstmConfig
+from gridcap.train.decoders.registry import build_decoder
+from gridcap.train.decoders.transformer import TransformerConfig
 
 torch.set_num_threads(1)
 

@@ -5,9 +5,11 @@ import copy
 import pytest
 import torch
 
-from gridcap.common.config import AttentionConfig, LstmConfig, TransformerConfig
-from gridcap.train.decoders.build import build_decoder
+from gridcap.train.decoders.attention import AttentionConfig
 from gridcap.train.decoders.ensemble import Ensemble
+from gridcap.train.decoders.lstm import LstmConfig
+from gridcap.train.decoders.registry import build_decoder
+from gridcap.train.decoders.transformer import TransformerConfig
 from gridcap.train.decoding.beam import BeamOptions, beam_search
 
 torch.set_num_threads(1)

@@ -4,8 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from gridcap.common.config import LstmConfig
-from gridcap.train.decoders.lstm import LstmDecoder
+from gridcap.train.decoders.lstm import LstmConfig, LstmDecoder
 
 torch.set_num_threads(1)
 
@@ -14,7 +13,7 @@ V, B, K, T, C, E, H = 11, 2, 3, 4, 8, 6, 10
 
 def build(**options) -> LstmDecoder:
     torch.manual_seed(0)
-    return LstmDecoder(LstmConfig(embed_size=E, hidden_size=H, **options), V, C).eval()
+    return LstmDecoder(LstmConfig(embed_size=E, hidden_size=H, **options), V, 1, C).eval()
 
 
 @pytest.fixture

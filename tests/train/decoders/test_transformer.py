@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from gridcap.common.config import TransformerConfig
-from gridcap.train.decoders.transformer import TransformerDecoder, _sinusoids
+from gridcap.train.decoders.transformer import TransformerConfig, TransformerDecoder, _sinusoids
 
 torch.set_num_threads(1)
 

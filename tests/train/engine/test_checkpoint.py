@@ -11,7 +11,7 @@ import torch
 
 from gridcap.common.errors import CheckpointError
 from gridcap.train.data.vocabulary import Vocabulary
-from gridcap.train.decoders.build import build_decoder
+from gridcap.train.decoders.registry import build_decoder
 from gridcap.train.engine import checkpoint
 from gridcap.train.engine.checkpoint import (
     CheckpointContents,

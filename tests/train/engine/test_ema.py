@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from gridcap.train.decoders.build import build_decoder
+from gridcap.train.decoders.registry import build_decoder
 from gridcap.train.engine.ema import WeightEMA
 
 

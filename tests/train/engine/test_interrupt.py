@@ -8,7 +8,7 @@ import torch
 
 import gridcap.train.engine.loop
 from gridcap.train.data.vocabulary import Vocabulary
-from gridcap.train.decoders.build import build_decoder
+from gridcap.train.decoders.registry import build_decoder
 from gridcap.train.engine.checkpoint import find_checkpoint, load_training_state
 from gridcap.train.engine.distributed import Ranks
 from gridcap.train.engine.interrupt import defer_stop_signals

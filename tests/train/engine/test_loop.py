@@ -11,7 +11,7 @@ import gridcap.train.engine.loop as train_loop
 from gridcap.common.captions.records import ImageRecord
 from gridcap.common.errors import CheckpointError, MismatchError, TrainingError, UserError
 from gridcap.train.data.captioned import CaptionedImages
-from gridcap.train.decoders.build import build_decoder
+from gridcap.train.decoders.registry import build_decoder
 from gridcap.train.decoding.beam import BeamOptions, beam_search
 from gridcap.train.engine.checkpoint import find_checkpoint, load_checkpoint, load_training_state
 from gridcap.train.engine.job import Runtime

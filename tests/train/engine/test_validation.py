@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from gridcap.common.config import TransformerConfig
 from gridcap.train.data.vocabulary import Vocabulary
-from gridcap.train.decoders.build import build_decoder
+from gridcap.train.decoders.registry import build_decoder
+from gridcap.train.decoders.transformer import TransformerConfig
 from gridcap.train.decoding.beam import BeamOptions, beam_search
 from gridcap.train.engine.distributed import Ranks
 from gridcap.train.engine.job import Runtime

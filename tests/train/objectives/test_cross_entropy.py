@@ -4,11 +4,14 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from gridcap.common.config import AttentionConfig, LstmConfig, TrainConfig, TransformerConfig
+from gridcap.common.config import TrainConfig
 from gridcap.train.data.batch import CaptionBatch
 from gridcap.train.data.vocabulary import BOS, EOS, PAD, UNK
+from gridcap.train.decoders.attention import AttentionConfig
 from gridcap.train.decoders.base import Decoder
-from gridcap.train.decoders.build import build_decoder
+from gridcap.train.decoders.lstm import LstmConfig
+from gridcap.train.decoders.registry import build_decoder
+from gridcap.train.decoders.transformer import TransformerConfig
 from gridcap.train.objectives.cross_entropy import CrossEntropy, forward_scheduled_sampling
 
 VOCAB_SIZE = 11

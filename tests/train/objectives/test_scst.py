@@ -5,11 +5,13 @@ import pytest
 import torch
 from torch import nn
 
-from gridcap.common.config import AttentionConfig, LstmConfig, TransformerConfig
 from gridcap.train.data.batch import CaptionBatch
 from gridcap.train.data.vocabulary import BOS, EOS, PAD, UNK
+from gridcap.train.decoders.attention import AttentionConfig
 from gridcap.train.decoders.base import Decoder
-from gridcap.train.decoders.build import build_decoder
+from gridcap.train.decoders.lstm import LstmConfig
+from gridcap.train.decoders.registry import build_decoder
+from gridcap.train.decoders.transformer import TransformerConfig
 from gridcap.train.objectives.scst import SelfCritical
 
 VOCAB_SIZE = 8

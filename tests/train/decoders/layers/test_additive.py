@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gridcap.train.decoders.additive import additive_powers, additive_scores, additive_scores_reference
+from gridcap.train.decoders.layers.additive import additive_powers, additive_scores, additive_scores_reference
 
 Scores = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -44,7 +44,7 @@ def with_triton() -> Scores:
         pytest.importorskip("triton", reason="Triton is not installed")
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("TRITON_INTERPRET=1 is set only on machines without a GPU")
-    Interpreted.kernels = importlib.import_module("gridcap.train.decoders.additive_triton")
+    Interpreted.kernels = importlib.import_module("gridcap.train.decoders.layers.additive_triton")
     return Interpreted.apply
 
 

@@ -11,14 +11,35 @@ Axes as in `base.py`, and: E embedding size, D size of a grid cell, A attention 
 from __future__ import annotations
 
 import abc
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from gridcap.common.config import AttentionConfig
-from gridcap.train.decoders.additive import additive_scores
 from gridcap.train.decoders.base import Memory, State
+from gridcap.train.decoders.layers.additive import additive_scores
+
+AttentionCell = Literal["gru", "lstm", "att2in", "top-down"]
+
+
+@dataclass(frozen=True)
+class CellSizes:
+    """Sizes of a cell.
+
+    Attributes:
+        embed: E.
+        hidden: H.
+        attention: A.
+        width: D.
+        context_gate: multiply the context vector by a gate computed from the state.
+    """
+
+    embed: int
+    hidden: int
+    attention: int
+    width: int
+    context_gate: bool = False
 
 
 class CellOutput(NamedTuple):
@@ -88,17 +109,16 @@ class Cell(nn.Module, abc.ABC):
     """A recurrent cell that attends to the grid at every step.
 
     Args:
-        config: sizes.
-        width: D.
+        sizes: sizes.
         token_gates: G / H, number of pre-activations of size H that receive the token.
     """
 
     states: int  # number of (B, K, H) tensors in the state
 
-    def __init__(self, config: AttentionConfig, width: int, token_gates: int) -> None:
+    def __init__(self, sizes: CellSizes, token_gates: int) -> None:
         super().__init__()
-        self.from_token = nn.Linear(config.embed_size, token_gates * config.hidden_size)
-        self.attention = Attention(config.hidden_size, config.attention_size, config.context_gate)
+        self.from_token = nn.Linear(sizes.embed, token_gates * sizes.hidden)
+        self.attention = Attention(sizes.hidden, sizes.attention, sizes.context_gate)
 
     def project_image(self, mean: Tensor) -> Memory:
         """Return the cell-specific projection of the mean feature (B, D), as tensors for the memory."""
@@ -131,18 +151,17 @@ class AttendThenUpdate(Cell):
     """A cell that attends with its previous hidden state, then updates the state.
 
     Args:
-        config: sizes.
-        width: D.
+        sizes: sizes.
         gates: number of pre-activations of size H that receive the token and the state.
         context_gates: number of those that receive the context vector.
     """
 
-    def __init__(self, config: AttentionConfig, width: int, gates: int, context_gates: int) -> None:
-        super().__init__(config, width, gates)
-        hidden = config.hidden_size
-        self._split = (config.attention_size, gates * hidden)
+    def __init__(self, sizes: CellSizes, gates: int, context_gates: int) -> None:
+        super().__init__(sizes, gates)
+        hidden = sizes.hidden
+        self._split = (sizes.attention, gates * hidden)
         self.from_hidden = nn.Linear(hidden, sum(self._split))
-        self.from_context = nn.Linear(width, context_gates * hidden, bias=False)
+        self.from_context = nn.Linear(sizes.width, context_gates * hidden, bias=False)
 
     def forward(self, token: Tensor, state: State, inputs: AttentionInputs) -> CellOutput:
         query, hidden = self.from_hidden(state[0]).split(self._split, -1)
@@ -160,8 +179,8 @@ class GruCell(AttendThenUpdate):
 
     states = 1
 
-    def __init__(self, config: AttentionConfig, width: int) -> None:
-        super().__init__(config, width, 3, 3)
+    def __init__(self, sizes: CellSizes) -> None:
+        super().__init__(sizes, 3, 3)
 
     def _update(self, token: Tensor, hidden: Tensor, context: Tensor, state: State) -> State:
         size = state[0].shape[-1]
@@ -177,8 +196,8 @@ class LstmCell(AttendThenUpdate):
 
     states = 2
 
-    def __init__(self, config: AttentionConfig, width: int) -> None:
-        super().__init__(config, width, 4, 4)
+    def __init__(self, sizes: CellSizes) -> None:
+        super().__init__(sizes, 4, 4)
 
     def _update(self, token: Tensor, hidden: Tensor, context: Tensor, state: State) -> State:
         return _lstm(token + hidden + context, state[1])
@@ -192,8 +211,8 @@ class Att2inCell(AttendThenUpdate):
 
     states = 2
 
-    def __init__(self, config: AttentionConfig, width: int) -> None:
-        super().__init__(config, width, 5, 2)
+    def __init__(self, sizes: CellSizes) -> None:
+        super().__init__(sizes, 5, 2)
 
     def _update(self, token: Tensor, hidden: Tensor, context: Tensor, state: State) -> State:
         size = state[1].shape[-1]
@@ -215,15 +234,15 @@ class TopDownCell(Cell):
 
     states = 4
 
-    def __init__(self, config: AttentionConfig, width: int) -> None:
-        super().__init__(config, width, 4)
-        hidden = config.hidden_size
-        self._split = (config.attention_size, 4 * hidden)
-        self.from_mean = nn.Linear(width, 4 * hidden, bias=False)
+    def __init__(self, sizes: CellSizes) -> None:
+        super().__init__(sizes, 4)
+        hidden = sizes.hidden
+        self._split = (sizes.attention, 4 * hidden)
+        self.from_mean = nn.Linear(sizes.width, 4 * hidden, bias=False)
         self.from_first = nn.Linear(hidden, 4 * hidden, bias=False)  # previous h1 -> LSTM 1
         self.from_second = nn.Linear(hidden, 8 * hidden, bias=False)  # previous h2 -> LSTM 1 and LSTM 2
         self.from_hidden = nn.Linear(hidden, sum(self._split))  # new h1 -> query and LSTM 2
-        self.from_context = nn.Linear(width, 4 * hidden, bias=False)
+        self.from_context = nn.Linear(sizes.width, 4 * hidden, bias=False)
 
     def project_image(self, mean: Tensor) -> Memory:
         return (self.from_mean(mean),)
