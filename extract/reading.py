@@ -127,17 +127,16 @@ class ImageReader:
         """
         if self._decoder == "nvjpeg":
             return self._pool.submit(self._load_on_gpu, rows, shard).result
-        images = np.zeros((1 + len(self._views), len(rows), self._side, self._side, 3), np.uint8)
+        images = np.empty((1 + len(self._views), len(rows), self._side, self._side, 3), np.uint8)
         size = max(1, min(MAX_IMAGES_PER_TASK, len(rows) // (2 * self._num_workers)))
 
         def load(start: int) -> dict[int, str]:
             invalid: dict[int, str] = {}
             for position, row in enumerate(rows[start : start + size], start):
                 image = self._load(row, shard)
+                images[:, position] = 0 if isinstance(image, str) else image
                 if isinstance(image, str):
                     invalid[position] = image
-                else:
-                    images[:, position] = image
             return invalid
 
         futures = [self._pool.submit(load, start) for start in range(0, len(rows), size)]

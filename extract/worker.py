@@ -112,6 +112,8 @@ class Worker:
             with self._write_wait:
                 while writes:
                     writes.popleft().result()
+                for writer in writers:
+                    writer.drain()
         finally:
             summary.written = sum(writer.finished for writer in writers)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gridcap.common.resources import available_cores
+from gridcap.common.store.codecs import find_codec
 from gridcap.common.store.shard_writer import ShardWriter
 from gridcap.extract.plan import Plan, check_plan_on_disk, shard_writer
 from gridcap.extract.staging import PendingGrids
@@ -61,7 +62,10 @@ def writer_count(on_gpu: bool, shards: int) -> int:
 
 
 class ShardWriterThread:
-    """A thread that writes batches, in order, into shards, one shard after the other.
+    """Threads that write batches, in order, into shards, one shard after the other.
+
+    While one thread writes a shard, another one finishes the previous shard: it flushes the shard, reads it back, and
+    computes its SHA-256.
 
     Args:
         folder: folder of the shards.
@@ -73,7 +77,10 @@ class ShardWriterThread:
 
     def __init__(self, folder: Path, plan: Plan) -> None:
         self._folder, self._plan = folder, plan
+        self._compressed = find_codec(plan.provenance["dtype"]).compressed
         self._thread = ThreadPoolExecutor(1, "write")
+        self._finisher = ThreadPoolExecutor(1, "write-finish")
+        self._finishing: Future[None] | None = None
         self._open: ShardWriter | None = None
         self._batch_size = plan.batch_size
         self._failed = False
@@ -89,9 +96,18 @@ class ShardWriterThread:
         """
         return self._thread.submit(self._write_unless_failed, batch, grids, invalid)
 
+    def drain(self) -> None:
+        """Wait until all queued batches are written and all complete shards are finished.
+
+        Raises:
+            Exception: the error of the last shard.
+        """
+        self._thread.submit(self._wait_for_previous).result()
+
     def close(self) -> None:
-        """Stop the thread and remove an unfinished shard."""
+        """Stop the threads and remove an unfinished shard."""
         self._thread.shutdown(cancel_futures=True)
+        self._finisher.shutdown()  # a complete shard is not abandoned
         self._abandon()
 
     def _write_unless_failed(self, batch: Batch, grids: dict[str, PendingGrids], invalid: dict[int, str]) -> None:
@@ -106,7 +122,11 @@ class ShardWriterThread:
 
     def _write(self, batch: Batch, grids: dict[str, PendingGrids], invalid: dict[int, str]) -> None:
         rows = self._plan.rows_of(batch.shard)
+        if self._finishing is not None and self._finishing.done():
+            self._wait_for_previous()  # raises its error, if any
         if self._open is None:
+            if self._compressed:  # free disk space was checked for one uncompressed shard
+                self._wait_for_previous()
             self._open = shard_writer(self._folder, self._plan, batch.shard)
             self._batch_size = self._plan.batch_size
         local = {row - rows.start: reason for row, reason in invalid.items()}
@@ -114,10 +134,23 @@ class ShardWriterThread:
             self._open.write(batch.start - rows.start, pending.result(), local, view)
             self._batch_size = min(self._batch_size, pending.batch_size or self._batch_size)
         if batch.stop == rows.stop:
-            check_plan_on_disk(self._plan, batch.shard, self._folder)
-            self._open.finish(self._batch_size)
-            self._open = None
-            self.finished += 1
+            self._wait_for_previous()
+            writer, self._open = self._open, None
+            self._finishing = self._finisher.submit(self._finish, writer, batch.shard, self._batch_size)
+
+    def _wait_for_previous(self) -> None:
+        finishing, self._finishing = self._finishing, None
+        if finishing is not None:
+            finishing.result()
+
+    def _finish(self, writer: ShardWriter, shard: int, batch_size: int) -> None:
+        try:
+            check_plan_on_disk(self._plan, shard, self._folder)
+            writer.finish(batch_size)
+        except BaseException:
+            writer.__exit__(OSError, None, None)  # removes the temporary file, without hiding this error
+            raise
+        self.finished += 1
 
     def _abandon(self) -> None:
         """Remove the temporary file of an unfinished shard, without hiding the error that came before."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gridcap.common.errors import ExtractionError
+from gridcap.common.store.shard_writer import ShardWriter
 from gridcap.extract.run import extract_features
 from gridcap.extract.writer import batches_of
+from tests.extract.store_helpers import assert_matches_photos, shards_in
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -80,3 +83,53 @@ def test_an_error_in_one_writer_stops_all_without_unfinished_shards(
     assert not list(prepared.folder.rglob("*.tmp"))
     monkeypatch.setattr(fake, "encode", real)
     assert extract_features(prepared, show_progress=False).complete
+
+
+def test_the_next_shard_is_written_while_a_shard_is_finished(
+    fake: Any, photos: Any, extracted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, finished = threading.Event(), []
+    real_finish, real_write = ShardWriter.finish, ShardWriter.write
+
+    def write(self: ShardWriter, *arguments: Any) -> None:
+        real_write(self, *arguments)
+        if self.path.name == "00001.h5":
+            written.set()
+
+    def finish(self: ShardWriter, *arguments: Any) -> Any:
+        if self.path.name == "00000.h5":
+            assert written.wait(20), "the first shard is finished only after rows of the second one were written"
+        finished.append(self.path.name)
+        return real_finish(self, *arguments)
+
+    monkeypatch.setattr(ShardWriter, "write", write)
+    monkeypatch.setattr(ShardWriter, "finish", finish)
+    folder = photos(6)
+    job, summary = extracted(folder, extract__shard_size=2, extract__batch_size=2)
+    assert finished == ["00000.h5", "00001.h5", "00002.h5"]
+    assert summary.written == 3
+    assert_matches_photos(fake, folder, job.output)
+
+
+@pytest.mark.parametrize("shard", [0, 1, 3])
+def test_an_error_while_a_shard_is_finished_ends_the_run_without_that_shard(
+    fake: Any, photos: Any, job: Any, monkeypatch: pytest.MonkeyPatch, shard: int
+) -> None:
+    def fail(self: ShardWriter, *arguments: Any) -> Any:
+        if self.path.name == f"{shard:05}.h5":
+            raise OSError(28, "No space left on device")
+        return real(self, *arguments)
+
+    real = ShardWriter.finish
+    folder = photos(40)
+    prepared = job(folder, extract__shard_size=10, extract__batch_size=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "finish", fail)
+        with pytest.raises(OSError, match="No space"):
+            extract_features(prepared, show_progress=False)
+    assert not list(prepared.folder.rglob("*.tmp"))
+    assert f"{shard:05}.h5" not in shards_in(prepared.folder)
+    if shard < 3:
+        assert sum(fake.batches) < 40, "later images are not computed in vain"
+    assert extract_features(prepared, show_progress=False).complete
+    assert_matches_photos(fake, folder, prepared.output)
