@@ -11,6 +11,7 @@ from pathlib import Path
 
 from bench.inputs import PHONE_SIZE, make_photos
 from bench.measure import Row, call_in_process, rate, run_rounds
+from bench.stages import measure_stages
 from gridcap.common.process import tune_process
 
 GFLOP_PER_IMAGE = 11.42  # InceptionV3 up to Mixed_7c at 299 x 299; multiplications and additions
@@ -36,6 +37,7 @@ def measure(work: Path, quick: bool) -> Iterator[Row]:
     if on_gpu:
         yield from _measure_gpu(photos, variants, quick, note)
         return
+    yield from measure_stages(photos, work, quick)
     yield _measure_phone_photos(work, quick)
     values = run_rounds(1 if quick else 3, variants)
     yield Row(

@@ -125,15 +125,17 @@ class ImageReader:
         On the CPU, each task decodes a few images into their place in the batch; nvJPEG decodes a whole batch and
         leaves it on the GPU.
         """
+        images_of_shard, first = self._plan.images_of(shard, self._extraction.folder), self._plan.rows_of(shard).start
+        names = [images_of_shard[row - first][1] for row in rows]
         if self._decoder == "nvjpeg":
-            return self._pool.submit(self._load_on_gpu, rows, shard).result
+            return self._pool.submit(self._load_on_gpu, names).result
         images = np.empty((1 + len(self._views), len(rows), self._side, self._side, 3), np.uint8)
         size = max(1, min(MAX_IMAGES_PER_TASK, len(rows) // (2 * self._num_workers)))
 
         def load(start: int) -> dict[int, str]:
             invalid: dict[int, str] = {}
-            for position, row in enumerate(rows[start : start + size], start):
-                image = self._load(row, shard)
+            for position, name in enumerate(names[start : start + size], start):
+                image = self._load(name)
                 images[:, position] = 0 if isinstance(image, str) else image
                 if isinstance(image, str):
                     invalid[position] = image
@@ -153,23 +155,22 @@ class ImageReader:
         """Return the file name of a row of the store."""
         return self._plan.images_of(shard, self._extraction.folder)[row - self._plan.rows_of(shard).start][1]
 
-    def _load(self, row: int, shard: int) -> np.ndarray | str:
+    def _load(self, name: str) -> np.ndarray | str:
         """Return an image and its decoded views, (V, side, side, 3), or the reason why it is invalid."""
-        path = self._path(row, shard)
+        path = self._path(name)
         if isinstance(path, str):
             return path
         resize_mode, scaled = self._resize_mode, self._scaled_decoding
         try:
-            if self._decoder == "turbo" and (image := self._decode_turbo(path, row, shard)) is not None:
+            if self._decoder == "turbo" and (image := self._decode_turbo(path, name)) is not None:
                 return image
             if self._views:
-                name = self.file_name(row, shard)
                 return _retry(lambda: load_views(path, self._side, resize_mode, scaled, self._views, name), path)
             return _retry(lambda: load_image(path, self._side, resize_mode, scaled), path)[None]
         except InvalidImageError as error:
             return str(error)
 
-    def _decode_turbo(self, path: ImageFile, row: int, shard: int) -> np.ndarray | None:
+    def _decode_turbo(self, path: ImageFile, name: str) -> np.ndarray | None:
         """Return an image and its decoded views, (V, side, side, 3), or None if Pillow must decode the file."""
         min_side = min_decoded_side(self._side, self._views) if self._scaled_decoding else None
         if (pixels := decode_turbo(path, min_side)) is None:
@@ -177,17 +178,17 @@ class ImageReader:
         if not self._views:
             return make_square(pixels, self._side, self._resize_mode)[None]
         image = Image.fromarray(pixels)
-        return make_views(image, self._side, self._resize_mode, self._views, self.file_name(row, shard))
+        return make_views(image, self._side, self._resize_mode, self._views, name)
 
-    def _path(self, row: int, shard: int) -> ImageFile | str:
+    def _path(self, name: str) -> ImageFile | str:
         """Return the file of an image, or the reason why it is invalid."""
         try:
-            return self._source.locate(self.file_name(row, shard))
+            return self._source.locate(name)
         except InvalidImageError as error:
             return str(error)
 
-    def _load_on_gpu(self, rows: Sequence[int], shard: int) -> LoadedImages:
-        results = [self._path(row, shard) for row in rows]
+    def _load_on_gpu(self, names: Sequence[str]) -> LoadedImages:
+        results = [self._path(name) for name in names]
         paths = [path if isinstance(path, Path) else None for path in results]
         device, resize_mode = choose_device(self._config.extract.device), self._resize_mode
         images, invalid = _retry(

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from gridcap.common.errors import UserError
-from gridcap.common.store.quantize import MAX_VALUE, dequantize, quantize
+from gridcap.common.store.quantize import MAX_VALUE, dequantize, quantize, to_float32
 
 ZSTD_FILTER = 32015  # number of the HDF5 filter, which the package hdf5plugin provides
 ZSTD_LEVEL = 1  # higher levels of Zstandard save 1% more and are much slower
@@ -153,9 +153,10 @@ class Uint8(Codec):
 
     def encode(self, grids: np.ndarray) -> tuple[Parts, np.ndarray]:
         """Quantize; negative values are not representable."""
-        flat = grids.reshape(len(grids), -1)
-        representable = np.asarray(((flat >= 0) & (flat <= MAX_VALUE)).all(1))  # false for NaN
-        return list(quantize(grids)), representable
+        values = to_float32(grids)
+        flat = values.reshape(len(grids), -1)
+        representable = np.asarray((flat.min(1) >= 0) & (flat.max(1) <= MAX_VALUE))  # false for NaN
+        return list(quantize(values)), representable
 
     def decode(self, parts: Sequence[np.ndarray], out: np.ndarray) -> None:
         """Multiply levels by scales."""

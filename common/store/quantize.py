@@ -28,7 +28,7 @@ def quantize(grids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         Levels, uint8 of the same shape, and scales, (b, channel) float16; zeros and NaN for an invalid image.
     """
-    values = grids.astype(np.float32)
+    values = to_float32(grids)
     cells = tuple(range(1, grids.ndim - 1))
     largest = values.max(axis=cells) if cells else values
     scale = (np.minimum(largest / LEVELS, _MAX_SCALE)).astype(np.float16)
@@ -41,6 +41,16 @@ def quantize(grids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     np.rint(values, out=values)
     values[np.isnan(scale).any(axis=1)] = 0
     return np.minimum(values, LEVELS, out=values).astype(np.uint8), scale
+
+
+def to_float32(grids: np.ndarray) -> np.ndarray:
+    """Return a float32 copy. For float16, torch takes a twentieth of NumPy's time."""
+    if grids.dtype != np.float16 or not grids.flags.writeable:
+        return grids.astype(np.float32)
+    import torch  # loaded already where many grids are quantized
+
+    copy: np.ndarray = torch.from_numpy(np.ascontiguousarray(grids)).float().numpy()
+    return copy
 
 
 def dequantize(levels: np.ndarray, scale: np.ndarray, out: np.ndarray) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from gridcap.common.store.codecs import find_codec
-from gridcap.common.store.quantize import dequantize, quantize
+from gridcap.common.store.quantize import dequantize, quantize, to_float32
 
 
 def round_trip(grids: np.ndarray) -> np.ndarray:
@@ -77,3 +77,19 @@ def test_dequantize_multiplies_levels_by_scale() -> None:
 def test_codecs_without_quantization_return_grids_unchanged() -> None:
     grid = np.array([[-1.5, 2.0]], np.float32)
     assert find_codec("float32").round_trip(grid) is grid
+
+
+@given(hnp.arrays(np.uint16, (3, 7)))
+def test_float16_is_converted_exactly(bits: np.ndarray) -> None:
+    halves = bits.view(np.float16)
+    np.testing.assert_array_equal(to_float32(halves), halves.astype(np.float32))
+    np.testing.assert_array_equal(to_float32(halves[:, ::2]), halves[:, ::2].astype(np.float32))
+
+
+@given(grids(), st.sampled_from([0.0, -0.0, -1e-7, 65440.0, 65504.0, np.inf, -np.inf, np.nan]))
+def test_representable_values_are_finite_and_not_negative(grid: np.ndarray, value: float) -> None:
+    grid = np.minimum(grid, 65440)
+    grid.flat[0] = value
+    with np.errstate(invalid="ignore"):
+        _, representable = find_codec("uint8").encode(grid)
+    assert representable.tolist() == [(row.min() >= 0 and row.max() <= 65471) for row in grid.astype(np.float64)]
