@@ -5,10 +5,10 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from bench.extraction_gpu import measure_gpu
 from bench.inputs import PHONE_SIZE, make_photos
 from bench.measure import Row, call_in_process, rate, run_rounds
 from bench.stages import measure_stages
@@ -17,7 +17,6 @@ from gridcap.common.process import tune_process
 GFLOP_PER_IMAGE = 11.42  # InceptionV3 up to Mixed_7c at 299 x 299; multiplications and additions
 # 3 x 3 convolutions of InceptionV3: side of the input in pixels, input channels, output channels
 CONVOLUTIONS = ((147, 32, 64), (35, 64, 96), (17, 192, 192), (8, 448, 384))
-GPU_SETTINGS = ((64, False), (256, False), (256, True), (512, True))  # batch size, compiled
 BASELINE = "torchvision without changes, float32, Pillow, one image at a time, one .npy file per image"
 UPPER_BOUND = f"all arithmetic at the rate of the fastest 3 x 3 convolution, {GFLOP_PER_IMAGE} GFLOP per image"
 END_TO_END = "JPEG files to feature store"
@@ -35,7 +34,7 @@ def measure(work: Path, quick: bool) -> Iterator[Row]:
         "upper bound": partial(call_in_process, "bench.extraction:upper_bound"),
     }
     if on_gpu:
-        yield from _measure_gpu(photos, variants, quick, note)
+        yield from measure_gpu(photos, work, note)
         return
     yield from measure_stages(photos, work, quick)
     yield _measure_phone_photos(work, quick)
@@ -74,51 +73,15 @@ def _measure_phone_photos(work: Path, quick: bool) -> Row:
     )
 
 
-def _measure_gpu(photos: Path, variants: dict[str, Callable[[], float]], quick: bool, note: str) -> Iterator[Row]:
-    rates = {
-        setting: call_in_process("bench.extraction:forward", *setting)
-        for setting in (GPU_SETTINGS[1::2] if quick else GPU_SETTINGS)
-    }
-    best = max(rates, key=rates.__getitem__)
-    forward = partial(call_in_process, "bench.extraction:forward", *best)
-    values = run_rounds(1 if quick else 3, {**variants, "forward": forward})
-    settings = ", ".join(f"{size}{' compiled' * compiled}: {value:.0f}" for (size, compiled), value in rates.items())
-    yield Row(
-        "extraction",
-        "encoder forward pass",
-        "images/s",
-        values["forward"],
-        upper_bound=values["upper bound"],
-        upper_bound_name=UPPER_BOUND,
-        targets={"minimum": 12000},
-        note=f"batch size {settings}",
-    )
-    stages = {name: call_in_process(f"bench.extraction:{name}", photos) for name in ("decoding", "copying", "writing")}
-    yield Row(
-        "extraction",
-        END_TO_END,
-        "images/s",
-        values["gridcap"],
-        values["baseline"],
-        values["forward"],
-        BASELINE,
-        "encoder forward pass",
-        {"fraction of upper bound": 0.6},
-        "; ".join([note, *(f"{name} alone {value:.0f} images/s" for name, value in stages.items())]),
-    )
-
-
 def gridcap(photos: str, store: str) -> float:
     """Return images per second of extract-features, without startup."""
     tune_process()
-    from bench.device import has_gpu
     from gridcap.common.captions.images import SourceImages
     from gridcap.common.config import load_config
     from gridcap.extract.job import ExtractionRequest, prepare
     from gridcap.extract.run import extract_features
 
-    fastest = {"extract.jpeg_decoder": "nvjpeg", "extract.compile": "on"} if has_gpu() else {}
-    config = load_config(None, {"extract.weights": "random", **fastest})
+    config = load_config(None, {"extract.weights": "random"})
     folder = Path(store)
     images = Path(photos)
     request = ExtractionRequest(config, "bench", SourceImages(images), images, folder / "bench.h5")
@@ -176,30 +139,6 @@ def upper_bound() -> float:
     return best / (GFLOP_PER_IMAGE * 1e9)
 
 
-def forward(batch: int, compiled: bool) -> float:
-    """Return images per second of the encoder for images that are already on the GPU."""
-    import torch
-
-    from bench.device import device_rate
-    from gridcap.extract.encoders.grid_encoder import EncoderOptions, GridEncoder
-
-    encoder = GridEncoder("inception_v3", "random", EncoderOptions(compiled=compiled, batch_size=batch))
-    images = torch.randint(256, (batch, encoder.side, encoder.side, 3), dtype=torch.uint8, device=encoder.device)
-    with torch.inference_mode():
-        return device_rate(batch, partial(encoder._forward, images), encoder.device, 1.0)
-
-
-def decoding(photos: str) -> float:
-    """Return images per second of nvJPEG."""
-    import torch
-
-    from gridcap.extract.images.nvjpeg import load_images_gpu
-
-    paths, device = sorted(Path(photos).iterdir())[:256], torch.device("cuda")
-    load_images_gpu(paths, 299, "stretch", device)
-    return rate(len(paths), partial(load_images_gpu, paths, 299, "stretch", device))
-
-
 def pillow_decoding(photos: str, scaled: bool) -> float:
     """Return images per second of Pillow in one thread, including the resize."""
     tune_process()
@@ -208,47 +147,3 @@ def pillow_decoding(photos: str, scaled: bool) -> float:
     paths = sorted(Path(photos).iterdir())
     load_image(paths[0], 299, "stretch", scaled)
     return rate(len(paths), lambda: [load_image(path, 299, "stretch", scaled) for path in paths])
-
-
-def copying(photos: str) -> float:
-    """Return images per second when copying images to the GPU and grids back."""
-    import torch
-
-    images = torch.empty(256, 299, 299, 3, dtype=torch.uint8, pin_memory=True)
-    grids = torch.empty(256, 8, 8, 2048, dtype=torch.float16, pin_memory=True)
-    gpu_grids = grids.cuda()
-
-    def copy() -> None:
-        images.cuda(non_blocking=True)
-        grids.copy_(gpu_grids, non_blocking=True)
-        torch.cuda.synchronize()
-
-    copy()
-    return rate(256, copy)
-
-
-def writing(photos: str) -> float:
-    """Return images per second of the shard writers, including checksums and fsync, with the default thread count."""
-    from bench.inputs import make_grids
-    from gridcap.common.store.codecs import codec_of
-    from gridcap.common.store.shard_format import GridLayout, ShardSpec
-    from gridcap.common.store.shard_writer import ShardWriter
-    from gridcap.extract.writer import writer_count
-
-    grids, folder, rows = make_grids(64), Path(photos).parent / "written", 512
-    threads = writer_count(True, 1000)
-
-    def write(number: int) -> None:
-        images = [(i, f"{i}.jpg") for i in range(rows)]
-        spec = ShardSpec(images, GridLayout(grids.shape[1:], codec_of(grids.dtype)), {}, index=number, plan="bench")
-        with ShardWriter(folder / f"{number}.h5", spec) as writer:
-            for row in range(0, rows, 64):
-                writer.write(row, grids, {})
-            writer.finish()
-
-    start = time.perf_counter()
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(write, range(2 * threads)))
-    seconds = time.perf_counter() - start
-    shutil.rmtree(folder)
-    return 2 * threads * rows / seconds

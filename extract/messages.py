@@ -109,13 +109,13 @@ def print_result(extraction: Extraction, summary: Summary, brief: bool = False) 
         shards = f"{plural(summary.written, 'shard')} written ({summary.shards - summary.written:,} already complete)"
         click.echo(f"done: {extraction.output}: {plural(summary.images, 'image')}, {shards}, {summary.seconds:.1f} s")
     if summary.running:
-        click.echo(f"  {_describe_throughput(summary, extraction)}")
+        click.echo(f"  {describe_throughput(summary, extraction)}")
     if summary.retried:
         click.echo(f"retried: {plural(summary.retried, 'image')} valid now")
     _print_invalid(summary)
 
 
-def _describe_throughput(summary: Summary, extraction: Extraction) -> str:
+def describe_throughput(summary: Summary, extraction: Extraction) -> str:
     """Return the throughput and the bottleneck, with the settings that may help."""
     rate = summary.encoded / summary.running
     on_gpu, provenance = summary.gpu_seconds is not None, extraction.plan.provenance

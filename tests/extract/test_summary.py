@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import gridcap.extract.reading as reading_module
-from gridcap.extract.messages import _describe_throughput
+from gridcap.extract.messages import describe_throughput
 from gridcap.extract.summary import Bottleneck, Summary
 from tests.extract.cli_helpers import SMALL, run
 
@@ -38,9 +38,9 @@ def test_the_bottleneck_is_the_stage_that_the_others_wait_for(
 
 
 def described(summary: Summary, dtype: str = "float16", jpeg_decoder: str = "pillow") -> str:
-    extract = SimpleNamespace(dtype=dtype, jpeg_decoder=jpeg_decoder)
-    extraction: Any = SimpleNamespace(config=SimpleNamespace(extract=extract))
-    return _describe_throughput(summary, extraction)
+    provenance = {"dtype": dtype, "preprocessing": {"decoder": jpeg_decoder}, "versions": {}}
+    extraction: Any = SimpleNamespace(plan=SimpleNamespace(provenance=provenance))
+    return describe_throughput(summary, extraction)
 
 
 def test_the_line_names_the_rate_the_bottleneck_and_the_settings_that_may_help() -> None:
