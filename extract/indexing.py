@@ -46,7 +46,8 @@ def indexed_digest(extraction: Extraction) -> str | None:
     else:
         return None
     # Another process may have appended images since this one read the plan, and written the index.
-    if digest not in plan.digests and digest not in read_plan(extraction.folder).digests:
+    known = plan.digests if digest in plan.digests else read_plan(extraction.folder).digests
+    if not {digest, plan.digest()} <= set(known):
         raise MismatchError(
             f"{output}: does not belong to the store planned in {extraction.folder}",
             f"choose another --output, or delete {output}",

@@ -96,8 +96,9 @@ def test_item_13_processes_that_append_the_same_images_at_once_complete_the_stor
     assert_matches_photos(fake, folder, prepared[0].output)
 
 
+@pytest.mark.parametrize("newer_first", [False, True])
 def test_item_13_processes_that_append_different_images_at_once_add_both(
-    fake: Any, photos: Any, job: Any, monkeypatch: pytest.MonkeyPatch
+    fake: Any, photos: Any, job: Any, monkeypatch: pytest.MonkeyPatch, newer_first: bool
 ) -> None:
     """Without a lock, both would compare with the same plan, and one of them would overwrite the plan of the other."""
     folder = photos(4)
@@ -120,7 +121,7 @@ def test_item_13_processes_that_append_different_images_at_once_add_both(
         patch.setattr(planning, "read_plan", read_slowly)
         saved = [*pool.map(Extraction.save, prepared)]
     assert sorted(extraction.plan.images for extraction in saved) == [5, 6]
-    for extraction in saved:
+    for extraction in sorted(saved, key=lambda extraction: extraction.plan.images, reverse=newer_first):
         extract_features(extraction, show_progress=False)
     with FeatureStore(prepared[0].output) as store:
         assert sorted(store.file_name) == [f"{i:04}.png" for i in range(6)]
