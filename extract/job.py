@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from gridcap.common.config import ExtractConfig, PipelineConfig
 from gridcap.common.device import choose_batch_size, choose_compile, choose_device
 from gridcap.common.errors import MismatchError, UserError
 from gridcap.common.store.codecs import codec_versions, find_codec
-from gridcap.extract.encoders.grid_encoder import EncoderOptions
+from gridcap.extract.encoders.grid_encoder import EncoderOptions, GridEncoder
 from gridcap.extract.encoders.provenance import describe_features
 from gridcap.extract.encoders.registry import Encoder, EncoderSettings, find_encoder
 from gridcap.extract.encoders.weights import WeightsIdentity
@@ -21,6 +22,7 @@ from gridcap.extract.images.decoders import JpegDecoder, choose_decoder, decoder
 from gridcap.extract.manifest import Image, ImageList
 from gridcap.extract.plan import FILE, Plan, read_plan, store_folder
 from gridcap.extract.planning import PlanRequest, ResolvedPlan, resolve_plan, save_plan
+from gridcap.extract.tuning import LARGEST, MIN_IMAGES, choose_fastest_batch_size, measure_rate
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,27 @@ def prepare(request: ExtractionRequest) -> Extraction:
     )
     if request.append and stored is not None:
         _check_arithmetic(stored, requested, folder)
-    return Extraction(config, request.images, request.output, identity, plan_request, resolve_plan(plan_request))
+    resolved = resolve_plan(plan_request)
+    extraction = Extraction(config, request.images, request.output, identity, plan_request, resolved)
+    return extraction if request.dry_run or request.adapt_plan is not None else _choose_batch_size(extraction)
+
+
+def _choose_batch_size(extraction: Extraction) -> Extraction:
+    """Measure the fastest batch size for a large new store on a GPU, unless the user has set one.
+
+    The plan then fixes it. Compiled encoders keep the default: each size would have to be compiled.
+    """
+    plan, extract = extraction.plan, extraction.config.extract
+    is_new = plan is extraction.requested and plan.images >= MIN_IMAGES
+    device = choose_device(extract.device)
+    if extract.batch_size is not None or not is_new or device.type != "cuda" or plan.provenance["compile"]:
+        return extraction
+    options = EncoderOptions(extract.precision, extract.device, find_codec(extract.dtype).read.name)
+    encoder = GridEncoder(extract.encoder, extraction.identity, options, encoder_settings(extract))
+    size = choose_fastest_batch_size(partial(measure_rate, encoder), min(LARGEST, plan.shard_size))
+    plan = replace(plan, batch_size=size)
+    request, resolved = replace(extraction.request, plan=plan), replace(extraction.resolved, plan=plan)
+    return replace(extraction, request=request, resolved=resolved)
 
 
 def encoder_settings(extract: ExtractConfig) -> EncoderSettings:

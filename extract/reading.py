@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,9 +25,10 @@ from gridcap.common.image import (
     make_views,
     min_decoded_side,
 )
-from gridcap.common.resources import PHOTO_BYTES, available_cores, fit_in_memory
+from gridcap.common.resources import PHOTO_BYTES, fit_in_memory
 from gridcap.common.retry import retry_transient_errors
 from gridcap.common.sources.registry import ImageFile, open_source
+from gridcap.extract.cluster.share import own_cores
 from gridcap.extract.encoding import decoded_views
 from gridcap.extract.images.decoders import decoder_of
 from gridcap.extract.images.nvjpeg import load_images_gpu
@@ -63,7 +65,7 @@ def worker_count(extraction: Extraction, on_gpu: bool) -> int:
     if extraction.config.extract.num_workers is not None:
         return extraction.config.extract.num_workers
     if on_gpu and decoder_of(extraction.plan.provenance) != "nvjpeg":
-        return fit_in_memory(max(DEFAULT_CPU_WORKERS, available_cores()), PHOTO_BYTES)
+        return fit_in_memory(max(DEFAULT_CPU_WORKERS, own_cores(os.environ)), PHOTO_BYTES)
     return fit_in_memory(DEFAULT_CPU_WORKERS, PHOTO_BYTES)
 
 

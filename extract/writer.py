@@ -6,15 +6,16 @@ checksum them, so several shards are written at a time, each by a thread of its 
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from gridcap.common.resources import available_cores
 from gridcap.common.store.codecs import find_codec
 from gridcap.common.store.shard_writer import ShardWriter
+from gridcap.extract.cluster.share import own_cores
 from gridcap.extract.plan import Plan, check_plan_on_disk, shard_writer
 from gridcap.extract.staging import PendingGrids
 
@@ -58,7 +59,7 @@ def batches_of(plan: Plan, shards: Iterable[int], writers: int = 1) -> Iterator[
 
 def writer_count(on_gpu: bool, shards: int) -> int:
     """Return the number of shards to write at a time."""
-    return max(1, min(MAX_WRITERS, available_cores() // 2, shards)) if on_gpu else 1
+    return max(1, min(MAX_WRITERS, own_cores(os.environ) // 2, shards)) if on_gpu else 1
 
 
 class ShardWriterThread:

@@ -81,7 +81,7 @@ command=(
 {_quote_command(command)}
 )
 export PYTHONUNBUFFERED=1
-unset SLURM_STEP_ID RANK WORLD_SIZE LOCAL_RANK # inherited from the submitting shell, they would set a wrong rank
+unset SLURM_STEP_ID RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE # of the submitting shell, which would set a wrong rank
 {threads}
 existing_shards() {{ # of this task
   find "$store" -name '[0-9]*.h5' | awk -F/ -v n={request.num_jobs} -v i="$SLURM_ARRAY_TASK_ID" \\

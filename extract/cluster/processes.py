@@ -37,7 +37,7 @@ class LocalProcesses:
         try:
             for local_rank in range(count):
                 part = share.subdivide(local_rank, count, "")
-                self._start(command, part, {**environ, "LOCAL_RANK": str(local_rank)})
+                self._start(command, part, {**environ, "LOCAL_RANK": str(local_rank), "LOCAL_WORLD_SIZE": str(count)})
         except BaseException:
             self.stop(signal.SIGTERM)
             raise

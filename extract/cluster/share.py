@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from gridcap.common.errors import UserError
+from gridcap.common.resources import available_cores
 
 OVERRIDE_HINT = "pass --rank and --world-size"
 SLURM_ARRAY = "Slurm array"
@@ -103,6 +104,18 @@ def local_rank(environ: Mapping[str, str]) -> int | None:
     """
     rank = _integer(environ, "LOCAL_RANK")
     return _integer(environ, "SLURM_LOCALID") if rank is None and "SLURM_STEP_ID" in environ else rank
+
+
+def own_cores(environ: Mapping[str, str]) -> int:
+    """Return the number of cores for this process, if the processes of this machine divide the cores.
+
+    torchrun and `--devices` start processes that may all use the same cores; Slurm gives each task cores of its own.
+
+    Raises:
+        UserError: a variable is malformed.
+    """
+    count = _integer(environ, "LOCAL_WORLD_SIZE") if "LOCAL_RANK" in environ else None
+    return max(1, available_cores() // max(1, count or 1))
 
 
 def _torchrun(environ: Mapping[str, str]) -> Share | None:

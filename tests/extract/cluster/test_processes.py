@@ -17,7 +17,10 @@ from gridcap.common.scenes import all_scenes, render
 from gridcap.extract.cluster.processes import LocalProcesses
 from gridcap.extract.cluster.share import WHOLE, Share
 
-PRINT_ARGUMENTS = "import os, sys; print(sys.argv[1:], os.environ['LOCAL_RANK'], os.environ.get('OMP_NUM_THREADS'))"
+PRINT_ARGUMENTS = (
+    "import os, sys; print(sys.argv[1:], os.environ['LOCAL_RANK'], os.environ['LOCAL_WORLD_SIZE'], "
+    "os.environ.get('OMP_NUM_THREADS'))"
+)
 
 
 def test_processes_divide_the_share_and_the_cores(
@@ -28,8 +31,8 @@ def test_processes_divide_the_share_and_the_cores(
     assert processes.wait() == [0, 0]
     lines = sorted(line for line in capfd.readouterr().out.splitlines() if line)
     assert lines == [
-        "[1] ['--rank', '1', '--world-size', '6'] 0 5",
-        "[4] ['--rank', '4', '--world-size', '6'] 1 5",
+        "[1] ['--rank', '1', '--world-size', '6'] 0 2 5",
+        "[4] ['--rank', '4', '--world-size', '6'] 1 2 5",
     ]
 
 
