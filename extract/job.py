@@ -218,6 +218,12 @@ def _check_arithmetic(plan: Plan, requested: Plan, folder: Path) -> None:
             f"{folder}: started with precision {started}, but this machine uses {here}",
             f"finish it with --precision {started}, or delete the folder to start over",
         )
+    started, here = decoder_of(plan.provenance), decoder_of(requested.provenance)
+    if started != here:
+        raise MismatchError(
+            f"{folder}: started with the JPEG decoder {started}, but this run uses {here}",
+            f"finish it with --jpeg-decoder {started}, or delete the folder to start over",
+        )
     if changes := _version_changes(plan, requested):
         raise MismatchError(
             f"{folder}: started with other library versions: {changes}",

@@ -174,6 +174,8 @@ def test_a_missing_decoder_is_an_error(
     provenance = json.loads((tmp_path / "s" / "plan.json").read_text())["provenance"]
     assert provenance["preprocessing"]["decoder"] == "pillow"
     (tmp_path / "s" / "00000.h5").unlink()
+    message = fails(1, *arguments, "--jpeg-decoder", "pillow")
+    assert "started with the JPEG decoder turbo, but this run uses pillow" in message
     monkeypatch.setattr("gridcap.extract.images.turbo.has_turbo", lambda: False)
     monkeypatch.setattr("gridcap.extract.images.decoders.has_turbo", lambda: False)
     for more in ((), ("--jpeg-decoder", "turbo")):
