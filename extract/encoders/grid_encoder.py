@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from gridcap.common.device import choose_device, choose_precision
 from gridcap.common.errors import UserError, explain_out_of_memory, first_line
+from gridcap.extract.encoders.cuda_graph import GraphedForward
 from gridcap.extract.encoders.folding import fold_if_equal, probe
 from gridcap.extract.encoders.packed import can_pack, pack_convolutions
 from gridcap.extract.encoders.registry import DEFAULTS, EncoderSettings, find_encoder
@@ -97,14 +98,22 @@ class GridEncoder:
         self._network: Callable[[Tensor], Tensor] = network
         self._staging = Staging(self.device) if self.device.type == "cuda" else None
         self._fixed_batch = options.batch_size if options.compiled else None
+        self._compute: Callable[[Tensor], Tensor] = self._compute_eagerly
         if options.compiled:
             self._network = _compile(network, self.device)
             self._warm_up(name, options.batch_size)
 
     def _warm_up(self, name: str, batch_size: int) -> None:
-        """Encode one batch, because torch.compile compiles in the first call: fail before the first shard."""
+        """Encode one batch, because torch.compile compiles in the first call: fail before the first shard.
+
+        On a GPU, the compiled forward pass is then captured as a CUDA graph.
+        """
+        images = np.zeros((batch_size, self.side, self.side, 3), np.uint8)
         try:
-            self.encode(np.zeros((batch_size, self.side, self.side, 3), np.uint8))
+            self.encode(images)
+            if self.device.type == "cuda":
+                with torch.inference_mode():
+                    self._compute = GraphedForward(self._compute, torch.from_numpy(images).to(self.device))
         except Exception as error:  # dynamo, inductor, triton, and the C++ compiler raise different types
             if explain_out_of_memory(error) is not None:
                 return  # the first batch fails in the same way, and its caller may divide it
@@ -166,7 +175,11 @@ class GridEncoder:
             if count > size:
                 raise ValueError(f"batch of {count} images, but the encoder was compiled for {size}")
             images = functional.pad(images, (0, 0, 0, 0, 0, 0, 0, size - count))
-        grids: Tensor = self._network(normalize(images, self.spec, self._precision))[:count]
+        return self._compute(images)[:count]
+
+    def _compute_eagerly(self, images: Tensor) -> Tensor:
+        """Return the contiguous grids of a batch that has been padded, if needed."""
+        grids: Tensor = self._network(normalize(images, self.spec, self._precision))
         return grids.to(self._dtype).contiguous()
 
 
@@ -174,7 +187,7 @@ def _compile(network: nn.Module, device: torch.device) -> Callable[[Tensor], Ten
     """Compile the network for one batch size; on a CPU with frozen, repacked weights.
 
     "max-autotune" would choose kernels by timing, so two runs could round differently. "reduce-overhead" would replay
-    CUDA graphs, which overwrite grids that are still being copied to the host.
+    CUDA graphs, which overwrite grids that are still being copied to the host; `GraphedForward` copies them first.
     """
     options: dict[str, Any] = {"freezing": True} if device.type == "cpu" else {}
     return torch.compile(network, dynamic=False, options=options)
