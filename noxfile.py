@@ -12,7 +12,7 @@ from pathlib import Path
 import nox
 
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
-OPTIONAL = "timm,heif,jxl,parquet,zstd,tokenizers,languages"  # not web: gradio needs newer dependencies
+OPTIONAL = "timm,heif,jxl,parquet,zstd,fast,tokenizers,languages"  # not web: gradio needs newer dependencies
 TEST_PACKAGES = (
     *("pytest>=8", "hypothesis>=6.100", "setuptools>=77", "nbclient>=0.10", "ipykernel>=6.29"),
     *("keras>=3.5", "s3fs>=2024.6", "moto[s3]>=5", "flask-cors>=4"),
