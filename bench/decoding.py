@@ -53,6 +53,14 @@ def measure(work: Path, quick: bool) -> Iterator[Row]:
         {"minimum": 200, "fraction of upper bound": 1 / 3},
         note,
     )
+    for name, beam_size in (("greedy search", 1), ("beam search, beam size 5", 5)):
+        yield Row(
+            "decoding",
+            f"operators per token, {name}",
+            "operators",
+            [call_in_process("bench.decoding:operators", beam_size)],
+            note=f"{RECIPE}, batch size {BATCH}, without views",
+        )
     captions = make_captions(work / "rewards.json", 1000)
     values = run_rounds(
         count,
@@ -114,6 +122,18 @@ def captions(batch: int, beam_size: int) -> float:
 
     search()
     return rate(batch, search, 4.0)
+
+
+def operators(beam_size: int) -> float:
+    """Return the number of operators per decoded token of a batch."""
+    import torch
+
+    from bench.operators import count_operators
+    from gridcap.train.decoding.beam import BeamOptions, beam_search
+
+    cpu = torch.device("cpu")
+    decoder, grids = _decoder(cpu), _grids(BATCH, cpu)
+    return count_operators(lambda: beam_search(decoder, grids, BeamOptions(beam_size, LENGTH - 1))) / (LENGTH - 1)
 
 
 def scst(captions_file: str, reward: str) -> float:

@@ -32,7 +32,8 @@ class Row:
     Attributes:
         part: benchmark that the row belongs to.
         name: what was measured.
-        unit: unit of the values: "images/s" or "captions/s" (higher is better), "s", "MiB", or "fraction".
+        unit: unit of the values: "images/s" or "captions/s" (higher is better), "s", "MiB", "operators",
+            or "fraction".
         values, baseline, upper_bound: one value per round; the last two may be empty.
         baseline_name, upper_bound_name: short descriptions.
         targets: "minimum", "maximum", "speedup", or "fraction of upper bound" -> number.

@@ -49,6 +49,14 @@ def measure(work: Path, quick: bool) -> Iterator[Row]:
             {"minimum": target, "fraction of upper bound": 0.5},
             f"{B} images x {K} captions of {T} tokens, vocabulary {V}, hidden size {H}, grid 8 x 8 x 2048",
         )
+    for recipe in RECIPES:
+        yield Row(
+            "training",
+            f"operators of a training step, {recipe}",
+            "operators",
+            [call_in_process("bench.training:operators", recipe)],
+            note=f"forward and backward pass, clipping, and optimizer; {T} time steps, without views",
+        )
     images = B * (8 if quick else 32)
     store, captions = make_store(work / "train.h5", images), make_captions(work / "captions.json", images)
     for recipe in RECIPES[-1:] if quick else RECIPES:
@@ -157,6 +165,13 @@ def upper_bound(recipe: str) -> float:
     ):
         step()
     return matmul_rate(device) / float(counter.get_total_flops()) * B * K
+
+
+def operators(recipe: str) -> float:
+    """Return the number of operators of a training step."""
+    from bench.operators import count_operators
+
+    return float(count_operators(_gridcap_step(recipe)[0]))
 
 
 def data_wait(recipe: str, store: str, captions: str, run: str) -> float:

@@ -21,6 +21,7 @@ from gridcap.common.errors import ExtractionError, OutOfMemoryError, explain_out
 from gridcap.common.progress import progress_bar
 from gridcap.common.resources import fit_in_memory
 from gridcap.common.store.shard_writer import InvalidGridError
+from gridcap.common.text import format_duration
 from gridcap.extract.cluster.share import Share
 from gridcap.extract.encoding import ViewEncoder
 from gridcap.extract.job import Extraction
@@ -146,13 +147,8 @@ class _Progress:
         self._remaining -= images
         if batch.stop == self._first_stop:
             elapsed = time.perf_counter() - self._start
-            rest = _duration(elapsed / self._done * self._remaining)
-            tqdm.write(f"first shard after {_duration(elapsed)}; about {rest} for the rest", file=sys.stderr)
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{seconds:.0f} s" if seconds < 100 else f"{minutes} min" if minutes < 100 else f"{minutes / 60:.1f} h"
+            rest = format_duration(elapsed / self._done * self._remaining)
+            tqdm.write(f"first shard after {format_duration(elapsed)}; about {rest} for the rest", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -121,4 +121,4 @@ def test_top_down_is_trained_as_the_released_solver(load):
 def test_scst_has_no_decoder_of_its_own(load):
     assert keys("scst").keys() & {"decoder", "vocabulary"} == set()
     train = load("scst", sets=["train.init_from=runs/att2in"])
-    assert (train.objective, train.init_from, train.max_grad_norm) == ("scst", Path("runs/att2in"), None)
+    assert (train.objective, train.init_from, train.max_grad_norm) == ("scst", Path("runs/att2in"), 5.0)

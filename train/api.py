@@ -6,7 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gridcap.common.config import PipelineConfig, TrainConfig, build_config
+import yaml
+
+from gridcap.common.config import PipelineConfig, TrainConfig, build_config, read_recipe
+from gridcap.common.config.train import RUN_SETTINGS
 from gridcap.common.errors import ConfigError, UserError
 from gridcap.train.decoders.registry import DECODER_CONFIGS
 
@@ -112,6 +115,22 @@ def reject_validation_settings(settings: TrainConfig) -> None:
         raise UserError("--val-annotations requires --val-features", "pass both, or neither")
     if settings.patience is not None:
         raise UserError("--patience requires a validation store", "pass --val-features, or omit --patience")
+
+
+def scst_output(config: PipelineConfig) -> Path:
+    """Return the folder of the run that `with_scst` describes."""
+    return config.train.output.with_name(f"{config.train.output.name}-scst")
+
+
+def with_scst(config: PipelineConfig) -> PipelineConfig:
+    """Return the configuration that continues a run with the recipe scst, in a folder next to it."""
+    run, output = config.train.output, scst_output(config)
+    kept = {key: getattr(config.train, key) for key in RUN_SETTINGS}
+    recipe = yaml.safe_load(read_recipe("scst"))["train"]
+    recipe["scst"] |= config.train.scst.changed_settings()
+    changes = {"init_from": run, "output": output}
+    scst = config.model_copy(update={"train": TrainConfig.model_validate(kept | recipe | changes)})
+    return with_decoder_of(scst, run, None)
 
 
 def with_decoder_of(config: PipelineConfig, source: Path, recipe: str | None) -> PipelineConfig:

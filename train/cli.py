@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gridcap.common.command import Uses, flag, pipeline_command, reject_ignored, reload_config, show_config
-from gridcap.common.config import PipelineConfig, recipe_names
+from gridcap.common.config import PipelineConfig, adapt, recipe_names
 from gridcap.common.errors import CheckpointError, ConfigError
 from gridcap.common.store.reader import FeatureStore
 from gridcap.common.text import plural
-from gridcap.train.api import reject_validation_settings, split_training_data, with_decoder_of
+from gridcap.train.api import reject_validation_settings, scst_output, split_training_data, with_decoder_of, with_scst
 from gridcap.train.decoders.registry import DECODER_CONFIGS
 
 if TYPE_CHECKING:
     from gridcap.train.data.captioned import CaptionedImages
-    from gridcap.train.engine.log import Row
 
 EXAMPLES = f"""
 train-decoder --features features/train.h5                 (captions and validation from pipeline.yaml)
 train-decoder --recipe top-down --features feats.h5 --annotations train.json --output runs/mine
 train-decoder --features feats.h5 --annotations train.json --val-features val.h5 --val-annotations val.json
+train-decoder --then-scst                                  (cross-entropy, then SCST, which optimizes CIDEr)
 train-decoder --init-from runs/mine --scst                 (fine-tune with SCST; writes runs/mine-scst)
 train-decoder --output runs/mine --resume                  (continue an interrupted run)
 train-decoder --output runs/mine --resume auto             (start or continue, for jobs that may be requeued)
@@ -76,6 +76,7 @@ USES = Uses(("train", "data", "seed"), "train.max_grad_norm=1")
 @flag("--output", "train.output")
 @click.option("--recipe", help="built-in recipe (decoder and training settings), or a YAML file with a train section")
 @click.option("--scst", is_flag=True, help="self-critical sequence training (SCST) of the decoder given by --init-from")
+@click.option("--then-scst", is_flag=True, help="continue the finished run with SCST (recipe scst), into <output>-scst")
 @flag("--init-from", "train.init_from")
 @flag("--decoder", "train.decoder.family")
 @flag("--epochs", "train.epochs")
@@ -99,7 +100,9 @@ USES = Uses(("train", "data", "seed"), "train.max_grad_norm=1")
     help="resume from the last checkpoint in --output, with the settings of the run; auto: resume if --output contains "
     "a run, else start one  [default: no; auto in a Slurm job]",
 )
-def train_decoder(config: PipelineConfig, dry_run: bool, resume: str | None, recipe: str | None, scst: bool) -> None:
+def train_decoder(
+    config: PipelineConfig, dry_run: bool, resume: str | None, recipe: str | None, scst: bool, then_scst: bool
+) -> None:
     """Train a decoder on a feature store.
 
     Each epoch ends with validation (loss, perplexity, and CIDEr), if there is a validation store, and with a
@@ -116,7 +119,26 @@ def train_decoder(config: PipelineConfig, dry_run: bool, resume: str | None, rec
             stack.enter_context(contextlib.redirect_stderr(devnull))
         resumed = _should_resume(config, resume)
         config = _resumed_config(config) if resumed else _initial_config(config, recipe)
+        _check_objective(config, then_scst, resumed)
         _train(config, dry_run, resumed)
+        if then_scst and not dry_run:
+            scst_config = with_scst(config)
+            _train(scst_config, False, resumed and (scst_config.train.output / "config.yaml").is_file())
+
+
+def _check_objective(config: PipelineConfig, then_scst: bool, resumed: bool) -> None:
+    """Check the settings of SCST before anything is loaded."""
+    from gridcap.train.engine.start import check_objective
+
+    check_objective(config.train)
+    if config.train.objective == "scst":
+        if then_scst:
+            raise ConfigError("--then-scst: the run itself trains with SCST", "omit --then-scst, or --scst")
+        reject_ignored(["train.label_smoothing", "train.scheduled_sampling"], "with SCST", "omit it")
+    elif not then_scst:
+        reject_ignored(["train.scst"], "without SCST", "pass --scst or --then-scst, or omit it")
+    elif not resumed and (output := scst_output(config)).exists():  # not after hours of training
+        raise CheckpointError(f"{output}: already exists", "continue it with --resume, or choose another --output")
 
 
 def _should_resume(config: PipelineConfig, choice: str | None) -> bool:
@@ -167,15 +189,9 @@ def _with_train(config: PipelineConfig, **changes: Any) -> PipelineConfig:
 def _train(config: PipelineConfig, dry_run: bool, resume: bool) -> None:
     from gridcap.train.data.inputs import captions_for, warn_if_random
     from gridcap.train.data.vocabulary_check import check_vocabulary
-    from gridcap.train.engine.start import check_objective
 
     settings = config.train
-    check_objective(settings)  # before anything is loaded
     show_config(config, "train", full=dry_run)
-    if settings.objective == "scst":
-        reject_ignored(["train.label_smoothing", "train.scheduled_sampling"], "with SCST", "omit it")
-    else:
-        reject_ignored(["train.scst"], "without SCST", "pass --scst, or omit it")
     store = FeatureStore(settings.features or config.data.features_dir / "train.h5")
     train = captions_for(store, settings.annotations, [config], "train", "--annotations")
     if settings.val_fraction or settings.test_fraction:
@@ -189,20 +205,22 @@ def _train(config: PipelineConfig, dry_run: bool, resume: bool) -> None:
     if val is None:
         click.echo("no validation store: the last checkpoint counts as the best one (pass --val-features)")
     warn_if_random(store)
+    from gridcap.train.engine.history import format_run
     from gridcap.train.engine.job import check_disjoint
     from gridcap.train.engine.loop import fit
 
     if val is not None:
         check_disjoint(train, val)
+    adapted = adapt(settings, len(train), train.caption_count)
     if dry_run:
         if settings.init_from is None and not resume:  # otherwise, the vocabulary is that of the checkpoint
-            for line in check_vocabulary(train, val, settings).lines(settings.max_unk):
+            for line in check_vocabulary(train, val, adapted).lines(settings.max_unk):
                 click.echo(line)
-        epochs = plural(settings.epochs, "epoch")
+        epochs = plural(adapted.epochs, "epoch")
         click.echo(f"dry run: would train {settings.decoder.family} for {epochs} into {settings.output}")
         return
     history = fit(config, train, val, resume)
-    click.echo(_summary(config, history))
+    click.echo(format_run(adapted, history))
 
 
 def _count_splits(data: CaptionedImages) -> dict[str, int]:
@@ -222,22 +240,3 @@ def _validation_data(config: PipelineConfig, store: FeatureStore) -> CaptionedIm
         return captions_for(FeatureStore(path), settings.val_annotations, [config], "val", "--val-annotations")
     reject_validation_settings(settings)
     return None
-
-
-def _summary(config: PipelineConfig, history: list[Row]) -> str:
-    from gridcap.train.engine.history import best_row
-
-    settings, best, last = config.train, best_row(history), history[-1]
-    lines = [f"done: {settings.output}: {plural(last['epoch'], 'epoch')}, best is epoch {best['epoch']}"]
-    if last["epoch"] < settings.epochs:
-        lines[0] += f" (stopped: validation CIDEr did not improve for {plural(settings.patience or 0, 'epoch')})"
-    if "val_cider" in best:
-        lines[0] += f", validation CIDEr {best['val_cider']:.3f}, perplexity {best['val_perplexity']:.2f}"
-        if history[0]["epoch"] == 0 and best["epoch"] == 0 and last["epoch"]:
-            lines.append(f"no epoch improved on the initial decoder ({settings.init_from}), which is kept as the best")
-            lines.append(
-                f"try --set train.scst.temperature={settings.scst.temperature / 2:g}, "
-                f"or --learning-rate {settings.learning_rate / 4:g}"
-            )
-    lines.append(f"curves: {settings.output / 'curves.png'}")
-    return "\n".join(lines)

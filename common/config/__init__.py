@@ -4,6 +4,7 @@
 commands share one file, so a key means the same thing everywhere. Relative paths are relative to the current folder.
 """
 
+from gridcap.common.config.adapt import AdaptedTrainConfig, adapt, chosen_settings
 from gridcap.common.config.caption import CaptionConfig
 from gridcap.common.config.data import DataConfig, SplitConfig, max_invalid_count
 from gridcap.common.config.decoders import DecoderConfig, DecoderSettings
@@ -15,6 +16,7 @@ from gridcap.common.config.recipes import read_recipe, recipe_names
 from gridcap.common.config.train import ScheduleConfig, TrainConfig, VocabularyConfig
 
 __all__ = [
+    "AdaptedTrainConfig",
     "CaptionConfig",
     "DataConfig",
     "DecoderConfig",
@@ -25,7 +27,9 @@ __all__ = [
     "SplitConfig",
     "TrainConfig",
     "VocabularyConfig",
+    "adapt",
     "build_config",
+    "chosen_settings",
     "describe_key",
     "load_config",
     "max_invalid_count",

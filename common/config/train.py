@@ -32,10 +32,11 @@ class VocabularyConfig(Section):
     """The vocabulary, counted over the training split only."""
 
     max_size: int | None = Field(
-        5000, ge=5, description="maximum vocabulary size, special tokens included; null: unlimited (not with bpe)"
+        10000, ge=5, description="maximum vocabulary size, special tokens included; null: unlimited (not with bpe)"
     )
-    min_count: PositiveInt = Field(
-        1, description="minimum count of a word, or of a merge of bpe (5 is common in the literature)"
+    min_count: PositiveInt | None = Field(
+        None,
+        description="minimum count of a word, or of a merge of bpe; null: 1 to 5, depending on the number of captions",
     )
 
 
@@ -43,9 +44,9 @@ class ScheduleConfig(Section):
     """Learning rate schedule, applied per step."""
 
     kind: ScheduleKind = Field(
-        "constant", description="constant, step, linear or cosine (to 0 at the last epoch), or noam"
+        "cosine", description="constant, step, linear or cosine (to 0 at the last epoch), or noam"
     )
-    warmup_steps: NonNegativeInt = Field(0, description="linear warmup from 0 over this many steps")
+    warmup_steps: NonNegativeInt = Field(50, description="linear warmup from 0 over this many steps")
     step_size: PositiveInt = Field(3, description="step only: epochs between reductions")
     gamma: float = Field(0.8, gt=0, le=1, description="step only: factor of each reduction")
 
@@ -129,9 +130,14 @@ class TrainConfig(Section):
     )
     captions_per_image: PositiveInt = Field(5, description="captions per image and step")
     max_length: PositiveInt = Field(30, description="maximum caption length in tokens; longer captions are truncated")
-    epochs: PositiveInt = Field(20, description="epochs over the training split")
-    batch_size: PositiveInt = Field(
-        32, description="images per optimizer step, over all ranks and gradient accumulation steps"
+    epochs: PositiveInt | None = Field(
+        None,
+        description="epochs over the training split; null: 60,000 divided by the number of images, from 12 to 40",
+    )
+    batch_size: PositiveInt | None = Field(
+        None,
+        description="images per optimizer step, over all ranks and gradient accumulation steps; null: the number of "
+        "images divided by 500, from 10 to 64",
     )
     grad_accum_steps: PositiveInt = Field(1, description="gradient accumulation steps")
     shuffle: Shuffle = Field(
@@ -140,17 +146,17 @@ class TrainConfig(Section):
     )
     optimizer: Optimizer = Field("adam", description="optimizer: adam, adamw (decoupled weight decay), or sgd")
     momentum: float = Field(0.0, ge=0, lt=1, description="sgd only: momentum")
-    learning_rate: PositiveFloat = Field(1e-3, description="peak learning rate")
+    learning_rate: PositiveFloat = Field(7e-4, description="peak learning rate")
     weight_decay: NonNegativeFloat = Field(0.0, description="weight decay (adam, sgd: L2 penalty; adamw: decoupled)")
     schedule: ScheduleConfig = ScheduleConfig()
     max_grad_norm: PositiveFloat | None = Field(5.0, description="maximum gradient norm; null: no clipping")
     max_grad_value: PositiveFloat | None = Field(
         None, description="maximum absolute value of gradient elements; null: no clipping"
     )
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="label smoothing")
+    label_smoothing: float = Field(0.1, ge=0, lt=1, description="label smoothing")
     scheduled_sampling: ScheduledSamplingConfig = ScheduledSamplingConfig()
     ema_decay: float = Field(
-        0.0, ge=0, lt=1, description="decay of the exponential moving average (EMA) of the weights; 0: no EMA"
+        0.995, ge=0, lt=1, description="decay of the exponential moving average (EMA) of the weights; 0: no EMA"
     )
     patience: PositiveInt | None = Field(
         None, description="early stopping: epochs without improvement of the validation CIDEr"

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +33,12 @@ GRID = (2, 2, 8)
 VARIANTS = [(color, shape) for color in ("red", "green", "blue") for shape in ("square", "circle")]
 TINY_DECODERS = {
     "lstm": LstmConfig(embed_size=12, hidden_size=24, dropout=0.1),
-    "attention": AttentionConfig(embed_size=12, hidden_size=24, attention_size=8, dropout=0.1),
+    "attention": AttentionConfig(cell="gru", embed_size=12, hidden_size=24, attention_size=8, dropout=0.1),
+}
+PLAIN: dict[str, Any] = {  # a few steps converge faster without what helps on real data
+    "schedule": {"kind": "constant", "warmup_steps": 0},
+    "label_smoothing": 0.0,
+    "ema_decay": 0.0,
 }
 
 
@@ -192,6 +198,7 @@ def make_config(output: Path, seed: int = 0, caption: CaptionConfig | None = Non
         "output": output,
         "min_vocabulary": 0,
         "max_unk": 1,
+        **PLAIN,
     }
     caption_config = caption or CaptionConfig(beam_size=2, max_length=8, batch_size=4)
     return PipelineConfig(seed=seed, train=TrainConfig(**values | train), caption=caption_config)
@@ -228,7 +235,7 @@ TINY_PROJECT = {
         },
     },
     "train": {
-        "decoder": {"family": "attention", "embed_size": 12, "hidden_size": 24, "attention_size": 8},
+        "decoder": {"family": "attention", "cell": "gru", "embed_size": 12, "hidden_size": 24, "attention_size": 8},
         "epochs": 2,
         "batch_size": 8,
         "learning_rate": 0.01,
@@ -239,6 +246,7 @@ TINY_PROJECT = {
         "output": "runs/a",
         "min_vocabulary": 0,
         "max_unk": 1,
+        **PLAIN,
     },
     "caption": {"beam_size": 2, "max_length": 8, "batch_size": 4},
 }

@@ -3,6 +3,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -315,7 +316,7 @@ def test_recipe_can_be_a_file(project, invoke):
     invoke(train_decoder, "--recipe", "mine.yaml")
     settings = settings_of(project / "runs" / "mine")
     assert (settings.decoder.family, settings.decoder.hidden_size, settings.epochs) == ("lstm", 20, 1)
-    assert settings.batch_size == 32, "recipe settings of the file are not mixed in"
+    assert settings.batch_size == 10, "recipe settings of the file are not mixed in"
 
 
 @pytest.mark.parametrize(
@@ -367,6 +368,27 @@ def test_init_from_takes_decoder_vocabulary_and_max_length(project, invoke):
     assert [row["epoch"] for row in logged(project / "runs/on")] == [0, 1]
 
 
+def test_then_scst_continues_the_finished_run(project, invoke):
+    sets = ("--set", "train.scst.samples=3", "--epochs", 1)
+    output = invoke(train_decoder, "--then-scst", *sets)
+    assert output.index("done: runs/a: 1 epoch") < output.index("done: runs/a-scst: 6 epochs")
+    first, second = settings_of(project / "runs" / "a"), settings_of(project / "runs" / "a-scst")
+    assert (first.objective, first.init_from) == ("cross-entropy", None)
+    assert (second.objective, second.init_from, second.epochs) == ("scst", Path("runs/a"), 6)
+    assert (second.scst.samples, second.scst.temperature) == (3, 0.5), "the recipe, and the command line"
+    assert second.decoder == first.decoder
+    assert "already complete" in invoke(train_decoder, "--then-scst", "--resume", *sets)
+
+
+def test_then_scst_is_checked_before_training(project, invoke):
+    assert "the run itself trains with SCST" in invoke(
+        train_decoder, "--then-scst", "--scst", "--init-from", "runs/done", status=2
+    )
+    (project / "runs" / "a-scst").mkdir()
+    assert "runs/a-scst: already exists" in invoke(train_decoder, "--then-scst", status=1)
+    assert not (project / "runs" / "a").exists()
+
+
 @pytest.mark.parametrize("of_the_run", [True, False])
 def test_scst_run_is_written_next_to_its_source(project, of_the_run, invoke, files):
     source = "runs/done" if of_the_run else load_checkpoint(project / "runs/done").path.relative_to(project)
@@ -398,8 +420,8 @@ def test_scst_output_can_be_set(project, invoke):
 def test_scst_run_resumes_with_the_same_command(project, invoke):
     command = ["--init-from", "runs/done", "--scst"]
     invoke(train_decoder, *command, "--epochs", 1)
-    invoke(train_decoder, *command, "--epochs", 2, "--resume")
-    assert [row["epoch"] for row in logged(project / "runs" / "done-scst")] == [0, 1, 2]
+    assert "nothing to do" in invoke(train_decoder, *command, "--resume")
+    assert [row["epoch"] for row in logged(project / "runs" / "done-scst")] == [0, 1]
 
 
 def test_summary_says_if_no_epoch_improved(project, monkeypatch, invoke):
@@ -408,7 +430,7 @@ def test_summary_says_if_no_epoch_improved(project, monkeypatch, invoke):
     output = invoke(train_decoder, "--init-from", "runs/done", "--scst", "--epochs", 1)
     assert "best is epoch 0, validation CIDEr 0.900" in output
     assert "no epoch improved on the initial decoder (runs/done), which is kept as the best" in output
-    assert "try --set train.scst.temperature=0.5, or --learning-rate 1.25e-05" in output
+    assert "try --set train.scst.temperature=0.25, or --learning-rate 0.0001" in output
 
 
 @pytest.mark.parametrize(
@@ -487,6 +509,7 @@ def test_batch_size_smaller_than_accumulation_steps_is_a_usage_error(project, in
 
 HOLD_LEASE = """
 import sys
+from pathlib import Path
 from pathlib import Path
 from gridcap.common.lease import exclusive_folder
 with exclusive_folder(Path("runs/a"), print):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from gridcap.common.config import CaptionConfig
+from gridcap.common.config import CaptionConfig, adapt
 from gridcap.train.data.captioned import CaptionedImages
 from gridcap.train.data.vocabulary import PAD, Vocabulary
 from gridcap.train.data.vocabulary_check import build_vocabulary
@@ -77,7 +77,7 @@ def test_item_21_a_perfect_decoder_scores_as_its_references():
 @pytest.mark.usefixtures("no_java")
 def test_item_21_the_reward_is_the_reported_metric(tokenizer, new_config, tmp_path):
     captions = [text for texts in TOY.values() for text in texts]
-    vocabulary, _ = build_vocabulary(captions, new_config(tmp_path, tokenizer=tokenizer).train)
+    vocabulary, _ = build_vocabulary(captions, adapt(new_config(tmp_path, tokenizer=tokenizer).train, 3, 6))
     texts = {0: "a red t-shirt", 1: "the dog's red car", 2: "the ball"}
     ids = [vocabulary.encode(text, 40)[1:] for text in texts.values()]
     tokens = np.array([[[*row, *[PAD] * (50 - len(row))]] for row in ids])

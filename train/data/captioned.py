@@ -38,6 +38,11 @@ class CaptionedImages:
     groups: Sequence[str] = ()
     assignment: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def caption_count(self) -> int:
+        """The number of captions of all images."""
+        return sum(map(len, self.captions))
+
     @classmethod
     def join(cls, store: FeatureStore, records: Sequence[ImageRecord], source: Path) -> CaptionedImages:
         """Match captions with grids by image id, or by file name if one side has no ids of its own.

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gridcap.common.config.train import TrainConfig
+from gridcap.common.config import AdaptedTrainConfig
 from gridcap.common.errors import UserError
 from gridcap.common.text import plural
 from gridcap.train.data.captioned import CaptionedImages
@@ -50,7 +50,7 @@ class CheckedVocabulary:
 
 
 def check_vocabulary(
-    train: CaptionedImages, val: CaptionedImages | None, settings: TrainConfig, given: Vocabulary | None = None
+    train: CaptionedImages, val: CaptionedImages | None, settings: AdaptedTrainConfig, given: Vocabulary | None = None
 ) -> CheckedVocabulary:
     """Build the vocabulary of a run, or check that a given one fits its captions.
 
@@ -80,7 +80,7 @@ def check_vocabulary(
     return CheckedVocabulary(vocabulary, train_unk, unk_share(counts, vocabulary))
 
 
-def build_vocabulary(captions: Sequence[str], settings: TrainConfig) -> tuple[Vocabulary, float]:
+def build_vocabulary(captions: Sequence[str], settings: AdaptedTrainConfig) -> tuple[Vocabulary, float]:
     """Return the vocabulary of the training captions and their share of UNK, as `check_vocabulary` does."""
     tokenizer = make_tokenizer(captions, settings)
     counts = count_units(captions, tokenizer)
@@ -119,7 +119,7 @@ def _size(vocabulary: Vocabulary) -> int:
     return len(vocabulary) - len(SPECIALS)
 
 
-def _too_many_unknown(share: float, vocabulary: Vocabulary, settings: TrainConfig) -> str:
+def _too_many_unknown(share: float, vocabulary: Vocabulary, settings: AdaptedTrainConfig) -> str:
     unit = vocabulary.tokenizer.unit
     return (
         f"{share:.0%} of the {unit}s of the training captions are not in the vocabulary of "
@@ -127,7 +127,7 @@ def _too_many_unknown(share: float, vocabulary: Vocabulary, settings: TrainConfi
     )
 
 
-def _hint(settings: TrainConfig, otherwise: str) -> str:
+def _hint(settings: AdaptedTrainConfig, otherwise: str) -> str:
     """Return which setting to change."""
     changes, vocabulary = [], settings.vocabulary
     if vocabulary.min_count > 1:

@@ -29,9 +29,13 @@ class AttentionConfig(DecoderConfig):
     """Recurrent decoder with additive attention over the grid cells."""
 
     family: Literal["attention"] = "attention"
+    embed_size: PositiveInt = Field(512, description="token embedding size")
+    dropout: float = Field(
+        0.5, ge=0, lt=1, description="dropout probability on features, embeddings, and the output layer's input"
+    )
     hidden_size: PositiveInt = Field(512, description="size of the hidden state")
     attention_size: PositiveInt = Field(256, description="hidden size of the additive attention")
-    cell: AttentionCell = Field("gru", description="recurrent cell, and where the context vector enters it")
+    cell: AttentionCell = Field("att2in", description="recurrent cell, and where the context vector enters it")
     context_gate: bool = Field(
         False, description="scale the context vector by a gate computed from the state (Xu et al. 2015)"
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from gridcap.common.config import AdaptedTrainConfig
+from gridcap.common.text import plural
 from gridcap.train.engine.log import Row
 
 
@@ -44,3 +46,21 @@ def format_last_epoch(history: list[Row], epochs: int) -> str:
         elif best_row(history) is row:
             text += " (best so far)"
     return f"{text}  {row['seconds']:.1f} s" if "seconds" in row else text
+
+
+def format_run(settings: AdaptedTrainConfig, history: list[Row]) -> str:
+    """Return the lines for the terminal that summarize a finished run."""
+    best, last = best_row(history), history[-1]
+    lines = [f"done: {settings.output}: {plural(last['epoch'], 'epoch')}, best is epoch {best['epoch']}"]
+    if last["epoch"] < settings.epochs:
+        lines[0] += f" (stopped: validation CIDEr did not improve for {plural(settings.patience or 0, 'epoch')})"
+    if "val_cider" in best:
+        lines[0] += f", validation CIDEr {best['val_cider']:.3f}, perplexity {best['val_perplexity']:.2f}"
+        if history[0]["epoch"] == 0 and best["epoch"] == 0 and last["epoch"]:
+            lines.append(f"no epoch improved on the initial decoder ({settings.init_from}), which is kept as the best")
+            lines.append(
+                f"try --set train.scst.temperature={settings.scst.temperature / 2:g}, "
+                f"or --learning-rate {settings.learning_rate / 4:g}"
+            )
+    lines.append(f"curves: {settings.output / 'curves.png'}")
+    return "\n".join(lines)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from gridcap.common.config import PipelineConfig, TrainConfig
+from gridcap.common.config import AdaptedTrainConfig, PipelineConfig, adapt
 from gridcap.common.device import choose_device, choose_precision
 from gridcap.common.errors import MismatchError, UserError
 from gridcap.common.store.provenance import check_same_features
@@ -68,9 +68,9 @@ class TrainingJob:
             check_disjoint(self.train, self.val)
 
     @property
-    def settings(self) -> TrainConfig:
+    def settings(self) -> AdaptedTrainConfig:
         """The train section of the configuration."""
-        return self.config.train
+        return adapt(self.config.train, len(self.train), self.train.caption_count)
 
     @property
     def output(self) -> Path:
@@ -96,7 +96,7 @@ def check_disjoint(train: CaptionedImages, val: CaptionedImages) -> None:
         )
 
 
-def choose_runtime(settings: TrainConfig, ranks: Ranks, progress: bool) -> Runtime:
+def choose_runtime(settings: AdaptedTrainConfig, ranks: Ranks, progress: bool) -> Runtime:
     """Select the device and the precision of this rank.
 
     Raises:

@@ -9,7 +9,7 @@ from itertools import islice
 
 import torch
 
-from gridcap.common.config import PipelineConfig
+from gridcap.common.config import PipelineConfig, adapt, chosen_settings
 from gridcap.common.errors import GridcapError, MismatchError, TrainingError
 from gridcap.common.files import remove_leftovers, write_json, write_text
 from gridcap.common.lease import Lease, exclusive_folder
@@ -24,6 +24,7 @@ from gridcap.train.engine.curves import plot_curves
 from gridcap.train.engine.determinism import deterministic
 from gridcap.train.engine.distributed import find_ranks, process_group
 from gridcap.train.engine.epoch_stats import EpochStats
+from gridcap.train.engine.estimate import RunEstimate
 from gridcap.train.engine.gradients import Gradients
 from gridcap.train.engine.graphs import CudaGraphs
 from gridcap.train.engine.health import health_warnings
@@ -70,8 +71,14 @@ def fit(
         UserError: SCST without `init_from`, or fewer images per step than ranks and gradient accumulation steps.
     """
     config = resolve_decoder(config)
+    settings = adapt(config.train, len(train), train.caption_count)
     ranks = find_ranks()
-    runtime = choose_runtime(config.train, ranks, progress)
+    runtime = choose_runtime(settings, ranks, progress)
+    if chosen := chosen_settings(config.train, settings):
+        values = ", ".join(f"{key} {value}" for key, value in chosen.items())
+        data = f"{plural(len(train), 'image')} and {plural(train.caption_count, 'caption')}"
+        runtime.print(f"chosen for {data}: {values} (override them with --set train.KEY=VALUE)")
+    config = config.model_copy(update={"train": settings})
     with process_group(ranks, runtime.device), deterministic(runtime.device):
         job = TrainingJob(config, train, val, runtime)
         if resume and not job.output.exists():
@@ -155,6 +162,7 @@ class Trainer:
         graphs = CudaGraphs(device) if device.type == "cuda" and wanted != "off" else None
         self.gradients = Gradients(run.decoder, objective, job.runtime, graphs, required=wanted == "on")
         self.log = RunLog(job.output, run.history, run.step) if job.runtime.ranks.is_main else None
+        self.estimate = RunEstimate(settings.epochs * len(self.stream) - run.step, device)
         self.pending_signal: Callable[[], Callable[[], None] | None] = lambda: None
 
     def print_summary(self, resumed: bool) -> None:
@@ -231,7 +239,10 @@ class Trainer:
                 if stop:
                     stop()
                 # Last, because writing to a closed terminal fails.
-                if warning := self.step_times.add(time.perf_counter() - started):
+                seconds = time.perf_counter() - started
+                if estimate := self.estimate.add(seconds):
+                    self.job.runtime.print(f"  {estimate}")
+                if warning := self.step_times.add(seconds):
                     self.job.runtime.print(f"  WARNING: {warning}")
                 bar.update(min(batch_size, len(stream.data) - index * batch_size))
         check_finite(self.job, run, stats)

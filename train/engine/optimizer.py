@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from gridcap.common.config import TrainConfig
+from gridcap.common.config import AdaptedTrainConfig, TrainConfig
 
 
 def make_optimizer(settings: TrainConfig, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
@@ -54,7 +54,7 @@ def take_step(
     return norm
 
 
-def learning_rate(settings: TrainConfig, step: int, steps_per_epoch: int) -> float:
+def learning_rate(settings: AdaptedTrainConfig, step: int, steps_per_epoch: int) -> float:
     """Return the learning rate of a step.
 
     After a linear warmup of `schedule.warmup_steps` steps, the schedule is one of

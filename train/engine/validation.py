@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from gridcap.common.config import TrainConfig
+from gridcap.common.config import AdaptedTrainConfig
 from gridcap.common.progress import progress_bar
 from gridcap.train.data.captioned import CaptionedImages
 from gridcap.train.data.stream import CaptionStream, StreamOptions
@@ -24,7 +24,7 @@ def validate(
     decoder: Decoder,
     data: CaptionedImages,
     vocabulary: Vocabulary,
-    settings: TrainConfig,
+    settings: AdaptedTrainConfig,
     runtime: Runtime,
     before_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:

@@ -170,7 +170,7 @@ def test_own_options_can_choose_a_recipe() -> None:
     plain = seen_config(own_recipe=choose).train
     assert (plain.epochs, plain.learning_rate, plain.batch_size) == (1, 0.5, 1)
     train = seen_config("--name", "mine.yaml", "--set", "train.batch_size=3", own_recipe=choose).train
-    assert (train.epochs, train.learning_rate, train.batch_size, train.decoder.family) == (2, 1e-3, 3, "lstm")
+    assert (train.epochs, train.learning_rate, train.batch_size, train.decoder.family) == (2, 7e-4, 3, "lstm")
     train = seen_config(
         "--name", "mine.yaml", "--learning-rate", "0.25", "--decoder", "attention", own_recipe=choose
     ).train

@@ -76,6 +76,7 @@ KEPT = {
     "checkpoint_minutes": 2.5,
     "precision": "float32",
     "device": "cpu",
+    "cuda_graph": "off",
     "grad_accum_steps": 3,
     "min_vocabulary": 7,
     "max_unk": 0.5,
@@ -119,7 +120,7 @@ def test_set_and_flags_override_a_recipe() -> None:
         recipe(),
     )
     train = config.train
-    assert (train.epochs, train.learning_rate, train.ema_decay, train.batch_size) == (5, 0.25, 0.9, 32)
+    assert (train.epochs, train.learning_rate, train.ema_decay, train.batch_size) == (5, 0.25, 0.9, None)
     assert train.schedule.step_size == 2
 
 
@@ -193,7 +194,7 @@ def test_a_recipe_without_a_train_section_is_an_error(text: str) -> None:
         ("train: {epochs: 0}", "train.epochs: "),
         ("train: {decoder: {family: lstm, attention_size: 3}}", "train.decoder.attention_size: unknown key"),
         ("train: {decoder: {family: transformer, heads: 3}}", "train.decoder: embed_size 256"),
-        ("train: {schedule: {kind: noam}}", "train.schedule: noam"),
+        ("train: {schedule: {kind: noam, warmup_steps: 0}}", "train.schedule: noam"),
         ("train: [", "invalid YAML"),
         ("train: {epochs: 1, epochs: 2}", "invalid YAML"),
         ("- train", "must contain sections"),

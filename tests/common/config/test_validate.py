@@ -176,7 +176,7 @@ def test_a_family_that_is_not_a_name_is_an_error(family: str) -> None:
     ("text", "message"),
     [
         ("train: {decoder: {family: transformer, heads: 7}}", "train.decoder: embed_size 256 is not a multiple of"),
-        ("train: {schedule: {kind: noam}}", "train.schedule: noam requires warmup_steps"),
+        ("train: {schedule: {kind: noam, warmup_steps: 0}}", "train.schedule: noam requires warmup_steps"),
         ("caption: {temperature: 0.5}", "caption: temperature, top_k, and top_p require decoding: sample"),
         ("caption: {top_k: 5}", "caption: temperature, top_k, and top_p require decoding: sample"),
         ("caption: {decoding: beam, top_p: 0.9}", "caption: temperature, top_k, and top_p require decoding: sample"),
@@ -196,7 +196,7 @@ def test_contradictory_settings_are_errors(text: str, message: str) -> None:
     [
         "train: {decoder: {family: transformer, embed_size: 21, heads: 7}}",
         "train: {schedule: {kind: noam, warmup_steps: 1}}",
-        "train: {schedule: {kind: cosine}}",
+        "train: {schedule: {kind: linear}}",
         "caption: {decoding: sample, temperature: 0.5, top_k: 5, top_p: 0.9}",
         "caption: {decoding: beam, temperature: 1.0, block_trigrams: true}",
         "train: {objective: scst}",
@@ -230,7 +230,7 @@ def test_float16_on_the_cpu_is_an_error() -> None:
         ({"extract.precision": "float16", "extract.device": "cpu"}, []),
         ({}, ["train.decoder.family=gpt"]),
         ({"train.decoder.family": "transformer"}, ["train.decoder.heads=3"]),
-        ({}, ["train.schedule.kind=noam"]),
+        ({}, ["train.schedule={kind: noam, warmup_steps: 0}"]),
         ({"data.splits.mine": {"images": None}}, []),
         ({}, ["extract={batch_size: 0}"]),
     ],

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gridcap.common.config.train import TrainConfig
+from gridcap.common.config import TrainConfig, adapt
 from gridcap.common.errors import PathError, UserError
 from gridcap.train.data.tokenizers import segmented
 from gridcap.train.data.tokenizers.base import tokenizer_from_json
@@ -25,6 +25,11 @@ CHINESE = ["一只棕色的狗在绿色的草地上奔跑。", "两个人在海�
 JAPANESE = ["緑の芝生の上を走っている茶色い犬。", "二人の男性が海辺で自転車に乗っています"]
 THAI = ["สุนัขสีน้ำตาลกำลังวิ่งอยู่บนสนามหญ้าสีเขียว", "ผู้ชายสองคนขี่จักรยานบนชายหาด"]
 UNSPACED = {"Chinese": CHINESE, "Japanese": JAPANESE, "Thai": THAI}
+
+
+def settings(**values):
+    """Return the settings of a run with a few captions."""
+    return adapt(TrainConfig(**values), 10, 10)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +88,7 @@ def test_segmenters_find_words(segmenter, caption, units, text):
     ],
 )
 def test_auto_follows_the_script(captions, tokenizer):
-    assert make_tokenizer(captions, TrainConfig(tokenizer="auto")).name == tokenizer
+    assert make_tokenizer(captions, settings(tokenizer="auto")).name == tokenizer
 
 
 @pytest.mark.parametrize("captions", UNSPACED.values(), ids=UNSPACED)
@@ -99,7 +104,7 @@ def test_auto_selects_characters_without_a_segmenter(captions, monkeypatch):
 def test_item_21_words_are_rejected_for_captions_without_spaces(captions):
     assert is_unsegmented(captions)
     with pytest.raises(UserError) as caught:
-        make_tokenizer(captions, TrainConfig())
+        make_tokenizer(captions, settings())
     assert "whole captions count as one word" in caught.value.message
     assert "--set train.tokenizer=auto" in caught.value.hint
 
@@ -125,7 +130,7 @@ def test_bpe_keeps_punctuation_and_decodes_to_normal_text():
 def test_bpe_is_deterministic_and_saved_with_the_vocabulary(tmp_path):
     first, again = bpe(ENGLISH), bpe(ENGLISH)
     assert first.to_json() == again.to_json()
-    vocabulary, _ = build_vocabulary(ENGLISH, TrainConfig(tokenizer="bpe", vocabulary={"max_size": 64}))
+    vocabulary, _ = build_vocabulary(ENGLISH, settings(tokenizer="bpe", vocabulary={"max_size": 64}))
     assert vocabulary.tokenizer.to_json() == first.to_json()
     assert len(vocabulary) <= 64
     vocabulary.save(tmp_path / "vocabulary.json")
@@ -140,14 +145,14 @@ def test_bpe_is_deterministic_and_saved_with_the_vocabulary(tmp_path):
 
 
 def test_bpe_of_chinese_captions_is_scored_by_words_or_characters():
-    tokenizer = make_tokenizer(CHINESE, TrainConfig(tokenizer="bpe"))
+    tokenizer = make_tokenizer(CHINESE, settings(tokenizer="bpe"))
     assert tokenizer.join(tokenizer.split(CHINESE[1])) == CHINESE[1]
     assert tokenizer.scoring.name == "words segmented by jieba"
 
 
 def test_characters_are_scored_by_words_in_languages_with_spaces():
-    assert make_tokenizer(ENGLISH, TrainConfig(tokenizer="characters")).scoring is WORDS
-    tokenizer = make_tokenizer(CHINESE, TrainConfig(tokenizer="characters"))
+    assert make_tokenizer(ENGLISH, settings(tokenizer="characters")).scoring is WORDS
+    tokenizer = make_tokenizer(CHINESE, settings(tokenizer="characters"))
     assert tokenizer.scoring is tokenizer
     for each in (tokenizer, Characters(WORDS)):
         again = tokenizer_from_json(each.to_json())
@@ -164,7 +169,7 @@ def test_tokenizer_json_of_other_models_is_used_as_it_is(tmp_path):
     other.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
     other.enable_truncation(3)
     other.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = make_tokenizer(ENGLISH, TrainConfig(tokenizer=tmp_path / "tokenizer.json"))
+    tokenizer = make_tokenizer(ENGLISH, settings(tokenizer=tmp_path / "tokenizer.json"))
     assert tokenizer.split("A dogs cat runs run") == ["a", "dog", "##s", "<unk>", "run", "##s", "run"]
     assert tokenizer.join(["a", "dog", "##s", "run"]) == "a dogs run"
     assert Vocabulary.build(["dogs cat"], tokenizer=tokenizer).encode("cat dogs", 9) == [BOS, UNK, 5, 4, EOS]
@@ -184,17 +189,17 @@ def test_invalid_tokenizer_json_is_named(tmp_path, content, error, message):
     if content is not None:
         path.write_text(content)
     with pytest.raises(error) as caught:
-        make_tokenizer(ENGLISH, TrainConfig(tokenizer=path))
+        make_tokenizer(ENGLISH, settings(tokenizer=path))
     assert str(path) in caught.value.message
     assert message in caught.value.message
 
 
 def test_bpe_without_a_size_or_the_library_is_rejected(monkeypatch):
     with pytest.raises(UserError, match=r"train\.vocabulary\.max_size is null"):
-        make_tokenizer(ENGLISH, TrainConfig(tokenizer="bpe", vocabulary={"max_size": None}))
+        make_tokenizer(ENGLISH, settings(tokenizer="bpe", vocabulary={"max_size": None}))
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(UserError) as caught:
-        make_tokenizer(ENGLISH, TrainConfig(tokenizer="bpe"))
+        make_tokenizer(ENGLISH, settings(tokenizer="bpe"))
     assert caught.value.hint == "pip install 'gridcap[tokenizers]'"
 
 

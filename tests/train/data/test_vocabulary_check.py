@@ -23,7 +23,7 @@ def images(captions):
 
 
 def test_vocabulary_equals_plain_build():
-    vocabulary, unk = build_vocabulary(ENGLISH, TrainConfig())
+    vocabulary, unk = build_vocabulary(ENGLISH, settings(1))
     assert vocabulary.tokens == Vocabulary.build(ENGLISH).tokens
     assert unk == 0
 
@@ -68,16 +68,16 @@ def test_min_count_applies_to_merges_of_bpe_and_not_to_its_units():
 
 
 def test_size_and_unk_are_printed_for_both_splits():
-    checked = check_vocabulary(images(ENGLISH), images(["a word1 and a zebra"]), TrainConfig())
+    checked = check_vocabulary(images(ENGLISH), images(["a word1 and a zebra"]), settings(1))
     assert checked.lines(0.3) == [
         "vocabulary: 23 words (PTB, in Python), UNK: 0.0% of the training captions, 20.0% of the validation captions"
     ]
-    checked = check_vocabulary(images(CHINESE), None, TrainConfig(tokenizer="characters"))
+    checked = check_vocabulary(images(CHINESE), None, settings(1, tokenizer="characters"))
     assert checked.lines(0.3) == ["vocabulary: 51 characters (characters), UNK: 0.0% of the training captions"]
 
 
 def test_validation_captions_in_another_language_give_a_warning():
-    _, warning = check_vocabulary(images(ENGLISH), images(["ein Hund rennt"]), TrainConfig()).lines(0.3)
+    _, warning = check_vocabulary(images(ENGLISH), images(["ein Hund rennt"]), settings(1)).lines(0.3)
     assert warning.startswith("WARNING: 100% of the words of the validation captions are not in the vocabulary")
 
 

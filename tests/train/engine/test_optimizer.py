@@ -8,6 +8,7 @@ from gridcap.train.engine.optimizer import learning_rate, make_optimizer, take_s
 
 
 def rates(steps, steps_per_epoch=10, peak=0.5, epochs=4, **schedule):
+    schedule = {"kind": "constant", "warmup_steps": 0} | schedule
     settings = TrainConfig(learning_rate=peak, epochs=epochs, schedule=schedule)
     return [learning_rate(settings, step, steps_per_epoch) for step in steps]
 
@@ -65,7 +66,7 @@ def test_noam_equals_the_formula_of_vaswani_up_to_scale():
 
 
 def test_linear_schedule_ends_at_zero():
-    settings = TrainConfig(learning_rate=0.5, epochs=4, schedule={"kind": "linear"})
+    settings = TrainConfig(learning_rate=0.5, epochs=4, schedule={"kind": "linear", "warmup_steps": 0})
     assert [learning_rate(settings, step, 2) for step in range(9)] == pytest.approx(
         [0.5 * (1 - i / 8) for i in range(9)]
     )

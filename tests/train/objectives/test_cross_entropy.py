@@ -43,7 +43,9 @@ def build(family, **changes):
     return build_decoder(FAMILIES[family].model_copy(update=changes), VOCAB_SIZE, (2, 2, 8))
 
 
-SCHEDULED_SAMPLING = TrainConfig(scheduled_sampling={"max_prob": 1, "prob_step": 1, "step_epochs": 1})
+SCHEDULED_SAMPLING = TrainConfig(
+    label_smoothing=0.0, scheduled_sampling={"max_prob": 1, "prob_step": 1, "step_epochs": 1}
+)
 
 
 def settings(family="attention", penalty=None, **changes):

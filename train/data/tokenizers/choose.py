@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from gridcap.common.config.train import TrainConfig
+from gridcap.common.config import AdaptedTrainConfig
 from gridcap.common.errors import UserError
 from gridcap.train.data.tokenizers.base import Tokenizer
 from gridcap.train.data.tokenizers.characters import Characters
@@ -15,7 +15,7 @@ from gridcap.train.data.tokenizers.words import WORDS, Words
 from gridcap.train.data.vocabulary import SPECIALS
 
 
-def make_tokenizer(captions: Sequence[str], settings: TrainConfig) -> Tokenizer:
+def make_tokenizer(captions: Sequence[str], settings: AdaptedTrainConfig) -> Tokenizer:
     """Return the tokenizer that `train.tokenizer` selects; "bpe" is trained on the captions.
 
     Metrics compare the units of `choose_by_script`, whatever the decoder generates.
