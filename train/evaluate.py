@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812 (the conventional name)
 
 from gridcap.common.config import CaptionConfig
 from gridcap.common.device import choose_device
@@ -18,9 +20,10 @@ from gridcap.train.decoding.base import Hypothesis
 from gridcap.train.decoding.generate import generate_captions
 from gridcap.train.engine.checkpoint import Checkpoint
 from gridcap.train.evaluation import Evaluation
+from gridcap.train.metrics.bootstrap import bootstrap_intervals
 from gridcap.train.metrics.coco import score_captions
 from gridcap.train.metrics.statistics import NOVEL_CAPTIONS, caption_statistics
-from gridcap.train.objectives.loss import masked_cross_entropy, perplexity
+from gridcap.train.metrics.sufficient import perplexity
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def evaluate(
     check_same_features(
         checkpoint.provenance, provenance, f"{checkpoint.path} was trained on", f"{data.store.path} contains"
     )
-    hypotheses, loss = _decode(checkpoint, data, decoding, options)
+    hypotheses, losses = _decode(checkpoint, data, decoding, options)
     vocabulary = checkpoint.vocabulary
     ids = [int(data.store.image_id[row]) for row in data.rows]
     captions = {i: vocabulary.decode(hypothesis.tokens) for i, hypothesis in zip(ids, hypotheses, strict=True)}
@@ -77,7 +80,9 @@ def evaluate(
         }
     tokenizer = vocabulary.tokenizer.scoring
     scores = score_captions(captions, references, tokenizer)
-    scores.values = {"perplexity": perplexity(loss), **scores.values}
+    scores.values = {"perplexity": float(perplexity(losses.sum(0, keepdims=True))["perplexity"][0]), **scores.values}
+    scores.statistics.tables["perplexity"] = losses
+    scores.intervals = bootstrap_intervals(scores.statistics)
     size = len(vocabulary) - len(SPECIALS) if tokenizer is vocabulary.tokenizer else None
     statistics = caption_statistics(captions, references, size, options.training_captions, tokenizer)
     if NOVEL_CAPTIONS not in statistics:
@@ -88,23 +93,29 @@ def evaluate(
 @torch.no_grad()
 def _decode(
     checkpoint: Checkpoint, data: CaptionedImages, decoding: CaptionConfig, options: EvaluationOptions
-) -> tuple[list[Hypothesis], float]:
-    """Return a caption per image, and the mean loss per token of all references under teacher forcing, in nats."""
+) -> tuple[list[Hypothesis], np.ndarray]:
+    """Return a caption per image, and the statistics of the perplexity of its references under teacher forcing.
+
+    Returns:
+        N captions, and (N, 2) float64: loss in nats and number of tokens, over all references of the image.
+    """
     device = choose_device(options.device)
     decoder, vocabulary = checkpoint.decoder.to(device), checkpoint.vocabulary
     max_captions = max(len(captions) for captions in data.captions)
     stream_options = StreamOptions(decoding.batch_size, max_captions, checkpoint.config.train.max_length)
     generator = torch.Generator().manual_seed(options.seed)
     hypotheses: list[Hypothesis] = []
-    total, tokens = 0.0, 0
+    losses = []
     with progress_bar(total=len(data), unit="image", desc="captions", disable=not options.progress, leave=False) as bar:
         for batch in CaptionStream(data, vocabulary, stream_options).in_order():
             moved = batch.to(device)
             grids = moved.grids.float()
             logits, _ = decoder(decoder.encode(grids), moved.tokens[..., :-1], moved.target_index)
             targets = moved.tokens[..., 1:].flatten()[moved.target_index]
-            loss, count = masked_cross_entropy(logits, targets)
-            total, tokens = total + loss.item(), tokens + int(count)
+            loss = F.cross_entropy(logits.float(), targets, reduction="none").double()
+            image = moved.target_index // moved.tokens[0, :, 1:].numel()
+            sums = loss.new_zeros(len(grids), 2)
+            losses.append(sums.index_add_(0, image, torch.stack([loss, torch.ones_like(loss)], 1)).cpu().numpy())
             hypotheses += generate_captions(decoder, grids, decoding, generator, vocabulary.scoring_units)
             bar.update(len(batch.images))
-    return hypotheses, total / tokens
+    return hypotheses, np.concatenate(losses)

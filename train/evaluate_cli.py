@@ -252,8 +252,14 @@ def _describe_decoding(config: PipelineConfig) -> str:
 
 def _print_results(result: Evaluation) -> None:
     """Print the metrics, the caption statistics, warnings, and the metrics that are not available."""
+    from gridcap.train.metrics.bootstrap import LEVEL, RESAMPLES
+
+    if result.scores.intervals:
+        click.echo(f"  brackets: {LEVEL:.0%} confidence intervals, {RESAMPLES} bootstrap resamples of the images")
     for name, value in result.scores.values.items():
-        click.echo(f"  {name:<17} {value:8.4f}")
+        interval = result.scores.intervals.get(name)
+        ends = "" if interval is None else f"   [{interval[0]:.4f}, {interval[1]:.4f}]"
+        click.echo(f"  {name:<17} {value:8.4f}{ends}")
     statistics, unit = result.statistics, result.scores.unit
     novel = statistics.get("novel_captions")
     size = statistics.get("vocabulary_words")
@@ -281,6 +287,9 @@ def _print_warnings(result: Evaluation) -> None:
 
     counts = Counter(result.captions.values())
     empty = counts[""]
+    if len(result.captions) == 1:
+        reason = "every document frequency is 1 of 1, so every n-gram has the weight log 1"
+        click.secho(f"  WARNING: the CIDEr of a single image is 0 by construction: {reason}", fg="yellow")
     if empty:
         count = plural(empty, "empty caption")
         click.secho(f"  WARNING: {count}: train longer, or raise --length-penalty", fg="yellow")

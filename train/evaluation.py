@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from gridcap.common.files import write_json, write_text
+from gridcap.train.metrics.bootstrap import LEVEL, RESAMPLES, SEED
 from gridcap.train.metrics.coco import Scores
 
 
@@ -40,7 +41,9 @@ class Evaluation:
     def as_json(self) -> dict[str, Any]:
         """Return everything except the scores per image, as plain values."""
         return {
-            "metrics": {name: value if math.isfinite(value) else None for name, value in self.scores.values.items()},
+            "metrics": {name: _finite(value) for name, value in self.scores.values.items()},
+            "intervals": {name: [*map(_finite, ends)] for name, ends in self.scores.intervals.items()},
+            "bootstrap": {"level": LEVEL, "resamples": RESAMPLES, "seed": SEED},
             "statistics": self.statistics,
             "tokenizer": self.scores.tokenizer,
             "unavailable": self.scores.unavailable,
@@ -84,6 +87,11 @@ def write_evaluation(evaluation: Evaluation, path: Path, settings: Mapping[str, 
     write_text(scores, evaluation.as_csv())
     write_json(results, [{"image_id": i, "caption": text} for i, text in evaluation.captions.items()])
     return files
+
+
+def _finite(value: float) -> float | None:
+    """Return a value that JSON can represent."""
+    return value if math.isfinite(value) else None
 
 
 def _format_score(score: float | None) -> str:

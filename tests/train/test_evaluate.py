@@ -97,7 +97,9 @@ def test_written_files_contain_metrics_captions_and_coco_results(run, evaluation
     written = write_evaluation(evaluation, path, {"seed": 0})
     tree = json.loads(path.read_text())
     assert tree["settings"] == {"seed": 0}
-    assert set(tree) == {"settings", "metrics", "statistics", "tokenizer", "unavailable", "captions"}
+    keys = {"settings", "metrics", "intervals", "bootstrap", "statistics", "tokenizer", "unavailable", "captions"}
+    assert set(tree) == keys
+    assert set(tree["intervals"]) == set(tree["metrics"])
     assert tree["metrics"] == evaluation.scores.values
     assert next(iter(tree["metrics"])) == "perplexity"
     assert tree["statistics"] == evaluation.statistics

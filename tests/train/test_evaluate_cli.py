@@ -33,7 +33,9 @@ def test_scores_are_printed_and_written_with_all_captions(project, invoke):
         "perplexity",
     }
     for name, value in tree["metrics"].items():
-        assert f"{name:<17} {value:8.4f}" in output
+        low, high = tree["intervals"][name]
+        assert low <= value <= high or name.startswith("BLEU"), name
+        assert f"{name:<17} {value:8.4f}   [{low:.4f}, {high:.4f}]" in output
     for name, reason in tree["unavailable"].items():
         assert f"{name:<17} not available: {reason}" in output
     assert [c["image_id"] for c in tree["captions"]] == list(range(700, 707))

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from pycocoevalcap.bleu.bleu import Bleu
+import numpy as np
+from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
 from gridcap.train.data.tokenizers.base import Tokenizer
 from gridcap.train.data.tokenizers.words import WORDS
+from gridcap.train.metrics.bootstrap import Interval
 from gridcap.train.metrics.ciderd import CiderD
 from gridcap.train.metrics.java import ImageScores, JavaError, meteor, spice
+from gridcap.train.metrics.sufficient import ImageStatistics, bleu_table
 
 Captions = Mapping[int, Sequence[str]]
 _Texts = dict[int, list[str]]
@@ -30,6 +33,8 @@ class Scores:
         tokenizer: name of the tokenizer of the captions.
         unit: noun for the tokenizer's units, on which all metrics are computed.
         unavailable: metric -> reason why it was not computed.
+        statistics: statistics of every image, in the order of `per_image`, from which the values follow.
+        intervals: metric -> 95% confidence interval; see `bootstrap_intervals`.
     """
 
     values: dict[str, float]
@@ -37,6 +42,8 @@ class Scores:
     tokenizer: str
     unit: str = "word"
     unavailable: dict[str, str] = field(default_factory=dict)
+    statistics: ImageStatistics = field(default_factory=ImageStatistics)
+    intervals: dict[str, Interval] = field(default_factory=dict)
 
 
 def cider(candidates: Mapping[int, str], references: Captions, tokenizer: Tokenizer = WORDS) -> float:
@@ -71,24 +78,39 @@ def score_captions(candidates: Mapping[int, str], references: Captions, tokenize
     truth = {i: [" ".join(tokenizer.split(text)) for text in references[i]] for i in candidates}
     results = {i: [" ".join(tokenizer.split(text))] for i, text in candidates.items()}
     scores = Scores({}, {i: {} for i in candidates}, tokenizer.name, tokenizer.unit)
-    bleu, bleus = Bleu(4).compute_score(truth, results, verbose=0)
-    for n in range(4):
-        _add(scores, f"BLEU-{n + 1}", bleu[n], truth, bleus[n])
+    _add_bleu(scores, truth, results)
     _add_java(scores, "METEOR", meteor, truth, results)
     for name, metric in (("ROUGE-L", Rouge()), ("CIDEr", Cider())):
         value, each = metric.compute_score(truth, results)
-        _add(scores, name, value, truth, each)
+        _add_mean(scores, name, value, each)
     ciderd = CiderD([[text.split() for text in texts] for texts in truth.values()])
     ciderds = ciderd.scores(range(len(truth)), [results[i][0].split() for i in truth])
-    _add(scores, "CIDEr-D", ciderds.mean(), truth, ciderds)
+    _add_mean(scores, "CIDEr-D", ciderds.mean(), ciderds)
     _add_java(scores, "SPICE", spice, truth, results)
     return scores
 
 
-def _add(scores: Scores, name: str, value: float, images: Iterable[int], each: Iterable[float]) -> None:
+def _add_bleu(scores: Scores, truth: _Texts, results: _Texts) -> None:
+    scorer = BleuScorer(n=4)
+    for image, texts in truth.items():
+        scorer += (results[image][0], texts)
+    values, each = scorer.compute_score(option="closest")
+    for n in range(4):
+        _add(scores, f"BLEU-{n + 1}", values[n], each[n])
+    scores.statistics.tables["BLEU"] = bleu_table(scorer.ctest)
+
+
+def _add(scores: Scores, name: str, value: float, each: Iterable[float]) -> None:
     scores.values[name] = float(value)
-    for image, score in zip(images, each, strict=True):
-        scores.per_image[image][name] = float(score)
+    for of_image, score in zip(scores.per_image.values(), each, strict=True):
+        of_image[name] = float(score)
+
+
+def _add_mean(scores: Scores, name: str, value: float, each: Iterable[float]) -> None:
+    """Add a metric that is the mean of its scores per image."""
+    _add(scores, name, value, each)
+    column = [of_image[name] for of_image in scores.per_image.values()]
+    scores.statistics.tables[name] = np.array(column, np.float64)[:, None]
 
 
 def _add_java(
@@ -99,8 +121,9 @@ def _add_java(
         scores.unavailable[name] = f"only defined for languages with spaces, not for {scores.tokenizer}"
         return
     try:
-        value, each = metric(truth, results)
+        computed = metric(truth, results)
     except JavaError as error:
         scores.unavailable[name] = str(error)
     else:
-        _add(scores, name, value, truth, each)
+        _add(scores, name, computed.value, computed.per_image)
+        scores.statistics.tables[name] = computed.statistics

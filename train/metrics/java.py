@@ -11,10 +11,27 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 Texts = Mapping[int, Sequence[str]]
-ImageScores = tuple[float, list[float]]  # of all images together, and of each image
+
+
+@dataclass(frozen=True)
+class ImageScores:
+    """Scores of N images.
+
+    Attributes:
+        value: score of all images together.
+        per_image: N scores.
+        statistics: (N, k) float64, see `ImageStatistics`.
+    """
+
+    value: float
+    per_image: list[float]
+    statistics: np.ndarray
 
 
 class JavaError(Exception):
@@ -35,6 +52,14 @@ def meteor(references: Texts, candidates: Texts) -> ImageScores:
             scorer = Meteor()
             # pycocoevalcap does not release its lock after an error, and then its __del__ waits forever.
             scorer.lock = threading.RLock()
+            statistics: list[str] = []
+            compute_statistics = scorer._stat
+
+            def recording(candidate: str, truth: Sequence[str]) -> str:
+                statistics.append(compute_statistics(candidate, truth))
+                return statistics[-1]
+
+            scorer._stat = recording
             try:
                 value, scores = scorer.compute_score(references, candidates)
             finally:
@@ -42,9 +67,10 @@ def meteor(references: Texts, candidates: Texts) -> ImageScores:
                 with contextlib.suppress(OSError):  # prevents a broken pipe error in __del__
                     scorer.meteor_p.stdin.close()
                 scorer.meteor_p.wait()
+        table = np.array([line.split() for line in statistics], np.float64)
     except Exception as error:  # failures of the subprocess surface as many kinds of exceptions
         raise JavaError(f"the Java program failed ({_describe(error)})") from error
-    return value, scores
+    return ImageScores(value, scores, table)
 
 
 def spice(references: Texts, candidates: Texts) -> ImageScores:
@@ -64,7 +90,8 @@ def spice(references: Texts, candidates: Texts) -> ImageScores:
     except Exception as error:  # as for METEOR
         raise JavaError(f"the Java program failed ({_describe(error)})") from error
     by_image = dict(zip(sorted(references), details, strict=True))  # Spice sorts the image ids
-    return value, [by_image[image]["All"]["f"] for image in references]
+    scores = [by_image[image]["All"]["f"] for image in references]
+    return ImageScores(value, scores, np.array(scores, np.float64)[:, None])
 
 
 def spice_models_installed() -> bool:
