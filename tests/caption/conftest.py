@@ -77,7 +77,7 @@ def features_of(weights: str = "random", **change: Any) -> dict[str, Any]:
 def decoder_config(family: str) -> PipelineConfig:
     sizes = {"family": family, "embed_size": 8, "hidden_size": 12}
     if family == "attention":
-        sizes["attention_size"] = 6
+        sizes |= {"attention_size": 6, "cell": "gru"}
     return load_config(None, {"train.decoder": sizes})
 
 
