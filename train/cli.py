@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gridcap.common.command import Uses, flag, pipeline_command, reject_ignored, reload_config, show_config
-from gridcap.common.config import PipelineConfig, adapt, recipe_names
+from gridcap.common.config import PipelineConfig, adapt, describe_choice, recipe_names
 from gridcap.common.errors import CheckpointError, ConfigError
 from gridcap.common.store.reader import FeatureStore
 from gridcap.common.text import plural
@@ -213,6 +213,8 @@ def _train(config: PipelineConfig, dry_run: bool, resume: bool) -> None:
         check_disjoint(train, val)
     adapted = adapt(settings, len(train), train.caption_count)
     if dry_run:
+        if choice := describe_choice(settings, len(train), train.caption_count):
+            click.echo(choice)
         if settings.init_from is None and not resume:  # otherwise, the vocabulary is that of the checkpoint
             for line in check_vocabulary(train, val, adapted).lines(settings.max_unk):
                 click.echo(line)

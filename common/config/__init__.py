@@ -4,7 +4,7 @@
 commands share one file, so a key means the same thing everywhere. Relative paths are relative to the current folder.
 """
 
-from gridcap.common.config.adapt import AdaptedTrainConfig, adapt, chosen_settings
+from gridcap.common.config.adapt import AdaptedTrainConfig, adapt, describe_choice
 from gridcap.common.config.caption import CaptionConfig
 from gridcap.common.config.data import DataConfig, SplitConfig, max_invalid_count
 from gridcap.common.config.decoders import DecoderConfig, DecoderSettings
@@ -29,7 +29,7 @@ __all__ = [
     "VocabularyConfig",
     "adapt",
     "build_config",
-    "chosen_settings",
+    "describe_choice",
     "describe_key",
     "load_config",
     "max_invalid_count",

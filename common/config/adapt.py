@@ -9,6 +9,7 @@ from __future__ import annotations
 from pydantic import PositiveInt
 
 from gridcap.common.config.train import TrainConfig, VocabularyConfig
+from gridcap.common.text import plural
 
 _IMAGES_OVER_ALL_EPOCHS = 60_000
 _EPOCHS = (12, 40)
@@ -66,6 +67,16 @@ def adapt(settings: TrainConfig, images: int, captions: int) -> AdaptedTrainConf
     if vocabulary["min_count"] is None:
         vocabulary["min_count"] = default_min_count(captions)
     return AdaptedTrainConfig(**values | {"vocabulary": AdaptedVocabularyConfig(**vocabulary)})
+
+
+def describe_choice(settings: TrainConfig, images: int, captions: int) -> str | None:
+    """Return a line that names the values that `adapt` chooses; None if it chooses none."""
+    chosen = chosen_settings(settings, adapt(settings, images, captions))
+    if not chosen:
+        return None
+    values = ", ".join(f"{key} {value}" for key, value in chosen.items())
+    data = f"{plural(images, 'image')} and {plural(captions, 'caption')}"
+    return f"chosen for {data}: {values} (override with --set train.KEY=VALUE)"
 
 
 def chosen_settings(before: TrainConfig, after: AdaptedTrainConfig) -> dict[str, int]:

@@ -9,7 +9,7 @@ from itertools import islice
 
 import torch
 
-from gridcap.common.config import PipelineConfig, adapt, chosen_settings
+from gridcap.common.config import PipelineConfig, adapt, describe_choice
 from gridcap.common.errors import GridcapError, MismatchError, TrainingError
 from gridcap.common.files import remove_leftovers, write_json, write_text
 from gridcap.common.lease import Lease, exclusive_folder
@@ -74,10 +74,8 @@ def fit(
     settings = adapt(config.train, len(train), train.caption_count)
     ranks = find_ranks()
     runtime = choose_runtime(settings, ranks, progress)
-    if chosen := chosen_settings(config.train, settings):
-        values = ", ".join(f"{key} {value}" for key, value in chosen.items())
-        data = f"{plural(len(train), 'image')} and {plural(train.caption_count, 'caption')}"
-        runtime.print(f"chosen for {data}: {values} (override them with --set train.KEY=VALUE)")
+    if choice := describe_choice(config.train, len(train), train.caption_count):
+        runtime.print(choice)
     config = config.model_copy(update={"train": settings})
     with process_group(ranks, runtime.device), deterministic(runtime.device):
         job = TrainingJob(config, train, val, runtime)

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gridcap.common.config import TrainConfig, VocabularyConfig, adapt, chosen_settings
+from gridcap.common.config import TrainConfig, VocabularyConfig, adapt, describe_choice
+from gridcap.common.config.adapt import chosen_settings
 
 
 @pytest.mark.parametrize(
@@ -46,4 +47,12 @@ def test_given_settings_are_kept() -> None:
     after = adapt(before, 600, 3000)
     assert (after.epochs, after.batch_size, after.vocabulary.min_count, after.vocabulary.max_size) == (3, 7, 4, 100)
     assert chosen_settings(before, after) == {}
+    assert describe_choice(before, 600, 3000) is None
     assert adapt(after, 1, 1) is after
+
+
+def test_the_choice_is_described_in_one_line() -> None:
+    assert describe_choice(TrainConfig(epochs=3), 600, 3000) == (
+        "chosen for 600 images and 3,000 captions: batch_size 10, vocabulary.min_count 2 "
+        "(override with --set train.KEY=VALUE)"
+    )
