@@ -96,11 +96,10 @@ class Decoder(nn.Module, abc.ABC):
 def compute_dtype(layer: nn.Linear) -> torch.dtype:
     """Return the dtype that a layer computes in: the autocast dtype if autocast is enabled, or else the weight's."""
     kind = layer.weight.device.type
-    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    casts = kind != "meta" and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if casts else layer.weight.dtype
 
 
 def disable_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Return a context in which operators compute in the dtypes of their inputs."""
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else contextlib.nullcontext()
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

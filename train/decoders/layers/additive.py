@@ -56,7 +56,7 @@ class _AdditiveScores(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, keys: Tensor, powers: Tensor, query: Tensor, score: Tensor) -> Tensor:
-        if keys.is_cuda:
+        if keys.device.type == "cuda":
             from gridcap.train.decoders.layers import additive_triton  # Triton is not installed everywhere
 
             ctx.save_for_backward(powers, query, score)
@@ -68,7 +68,7 @@ class _AdditiveScores(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
-        if gradient.is_cuda:
+        if gradient.device.type == "cuda":
             from gridcap.train.decoders.layers import additive_triton
 
             keys, query, score = additive_triton.backward(gradient, *ctx.saved_tensors)
