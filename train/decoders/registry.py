@@ -11,6 +11,7 @@ through the entry point group ``gridcap.decoders``, in which the name of an entr
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import math
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -22,6 +22,7 @@ from gridcap.train.decoders.registry import DECODER_CONFIGS, build_decoder, regi
 
 @pytest.fixture(autouse=True)
 def _restore_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    list(DECODER_CONFIGS)  # a module registers its decoder only when it is imported for the first time
     monkeypatch.setattr(registry, "_registered", dict(registry._registered))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 # exp(-80) to exp(80) are representable in float32 and bfloat16. If the product of two powers underflows or overflows,
 # tanh is 1 or -1, as it should be. Larger magnitudes are clamped; then a key and a query no longer cancel.
-_MAX_MAGNITUDE = 40.0
+MAX_MAGNITUDE = 40.0
 
 
 def additive_scores_reference(keys: Tensor, query: Tensor, score: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def additive_scores(keys: Tensor, powers: Tensor, query: Tensor, score: Tensor) 
 
 
 def _power(values: Tensor) -> Tensor:
-    return values.clamp(-_MAX_MAGNITUDE, _MAX_MAGNITUDE).mul_(2).exp_()
+    return values.clamp(-MAX_MAGNITUDE, MAX_MAGNITUDE).mul_(2).exp_()
 
 
 class _AdditiveScores(torch.autograd.Function):

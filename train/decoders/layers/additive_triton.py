@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_MAX_MAGNITUDE = 40.0
+from gridcap.train.decoders.layers.additive import MAX_MAGNITUDE
+
 _SIZE_BLOCK = 32  # elements of the attention size per block
 _CELL_BLOCK = 64  # grid cells per block
 
@@ -26,7 +27,7 @@ def scores(powers: Tensor, query: Tensor, score: Tensor) -> Tensor:
         query.contiguous(),
         score.contiguous(),
         out,
-        *(k, cells, size, _MAX_MAGNITUDE),
+        *(k, cells, size, MAX_MAGNITUDE),
         cell_block=_CELL_BLOCK,
         size_block=_SIZE_BLOCK,
     )
@@ -47,7 +48,7 @@ def backward(gradient: Tensor, powers: Tensor, query: Tensor, score: Tensor) -> 
         query.contiguous(),
         score.contiguous(),
         *(keys_gradient, query_parts, score_parts),
-        *(b, k, cells, size, _MAX_MAGNITUDE),
+        *(b, k, cells, size, MAX_MAGNITUDE),
         cell_block=_CELL_BLOCK,
         size_block=_SIZE_BLOCK,
     )
