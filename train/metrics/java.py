@@ -49,20 +49,21 @@ def meteor(references: Texts, candidates: Texts) -> ImageScores:
         with _silenced():
             from pycocoevalcap.meteor.meteor import Meteor
 
-            scorer = Meteor()
-            # pycocoevalcap does not release its lock after an error, and then its __del__ waits forever.
-            scorer.lock = threading.RLock()
             statistics: list[str] = []
-            compute_statistics = scorer._stat
 
-            def recording(candidate: str, truth: Sequence[str]) -> str:
-                statistics.append(compute_statistics(candidate, truth))
-                return statistics[-1]
+            class RecordingMeteor(Meteor):  # type: ignore[misc]
+                def _stat(self, candidate: str, truth: Sequence[str]) -> str:
+                    # The program separates texts by "|||"; pycocoevalcap removes it from candidates only.
+                    line: str = super()._stat(candidate, [text.replace("|||", "") for text in truth])
+                    statistics.append(line)
+                    return line
 
-            scorer._stat = recording
+            scorer = RecordingMeteor()
             try:
                 value, scores = scorer.compute_score(references, candidates)
             finally:
+                # pycocoevalcap does not release its lock after an error, and then its __del__ waits forever.
+                scorer.lock = threading.RLock()
                 scorer.meteor_p.kill()
                 with contextlib.suppress(OSError):  # prevents a broken pipe error in __del__
                     scorer.meteor_p.stdin.close()

@@ -1,3 +1,4 @@
+import gc
 import math
 import os
 import shutil
@@ -136,6 +137,15 @@ def test_failing_java_only_omits_java_metrics():
     assert set(results[0].values) == WITHOUT_JAVA
     assert results[0].values["BLEU-4"] == pytest.approx(1, abs=1e-6)
     assert set(results[0].unavailable) == {"METEOR", "SPICE"}
+    collecting = threading.Thread(target=gc.collect, daemon=True)  # runs Meteor.__del__ in another thread
+    collecting.start()
+    collecting.join(15)
+    assert not collecting.is_alive(), "the scorer waits for a lock of a thread that has ended"
+
+
+def test_separators_of_meteor_in_references_are_removed(java_scores):
+    references = {i: [f"{texts[0]} ||| {texts[0]}", *texts[1:]] for i, texts in REFERENCES.items()}
+    assert "METEOR" in score_captions(PERFECT, references).values
 
 
 # --- scores per image ---
